@@ -1,0 +1,45 @@
+"""The errors a user can cause. Each says what was wrong, where, and what to do next; the command line shows them
+without a traceback (``--debug`` shows it)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EVLGenError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+
+class RegistryError(EVLGenError):
+    """A name is not registered, registered twice, or its class has the wrong base."""
+
+
+class ConfigError(EVLGenError):
+    """A key is unknown, has a wrong type or an impossible value. Names the key's path and the file it came from."""
+
+
+class CheckpointError(EVLGenError):
+    """A checkpoint is missing, damaged, unsafe, or of another architecture."""
+
+
+class DataError(EVLGenError):
+    """An annotation, image or video is missing or cannot be read."""
+
+
+class TrainingError(EVLGenError):
+    """A run cannot go on: a loss that is not finite, too many broken samples, an output folder that takes no files."""
+
+
+def nearest(name: str, candidates: Iterable[str], limit: int = 3) -> list[str]:
+    """The candidates most like ``name``, best first; may be empty."""
+    candidates = list(candidates)
+    folded = {c.lower().replace("-", "_"): c for c in candidates}
+    hits = difflib.get_close_matches(name.lower().replace("-", "_"), folded, n=limit, cutoff=0.5)
+    return [folded[h] for h in hits]
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """`` Did you mean 'a' or 'b'?`` with a leading blank, or an empty string when nothing is near."""
+    hits = nearest(name, candidates)
+    return f" Did you mean {' or '.join(repr(h) for h in hits)}?" if hits else ""

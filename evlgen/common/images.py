@@ -1,0 +1,132 @@
+"""Reading pictures: any file or Pillow mode becomes an upright RGB image, or an error that says which file and why."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from evlgen.common.errors import DataError
+
+_ORIENTATION_TAG = 0x0112
+# EXIF orientation -> what turns the stored picture upright (EXIF 2.32, section 4.6.4).
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_DEEP_MODES = ("I", "F")  # and every "I;16..."
+# What Pillow's decoders raise on damaged bytes besides OSError; they have no common base class.
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
+
+
+def open_image(path: str | os.PathLike) -> Image.Image:
+    """Reads one picture file as upright RGB.
+
+    Raises:
+        DataError: the file is missing, a folder, empty, truncated, too large or not an image. Names path and cause.
+    """
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise DataError(
+            f"cannot read image {path}: {error} Raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file."
+        ) from error
+    except (*_DECODER_ERRORS, DataError) as error:
+        raise DataError(f"cannot read image {path}: {_cause(path, error)}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any Pillow mode as 8-bit RGB, upright by its EXIF orientation.
+
+    Transparency (RGBA, LA, PA, or a transparent colour of a palette) is laid over white, as a web page shows it. More
+    than 8 bits per channel are scaled, not clipped: 16-bit modes from 0..65535; 32-bit integers likewise, unless all
+    values fit in 0..255; floats from 0..1, else 0..255, else from their own smallest to their own largest value. CMYK
+    and LAB go through Pillow's own conversion. An upright RGB image comes back as it is, not as a copy.
+
+    Raises:
+        DataError: the argument is no Pillow image, or has no pixels.
+    """
+    if not isinstance(image, Image.Image):
+        raise DataError(
+            f"expected a Pillow image, got {type(image).__name__}. "
+            "Open files with evlgen.common.images.open_image(path), wrap arrays with PIL.Image.fromarray(array)."
+        )
+    if 0 in image.size:
+        raise DataError(f"the image has no pixels (size {image.size[0]} x {image.size[1]}).")
+    image.load()
+    turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG))
+    rgb = _as_rgb(image)
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+        rgb.info = {}  # carries a copy of the EXIF block; a second call would turn the picture again
+    return rgb
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _DEEP_MODES or image.mode.startswith("I;16"):
+        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
+        return _over_white(image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    page = Image.new("RGB", image.size, "white")
+    page.paste(image, mask=image.getchannel("A"))
+    return page
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Deep pixel values [H, W] as uint8, by the rules of `to_rgb`."""
+    low, high = _value_range(values)
+    scaled = (values.astype(np.float64) - low) * (255.0 / (high - low))
+    return np.nan_to_num(np.rint(scaled), nan=0.0).clip(0, 255).astype(np.uint8)
+
+
+def _value_range(values: np.ndarray) -> tuple[float, float]:
+    if values.dtype.itemsize == 2:
+        return 0.0, 65535.0
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    usual = (1.0, 255.0) if values.dtype.kind == "f" else (255.0, 65535.0)
+    for top in usual:
+        if low >= 0 and high <= top:
+            return 0.0, top
+    return low, max(high, low + 1e-6)
+
+
+def _cause(path: str | os.PathLike, error: Exception) -> str:
+    path = Path(path)
+    if isinstance(error, FileNotFoundError):
+        return "the file does not exist."
+    if path.is_dir():
+        return "it is a folder."
+    if isinstance(error, PermissionError):
+        return "no permission to read it."
+    if path.is_file() and path.stat().st_size == 0:
+        return "the file is empty."
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not an image of a format Pillow knows."
+    return f"{error}" or type(error).__name__

@@ -1,0 +1,208 @@
+"""One registry for everything a YAML project file can name.
+
+``@registry.register_connector("my_connector")`` makes a class known; ``registry.get_connector_class("my_connector")``
+finds it. The names of decorators and look-ups are LAVIS's. The package's own parts are imported when a kind is first
+looked up, so ``import evlgen`` stays cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from evlgen.common.errors import RegistryError, did_you_mean
+
+T = TypeVar("T")
+
+# kind -> (package whose import registers the built-in ones, "module:Base" each class must derive from, if any)
+KINDS: dict[str, tuple[str, str | None]] = {
+    "model": ("evlgen.models.architectures", "evlgen.models.base_model:BaseModel"),
+    "vision_encoder": ("evlgen.models.vision", "evlgen.models.vision.base:VisionEncoder"),
+    "connector": ("evlgen.models.connectors", "evlgen.models.connectors.base:Connector"),
+    "language_model": ("evlgen.models.language", "evlgen.models.language.base:LanguageModel"),
+    "builder": ("evlgen.datasets", "evlgen.datasets.base_builder:BaseDatasetBuilder"),
+    "processor": ("evlgen.processors", "evlgen.processors.base_processor:BaseProcessor"),
+    "task": ("evlgen.tasks", "evlgen.tasks.base_task:BaseTask"),
+    "runner": ("evlgen.runners", "evlgen.runners.runner:Runner"),
+    "lr_scheduler": ("evlgen.common.lr_schedules", None),
+    "metric": ("evlgen.tasks.metrics", None),
+}
+
+
+def _where(cls: Any) -> str:
+    try:
+        return f"{inspect.getsourcefile(cls)}:{inspect.getsourcelines(cls)[1]}"
+    except (OSError, TypeError):
+        return f"{getattr(cls, '__module__', '?')}.{getattr(cls, '__qualname__', cls)}"
+
+
+class Registry:
+    """Names of classes (or functions), by kind. Use the instance ``registry``."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+        self._imported: set[str] = set()
+
+    def register(self, kind: str, name: str) -> Callable[[T], T]:
+        """Decorator that makes a class known as ``name`` among its ``kind``.
+
+        Raises:
+            RegistryError: the name is taken by another class, or the class lacks the kind's base class.
+        """
+
+        def wrap(cls: T) -> T:
+            known = self._entries[kind].get(name)
+            if known is not None and not _same_source(known, cls):
+                raise RegistryError(
+                    f"{kind} '{name}' is registered twice: first at {_where(known)}, again at {_where(cls)}. "
+                    "Give one of them another name."
+                )
+            self._check_base(kind, name, cls)
+            self._entries[kind][name] = cls
+            return cls
+
+        return wrap
+
+    def get(self, kind: str, name: str) -> Any:
+        """The class registered as ``name``; raises `RegistryError` with the nearest names otherwise."""
+        self._load_builtin(kind)
+        if name not in self._entries[kind]:
+            known = self.names(kind)
+            raise RegistryError(
+                f"no {kind} is registered as '{name}'.{did_you_mean(str(name), known)} Known: {', '.join(known)}. "
+                "A name of your own needs its file in `plugins:` or --plugins."
+            )
+        return self._entries[kind][name]
+
+    def names(self, kind: str) -> list[str]:
+        """All registered names of a kind, sorted."""
+        self._load_builtin(kind)
+        return sorted(self._entries[kind])
+
+    def _load_builtin(self, kind: str) -> None:
+        if kind not in KINDS:
+            raise RegistryError(f"there is no kind '{kind}'.{did_you_mean(kind, KINDS)} Kinds: {', '.join(KINDS)}.")
+        if kind not in self._imported:
+            self._imported.add(kind)
+            try:
+                importlib.import_module(KINDS[kind][0])
+            except BaseException:
+                self._imported.discard(kind)
+                raise
+
+    @staticmethod
+    def _check_base(kind: str, name: str, cls: Any) -> None:
+        module, _, attribute = (KINDS[kind][1] or "").partition(":")
+        if not module:
+            return
+        base = getattr(importlib.import_module(module), attribute)
+        if not (isinstance(cls, type) and issubclass(cls, base)):
+            raise RegistryError(
+                f"{kind} '{name}' ({_where(cls)}) must derive from {module}.{attribute}. "
+                f"Write `class {getattr(cls, '__name__', name)}({attribute}):`."
+            )
+
+    # LAVIS's names: register_<kind>, get_<kind>_class, list_<kinds>.
+    def register_model(self, name: str):
+        return self.register("model", name)
+
+    def register_vision_encoder(self, name: str):
+        return self.register("vision_encoder", name)
+
+    def register_connector(self, name: str):
+        return self.register("connector", name)
+
+    def register_language_model(self, name: str):
+        return self.register("language_model", name)
+
+    def register_builder(self, name: str):
+        return self.register("builder", name)
+
+    def register_processor(self, name: str):
+        return self.register("processor", name)
+
+    def register_task(self, name: str):
+        return self.register("task", name)
+
+    def register_runner(self, name: str):
+        return self.register("runner", name)
+
+    def register_lr_scheduler(self, name: str):
+        return self.register("lr_scheduler", name)
+
+    def register_metric(self, name: str):
+        return self.register("metric", name)
+
+    def get_model_class(self, name: str):
+        return self.get("model", name)
+
+    def get_vision_encoder_class(self, name: str):
+        return self.get("vision_encoder", name)
+
+    def get_connector_class(self, name: str):
+        return self.get("connector", name)
+
+    def get_language_model_class(self, name: str):
+        return self.get("language_model", name)
+
+    def get_builder_class(self, name: str):
+        return self.get("builder", name)
+
+    def get_processor_class(self, name: str):
+        return self.get("processor", name)
+
+    def get_task_class(self, name: str):
+        return self.get("task", name)
+
+    def get_runner_class(self, name: str):
+        return self.get("runner", name)
+
+    def get_lr_scheduler_class(self, name: str):
+        return self.get("lr_scheduler", name)
+
+    def get_metric_class(self, name: str):
+        return self.get("metric", name)
+
+    def list_models(self) -> list[str]:
+        return self.names("model")
+
+    def list_vision_encoders(self) -> list[str]:
+        return self.names("vision_encoder")
+
+    def list_connectors(self) -> list[str]:
+        return self.names("connector")
+
+    def list_language_models(self) -> list[str]:
+        return self.names("language_model")
+
+    def list_datasets(self) -> list[str]:
+        return self.names("builder")
+
+    def list_processors(self) -> list[str]:
+        return self.names("processor")
+
+    def list_tasks(self) -> list[str]:
+        return self.names("task")
+
+    def list_runners(self) -> list[str]:
+        return self.names("runner")
+
+    def list_lr_schedulers(self) -> list[str]:
+        return self.names("lr_scheduler")
+
+    def list_metrics(self) -> list[str]:
+        return self.names("metric")
+
+
+def _same_source(first: Any, second: Any) -> bool:
+    """True when a module was executed again (a plugin loaded twice, a reload): the same class from the same file."""
+    return (
+        first is second
+        or getattr(first, "__qualname__", 1) == getattr(second, "__qualname__", 2)
+        and _where(first) == _where(second)
+    )
+
+
+registry = Registry()

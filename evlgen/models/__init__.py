@@ -1,0 +1,1 @@
+"""Models. Empty on purpose: configs read `model_config` without importing torch; see `zoo` for loading models."""

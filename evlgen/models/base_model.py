@@ -1,0 +1,218 @@
+"""What every registered model offers: building from a config, loading, saving, and the samples interface."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from evlgen.common.checkpoints import CONFIG_FILE, WEIGHTS_FILE, write_folder
+from evlgen.common.config import load_model_config, load_model_file
+from evlgen.common.errors import CheckpointError, ConfigError
+from evlgen.common.io import resolve, write_atomically
+from evlgen.common.schema import build_dataclass
+from evlgen.common.weights import read_weights
+from evlgen.models.model_config import ModelConfig
+from evlgen.models.published import to_own_names
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+    """What a checkpoint gave: names of weights loaded, missing from it, and in it without a place in the model."""
+
+    loaded: list[str]
+    missing: list[str]
+    unexpected: list[str]
+
+
+class BaseModel(nn.Module):
+    """Base class of registered models.
+
+    A subclass defines `from_parts_config`, `forward` and `generate`.
+
+    Attributes:
+        MODEL_TYPES: type name -> its default YAML, relative to the package (or absolute, for plugins).
+        DEFAULT_MODEL_TYPE: the type that is meant when none is named.
+        CONFIG: dataclass of the ``model`` section.
+    """
+
+    MODEL_TYPES: ClassVar[dict[str, str]] = {}
+    DEFAULT_MODEL_TYPE: ClassVar[str | None] = None
+    CONFIG: ClassVar[type] = ModelConfig
+
+    cfg: ModelConfig
+
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any] | DictConfig | str | Path, device: str | torch.device = "cpu"):
+        """Builds the model a config describes and loads its ``checkpoint`` over the parts.
+
+        Args:
+            cfg: the ``model`` section, a whole config that has one, or the path of a YAML file that has one (relative
+                paths in it are looked up beside that file first).
+            device: the device it will run on; decides what ``precision: auto`` means. The model itself stays on CPU.
+
+        Raises:
+            ConfigError, CheckpointError: see the parts.
+        """
+        if isinstance(cfg, str | Path):
+            cfg = load_model_file(cfg)
+        section = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
+        section = section.get("model", section)
+        config = build_dataclass(cls.CONFIG, section, path="model")
+        try:
+            model = cls.from_parts_config(config, torch.device(device))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        model.cfg = config
+        if config.checkpoint:
+            model.load_checkpoint(config.checkpoint)
+        return model.eval()
+
+    @classmethod
+    def from_parts_config(cls, cfg: Any, device: torch.device):
+        """Builds the model without its checkpoint."""
+        raise NotImplementedError(f"{cls.__name__} must define from_parts_config(cfg, device)")
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, device: str | torch.device = "cpu"):
+        """Loads a model from a folder made by `save_pretrained`, a hub id of such a folder, or a model type's name."""
+        if str(name) in cls.MODEL_TYPES:
+            arch = next(arch for arch in _names_of(cls))
+            return cls.from_config(load_model_config(arch, str(name)), device)
+        folder = _pretrained_folder(str(name), cls)
+        cfg = load_model_file(folder / CONFIG_FILE)
+        cfg.checkpoint = str(folder)
+        return cls.from_config(cfg, device)
+
+    @classmethod
+    def missing(cls, cfg: Any) -> list[str]:
+        """What the config needs and this machine lacks, one line each with the remedy. Loads nothing."""
+        return []
+
+    def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+        """The training loss of a batch: ``{"loss": scalar}``."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(samples)")
+
+    def generate(self, samples: dict[str, Any], **options) -> list[str]:
+        """One text for each sample."""
+        raise NotImplementedError(f"{type(self).__name__} must define generate(samples)")
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """The modules that are frozen: no gradients, always in eval mode, not in checkpoints."""
+        return []
+
+    def train(self, mode: bool = True):
+        """Training mode for what is trained; frozen parts stay in eval mode."""
+        super().train(mode)
+        for module in self.frozen_modules():
+            module.eval()
+        return self
+
+    def trained_state_dict(self) -> dict[str, Tensor]:
+        """The weights that are trained, by name, and the buffers of parts that are not frozen."""
+        frozen = {id(m) for part in self.frozen_modules() for m in part.modules()}
+        frozen_buffers = {
+            f"{prefix}.{name}" if prefix else name
+            for prefix, module in self.named_modules()
+            if id(module) in frozen
+            for name, _ in module.named_buffers(recurse=False)
+        }
+        frozen_weights = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        return {k: v for k, v in self.state_dict().items() if k not in frozen_buffers and k not in frozen_weights}
+
+    def load_checkpoint(self, path: str | Path) -> LoadReport:
+        """Loads weights over the parts: an own folder or file, or a published ``.pth``; local, URL or ``evlgen://``.
+
+        Says in the log what was loaded, missing and unexpected.
+
+        Raises:
+            CheckpointError: nothing there, damaged, refused, another shape, or another architecture's weights.
+        """
+        state = to_own_names(read_weights(resolve(path)))
+        own = self.state_dict()
+        wanted = self.trained_state_dict()
+        _check_shapes(path, state, own)
+        loaded = sorted(set(state) & set(own))
+        missing = sorted(set(wanted) - set(state))
+        unexpected = sorted(set(state) - set(own))
+        if not set(loaded) & set(wanted) or (missing and unexpected):
+            raise CheckpointError(
+                f"{path} is a checkpoint of another architecture: it lacks {_some(missing)} and brings {_some(unexpected)}. "
+                "Check model.arch and model.connector."
+            )
+        self.load_state_dict({k: state[k] for k in loaded}, strict=False)
+        logger.info("%s: %d weights loaded", path, len(loaded))
+        if missing:
+            logger.warning("%s: %d weights were not in it and keep their start values: %s", path, len(missing), _some(missing))
+        if unexpected:
+            logger.warning("%s: %d weights have no place in this model: %s", path, len(unexpected), _some(unexpected))
+        return LoadReport(loaded, missing, unexpected)
+
+    def save_pretrained(self, path: str | Path) -> Path:
+        """Writes the trained weights and the config as a folder that `from_pretrained` reads."""
+
+        def write(folder: Path) -> None:
+            self.save_weights(folder)
+
+        return write_folder(Path(path), write)
+
+    def save_weights(self, folder: Path) -> None:
+        """Writes ``model.safetensors`` (what is trained) and ``config.yaml`` into an existing folder."""
+        from safetensors.torch import save_file
+
+        state = {k: v.detach().cpu().contiguous() for k, v in self.trained_state_dict().items()}
+        save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        section = {**dataclasses.asdict(self.cfg), "checkpoint": None}
+        write_atomically(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create({"model": section})))
+
+
+def _names_of(cls: type[BaseModel]) -> list[str]:
+    from evlgen.common.registry import registry
+
+    return [name for name in registry.list_models() if registry.get_model_class(name) is cls]
+
+
+def _pretrained_folder(name: str, cls: type[BaseModel]) -> Path:
+    from evlgen.common.errors import did_you_mean
+    from evlgen.common.hub import looks_like_path
+
+    folder = Path(resolve(name))
+    if (folder / CONFIG_FILE).is_file():
+        return folder
+    if folder.exists() or looks_like_path(name):
+        raise CheckpointError(f"{folder} holds no {CONFIG_FILE}: it was not written by save_pretrained.")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except Exception as error:  # the hub client raises many kinds; all mean: not there
+        raise CheckpointError(
+            f"'{name}' is no folder, no model type ({', '.join(cls.MODEL_TYPES)}) and not on the hub from here."
+            f"{did_you_mean(name, cls.MODEL_TYPES)}"
+        ) from error
+
+
+def _check_shapes(path: str | Path, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    wrong = [k for k in state if k in own and state[k].shape != own[k].shape]
+    if wrong:
+        key = wrong[0]
+        raise CheckpointError(
+            f"{path} does not fit: {key} has shape {tuple(state[key].shape)}, the model's is {tuple(own[key].shape)}"
+            f"{f' ({len(wrong)} such weights)' if len(wrong) > 1 else ''}. Check model.vision, model.connector, model.language."
+        )
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}" if names else "nothing"

@@ -1,0 +1,146 @@
+"""Sizes and layer weights of a Hugging Face BERT, read for a connector that starts from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from evlgen.common.errors import CheckpointError
+from evlgen.common.hub import local_model_folder
+from evlgen.common.weights import read_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class BertSizes:
+    """Sizes of a BERT under their Hugging Face names; the defaults are BERT-base's (Devlin et al., 2019)."""
+
+    hidden_size: int = 768
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 512
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    layer_norm_eps: float = 1e-12
+
+
+def bert_sizes(init: str | None, num_layers: int, **given: float | None) -> BertSizes:
+    """The sizes of ``init`` (BERT-base's without one), changed by what is given and not None.
+
+    Raises:
+        CheckpointError: ``init`` has fewer layers, or a given size contradicts its weights.
+        ValueError: hidden_size is no multiple of num_attention_heads.
+    """
+    known: dict = {}
+    if init is not None:
+        config = json.loads((local_model_folder(init) / "config.json").read_text(encoding="utf-8"))
+        known = {f.name: config[f.name] for f in dataclasses.fields(BertSizes) if f.name in config}
+        if config.get("num_hidden_layers", 0) < num_layers:
+            raise CheckpointError(
+                f"model.connector.init '{init}' has {config.get('num_hidden_layers')} layers, fewer than "
+                f"model.connector.num_layers {num_layers}. Lower num_layers or start from another BERT."
+            )
+    for name in ("hidden_size", "intermediate_size", "max_position_embeddings"):
+        if given.get(name) is not None and name in known and given[name] != known[name]:
+            raise CheckpointError(
+                f"model.connector.{name} is {given[name]}, but '{init}' has {known[name]}. "
+                f"Leave {name} out to take the weights' size, or set init: null."
+            )
+    sizes = BertSizes(**{**known, **{k: v for k, v in given.items() if v is not None}})
+    if sizes.hidden_size % sizes.num_attention_heads:
+        raise ValueError(
+            f"model.connector.hidden_size {sizes.hidden_size} is no multiple of "
+            f"num_attention_heads {sizes.num_attention_heads}"
+        )
+    return sizes
+
+
+_LAYER_NAMES = {
+    "attention.output.dense": "attention_out",
+    "attention.output.LayerNorm": "attention_norm",
+    "intermediate.dense": "up",
+    "output.dense": "down",
+    "output.LayerNorm": "out_norm",
+}
+
+
+def bert_to_tomeformer(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Renames BERT weights (``embeddings.*``, ``encoder.layer.i.*``) to TomeFormer's; query, key and value become one.
+
+    Keys that a TomeFormer has no place for (word embeddings, pooler, heads) are left out.
+    """
+    import torch
+
+    out = {}
+    names = {
+        "embeddings.position_embeddings.weight": "positions.weight",
+        "embeddings.token_type_embeddings.weight": "token_types.weight",
+        "embeddings.LayerNorm.weight": "input_norm.weight",
+        "embeddings.LayerNorm.bias": "input_norm.bias",
+    }
+    for key, value in state.items():
+        if key in names:
+            out[names[key]] = value
+            continue
+        found = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)", key)
+        if not found:
+            continue
+        index, name, kind = found.groups()
+        if name in _LAYER_NAMES:
+            out[f"layers.{index}.{_LAYER_NAMES[name]}.{kind}"] = value
+        elif name == "attention.self.query":
+            parts = [state[key.replace("query", part)] for part in ("query", "key", "value")]
+            out[f"layers.{index}.qkv.{kind}"] = torch.cat(parts)
+    return out
+
+
+def tomeformer_to_bert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `bert_to_tomeformer`."""
+    out = {}
+    names = {
+        "positions": "embeddings.position_embeddings",
+        "token_types": "embeddings.token_type_embeddings",
+        "input_norm": "embeddings.LayerNorm",
+    }
+    layer_names = {own: bert for bert, own in _LAYER_NAMES.items()}
+    for key, value in state.items():
+        name, _, kind = key.rpartition(".")
+        if name in names:
+            out[f"{names[name]}.{kind}"] = value
+        elif name.startswith("layers."):
+            _, index, own = name.split(".")
+            if own == "qkv":
+                for part, piece in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                    out[f"encoder.layer.{index}.attention.self.{part}.{kind}"] = piece
+            else:
+                out[f"encoder.layer.{index}.{layer_names[own]}.{kind}"] = value
+    return out
+
+
+def load_bert_layers(connector: nn.Module, init: str) -> None:
+    """Copies the embeddings and the first layers of the BERT ``init`` (hub id or folder) into a TomeFormer.
+
+    Raises:
+        CheckpointError: the folder holds no BERT, or one of other sizes.
+    """
+    folder: Path = local_model_folder(init)
+    raw = read_weights(folder)
+    # old BERT files carry a "bert." prefix and LayerNorm's gamma and beta
+    raw = {k.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias"): v for k, v in raw.items()}
+    own = connector.state_dict()
+    state = {k: v for k, v in bert_to_tomeformer(raw).items() if k in own}
+    wanted = {k for k in own if not k.startswith(("proj_in.", "proj_out."))}
+    if missing := sorted(wanted - set(state)):
+        raise CheckpointError(
+            f"model.connector.init '{init}' is no BERT this connector can start from: {missing[0]} and "
+            f"{len(missing) - 1} more weights have no counterpart in {folder}."
+        )
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            raise CheckpointError(
+                f"model.connector.init '{init}': {key} has shape {tuple(value.shape)}, the connector {tuple(own[key].shape)}."
+            )
+        own[key].copy_(value)

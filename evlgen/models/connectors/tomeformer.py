@@ -1,0 +1,183 @@
+"""TomeFormer: a BERT encoder that merges similar visual tokens layer by layer.
+
+Jian et al., *Expedited Training of Visual Conditioned Language Generation via Redundancy Reduction*, ACL 2024
+(arXiv 2310.03291), section 3. Published setting: BERT-base weights, 12 layers, r = 19, so 257 tokens become 29.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evlgen.common.registry import registry
+from evlgen.common.schema import AtLeast, NonNegativeInt, PositiveFloat, PositiveInt, Share
+from evlgen.models.connectors.base import Connector
+from evlgen.models.connectors.bert_weights import BertSizes, bert_sizes, load_bert_layers
+from evlgen.models.token_merging import compose_maps, limit_r, match_tokens, merge_mean, merge_schedule
+
+
+class TomeFormerLayer(nn.Module):
+    """One post-norm BERT layer with merging between its attention and its feed-forward block."""
+
+    def __init__(self, sizes: BertSizes) -> None:
+        super().__init__()
+        width = sizes.hidden_size
+        self.num_heads = sizes.num_attention_heads
+        self.attention_dropout = sizes.attention_probs_dropout_prob
+        self.qkv = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.attention_norm = nn.LayerNorm(width, eps=sizes.layer_norm_eps)
+        self.up = nn.Linear(width, sizes.intermediate_size)
+        self.down = nn.Linear(sizes.intermediate_size, width)
+        self.out_norm = nn.LayerNorm(width, eps=sizes.layer_norm_eps)
+        self.dropout = nn.Dropout(sizes.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, r: int, num_protected: int) -> tuple[Tensor, Tensor | None]:
+        """[B, N, C] -> [B, N - r, C] and the merge map [B, N] (None where nothing merged)."""
+        attended, keys = self._attend(x)
+        x = self.attention_norm(x + self.dropout(self.attention_out(attended)))
+        merge_map = None
+        if r > 0:
+            merge_map, num_out = match_tokens(keys.mean(dim=1), r, num_protected)
+            x = merge_mean(x, merge_map, num_out)
+        return self.out_norm(x + self.dropout(self.down(F.gelu(self.up(x))))), merge_map
+
+    def _attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        batch, num_tokens, width = x.shape
+        qkv = self.qkv(x).view(batch, num_tokens, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, head_dim]
+        dropout = self.attention_dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return out.transpose(1, 2).reshape(batch, num_tokens, width), k
+
+
+@registry.register_connector("tomeformer")
+class TomeFormer(Connector):
+    """Linear(vision_dim -> hidden), BERT layers that each merge r pairs of tokens, Linear(hidden -> language_dim).
+
+    Args:
+        vision_dim: channels of the visual tokens.
+        language_dim: channels of the word embeddings.
+        num_prefix_tokens: 0 for a vision encoder without a class token: then merging protects nothing.
+        embedding_rms: the scale soft prompts start at; None keeps PyTorch's initialisation.
+        num_layers: BERT layers.
+        r: pairs of tokens merged in each layer; a list with one number per layer; or ``[r, inflection]``
+            (`token_merging.merge_schedule`).
+        init: hub id or folder of a BERT whose layers the connector starts from (its sizes are then the connector's);
+            None starts from random weights of the sizes below.
+        hidden_size, num_attention_heads, intermediate_size, max_position_embeddings: BERT's sizes, by default
+            BERT-base's, or those of ``init``.
+        hidden_dropout_prob, attention_probs_dropout_prob: dropouts, by default ``init``'s, else 0.1.
+    """
+
+    def __init__(
+        self,
+        vision_dim: int,
+        language_dim: int,
+        num_tokens: int | None = None,
+        num_prefix_tokens: int = 1,
+        embedding_rms: float | None = None,
+        num_layers: PositiveInt = 12,
+        r: NonNegativeInt | list[Annotated[int | float, AtLeast(-1)]] = 19,
+        init: str | None = None,
+        hidden_size: PositiveInt | None = None,
+        num_attention_heads: PositiveInt | None = None,
+        intermediate_size: PositiveInt | None = None,
+        max_position_embeddings: PositiveInt | None = None,
+        hidden_dropout_prob: Share | None = None,
+        attention_probs_dropout_prob: Share | None = None,
+        layer_norm_eps: PositiveFloat | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = bert_sizes(
+            init,
+            num_layers,
+            hidden_size=hidden_size,
+            num_attention_heads=num_attention_heads,
+            intermediate_size=intermediate_size,
+            max_position_embeddings=max_position_embeddings,
+            hidden_dropout_prob=hidden_dropout_prob,
+            attention_probs_dropout_prob=attention_probs_dropout_prob,
+            layer_norm_eps=layer_norm_eps,
+        )
+        width = sizes.hidden_size
+        self.r = merge_schedule(r, num_layers)
+        self.num_protected = min(num_prefix_tokens, 1)
+        self.proj_in = nn.Linear(vision_dim, width)
+        self.positions = nn.Embedding(sizes.max_position_embeddings, width)
+        self.token_types = nn.Embedding(2, width)
+        self.input_norm = nn.LayerNorm(width, eps=sizes.layer_norm_eps)
+        self.dropout = nn.Dropout(sizes.hidden_dropout_prob)
+        self.layers = nn.ModuleList(TomeFormerLayer(sizes) for _ in range(num_layers))
+        self.proj_out = nn.Linear(width, language_dim)
+        self._initialise(init, embedding_rms)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, N, vision_dim] -> soft prompts [B, M, language_dim]."""
+        x = self._embed(tokens)
+        for layer, r in zip(self.layers, self.r, strict=True):
+            x, _ = layer(x, r, self.num_protected)
+        return self.proj_out(x)
+
+    def forward_details(self, tokens: Tensor) -> dict[str, Tensor | list[Tensor]]:
+        """The forward pass with its insides, for pictures and tests.
+
+        Returns:
+            ``soft_prompts`` [B, M, language_dim]; ``hidden_states``: after the embeddings, then after each layer;
+            ``merge_map`` [B, N]: the soft prompt each visual token ended in.
+        """
+        x = self._embed(tokens)
+        hidden_states = [x]
+        merge_map = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+        for layer, r in zip(self.layers, self.r, strict=True):
+            x, layer_map = layer(x, r, self.num_protected)
+            hidden_states.append(x)
+            if layer_map is not None:
+                merge_map = compose_maps(merge_map, layer_map)
+        return {"soft_prompts": self.proj_out(x), "hidden_states": hidden_states, "merge_map": merge_map}
+
+    def num_soft_prompts(self, num_tokens: int) -> int:
+        """M for N visual tokens."""
+        for r in self.r:
+            num_tokens -= limit_r(num_tokens, r, self.num_protected)
+        return num_tokens
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        x = self.proj_in(tokens)
+        x = x + self.token_types.weight[0] + self._position_table(x.shape[1])
+        return self.dropout(self.input_norm(x))
+
+    def _position_table(self, num_tokens: int) -> Tensor:
+        """[num_tokens, C]; more tokens than positions stretch the table over the token grid (bilinear)."""
+        table = self.positions.weight
+        if num_tokens <= len(table):
+            return table[:num_tokens]
+        prefix = self.num_protected
+        side = math.isqrt(num_tokens - prefix)
+        known = math.isqrt(len(table) - prefix)
+        if side * side == num_tokens - prefix:
+            grid = table[prefix : prefix + known * known].view(1, known, known, -1).permute(0, 3, 1, 2)
+            grid = F.interpolate(grid, size=(side, side), mode="bilinear", align_corners=True)
+            patches = grid.flatten(2).squeeze(0).T
+        else:  # no square grid (several frames, a cropped picture): stretch along the sequence
+            line = table[prefix:].T.unsqueeze(0)
+            patches = F.interpolate(line, size=num_tokens - prefix, mode="linear", align_corners=True).squeeze(0).T
+        return torch.cat([table[:prefix], patches])
+
+    @torch.no_grad()
+    def _initialise(self, init: str | None, embedding_rms: float | None) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)  # BERT's initialiser
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        if init is not None:
+            load_bert_layers(self, init)
+        if embedding_rms is not None:
+            # what reaches proj_out is layer-normalised, so this gives soft prompts of the word embeddings' scale
+            nn.init.normal_(self.proj_out.weight, std=embedding_rms / math.sqrt(self.proj_out.in_features))

@@ -1,0 +1,33 @@
+"""The contract of language models: readers of soft prompts."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class LanguageModel(nn.Module):
+    """Reads soft prompts [B, M, C] and then text.
+
+    Attributes:
+        embed_dim: C, the channels of its word embeddings.
+    """
+
+    embed_dim: int
+
+    def embedding_rms(self) -> float:
+        """Root mean square of the word embeddings' entries."""
+        raise NotImplementedError
+
+    def loss(self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None = None) -> Tensor:
+        """The mean next-token loss (float32) of the text after the soft prompts.
+
+        Args:
+            soft_prompts: [B, M, C].
+            text_in: the text to learn; or, where ``text_out`` is given, what is read but not learned.
+            text_out: the text to learn after ``text_in``.
+        """
+        raise NotImplementedError
+
+    def generate(self, soft_prompts: Tensor, prompts: list[str], **options) -> list[str]:
+        """Continues each prompt after its soft prompts; the new text only, ``num_captions`` texts for each prompt."""
+        raise NotImplementedError

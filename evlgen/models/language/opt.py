@@ -1,0 +1,158 @@
+"""OPT as reader of soft prompts, with the text conventions of BLIP-2 and EVL_Gen.
+
+Zhang et al., *OPT: Open Pre-trained Transformer Language Models*, 2022. A text is tokenised with its leading ``</s>``,
+right padded and truncated; it ends in a newline, and so does generation.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from evlgen.common.errors import CheckpointError, ConfigError
+from evlgen.common.hub import local_model_folder
+from evlgen.common.registry import registry
+from evlgen.models.language.base import LanguageModel
+
+IGNORED = -100  # label of positions that are not learned
+
+
+@registry.register_language_model("opt")
+class OPTLanguageModel(LanguageModel):
+    """Any OPT by hub id or folder.
+
+    Args:
+        name: hub id or local folder, weights as safetensors or PyTorch files; read memory-mapped.
+        dtype: type of the weights.
+        prompt: the text before every caption; its tokens are not learned.
+        max_txt_len: text tokens read at most.
+
+    Raises:
+        CheckpointError: the model is nowhere, or is no OPT.
+        ConfigError: its tokenizer cannot serve (no pad token, no newline token).
+    """
+
+    END = "\n"
+
+    def __init__(
+        self, name: str, dtype: torch.dtype = torch.float32, prompt: str = "", max_txt_len: int = 32
+    ) -> None:
+        super().__init__()
+        folder = local_model_folder(name)
+        kind = AutoConfig.from_pretrained(folder).model_type
+        if kind != "opt":
+            raise CheckpointError(f"model.language.name '{name}' is a {kind} model, not an OPT.")
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.prompt = prompt
+        self.max_txt_len = max_txt_len
+        self._check_tokenizer(name)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self.embed_dim = self.model.get_input_embeddings().embedding_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype
+
+    @torch.no_grad()
+    def embedding_rms(self) -> float:
+        """Root mean square of the word embeddings' entries."""
+        return self.model.get_input_embeddings().weight.float().square().mean().sqrt().item()
+
+    def loss(self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None = None) -> Tensor:
+        """The mean next-token loss (float32) of ``text_in + "\\n"``; the prompt's tokens and padding do not count.
+
+        With ``text_out`` what is read is ``text_in``, and ``text_out + "\\n"`` is learned.
+        """
+        texts = text_in if text_out is None else [f"{a} {b}".strip() for a, b in zip(text_in, text_out, strict=True)]
+        tokens = self._tokenize([text + self.END for text in texts], padding_side="right").to(soft_prompts.device)
+        labels = tokens.input_ids.masked_fill(tokens.attention_mask == 0, IGNORED)  # [B, L]
+        unlearned = [self.prompt] * len(texts) if text_out is None else text_in
+        for row, text in enumerate(unlearned):
+            if text:
+                labels[row, : len(self.tokenizer(text).input_ids)] = IGNORED
+        hidden = self._hidden_states(soft_prompts, tokens.input_ids)  # [B, M + L, C]
+        # the token at text position i is predicted one position earlier
+        before_text = soft_prompts.shape[1] - 1
+        predictors = hidden[:, before_text : before_text + labels.shape[1]]
+        learned = labels != IGNORED
+        if not learned.any():
+            raise ConfigError(
+                f"no text token is left to learn: the prompt fills max_txt_len ({self.max_txt_len}). Raise model.max_txt_len."
+            )
+        logits = self.model.get_output_embeddings()(predictors[learned])  # [learned tokens, vocabulary]
+        return F.cross_entropy(logits.float(), labels[learned])
+
+    @torch.no_grad()
+    def generate(
+        self,
+        soft_prompts: Tensor,
+        prompts: list[str],
+        *,
+        num_beams: int = 5,
+        max_length: int = 30,
+        min_length: int = 1,
+        top_p: float = 0.9,
+        use_nucleus_sampling: bool = False,
+        repetition_penalty: float = 1.0,
+        length_penalty: float = 1.0,
+        num_captions: int = 1,
+        temperature: float = 1.0,
+    ) -> list[str]:
+        """Continues each prompt after its soft prompts, up to a newline or ``max_length`` new tokens.
+
+        Returns:
+            B x num_captions texts without the prompt, those of one picture in a row.
+        """
+        tokens = self._tokenize(prompts, padding_side="left").to(soft_prompts.device)
+        embeds = self.model.get_input_embeddings()(tokens.input_ids)
+        embeds = torch.cat([soft_prompts.to(embeds.dtype), embeds], dim=1)  # [B, M + L, C]
+        mask = torch.cat([tokens.attention_mask.new_ones(soft_prompts.shape[:2]), tokens.attention_mask], dim=1)
+        # where nothing is padded, the attention kernels need no mask
+        options = GenerationConfig(
+            do_sample=use_nucleus_sampling,
+            num_beams=1 if use_nucleus_sampling else num_beams,
+            max_new_tokens=max_length,
+            min_new_tokens=min_length,
+            repetition_penalty=repetition_penalty,
+            length_penalty=length_penalty,
+            num_return_sequences=num_captions,
+            eos_token_id=self.end_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            bos_token_id=self.tokenizer.bos_token_id,
+            **({"top_p": top_p, "temperature": temperature} if use_nucleus_sampling else {}),
+        )
+        ids = self.model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=options)
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def _tokenize(self, texts: list[str], padding_side: str):
+        return self.tokenizer(
+            texts,
+            return_tensors="pt",
+            padding="longest",
+            truncation=True,
+            max_length=self.max_txt_len,
+            padding_side=padding_side,
+        )
+
+    def _hidden_states(self, soft_prompts: Tensor, input_ids: Tensor) -> Tensor:
+        """[B, M, C] and [B, L] -> the last hidden states [B, M + L, C]. Right padding needs no mask: what is causal does
+        not see it."""
+        embeds = self.model.get_input_embeddings()(input_ids)
+        embeds = torch.cat([soft_prompts.to(embeds.dtype), embeds], dim=1)
+        return self.model.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+
+    def _check_tokenizer(self, name: str) -> None:
+        if self.tokenizer.pad_token_id is None:
+            raise ConfigError(
+                f"the tokenizer of model.language.name '{name}' has no pad token, which batches of texts need. "
+                "Set `pad_token` in its tokenizer_config.json (OPT's is <pad>)."
+            )
+        ids = self.tokenizer(self.END, add_special_tokens=False).input_ids
+        if len(ids) != 1:
+            raise ConfigError(
+                f"the tokenizer of model.language.name '{name}' has no token of its own for the newline, where generation "
+                "ends; OPT's has. Take an OPT's tokenizer."
+            )
+        self.end_token_id = ids[0]

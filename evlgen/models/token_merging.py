@@ -1,0 +1,125 @@
+"""Token merging: balanced bipartite soft matching as pure functions on tensors.
+
+Bolya et al., *Token Merging: Your ViT but Faster*, ICLR 2023 (arXiv 2210.09461), section 3. Tokens at even positions
+(set A) are matched with tokens at odd positions (set B); the r best matches are merged.
+
+What merges with what is one tensor, the *merge map* [B, N]: for each input token the position of the output token it
+ended in. Merging is a sum or mean over the tokens with equal entries, un-merging a look-up, and two merges in a row are
+``second.gather(1, first)``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def limit_r(num_tokens: int, r: int, num_protected: int = 1) -> int:
+    """The number of pairs that can merge: ``r``, but at most half of the tokens that are not protected."""
+    return max(0, min(int(r), (num_tokens - num_protected) // 2))
+
+
+def merge_schedule(r: int | list[int] | tuple[int, float], num_layers: int) -> list[int]:
+    """How many pairs each layer merges.
+
+    Args:
+        r: the same number for every layer; or one number per layer; or ``[r, inflection]`` as in the ToMe paper
+            (appendix on schedules): r on average, rising over the layers for inflection > 0 (from 0 to 2r at 1), falling for
+            inflection < 0. A list of two numbers is a pair per layer only where there are two layers and both are whole
+            numbers.
+        num_layers: the number of layers.
+
+    Raises:
+        ValueError: a negative r, a list of another length, or an inflection outside -1..1.
+    """
+    if isinstance(r, int):
+        rs = [r] * num_layers
+    elif len(r) == num_layers and all(isinstance(x, int) for x in r):
+        rs = list(r)
+    elif len(r) == 2 and isinstance(r[0], int):
+        mean, inflection = r
+        if not -1 <= inflection <= 1:
+            raise ValueError(f"the inflection of r={list(r)} must lie between -1 and 1")
+        first = mean * (1 - inflection)
+        step = 2 * (mean - first) / (num_layers - 1) if num_layers > 1 else 0.0
+        rs = [int(first + step * i) for i in range(num_layers)]
+    else:
+        raise ValueError(
+            f"r={list(r)} has {len(r)} entries for {num_layers} layers; give one number, one per layer, or [r, inflection]"
+        )
+    if min(rs, default=0) < 0:
+        raise ValueError(f"r={r} must not be negative")
+    return rs
+
+
+@torch.no_grad()
+def match_tokens(metric: Tensor, r: int, num_protected: int = 1) -> tuple[Tensor, int]:
+    """Finds the r pairs of most similar tokens.
+
+    The output order is: the tokens of A that stay, in their order, then the tokens of B, in theirs.
+
+    Args:
+        metric: [B, N, d], any floating type; similarity is the cosine, computed in float32.
+        r: pairs to merge; limited by `limit_r`.
+        num_protected: 1 keeps the class token (position 0) from merging, 0 protects nothing.
+
+    Returns:
+        The merge map [B, N] (int64) and the number of output tokens, N - r.
+    """
+    batch, num_tokens, _ = metric.shape
+    r = limit_r(num_tokens, r, num_protected)
+    if r == 0:
+        return torch.arange(num_tokens, device=metric.device).expand(batch, -1), num_tokens
+
+    with torch.autocast(metric.device.type, enabled=False):
+        metric = torch.nn.functional.normalize(metric.float(), dim=-1)
+        scores = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)  # [B, A, B']
+    if num_protected:
+        scores[:, 0] = -torch.inf
+    best_score, best_b = scores.max(dim=-1)  # [B, A]
+    order = best_score.argsort(dim=-1, descending=True, stable=True)
+    num_a = order.shape[1]
+    num_kept = num_a - r
+
+    kept = torch.ones_like(best_b).scatter_(1, order[:, :r], 0)  # [B, A], 0 where merged
+    map_a = torch.where(kept.bool(), kept.cumsum(1) - 1, best_b + num_kept)
+    map_b = torch.arange(num_kept, num_tokens - r, device=metric.device).expand(batch, -1)
+    merge_map = torch.empty(batch, num_tokens, dtype=torch.long, device=metric.device)
+    merge_map[:, ::2] = map_a
+    merge_map[:, 1::2] = map_b
+    return merge_map, num_tokens - r
+
+
+def merge_sum(x: Tensor, merge_map: Tensor, num_out: int) -> Tensor:
+    """Sums the tokens that share an output token: [B, N, C] -> [B, num_out, C]. Differentiable in x."""
+    batch, num_tokens, channels = x.shape
+    if num_out == num_tokens:
+        return x
+    offsets = torch.arange(batch, device=x.device).unsqueeze(1) * num_out
+    index = (merge_map + offsets).flatten()
+    out = x.new_zeros(batch * num_out, channels)
+    return out.index_add(0, index, x.reshape(-1, channels)).view(batch, num_out, channels)
+
+
+def token_counts(merge_map: Tensor, num_out: int) -> Tensor:
+    """How many input tokens each output token stands for: [B, num_out] (int64)."""
+    counts = torch.zeros(merge_map.shape[0], num_out, dtype=torch.long, device=merge_map.device)
+    return counts.scatter_add_(1, merge_map, torch.ones_like(merge_map))
+
+
+def merge_mean(x: Tensor, merge_map: Tensor, num_out: int) -> Tensor:
+    """Means over the tokens that share an output token: [B, N, C] -> [B, num_out, C]. Differentiable in x."""
+    if num_out == x.shape[1]:
+        return x
+    share = token_counts(merge_map, num_out).to(x.dtype).reciprocal()
+    return merge_sum(x, merge_map, num_out) * share.unsqueeze(-1)
+
+
+def unmerge(x: Tensor, merge_map: Tensor) -> Tensor:
+    """Gives every input position its output token's value: [B, num_out, C] -> [B, N, C]."""
+    return x.gather(1, merge_map.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def compose_maps(first: Tensor, second: Tensor) -> Tensor:
+    """The merge map of two merges in a row: [B, N] into [B, M] -> [B, N]."""
+    return second.gather(1, first)

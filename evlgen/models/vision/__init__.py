@@ -1,0 +1,30 @@
+"""Vision encoders."""
+
+from __future__ import annotations
+
+from evlgen.common.precision import dtype_of
+from evlgen.common.registry import registry
+from evlgen.models.model_config import VisionConfig
+from evlgen.models.vision.base import VisionEncoder
+from evlgen.models.vision.timm_encoder import EvaClipG, TimmEncoder
+
+__all__ = ["EvaClipG", "TimmEncoder", "VisionEncoder", "build_vision_encoder", "vision_encoder_class"]
+
+
+def vision_encoder_class(name: str) -> type[VisionEncoder]:
+    """The registered class of a name; any other name is a timm model's."""
+    known = registry.list_vision_encoders()
+    return registry.get_vision_encoder_class(name if name in known else "timm")
+
+
+def build_vision_encoder(cfg: VisionConfig, device: str = "cpu") -> VisionEncoder:
+    """The vision encoder of a config, its weights in the config's precision as ``device`` computes it."""
+    return vision_encoder_class(cfg.name)(
+        name=cfg.name,
+        image_size=cfg.image_size,
+        pretrained=cfg.pretrained,
+        dtype=dtype_of(cfg.precision, device),
+        grad_checkpoint=cfg.grad_checkpoint,
+        drop_path_rate=cfg.drop_path_rate,
+        kwargs=cfg.kwargs,
+    )

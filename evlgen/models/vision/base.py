@@ -1,0 +1,30 @@
+"""The contract of vision encoders: pixels in, visual tokens out."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class VisionEncoder(nn.Module):
+    """Turns pixels [B, 3, H, W] into visual tokens [B, N, C], class token first.
+
+    The constructor takes the fields of `model_config.VisionConfig` it cares about, by keyword.
+
+    Attributes:
+        embed_dim: C.
+        num_tokens: N.
+        num_prefix_tokens: tokens before the patches (class token, registers); 0 where there are none.
+        image_size: side of the pictures it reads, in pixels.
+        image_mean, image_std: normalisation of its pixels, three numbers each.
+    """
+
+    embed_dim: int
+    num_tokens: int
+    num_prefix_tokens: int
+    image_size: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, N, C]."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(pixels)")

@@ -1,0 +1,174 @@
+"""Any timm model as vision encoder, and EVA-CLIP-g as BLIP-2 uses it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import timm
+import torch
+from accelerate import init_empty_weights
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from evlgen.common.errors import CheckpointError, ConfigError, did_you_mean
+from evlgen.common.io import cache_root, download_target, resolve
+from evlgen.common.registry import registry
+from evlgen.common.weights import read_weights
+from evlgen.models.vision.base import VisionEncoder
+
+
+@registry.register_vision_encoder("timm")
+class TimmEncoder(VisionEncoder):
+    """A timm model without its head; all tokens of its last block.
+
+    Args:
+        name: timm model name, ``vit_base_patch16_224`` or with a tag, ``vit_base_patch16_clip_224.openai``.
+        image_size: side of the pictures, in pixels; a multiple of the patch size.
+        pretrained: true for timm's own weights, a path or URL of a file with this model's weights, false for random.
+        dtype: type of the weights.
+        grad_checkpoint: recompute activations in the backward pass.
+        drop_path_rate: stochastic depth while training.
+        kwargs: further arguments of ``timm.create_model``.
+
+    Raises:
+        ConfigError: no such timm model, an argument it does not take, an image size the patches do not divide.
+        CheckpointError: the weights are missing, damaged or of other shapes.
+    """
+
+    TIMM_NAME: ClassVar[str | None] = None  # the model to create where `name` is a registered one
+    DEFAULTS: ClassVar[dict[str, Any]] = {}  # arguments of timm.create_model
+    WEIGHTS_URL: ClassVar[str | None] = None  # what `pretrained: true` means; None: timm's own
+
+    def __init__(
+        self,
+        name: str,
+        image_size: int = 224,
+        pretrained: bool | str = True,
+        dtype: torch.dtype = torch.float32,
+        grad_checkpoint: bool = False,
+        drop_path_rate: float = 0.0,
+        kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        source = self.WEIGHTS_URL if pretrained is True else pretrained
+        self.trunk = _create(
+            self.TIMM_NAME or name,
+            pretrained=source is None,
+            empty=isinstance(source, str),
+            img_size=image_size,
+            **({"drop_path_rate": drop_path_rate} if drop_path_rate else {}),
+            **{**self.DEFAULTS, **(kwargs or {})},
+        )
+        self._check_image_size(name, image_size)
+        if isinstance(source, str):
+            self._load(source, dtype)
+        self.trunk.to(dtype)
+        if grad_checkpoint:
+            self.trunk.set_grad_checkpointing(True)
+        self.image_size = image_size
+        self.embed_dim = self.trunk.num_features
+        self.num_prefix_tokens = getattr(self.trunk, "num_prefix_tokens", 0)
+        data = self.trunk.pretrained_cfg
+        self.image_mean, self.image_std = tuple(data["mean"]), tuple(data["std"])
+        self.num_tokens = self._count_tokens()
+
+    @classmethod
+    def missing(cls, pretrained: bool | str) -> str | None:
+        """Why the weights are not on this machine, with the remedy; None when they are or can be asked of timm."""
+        source = cls.WEIGHTS_URL if pretrained is True else pretrained
+        if not isinstance(source, str):
+            return None
+        if source.startswith(("http://", "https://")):
+            target = download_target(source)
+            if target.is_file():
+                return None
+            return f"not in the cache ({target}). Get it from {source} and put it there, or set EVLGEN_CACHE (now {cache_root()})"
+        path = Path(resolve(source))
+        return None if path.exists() else f"there is no file {path}"
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, N, C]."""
+        tokens = self.trunk.forward_features(pixels)
+        if tokens.ndim == 4:  # a convolutional net's feature map
+            tokens = tokens.flatten(2).transpose(1, 2)
+        return tokens
+
+    def _check_image_size(self, name: str, image_size: int) -> None:
+        patch_embed = getattr(self.trunk, "patch_embed", None)
+        patch = getattr(patch_embed, "patch_size", (1, 1))[0]
+        if image_size % patch:
+            near = max(patch, round(image_size / patch) * patch)
+            raise ConfigError(
+                f"model.vision.image_size {image_size} is no multiple of {name}'s patch size {patch}; {near} is the nearest."
+            )
+
+    @torch.no_grad()
+    def _count_tokens(self) -> int:
+        patch_embed = getattr(self.trunk, "patch_embed", None)
+        if hasattr(patch_embed, "num_patches"):
+            return patch_embed.num_patches + self.num_prefix_tokens
+        weight = next(self.trunk.parameters())
+        return self.forward(torch.zeros(1, 3, self.image_size, self.image_size, dtype=weight.dtype)).shape[1]
+
+    def _load(self, source: str, dtype: torch.dtype) -> None:
+        state = self._adapt(read_weights(resolve(source)))
+        own = self.trunk.state_dict()
+        missing = sorted(set(own) - set(state))
+        if missing:
+            raise CheckpointError(
+                f"{source} lacks {len(missing)} of the {len(own)} weights of {type(self.trunk).__name__}, "
+                f"for instance {missing[0]}: these are another model's weights."
+            )
+        for key, value in own.items():
+            if state[key].shape != value.shape:
+                raise CheckpointError(
+                    f"{source}: {key} has shape {tuple(state[key].shape)}, the vision encoder needs {tuple(value.shape)}. "
+                    "Check model.vision.name and model.vision.kwargs."
+                )
+        # one tensor after the other, so that the memory-mapped file and the model never stand in RAM together
+        self.trunk.load_state_dict({k: state[k].to(dtype) for k in own}, assign=True)
+
+    def _adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights as published -> weights of `trunk`: prefix off, positions resampled to the image size."""
+        state = {k.removeprefix("visual_encoder.").removeprefix("trunk."): v for k, v in state.items()}
+        own = getattr(self.trunk, "pos_embed", None)
+        given = state.get("pos_embed")
+        if own is not None and given is not None and given.shape[1] != own.shape[1]:
+            state["pos_embed"] = resample_abs_pos_embed(
+                given,
+                new_size=list(self.trunk.patch_embed.grid_size),
+                num_prefix_tokens=0 if self.trunk.no_embed_class else self.trunk.num_prefix_tokens,
+            )
+        return state
+
+
+@registry.register_vision_encoder("eva_clip_g")
+class EvaClipG(TimmEncoder):
+    """EVA-CLIP-g as BLIP-2 uses it (Li et al., 2023, section 4.1): the second last layer's tokens, so 39 of 40 blocks and
+    no final norm. Reads the published ``eva_vit_g.pth``."""
+
+    TIMM_NAME = "eva_giant_patch14_clip_224"
+    DEFAULTS: ClassVar[dict[str, Any]] = {"depth": 39, "use_post_transformer_norm": False}
+    WEIGHTS_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
+
+
+def _create(name: str, pretrained: bool, empty: bool, **kwargs: Any) -> nn.Module:
+    if not timm.is_model(name):
+        known = {n.split(".")[0] for n in timm.list_models(pretrained=False)}
+        raise ConfigError(
+            f"model.vision.name '{name}' is neither a registered vision encoder "
+            f"({', '.join(registry.list_vision_encoders())}) nor a timm model.{did_you_mean(name, known)}"
+        )
+    try:
+        with init_empty_weights(include_buffers=False) if empty else torch.no_grad():
+            return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+    except TypeError as error:
+        raise ConfigError(f"model.vision.kwargs do not fit timm's {name}: {error}") from error
+    except (OSError, RuntimeError, AssertionError) as error:
+        if pretrained:
+            raise CheckpointError(
+                f"timm could not get the weights of {name} ({str(error).splitlines()[0]}). Download them where there is a "
+                "connection and set model.vision.pretrained to the file, or to false for random weights."
+            ) from error
+        raise ConfigError(f"model.vision: timm cannot build {name} ({str(error).splitlines()[0]})") from error

@@ -1,0 +1,222 @@
+"""Vision encoder -> connector -> language model: the one place where the three meet."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from evlgen.common.precision import dtype_of
+from evlgen.common.registry import registry
+from evlgen.models.base_model import BaseModel
+from evlgen.models.connectors.base import Connector
+from evlgen.models.language.base import LanguageModel
+from evlgen.models.model_config import ModelConfig
+from evlgen.models.vision import build_vision_encoder, vision_encoder_class
+from evlgen.models.vision.base import VisionEncoder
+
+logger = logging.getLogger(__name__)
+
+
+class VLM(BaseModel):
+    """A visually conditioned language model. An architecture is a registered subclass that names its language model.
+
+    Args:
+        vision: pixels [B, 3, H, W] -> visual tokens [B, N, C_vision].
+        connector: visual tokens -> soft prompts [B, M, C_language].
+        language: reads soft prompts and text.
+        prompt: the text before every caption.
+        freeze_vision, freeze_language: what is not trained.
+    """
+
+    LANGUAGE_MODEL: ClassVar[str]
+
+    def __init__(
+        self,
+        vision: VisionEncoder,
+        connector: Connector,
+        language: LanguageModel,
+        prompt: str = "",
+        freeze_vision: bool = True,
+        freeze_language: bool = True,
+    ) -> None:
+        super().__init__()
+        self.vision = vision
+        self.ln_vision = nn.LayerNorm(vision.embed_dim, eps=1e-5)
+        self.connector = connector
+        self.language = language
+        self.prompt = prompt
+        self._frozen = [
+            name for name, freeze in (("vision", freeze_vision), ("language", freeze_language)) if freeze
+        ]
+        for module in self.frozen_modules():
+            module.requires_grad_(False)
+
+    @classmethod
+    def from_parts_config(cls, cfg: ModelConfig, device: torch.device) -> VLM:
+        """Builds the three parts a config names. See `ModelConfig`."""
+        connector_args = dict(cfg.connector)
+        connector_class = registry.get_connector_class(connector_args.pop("name", "tomeformer"))
+        vision = build_vision_encoder(cfg.vision, device)
+        language = registry.get_language_model_class(cls.LANGUAGE_MODEL)(
+            name=cfg.language.name,
+            dtype=dtype_of(cfg.language.precision, device),
+            prompt=cfg.prompt,
+            max_txt_len=cfg.max_txt_len,
+        )
+        connector = connector_class(
+            vision_dim=vision.embed_dim,
+            language_dim=language.embed_dim,
+            num_tokens=vision.num_tokens,
+            num_prefix_tokens=vision.num_prefix_tokens,
+            embedding_rms=language.embedding_rms(),
+            **connector_args,
+        )
+        model = cls(vision, connector, language, cfg.prompt, cfg.vision.freeze, cfg.language.freeze)
+        model._log_parts()
+        return model
+
+    @classmethod
+    def missing(cls, cfg: ModelConfig) -> list[str]:
+        """Weights the config names that are not on this machine, one line each with the remedy."""
+        from evlgen.common.hub import missing_model
+
+        reasons = {
+            f"vision encoder {cfg.vision.name}": vision_encoder_class(cfg.vision.name).missing(cfg.vision.pretrained),
+            f"language model {cfg.language.name}": missing_model(cfg.language.name),
+        }
+        if cfg.connector.get("init"):
+            reasons[f"connector start {cfg.connector['init']}"] = missing_model(cfg.connector["init"])
+        return [f"{what}: {why}" for what, why in reasons.items() if why]
+
+    def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+        """The next-token loss of a batch.
+
+        Args:
+            samples: ``image`` [B, 3, H, W], ``text_input`` list[str] to learn; with ``text_output`` list[str] that is
+                learned and ``text_input`` only read.
+
+        Returns:
+            ``loss``: scalar, float32.
+        """
+        soft_prompts = self.soft_prompts(samples)
+        with self._own_precision(soft_prompts.device):
+            loss = self.language.loss(soft_prompts, samples["text_input"], samples.get("text_output"))
+        return {"loss": loss}
+
+    def soft_prompts(self, samples: dict[str, Any]) -> Tensor:
+        """``image`` [B, 3, H, W] -> soft prompts [B, M, C_language]."""
+        return self.connector(self.visual_tokens(samples["image"]))
+
+    def visual_tokens(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W] -> the encoder's tokens after ``ln_vision``, [B, N, C_vision]."""
+        image = image.to(self.device)
+        if "vision" in self._frozen:
+            with torch.no_grad(), self._own_precision(image.device):
+                tokens = self.vision(image.to(next(self.vision.parameters()).dtype))
+        else:
+            tokens = self.vision(image)
+        return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        samples: dict[str, Any],
+        num_beams: int = 5,
+        max_length: int = 30,
+        min_length: int = 1,
+        top_p: float = 0.9,
+        use_nucleus_sampling: bool = False,
+        repetition_penalty: float = 1.0,
+        length_penalty: float = 1.0,
+        num_captions: int = 1,
+        temperature: float = 1.0,
+    ) -> list[str]:
+        """Texts for a batch of pictures.
+
+        Args:
+            samples: ``image`` [B, 3, H, W]; optionally ``prompt``, one string or one for each picture.
+            num_beams: beams of the search; 1 is greedy.
+            max_length, min_length: number of *new* tokens at most and at least.
+            use_nucleus_sampling: sample from the likeliest tokens of total probability ``top_p``, at ``temperature``,
+                instead of searching.
+            repetition_penalty, length_penalty: as in transformers' generation.
+            num_captions: texts for each picture.
+
+        Returns:
+            B x num_captions texts, those of one picture in a row.
+        """
+        prompts = samples.get("prompt", self.prompt)
+        if isinstance(prompts, str):
+            prompts = [prompts] * len(samples["image"])
+        return self._continue(
+            samples,
+            prompts,
+            num_beams=num_beams,
+            max_length=max_length,
+            min_length=min_length,
+            top_p=top_p,
+            use_nucleus_sampling=use_nucleus_sampling,
+            repetition_penalty=repetition_penalty,
+            length_penalty=length_penalty,
+            num_captions=num_captions,
+            temperature=temperature,
+        )
+
+    @torch.no_grad()
+    def predict_answers(
+        self,
+        samples: dict[str, Any],
+        num_beams: int = 5,
+        max_len: int = 10,
+        min_len: int = 1,
+        prompt: str = "",
+        length_penalty: float = 0,
+    ) -> list[str]:
+        """Short answers to questions.
+
+        Args:
+            samples: ``image`` [B, 3, H, W] and ``text_input``, the questions (one string or one for each picture).
+            max_len, min_len: number of new tokens at most and at least.
+            prompt: a format with one slot for the question, ``Question: {} Short answer:``; empty asks the bare question.
+        """
+        questions = samples["text_input"]
+        if isinstance(questions, str):
+            questions = [questions] * len(samples["image"])
+        prompts = [prompt.format(q) for q in questions] if prompt else list(questions)
+        return self._continue(
+            samples,
+            prompts,
+            num_beams=num_beams,
+            max_length=max_len,
+            min_length=min_len,
+            length_penalty=length_penalty,
+        )
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """The frozen parts."""
+        return [getattr(self, name) for name in self._frozen]
+
+    def _continue(self, samples: dict[str, Any], prompts: list[str], **options) -> list[str]:
+        soft_prompts = self.soft_prompts(samples)
+        with self._own_precision(soft_prompts.device):
+            return self.language.generate(soft_prompts, prompts, **options)
+
+    @staticmethod
+    def _own_precision(device: torch.device) -> contextlib.AbstractContextManager:
+        """Frozen parts compute in the type their weights are kept in: autocast would convert all of them at every step."""
+        return torch.autocast(device.type, enabled=False)
+
+    def _log_parts(self) -> None:
+        for name in ("vision", "connector", "language"):
+            weights = list(getattr(self, name).parameters())
+            logger.info(
+                "%s: %.1f million weights, %s, %s",
+                name,
+                sum(p.numel() for p in weights) / 1e6,
+                "frozen" if name in self._frozen else "trained",
+                str(weights[0].dtype).removeprefix("torch."),
+            )
