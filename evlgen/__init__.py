@@ -1,0 +1,43 @@
+"""EVLGen: training, evaluating and using visually conditioned language generation models.
+
+The public names are imported on first use, so ``import evlgen`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evlgen.common.errors import EVLGenError
+    from evlgen.common.registry import registry
+    from evlgen.models.zoo import load_model, load_model_and_preprocess, load_preprocess, model_zoo
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "EVLGenError": "evlgen.common.errors",
+    "registry": "evlgen.common.registry",
+    "load_model": "evlgen.models.zoo",
+    "load_model_and_preprocess": "evlgen.models.zoo",
+    "load_preprocess": "evlgen.models.zoo",
+    "model_zoo": "evlgen.models.zoo",
+}
+__all__ = [
+    "EVLGenError",
+    "load_model",
+    "load_model_and_preprocess",
+    "load_preprocess",
+    "model_zoo",
+    "registry",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'evlgen' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

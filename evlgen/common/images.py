@@ -1,4 +1,4 @@
-"""Reading pictures: any file or Pillow mode becomes an upright RGB image, or an error that says which file and why."""
+"""Reading pictures: any file or Pillow mode becomes an upright RGB image, or an error that says why not."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ _DECODER_ERRORS = (
     LookupError,
     ArithmeticError,
     EOFError,
+    RuntimeError,
     struct.error,
     zlib.error,
 )
@@ -42,7 +43,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     """Reads one picture file as upright RGB.
 
     Raises:
-        DataError: the file is missing, a folder, empty, truncated, too large or not an image. Names path and cause.
+        DataError: the file is missing, a folder, empty, truncated, too large or not an image.
     """
     try:
         with Image.open(path) as image:
@@ -58,28 +59,36 @@ def open_image(path: str | os.PathLike) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any Pillow mode as 8-bit RGB, upright by its EXIF orientation.
 
-    Transparency (RGBA, LA, PA, or a transparent colour of a palette) is laid over white, as a web page shows it. More
-    than 8 bits per channel are scaled, not clipped: 16-bit modes from 0..65535; 32-bit integers likewise, unless all
-    values fit in 0..255; floats from 0..1, else 0..255, else from their own smallest to their own largest value. CMYK
-    and LAB go through Pillow's own conversion. An upright RGB image comes back as it is, not as a copy.
+    Transparency (RGBA, LA, PA, or a transparent colour) is laid over white, as a web page shows it. Modes of
+    more than 8 bits per channel are scaled, not clipped: 16-bit ones from 0..65535; 32-bit integers likewise,
+    unless all values fit in 0..255; floats from 0..1, else 0..255, else from their own smallest to their own
+    largest value. CMYK and LAB go through Pillow's own conversion. An upright RGB image comes back as it is,
+    not as a copy.
 
     Raises:
         DataError: the argument is no Pillow image, or has no pixels.
     """
     if not isinstance(image, Image.Image):
         raise DataError(
-            f"expected a Pillow image, got {type(image).__name__}. "
-            "Open files with evlgen.common.images.open_image(path), wrap arrays with PIL.Image.fromarray(array)."
+            f"expected a Pillow image, got {type(image).__name__}. Open a file with "
+            "evlgen.common.images.open_image(path), wrap an array with PIL.Image.fromarray(array)."
         )
     if 0 in image.size:
         raise DataError(f"the image has no pixels (size {image.size[0]} x {image.size[1]}).")
     image.load()
-    turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG))
+    turn = _UPRIGHT.get(_orientation(image))
     rgb = _as_rgb(image)
     if turn is not None:
         rgb = rgb.transpose(turn)
         rgb.info = {}  # carries a copy of the EXIF block; a second call would turn the picture again
     return rgb
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(_ORIENTATION_TAG)
+    except _DECODER_ERRORS:
+        return None  # a damaged EXIF block beside a whole picture: shown as it is stored
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

@@ -25,7 +25,7 @@ KINDS: dict[str, tuple[str, str | None]] = {
     "builder": ("evlgen.datasets", "evlgen.datasets.base_builder:BaseDatasetBuilder"),
     "processor": ("evlgen.processors", "evlgen.processors.base_processor:BaseProcessor"),
     "task": ("evlgen.tasks", "evlgen.tasks.base_task:BaseTask"),
-    "runner": ("evlgen.runners", "evlgen.runners.runner:Runner"),
+    "runner": ("evlgen.runners.runner", "evlgen.runners.runner:Runner"),
     "lr_scheduler": ("evlgen.common.lr_schedules", None),
     "metric": ("evlgen.tasks.metrics", None),
 }

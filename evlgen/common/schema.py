@@ -3,8 +3,8 @@
 ``check_section(section, MyConnector, "model.connector")`` compares the keys and values of a section with the
 parameters of ``MyConnector.__init__`` (or the fields of a dataclass). What annotations can say:
 
-========================================  =========================================================================
-``bool``, ``int``, ``float``, ``str``     a scalar; an int is a float, a bool is not an int, ``"1e-4"`` is a float
+========================================  ===================================================================
+``bool``, ``int``, ``float``, ``str``     a scalar; an int is a float, a bool no int, ``"1e-4"`` is a float
 ``list[int]``, ``tuple[float, float]``    a YAML list (and stays one); a fixed tuple fixes the length
 ``dict``, ``dict[str, float]``            a YAML mapping
 ``X | None``, ``int | list[int]``         one of several
@@ -12,10 +12,10 @@ parameters of ``MyConnector.__init__`` (or the fields of a dataclass). What anno
 a dataclass                               a section of its own
 ``Annotated[int, AtLeast(0)]``            a value within bounds; see also `PositiveInt` and its like
 ``Annotated[str, Registered("task")]``    a name in the registry
-========================================  =========================================================================
+========================================  ===================================================================
 
-Anything else (no annotation, a class of your own) is not checked. All problems of a section are collected and raised
-as one `ConfigError` with a line for each.
+Anything else (no annotation, a class of your own) is not checked. All problems of a section are collected and
+raised as one `ConfigError` with a line for each.
 """
 
 from __future__ import annotations
@@ -26,14 +26,48 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union
 
-from evlgen.common.errors import ConfigError, did_you_mean
-from evlgen.common.registry import registry
+from evlgen.common.constraints import (
+    AtLeast,
+    AtMost,
+    MoreThan,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Registered,
+    Share,
+    show,
+)
+from evlgen.common.errors import did_you_mean
+from evlgen.common.problems import Problems, Source
 
-Source = Callable[[str], str]
+__all__ = [
+    "REQUIRED",
+    "AtLeast",
+    "AtMost",
+    "MoreThan",
+    "NonNegativeFloat",
+    "NonNegativeInt",
+    "Parameter",
+    "Parameters",
+    "PositiveFloat",
+    "PositiveInt",
+    "Problems",
+    "Registered",
+    "Share",
+    "build_dataclass",
+    "check_section",
+    "describe",
+    "instantiate",
+    "parameters_of",
+    "show",
+    "to_plain",
+    "unknown_key",
+]
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _LISTS = (list, tuple, Sequence)
@@ -52,69 +86,6 @@ REQUIRED: Any = _Required()
 
 
 @dataclass(frozen=True)
-class AtLeast:
-    """The number is ``bound`` or more."""
-
-    bound: float
-
-    def problem(self, value: Any) -> str | None:
-        return None if value >= self.bound else f"must be {self}, not {show(value)}"
-
-    def __str__(self) -> str:
-        return f"at least {self.bound:g}"
-
-
-@dataclass(frozen=True)
-class MoreThan:
-    """The number is above ``bound``."""
-
-    bound: float
-
-    def problem(self, value: Any) -> str | None:
-        return None if value > self.bound else f"must be {self}, not {show(value)}"
-
-    def __str__(self) -> str:
-        return f"more than {self.bound:g}"
-
-
-@dataclass(frozen=True)
-class AtMost:
-    """The number is ``bound`` or less."""
-
-    bound: float
-
-    def problem(self, value: Any) -> str | None:
-        return None if value <= self.bound else f"must be {self}, not {show(value)}"
-
-    def __str__(self) -> str:
-        return f"at most {self.bound:g}"
-
-
-@dataclass(frozen=True)
-class Registered:
-    """The text names something registered of this kind."""
-
-    kind: str
-
-    def problem(self, value: Any) -> str | None:
-        known = registry.names(self.kind)
-        if value in known:
-            return None
-        hint = did_you_mean(value, known)
-        return f"no {self.kind} is registered as {show(value)}.{hint} Known: {', '.join(known) or 'none'}"
-
-    def __str__(self) -> str:
-        return f"a registered {self.kind}"
-
-
-PositiveInt = Annotated[int, AtLeast(1)]
-NonNegativeInt = Annotated[int, AtLeast(0)]
-PositiveFloat = Annotated[float, MoreThan(0)]
-NonNegativeFloat = Annotated[float, AtLeast(0)]
-Share = Annotated[float, AtLeast(0), AtMost(1)]
-
-
-@dataclass(frozen=True)
 class Parameter:
     """What one key may be: an annotation, and the default or `REQUIRED`."""
 
@@ -126,45 +97,6 @@ class Parameters(dict[str, Parameter]):
     """Parameters by name; ``any_key`` is true when the target also takes ``**kwargs``."""
 
     any_key: bool = False
-
-
-class Problems:
-    """Collects what is wrong in a configuration, to be shown all at once.
-
-    Args:
-        source: from a key's path to the file it came from (or ``--options``); "" where that is not known.
-        check_names: whether `Registered` is checked, which imports the packages that register names.
-    """
-
-    def __init__(self, source: Source | None = None, check_names: bool = True) -> None:
-        self.source = source or (lambda path: "")
-        self.check_names = check_names
-        self._lines: list[str] = []
-
-    def add(self, path: str, message: str) -> None:
-        """Notes a problem at a key's full path."""
-        source = self.source(path)
-        place = f"{path} ({source})" if source else path
-        line = f"{place}: {message.rstrip('.')}."
-        if line not in self._lines:
-            self._lines.append(line)
-
-    def trial(self) -> Problems:
-        """An empty collection with the same settings, for one of several alternatives."""
-        return Problems(self.source, self.check_names)
-
-    def extend(self, other: Problems) -> None:
-        self._lines.extend(line for line in other._lines if line not in self._lines)
-
-    def raise_any(self) -> None:
-        """Raises all problems as one `ConfigError`, a line each; does nothing when there are none."""
-        if len(self._lines) == 1:
-            raise ConfigError(self._lines[0])
-        if self._lines:
-            raise ConfigError("\n  ".join([f"{len(self._lines)} problems in the configuration:", *self._lines]))
-
-    def __len__(self) -> int:
-        return len(self._lines)
 
 
 def parameters_of(target: Any) -> Parameters:
@@ -248,14 +180,6 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def show(value: Any) -> str:
-    """A value as YAML would write it, short enough for a message."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def describe(annotation: Any) -> str:
     """What an annotation allows, in words: ``int (at least 0), list of int or null``."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -264,7 +188,13 @@ def describe(annotation: Any) -> str:
     if origin is Annotated:
         named = [c for c in arguments[1:] if isinstance(c, Registered)]
         bounds = ", ".join(str(c) for c in arguments[1:] if hasattr(c, "problem"))
-        return str(named[0]) if named else f"{describe(arguments[0])} ({bounds})" if bounds else describe(arguments[0])
+        return (
+            str(named[0])
+            if named
+            else f"{describe(arguments[0])} ({bounds})"
+            if bounds
+            else describe(arguments[0])
+        )
     if origin in (Union, types.UnionType):
         return _either([describe(a) for a in arguments])
     if origin is Literal:
@@ -372,7 +302,9 @@ def _convert(value: Any, annotation: Any, path: str, problems: Problems) -> Any:
 
 
 def _mismatch(value: Any, annotation: Any, path: str, problems: Problems) -> Any:
-    quotes = "; put it in quotes if it is meant as text" if annotation is str and not _is_container(value) else ""
+    quotes = (
+        "; put it in quotes if it is meant as text" if annotation is str and not _is_container(value) else ""
+    )
     problems.add(path, f"must be {describe(annotation)}, not {show(value)}{quotes}")
     return value
 
@@ -386,7 +318,7 @@ def _convert_scalar(value: Any, annotation: type, path: str, problems: Problems)
 
 
 def _as_float(value: Any) -> float | None:
-    """A finite float, or None where the value is none. YAML 1.1 reads ``1e-4`` as text, so numbers in text count."""
+    """A finite float, or None. YAML 1.1 reads ``1e-4`` as text, so numbers in text count."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     if isinstance(value, str) and not _NUMBER.fullmatch(value.strip()):
@@ -401,7 +333,9 @@ def _convert_annotated(value: Any, arguments: tuple[Any, ...], path: str, proble
     if len(problems) > before or value is None:
         return value
     for constraint in arguments[1:]:
-        if not hasattr(constraint, "problem") or (isinstance(constraint, Registered) and not problems.check_names):
+        if not hasattr(constraint, "problem") or (
+            isinstance(constraint, Registered) and not problems.check_names
+        ):
             continue
         message = constraint.problem(value)
         if message:
@@ -463,7 +397,10 @@ def _convert_list(value: Any, annotation: Any, path: str, problems: Problems) ->
         kinds = arguments
     else:
         kinds = (arguments[0] if arguments else Any,) * len(value)
-    return [_convert(v, kind, f"{path}[{i}]", problems) for i, (v, kind) in enumerate(zip(value, kinds, strict=True))]
+    return [
+        _convert(v, kind, f"{path}[{i}]", problems)
+        for i, (v, kind) in enumerate(zip(value, kinds, strict=True))
+    ]
 
 
 def _convert_dict(value: Any, annotation: Any, path: str, problems: Problems) -> Any:

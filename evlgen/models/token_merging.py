@@ -90,29 +90,68 @@ def match_tokens(metric: Tensor, r: int, num_protected: int = 1) -> tuple[Tensor
     return merge_map, num_tokens - r
 
 
+class _Merge(torch.autograd.Function):
+    """Sums or means of rows that share an output row.
+
+    Most groups have one member, so: copy one member of each group, then mend the few rows that have more. Adding every
+    row to zeros and scaling all of them, with autograd's general backward, costs several times as much on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, merge_map: Tensor, num_out: int, mean: bool) -> Tensor:
+        batch, num_tokens, channels = x.shape
+        picture = torch.arange(batch, device=x.device).unsqueeze(1)
+        position = torch.arange(num_tokens, device=x.device).expand(batch, -1)
+        first = position.new_full((batch, num_out), num_tokens).scatter_reduce_(1, merge_map, position, "amin")
+        is_other = first.gather(1, merge_map) != position
+        others = is_other.int().argsort(dim=1, descending=True, stable=True)[:, : num_tokens - num_out]
+
+        rows = x.reshape(-1, channels)
+        out = rows.index_select(0, (first + picture * num_tokens).flatten())
+        other_rows = (others + picture * num_tokens).flatten()  # the input rows that are not first of their group
+        group = merge_map.gather(1, others)
+        group_rows = (group + picture * num_out).flatten()  # the output rows they go to
+        out.index_add_(0, group_rows, rows.index_select(0, other_rows))
+        share = None
+        if mean:
+            share = token_counts(merge_map, num_out).gather(1, group).to(x.dtype).reciprocal().view(-1, 1)
+            out.index_copy_(0, group_rows, out.index_select(0, group_rows) * share)
+            other_rows = torch.cat([other_rows, (first.gather(1, group) + picture * num_tokens).flatten()])
+        ctx.save_for_backward((merge_map + picture * num_out).flatten(), other_rows, group_rows, share)
+        return out.view(batch, num_out, channels)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        index, shared_rows, group_rows, share = ctx.saved_tensors
+        batch, _, channels = grad.shape
+        rows = grad.reshape(-1, channels)
+        out = rows.index_select(0, index)
+        if share is not None:
+            scaled = rows.index_select(0, group_rows) * share
+            out = out.index_copy_(0, shared_rows, torch.cat([scaled, scaled]))
+        return out.view(batch, -1, channels), None, None, None
+
+
 def merge_sum(x: Tensor, merge_map: Tensor, num_out: int) -> Tensor:
-    """Sums the tokens that share an output token: [B, N, C] -> [B, num_out, C]. Differentiable in x."""
-    batch, num_tokens, channels = x.shape
-    if num_out == num_tokens:
-        return x
-    offsets = torch.arange(batch, device=x.device).unsqueeze(1) * num_out
-    index = (merge_map + offsets).flatten()
-    out = x.new_zeros(batch * num_out, channels)
-    return out.index_add(0, index, x.reshape(-1, channels)).view(batch, num_out, channels)
+    """Sums the tokens that share an output token: [B, N, C] -> [B, num_out, C]. Differentiable in x.
+
+    Every output token must have at least one member, as in the maps of `match_tokens`.
+    """
+    return x if num_out == x.shape[1] else _Merge.apply(x, merge_map, num_out, False)
+
+
+def merge_mean(x: Tensor, merge_map: Tensor, num_out: int) -> Tensor:
+    """Means over the tokens that share an output token: [B, N, C] -> [B, num_out, C]. Differentiable in x.
+
+    Every output token must have at least one member, as in the maps of `match_tokens`.
+    """
+    return x if num_out == x.shape[1] else _Merge.apply(x, merge_map, num_out, True)
 
 
 def token_counts(merge_map: Tensor, num_out: int) -> Tensor:
     """How many input tokens each output token stands for: [B, num_out] (int64)."""
     counts = torch.zeros(merge_map.shape[0], num_out, dtype=torch.long, device=merge_map.device)
     return counts.scatter_add_(1, merge_map, torch.ones_like(merge_map))
-
-
-def merge_mean(x: Tensor, merge_map: Tensor, num_out: int) -> Tensor:
-    """Means over the tokens that share an output token: [B, N, C] -> [B, num_out, C]. Differentiable in x."""
-    if num_out == x.shape[1]:
-        return x
-    share = token_counts(merge_map, num_out).to(x.dtype).reciprocal()
-    return merge_sum(x, merge_map, num_out) * share.unsqueeze(-1)
 
 
 def unmerge(x: Tensor, merge_map: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ def build_processor(section: Mapping[str, Any], path: str = "processor") -> Base
     """
     section = to_plain(section)
     if not isinstance(section, Mapping) or not section.get("name"):
-        raise ConfigError(f"{path}: needs the name of a processor, such as {{name: blip_image_eval, image_size: 224}}.")
+        raise ConfigError(
+            f"{path}: needs the name of a processor, such as {{name: blip_image_eval, image_size: 224}}."
+        )
     parameters = {key: value for key, value in section.items() if key != "name"}
     cls = registry.get_processor_class(section["name"])
     return cls(**check_section(parameters, cls, path))

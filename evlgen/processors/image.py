@@ -1,6 +1,6 @@
 """Image processors: a Pillow image of any mode and size -> normalised pixels, float32 [3, H, W].
 
-The four are those of LAVIS (`lavis/processors/blip_processors.py`), with its names and defaults. Random choices come from
+Names, steps and defaults are those of LAVIS (`lavis/processors/blip_processors.py`). Random choices come from
 torch's global generator only, so seeding it repeats them.
 """
 
@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from evlgen.common.constraints import PositiveInt, Share
 from evlgen.common.errors import ConfigError
 from evlgen.common.images import to_rgb
 from evlgen.common.registry import registry
-from evlgen.common.schema import PositiveInt, Share
 from evlgen.processors.base_processor import BaseProcessor
 from evlgen.processors.randaugment import RandAugment
 
@@ -52,7 +52,7 @@ class ImageProcessor(BaseProcessor):
         self._scale = 1 / (std * 255)
 
     def __call__(self, item: Image.Image) -> torch.Tensor:
-        """Normalised pixels, float32 [3, image_size, image_size]. Raises `DataError` for anything but a Pillow image."""
+        """Normalised pixels, float32 [3, H, W]. Raises `DataError` for anything but a Pillow image."""
         pixels = torch.from_numpy(np.array(self.transform(to_rgb(item)))).permute(2, 0, 1)  # [3, H, W] uint8
         pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
         return pixels.sub_(self._mean).mul_(self._scale)
@@ -60,7 +60,7 @@ class ImageProcessor(BaseProcessor):
 
 @registry.register_processor("blip2_image_train")
 class Blip2ImageTrainProcessor(ImageProcessor):
-    """A random part of the picture (``min_scale`` to ``max_scale`` of its area), resized, mirrored half of the time."""
+    """A random part (``min_scale`` to ``max_scale`` of the area), resized, mirrored half of the time."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Blip2ImageTrainProcessor(ImageProcessor):
 
 @registry.register_processor("blip_image_train")
 class BlipImageTrainProcessor(ImageProcessor):
-    """As ``blip2_image_train``, with two of BLIP's RandAugment operations at magnitude 5 after the mirroring."""
+    """As ``blip2_image_train``, with two of BLIP's RandAugment operations after the mirroring."""
 
     def __init__(
         self,
@@ -94,7 +94,10 @@ class BlipImageEvalProcessor(ImageProcessor):
     """The whole picture, resized to a square without regard to its proportions."""
 
     def __init__(
-        self, image_size: PositiveInt = 384, mean: tuple[float, float, float] | None = None, std: list[float] | None = None
+        self,
+        image_size: PositiveInt = 384,
+        mean: tuple[float, float, float] | None = None,
+        std: list[float] | None = None,
     ) -> None:
         resize = v2.Resize((image_size, image_size), interpolation=v2.InterpolationMode.BICUBIC)
         super().__init__(resize, mean, std)
@@ -114,5 +117,7 @@ def _crop_and_flip(image_size: int, min_scale: float, max_scale: float) -> list[
 
 def _per_channel(name: str, values: Sequence[float]) -> torch.Tensor:
     if len(values) != 3:
-        raise ConfigError(f"{name} takes three numbers, one for each of red, green and blue; got {list(values)}.")
+        raise ConfigError(
+            f"{name} takes three numbers, one for each of red, green and blue; got {list(values)}."
+        )
     return torch.tensor([float(v) for v in values]).view(3, 1, 1)

@@ -1,13 +1,14 @@
 """BLIP's RandAugment: ten operations on an RGB picture, a few of them drawn at random.
 
-Names, strengths and grey filling are those of LAVIS (`lavis/processors/randaugment.py`), which works with OpenCV; here
-Pillow does the work. What differs, and by how little:
+Names, strengths and grey filling are those of LAVIS (`lavis/processors/randaugment.py`), which works with
+OpenCV; here Pillow does the work. What differs, and by how little:
 
-- Shears and rotations: Pillow interpolates without OpenCV's rounding of coordinates to 1/32 pixel, and the last half
-  pixel repeats the picture's edge where OpenCV blends it with the filling. Measured on a photograph at magnitude 5: 0.7
-  steps of 256 in the mean, more than 2 steps on 0.6 % of the pixels. The other operations are equal.
-- Sharpening past the original is clipped to 0..255, where the published code wraps around. At BLIP's magnitude of 5
-  brightness and sharpness have factor 1.0 and change nothing, there as here.
+- Shears and rotations: Pillow interpolates without OpenCV's rounding of coordinates to 1/32 pixel, and the
+  last half pixel repeats the picture's edge where OpenCV blends it with the filling. Measured on a photograph
+  at magnitude 5: 0.7 steps of 256 in the mean, more than 2 steps on 0.6 % of the pixels. The other operations
+  are equal.
+- Sharpening past the original is clipped to 0..255, where the published code wraps around. At BLIP's
+  magnitude of 5 brightness and sharpness have factor 1.0 and change nothing, there as here.
 - Random choices come from torch's global generator, not numpy's.
 """
 
@@ -40,7 +41,9 @@ class RandAugment:
         ConfigError: an operation's name is not known.
     """
 
-    def __init__(self, num_ops: int = 2, magnitude: float = 5, operations: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, num_ops: int = 2, magnitude: float = 5, operations: Sequence[str] | None = None
+    ) -> None:
         self.num_ops = num_ops
         self.magnitude = magnitude
         self.operations = tuple(OPERATIONS if operations is None else operations)
@@ -80,14 +83,14 @@ def translate_y(image: Image.Image, offset: float) -> Image.Image:
 
 
 def rotate(image: Image.Image, degrees: float) -> Image.Image:
-    """Turns the picture counter-clockwise about the pixel at (width / 2, height / 2), as OpenCV counts pixels."""
+    """Turns the picture counter-clockwise about the centre of pixel (width / 2, height / 2)."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     x, y = image.width / 2 + 0.5, image.height / 2 + 0.5
     return _warp(image, (cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y))
 
 
 def _warp(image: Image.Image, output_to_input: tuple[float, ...]) -> Image.Image:
-    """Affine warp. Pillow places pixel centres at half integers, hence the half-pixel terms of the callers."""
+    """Affine warp. Pillow has pixel centres at half integers, hence the halves in the callers' terms."""
     return image.transform(
         image.size, Image.Transform.AFFINE, output_to_input, Image.Resampling.BILINEAR, fillcolor=FILL
     )

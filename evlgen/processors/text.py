@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from evlgen.common.constraints import PositiveInt
 from evlgen.common.registry import registry
-from evlgen.common.schema import PositiveInt
 from evlgen.processors.base_processor import BaseProcessor
 
 _PUNCTUATION = re.compile(r'[.!"()*#:;~]')
@@ -15,8 +15,8 @@ _PUNCTUATION = re.compile(r'[.!"()*#:;~]')
 class BlipCaptionProcessor(BaseProcessor):
     """A caption in lower case, without punctuation, cut to ``max_words``, with ``prompt`` put before it.
 
-    Every run of white space becomes one blank. (LAVIS folds runs of two and more and keeps a lone tab or line break;
-    OPT reads a line break as the caption's end.) The prompt is put there as it is written, its trailing blank included.
+    Every run of white space becomes one blank. (LAVIS folds runs of two and more and keeps a lone tab or line
+    break; OPT reads a line break as the caption's end.) The prompt stays as written, trailing blank included.
     """
 
     def __init__(self, prompt: str = "", max_words: PositiveInt = 50) -> None:
@@ -30,8 +30,7 @@ class BlipCaptionProcessor(BaseProcessor):
 
 @registry.register_processor("blip_question")
 class BlipQuestionProcessor(BaseProcessor):
-    """A question in lower case, its punctuation (all but commas, hyphens and the question mark) deleted, cut to
-    ``max_words``.
+    """A question in lower case, without punctuation but for commas and question marks, cut to ``max_words``.
 
     As published, a deleted mark leaves no blank behind, and words are what single blanks separate.
     """

@@ -1,0 +1,6 @@
+"""Tasks: what is trained and how it is scored. Importing this package registers the built-in ones."""
+
+from evlgen.tasks.base_task import BaseTask
+from evlgen.tasks.captioning import CaptioningTask
+
+__all__ = ["BaseTask", "CaptioningTask"]

@@ -71,6 +71,7 @@ def save_half(state: dict[str, torch.Tensor], path: Path) -> None:
     """Writes a state dict as float16 safetensors; whoever loads it casts up."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().half().contiguous() for name, tensor in state.items()}, path)
+    path.chmod(0o644)
 
 
 def report(path: Path, **numbers: object) -> None:

@@ -7,6 +7,7 @@ is read as the sum of their word embeddings with a little noise. The loss is on 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from pathlib import Path
 
@@ -67,6 +68,15 @@ def train_tokenizer(scenes: int, seed: int) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         model_max_length=POSITIONS,
     )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Saves it under the class name that transformers 4 knows as well as 5."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config.pop("backend", None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 class DocumentStream:
@@ -147,8 +157,9 @@ def main(argv: list[str] | None = None) -> None:
     with torch.no_grad():
         loss = sum(document_loss(model, stream.batch(), shift=False).item() for _ in range(8)) / 8
     folder = args.output / "language"
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     model.half().save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     report(
         args.output / "language.json",
         steps=args.steps,

@@ -221,7 +221,7 @@ def _three_groups(groups: list[Group], phrases: list[str], rng: random.Random) -
     for relation in relations(first, second):
         words = rng.choice(_RELATIONS[relation])
         related += [f"{a} {words} {b}, and {c}", f"{a} is {words} {b}, and there is {c}"]
-        if second.kind != first.kind:
+        if second.kind not in (first.kind, third.kind):
             for other in relations(third, second):
                 more = rng.choice(_RELATIONS[other])
                 related.append(f"{a} {words} {b}, and {c} {more} the {second.kind}")

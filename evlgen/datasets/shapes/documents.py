@@ -16,7 +16,9 @@ from evlgen.datasets.shapes.world import Scene, Shape
 
 _FILLERS = ("plain", "background", "nothing")
 _MAX_BAG = 28
-_SHARE_WITH_BAG = 0.65
+_SHARE_WITH_BAG = 0.85
+_SHARE_BLENDED = 0.75  # of the bags
+_SHARE_CAPTION_FIRST = 0.75  # of the texts after a bag
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,15 @@ class Document:
 def document(scene: Scene, rng: random.Random) -> Document:
     """One document about a scene, by the choices of ``rng``."""
     if rng.random() >= _SHARE_WITH_BAG:
-        return Document((), "".join(line + "\n" for line in _lines(scene, rng, captions_wanted=3, opening=True)))
-    bag = blended_bag(scene, rng) if rng.random() < 0.5 else word_bag(scene, rng)
-    return Document(bag, "".join(line + "\n" for line in _lines(scene, rng, captions_wanted=2, opening=False)))
+        lines = _lines(scene, rng)
+        if rng.random() < 0.5:
+            lines.insert(0, tag_line(scene, rng))
+        return Document((), _text(lines))
+    bag = blended_bag(scene, rng) if rng.random() < _SHARE_BLENDED else word_bag(scene, rng)
+    lines = _lines(scene, rng)
+    if rng.random() < _SHARE_CAPTION_FIRST:
+        lines.insert(0, write_caption(scene, rng))
+    return Document(bag, _text(lines))
 
 
 def question_line(question: str, answer: str) -> str:
@@ -83,14 +91,17 @@ def _shuffled(words: list[str], rng: random.Random) -> list[str]:
     return rng.sample(words, len(words))
 
 
-def _lines(scene: Scene, rng: random.Random, captions_wanted: int, opening: bool) -> list[str]:
-    lines = [write_caption(scene, rng) for _ in range(rng.randint(1, captions_wanted))]
+def _lines(scene: Scene, rng: random.Random) -> list[str]:
+    """One or two captions and up to three questions, in any order."""
     asked = questions(scene)
-    lines += [question_line(*pair) for pair in rng.sample(asked, min(len(asked), rng.randint(0, 2)))]
+    lines = [question_line(*pair) for pair in rng.sample(asked, min(len(asked), rng.randint(0, 3)))]
+    lines += [write_caption(scene, rng) for _ in range(rng.randint(1, 2))]
     rng.shuffle(lines)
-    if opening and rng.random() < 0.5:
-        lines.insert(0, tag_line(scene, rng))
     return lines
+
+
+def _text(lines: list[str]) -> str:
+    return "".join(line + "\n" for line in lines)
 
 
 def corpus_lines(scene: Scene) -> list[str]:

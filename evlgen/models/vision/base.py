@@ -25,6 +25,16 @@ class VisionEncoder(nn.Module):
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
 
+    @classmethod
+    def normalisation(cls, name: str) -> dict[str, list[float]]:
+        """``mean`` and ``std`` for the processors, before the encoder is built; empty leaves the processors' own."""
+        return {}
+
+    @classmethod
+    def missing(cls, pretrained: bool | str) -> str | None:
+        """Why the weights are not on this machine, with the remedy; None when nothing is known to be missing."""
+        return None
+
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, N, C]."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(pixels)")

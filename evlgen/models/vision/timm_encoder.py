@@ -87,6 +87,12 @@ class TimmEncoder(VisionEncoder):
         path = Path(resolve(source))
         return None if path.exists() else f"there is no file {path}"
 
+    @classmethod
+    def normalisation(cls, name: str) -> dict[str, list[float]]:
+        """``mean`` and ``std`` of the pixels a model of this name reads; builds nothing. Empty for an unknown name."""
+        cfg = timm.get_pretrained_cfg(cls.TIMM_NAME or name, allow_unregistered=False) if timm.is_model(cls.TIMM_NAME or name) else None
+        return {} if cfg is None else {"mean": list(cfg.mean), "std": list(cfg.std)}
+
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, N, C]."""
         tokens = self.trunk.forward_features(pixels)

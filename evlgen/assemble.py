@@ -1,0 +1,186 @@
+"""From a configuration to a run: what is missing, then data, model, task and runner."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evlgen.common.config import Config, validate
+from evlgen.common.errors import ConfigError, DataError, TrainingError
+from evlgen.common.io import cache_root, write_atomically
+from evlgen.common.registry import registry
+from evlgen.common.schema import build_dataclass, parameters_of
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+logger = logging.getLogger(__name__)
+
+
+def run(cfg: Config) -> dict[str, dict[str, float]]:
+    """Trains (or, with ``run.evaluate``, only evaluates) what a configuration describes.
+
+    Returns:
+        split name -> metrics of the evaluated splits.
+
+    Raises:
+        EVLGenError: whatever a user can mend; nothing heavy was loaded where that could be known before.
+    """
+    validate(cfg)
+    follow_vision_encoder(cfg)
+    builders = make_builders(cfg)
+    check_nothing_missing(cfg, builders)
+
+    from evlgen.common.logs import log_to_file
+    from evlgen.runners.runner import make_accelerator
+
+    accelerator = make_accelerator(cfg.run)
+    folder = run_folder(cfg, accelerator)
+    with log_to_file(folder / "log.txt", enabled=accelerator.is_main_process):
+        if accelerator.is_main_process:
+            logger.info("this run writes to %s", folder)
+            write_atomically(folder / "config.yaml", cfg.to_yaml())
+        datasets = build_datasets(cfg, builders)
+        model = registry.get_model_class(cfg.model.arch).from_config(cfg.model, accelerator.device)
+        task = registry.get_task_class(cfg.run.task)(cfg.run)
+        runner = registry.get_runner_class(cfg.run.runner)(
+            cfg.run, task, model, datasets, folder, config=cfg.to_dict(), accelerator=accelerator
+        )
+        if cfg.run.evaluate:
+            return runner.evaluate(cfg.run.test_splits)
+        return runner.train()
+
+
+def follow_vision_encoder(cfg: Config) -> None:
+    """Image size, mean and std of the vision encoder go into the processors that take them, unless the YAML says otherwise.
+
+    Raises:
+        ConfigError: a processor's image size differs from the vision encoder's.
+    """
+    from evlgen.models.vision import vision_encoder_class
+
+    vision = cfg.model.vision
+    follow = {"image_size": vision.image_size}
+    follow.update(vision_encoder_class(vision.name).normalisation(vision.name))
+    for name, dataset in cfg.datasets.items():
+        for role, section in dataset.get("vis_processor", {}).items():
+            known = parameters_of(registry.get_processor_class(section["name"]))
+            for key, value in follow.items():
+                if key in known and section.get(key) is None:
+                    section[key] = value
+            if section.get("image_size", vision.image_size) != vision.image_size:
+                path = f"datasets.{name}.vis_processor.{role}.image_size"
+                raise ConfigError(
+                    f"{path} ({cfg.source(path)}) is {section['image_size']}, but model.vision.image_size "
+                    f"({cfg.source('model.vision.image_size')}) is {vision.image_size}. Leave the processor's out: it follows."
+                )
+
+
+def make_builders(cfg: Config) -> dict[str, Any]:
+    """The builders of all datasets of a configuration, by name. Reads no data."""
+    root = cache_root(cfg.env.get("cache_root"))
+    return {
+        name: registry.get_builder_class(name)(name=name, cache_root=root, **section)
+        for name, section in cfg.datasets_plain().items()
+    }
+
+
+def wanted_splits(cfg: Config) -> list[str]:
+    """The splits a run touches."""
+    run = cfg.run
+    training = [] if run.evaluate else [*run.train_splits, *run.valid_splits]
+    return list(dict.fromkeys([*training, *run.test_splits]))
+
+
+def check_nothing_missing(cfg: Config, builders: dict[str, Any]) -> None:
+    """Raises one `DataError` that lists all weights and data the run needs and this machine lacks, with the remedies.
+
+    Weights that the hub offers are not missing where it can be reached: they are downloaded later.
+    """
+    from evlgen.common.hub import hub_reachable
+
+    model_class = registry.get_model_class(cfg.model.arch)
+    weights = model_class.missing(build_dataclass(model_class.CONFIG, cfg.model_plain(), path="model"))
+    data = [
+        line
+        for name, builder in builders.items()
+        for line in builder.missing([s for s in wanted_splits(cfg) if s in builder.splits])
+    ]
+    if weights and not data and hub_reachable():
+        return
+    if weights or data:
+        lines = "\n".join(f"  - {line}" for line in [*weights, *data])
+        small = "To see the command work without any of the weights, add: --options model.model_type=shapes"
+        raise DataError(
+            f"this run needs what is not on this machine:\n{lines}" + (f"\n{small}" if weights else "")
+        )
+
+
+def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str, Dataset]]:
+    """Dataset name -> split -> dataset, of the splits the run touches."""
+    datasets = {
+        name: {split: builder.get_split(split) for split in wanted_splits(cfg) if split in builder.splits}
+        for name, builder in builders.items()
+    }
+    for name, splits in datasets.items():
+        for split, dataset in splits.items():
+            logger.info("%s/%s: %d samples", name, split, len(dataset))
+    return datasets
+
+
+def run_folder(cfg: Config, accelerator: Any) -> Path:
+    """The folder of this run: ``output_dir/<date-time>``, or, with ``resume: auto``, the newest one with a checkpoint.
+
+    Raises:
+        TrainingError: it cannot be written to.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    chosen = [None, None]
+    if accelerator.is_main_process:
+        try:
+            chosen[0] = str(_choose_folder(cfg))
+        except TrainingError as error:
+            chosen[1] = str(error)
+    broadcast_object_list(chosen)
+    if chosen[1]:
+        raise TrainingError(chosen[1])
+    return Path(chosen[0])
+
+
+def _choose_folder(cfg: Config) -> Path:
+    parent = Path(cfg.run.output_dir).expanduser().absolute()
+    if cfg.run.resume == "auto":
+        found = sorted(p.parent.parent for p in parent.glob("*/checkpoints/latest") if not p.parent.parent.is_symlink())
+        if found:
+            return found[-1]
+    elif cfg.run.resume:
+        checkpoint = Path(cfg.run.resume).resolve()
+        if checkpoint.parent.name == "checkpoints":
+            return checkpoint.parent.parent
+    return new_run_folder(parent)
+
+
+def new_run_folder(parent: Path) -> Path:
+    """Makes ``parent/<date-time>`` and points ``parent/latest`` at it. Raises `TrainingError` when that cannot be done."""
+    from evlgen.common.checkpoints import point
+
+    name = time.strftime("%Y%m%d-%H%M%S")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(100):
+            folder = parent / (name if attempt == 0 else f"{name}-{attempt}")
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                continue
+        point(parent / "latest", folder)
+    except OSError as error:
+        raise TrainingError(
+            f"run.output_dir {parent} takes no files ({os.strerror(error.errno or 0)}). Name another folder."
+        ) from error
+    return folder

@@ -1,0 +1,95 @@
+"""Captions for picture files: what ``python -m evlgen caption`` does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from evlgen.common.checkpoints import CONFIG_FILE
+from evlgen.common.config import Config, load_model_file
+from evlgen.common.errors import DataError
+from evlgen.common.images import open_image
+from evlgen.common.io import resolve
+from evlgen.common.registry import registry
+from evlgen.models.base_model import BaseModel
+from evlgen.models.zoo import load_model, load_preprocess
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def caption_files(
+    images: Sequence[str],
+    cfg_path: str | None = None,
+    checkpoint: str | None = None,
+    options: Sequence[str] = (),
+    prompt: str | None = None,
+    num_beams: int = 5,
+    max_length: int = 30,
+    batch_size: int = 16,
+) -> Iterator[tuple[str, str]]:
+    """(path, caption) for each picture; those that cannot be read are named in a warning and left out.
+
+    Args:
+        images: files, addresses, or folders of pictures.
+        cfg_path, options: a project file and changes to it: its model writes the captions.
+        checkpoint: a folder of `save_pretrained` or of a run; with ``cfg_path``, weights for that model. With neither,
+            the bundled model.
+
+    Raises:
+        DataError: not one picture could be read.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    paths = [path for image in images for path in _expand(image)]
+    model = load_for_captioning(cfg_path, checkpoint, options, device)
+    processor = load_preprocess(model)[0]["eval"]
+    samples = {} if prompt is None else {"prompt": prompt}
+    read = _read(paths)
+    done = 0
+    while batch := list(islice(read, batch_size)):
+        samples["image"] = torch.stack([processor(picture) for _, picture in batch]).to(device)
+        texts = model.generate(samples, num_beams=num_beams, max_length=max_length)
+        done += len(texts)
+        yield from zip((path for path, _ in batch), texts, strict=True)
+    if not done:
+        raise DataError(f"none of the {len(paths)} files could be read as a picture.")
+
+
+def load_for_captioning(
+    cfg_path: str | None, checkpoint: str | None, options: Sequence[str], device: str
+) -> BaseModel:
+    """The model of a project file, of a checkpoint folder, or the bundled one."""
+    if cfg_path is not None:
+        cfg = Config.load(cfg_path, options)
+        if checkpoint is not None:
+            cfg.model.checkpoint = checkpoint
+        return registry.get_model_class(cfg.model.arch).from_config(cfg.model, device).to(device)
+    if checkpoint is None:
+        return load_model("evlgen_opt", device=device)
+    file = Path(resolve(checkpoint)) / CONFIG_FILE
+    if not file.is_file():
+        raise DataError(
+            f"{checkpoint} is no folder with a {CONFIG_FILE}, so the model it belongs to is not known: name it with --cfg-path."
+        )
+    arch = load_model_file(file).arch
+    return registry.get_model_class(arch).from_pretrained(file.parent, device).to(device)
+
+
+def _expand(image: str) -> list[str]:
+    folder = Path(image)
+    if folder.is_dir():
+        return [str(p) for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES]
+    return [image]
+
+
+def _read(paths: Sequence[str]) -> Iterator[tuple[str, object]]:
+    for path in paths:
+        try:
+            yield path, open_image(resolve(path))
+        except DataError as error:
+            logger.warning("left out: %s", error)

@@ -1,0 +1,283 @@
+"""Configuration: files and options in, checked sections out.
+
+Layers, the weakest first: ``configs/default.yaml``, the model type's YAML, each dataset's YAML, the project
+file, ``--options``. Everything is checked before anything is built: structure and the ``run`` section before
+torch is even imported, then names, then the parameters of what was named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from evlgen.common.config_checks import (
+    check_datasets,
+    check_env,
+    check_model,
+    check_run,
+    check_structure,
+    warn_of_ignored_run_keys,
+)
+from evlgen.common.errors import ConfigError, did_you_mean
+from evlgen.common.io import PACKAGE_ROOT, write_atomically
+from evlgen.common.layers import Layer, Layers, display, options_layer, read_layer
+from evlgen.common.plugins import load_entry_points, load_plugins
+from evlgen.common.registry import registry
+from evlgen.common.schema import Problems
+from evlgen.common.yaml_io import dump_yaml
+from evlgen.runners.run_config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+DEFAULTS = PACKAGE_ROOT / "configs" / "default.yaml"
+_PARTS = ("vision", "connector", "language")
+
+
+class Config:
+    """A checked configuration.
+
+    Attributes:
+        model: the ``model`` section, with the model type's defaults filled in.
+        datasets: the ``datasets`` section, each with its dataset's defaults.
+        run: the ``run`` section.
+        env: the ``env`` section.
+        plugins: the plugins loaded, files as absolute paths.
+        cfg_path: the project file, None where there was none.
+    """
+
+    def __init__(
+        self,
+        model: DictConfig,
+        datasets: DictConfig,
+        run: RunConfig,
+        env: DictConfig,
+        plugins: list[str],
+        cfg_path: Path | None,
+        layers: Layers,
+    ) -> None:
+        self.model = model
+        self.datasets = datasets
+        self.run = run
+        self.env = env
+        self.plugins = plugins
+        self.cfg_path = cfg_path
+        self._layers = layers
+
+    @classmethod
+    def load(
+        cls, cfg_path: str | os.PathLike | None, options: Sequence[str] = (), plugins: Sequence[str] = ()
+    ) -> Config:
+        """Reads, layers and checks a project file.
+
+        Args:
+            cfg_path: the project file, looked up as `find_config` says; None: only defaults and options.
+            options: ``key.path=value``, the value in YAML; they win over everything.
+            plugins: modules or ``.py`` files to import besides the file's own ``plugins``.
+
+        Raises:
+            ConfigError: the file is not there, or there are problems in it: one line for each, with the key's
+                path, the file it came from, and the nearest valid key.
+            EVLGenError: a plugin failed.
+        """
+        path = find_config(cfg_path) if cfg_path is not None else None
+        own = [read_layer(path)] if path else []
+        layers = Layers([read_layer(DEFAULTS), *own, options_layer(options)])
+        _check_early(layers)
+
+        load_entry_points()
+        names = [*(layers.get("plugins") or []), *plugins]
+        loaded = load_plugins(names, path.parent if path else None)
+
+        layers = _with_dataset_defaults(_with_model_type(layers))
+        merged = layers.merged()
+        problems = Problems(layers.source)
+        model = check_model(merged.get("model", {}), problems)
+        datasets = check_datasets(merged.get("datasets", {}), problems)
+        env = check_env(merged.get("env"), problems)
+        run = check_run(merged.get("run", {}), problems, list(datasets))
+        problems.raise_any()
+        warn_of_ignored_run_keys(merged.get("run", {}), logger)
+        sections = (OmegaConf.create(model), OmegaConf.create(datasets), run, OmegaConf.create(env))
+        return cls(*sections, plugins=loaded, cfg_path=path, layers=layers)
+
+    def source(self, key_path: str) -> str:
+        """The file (or ``--options``) a key such as ``model.connector.r`` came from; "" if built in."""
+        return self._layers.source(key_path)
+
+    def model_plain(self) -> dict[str, Any]:
+        """The ``model`` section as plain dicts and lists."""
+        return OmegaConf.to_container(self.model, resolve=True)
+
+    def datasets_plain(self) -> dict[str, dict[str, Any]]:
+        """The ``datasets`` section as plain dicts and lists."""
+        return OmegaConf.to_container(self.datasets, resolve=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole configuration as plain dicts and lists."""
+        return {
+            "plugins": list(self.plugins),
+            "env": OmegaConf.to_container(self.env, resolve=True),
+            "model": self.model_plain(),
+            "datasets": self.datasets_plain(),
+            "run": dataclasses.asdict(self.run),
+        }
+
+    def to_yaml(self) -> str:
+        """The whole configuration as text that `load` reads back as the same one."""
+        return dump_yaml(self.to_dict())
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes `to_yaml` to a file."""
+        write_atomically(path, self.to_yaml())
+
+
+def validate(config: Config) -> None:
+    """Checks a configuration again, as `Config.load` did: for one that was changed in Python.
+
+    Raises:
+        ConfigError: one line for each problem.
+    """
+    problems = Problems(config.source)
+    content = config.to_dict()
+    check_model(content["model"], problems)
+    check_datasets(content["datasets"], problems)
+    check_env(content["env"], problems)
+    check_run(content["run"], problems, list(content["datasets"]))
+    problems.raise_any()
+
+
+def find_config(path: str | os.PathLike) -> Path:
+    """A YAML file: as given (from the working folder), then inside the package.
+
+    Raises:
+        ConfigError: it is in neither place; names both, and packaged project files with a name like it.
+    """
+    given = Path(path).expanduser()
+    places = [given.absolute(), PACKAGE_ROOT / given]
+    for place in places:
+        if place.is_file():
+            return place
+    packaged = [
+        p.relative_to(PACKAGE_ROOT).as_posix() for p in sorted(PACKAGE_ROOT.glob("projects/**/*.yaml"))
+    ]
+    looked = " nor at ".join(dict.fromkeys(map(str, places)))
+    raise ConfigError(f"there is no YAML file at {looked}.{did_you_mean(str(path), packaged)}")
+
+
+def load_model_config(
+    arch: str, model_type: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> DictConfig:
+    """The ``model`` section of a registered model's type, checked.
+
+    Args:
+        arch: a registered model.
+        model_type: one of its types; None: its default type.
+        overrides: keys of the section that win over the type's, nested as in YAML.
+
+    Raises:
+        RegistryError: there is no such architecture.
+        ConfigError: there is no such type, or the overrides do not fit.
+    """
+    load_entry_points()
+    cls = registry.get_model_class(arch)
+    if model_type is None:
+        model_type = cls.DEFAULT_MODEL_TYPE
+    section = {**(overrides or {}), "arch": arch, "model_type": model_type}
+    return _model_section(Layers([Layer("overrides", {"model": section})]))
+
+
+def load_model_file(path: str | os.PathLike) -> DictConfig:
+    """The ``model`` section of a YAML file, checked, its relative paths looked up beside the file.
+
+    What the file leaves out comes from its ``model_type``; or from the architecture's default type, where
+    the file does not name all three parts itself.
+
+    Raises:
+        ConfigError: no such file, no ``model`` section, or problems in it.
+    """
+    file = find_config(path)
+    layer = read_layer(file)
+    if not isinstance(layer.content.get("model"), Mapping):
+        raise ConfigError(f"{display(file)} has no `model:` section.")
+    load_entry_points()
+    return _model_section(Layers([Layer(layer.source, {"model": layer.content["model"]})]))
+
+
+def _model_section(layers: Layers) -> DictConfig:
+    layers = _with_model_type(layers)
+    problems = Problems(layers.source)
+    values = check_model(layers.merged()["model"], problems)
+    problems.raise_any()
+    return OmegaConf.create(values)
+
+
+def _check_early(layers: Layers) -> None:
+    """What can be said without importing models, datasets and tasks: sections; keys and types of ``run``."""
+    problems = Problems(layers.source, check_names=False)
+    check_structure(layers, problems)
+    problems.raise_any()
+    try:
+        merged = layers.merged()
+    except ConfigError:
+        return  # an interpolation may lead to a key of a layer that is not there yet
+    check_env(merged.get("env"), problems)
+    check_run(merged.get("run", {}), problems)
+    if "arch" not in merged.get("model", {}):
+        problems.add("model.arch", "is required: the name of a registered model, such as evlgen_opt")
+    problems.raise_any()
+
+
+def _with_model_type(layers: Layers) -> Layers:
+    """The layers with the model type's YAML below the project file. Wrong names are left to `check_model`."""
+    arch = layers.get("model.arch")
+    if arch not in registry.list_models():
+        return layers
+    cls = registry.get_model_class(arch)
+    model_type = _model_type(layers, cls)
+    if model_type not in cls.MODEL_TYPES:
+        return layers
+    layer = _default_layer(cls.MODEL_TYPES[model_type], f"type '{model_type}' of {arch}", "model")
+    layer.content["model"].update(arch=arch, model_type=model_type)
+    return Layers([layer, *layers.layers])
+
+
+def _model_type(layers: Layers, cls: type) -> str | None:
+    """The named type, else the default type; none where the section names all its parts and stands alone."""
+    if layers.has("model.model_type"):
+        return layers.get("model.model_type")
+    if all(layers.has(f"model.{part}.name") for part in _PARTS):
+        return None
+    return cls.DEFAULT_MODEL_TYPE
+
+
+def _with_dataset_defaults(layers: Layers) -> Layers:
+    defaults = []
+    for name in layers.section_names("datasets"):
+        if name not in registry.list_datasets():
+            continue
+        path = getattr(registry.get_builder_class(name), "DEFAULT_CONFIG", None)
+        if path is None:
+            continue
+        layer = _default_layer(path, f"dataset '{name}'", "datasets")
+        if name not in layer.content["datasets"]:
+            raise ConfigError(f"{layer.source}, the defaults of '{name}', has no `{name}` under `datasets:`.")
+        layer.content["datasets"] = {name: layer.content["datasets"][name]}
+        defaults.append(layer)
+    return Layers([*defaults, *layers.layers])
+
+
+def _default_layer(path: str, what: str, section: str) -> Layer:
+    """The YAML file of a type's or a dataset's defaults: one top-level section."""
+    file = PACKAGE_ROOT / path
+    if not file.is_file():
+        raise ConfigError(f"the defaults of {what} are not at {file}.")
+    layer = read_layer(file)
+    if set(layer.content) != {section} or not isinstance(layer.content[section], Mapping):
+        raise ConfigError(f"{layer.source}, the defaults of {what}, must have one section, `{section}:`.")
+    return layer

@@ -1,0 +1,150 @@
+"""What each section of a configuration may say: keys, types, values and names."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from evlgen.common.errors import did_you_mean
+from evlgen.common.layers import PROCESSOR_SECTIONS, Layers
+from evlgen.common.registry import registry
+from evlgen.common.schema import Problems, Registered, check_section, show, unknown_key
+from evlgen.models.model_config import ModelConfig
+from evlgen.runners.run_config import RunConfig, translate_lavis_keys
+
+SECTIONS = ("plugins", "env", "model", "datasets", "run")
+
+
+@dataclass
+class EnvConfig:
+    """The ``env`` section: this machine."""
+
+    #: Folder of data and downloads; the environment variable EVLGEN_CACHE wins; None: ~/.cache/evlgen.
+    cache_root: str | None = None
+
+
+@dataclass
+class _TopLevel:
+    plugins: list[str]
+
+
+def check_structure(layers: Layers, problems: Problems) -> None:
+    """Top-level sections, and the list of plugins. Imports nothing heavy."""
+    for layer in layers.layers:
+        for name, section in layer.content.items():
+            if name not in SECTIONS:
+                problems.add(str(name), unknown_key(name, SECTIONS))
+            elif name != "plugins" and not isinstance(section, Mapping):
+                problems.add(name, f"must be a mapping of keys to values, not {show(section)}")
+            elif name == "plugins":
+                check_section({"plugins": section or []}, _TopLevel, problems=problems)
+
+
+def check_env(section: Any, problems: Problems) -> dict[str, Any]:
+    """The ``env`` section."""
+    return check_section(section, EnvConfig, "env", problems=problems)
+
+
+def check_run(
+    section: Mapping[str, Any], problems: Problems, datasets: list[str] | None = None
+) -> RunConfig | None:
+    """The ``run`` section as a `RunConfig`; None where it has problems.
+
+    Args:
+        section: the section, with LAVIS's names or this project's.
+        problems: where problems are noted; its ``check_names`` decides whether registry names are checked.
+        datasets: names of the configured datasets, which ``train_dataset_ratios`` may name.
+    """
+    before = len(problems)
+    if not isinstance(section.get("amp", False), bool):
+        problems.add("run.amp", f"must be bool, not {show(section['amp'])}")
+        section = {key: value for key, value in section.items() if key != "amp"}
+    translated, _ = translate_lavis_keys(dict(section))
+    values = check_section(translated, RunConfig, "run", problems=problems)
+    if len(problems) > before:
+        return None
+    run = RunConfig(**values)
+    for key, message in run.problems(datasets) if section else ():
+        problems.add(f"run.{key}", message)
+    return run
+
+
+def warn_of_ignored_run_keys(section: Mapping[str, Any], logger: logging.Logger) -> None:
+    """One warning that names the keys of LAVIS's run section that have no effect here."""
+    _, ignored = translate_lavis_keys(dict(section))
+    if ignored:
+        logger.warning(
+            "run.%s: without effect here; devices and processes come from how the command is started",
+            ", run.".join(ignored),
+        )
+
+
+def check_model(section: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
+    """The ``model`` section: the architecture's own dataclass, its type, and the connector's parameters."""
+    arch, model_type = section.get("arch"), section.get("model_type")
+    if arch not in registry.list_models():
+        # What else the section may say depends on the architecture.
+        check_section({"arch": arch} if "arch" in section else {}, ModelConfig, "model", problems=problems)
+        return dict(section)
+    cls = registry.get_model_class(arch)
+    if model_type is not None and model_type not in cls.MODEL_TYPES:
+        hint = did_you_mean(str(model_type), cls.MODEL_TYPES)
+        known = ", ".join(cls.MODEL_TYPES) or "none"
+        problems.add("model.model_type", f"{arch} has no type {show(model_type)}.{hint} Known: {known}")
+        return dict(section)
+    values = check_section(section, cls.CONFIG, "model", problems=problems)
+    if isinstance(values.get("connector"), Mapping):
+        values["connector"] = check_part(values["connector"], "connector", "model.connector", problems)
+    return values
+
+
+def check_datasets(section: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
+    """The ``datasets`` section: each builder's parameters, and the processors' parameters."""
+    out = {}
+    for name, dataset in section.items():
+        path = f"datasets.{name}"
+        if name not in registry.list_datasets():
+            known = registry.list_datasets()
+            hint = did_you_mean(str(name), known)
+            problems.add(path, f"no dataset is registered under this name.{hint} Known: {', '.join(known)}")
+            continue
+        cls = registry.get_builder_class(name)
+        values = check_section(dataset, cls, path, ignore=cls.FROM_FRAMEWORK, problems=problems)
+        for key in PROCESSOR_SECTIONS:
+            if isinstance(values.get(key), Mapping):
+                values[key] = _check_processors(values[key], f"{path}.{key}", problems)
+        out[name] = values
+    return out
+
+
+def check_part(section: Mapping[str, Any], kind: str, path: str, problems: Problems) -> dict[str, Any]:
+    """A section ``{name: ..., <parameters of the registered class>}``."""
+    name = section.get("name")
+    if name is None:
+        problems.add(
+            f"{path}.name", f"is required: a registered {kind}. Known: {', '.join(registry.names(kind))}"
+        )
+        return dict(section)
+    message = Registered(kind).problem(name)
+    if message:
+        problems.add(f"{path}.name", message)
+        return dict(section)
+    cls = registry.get(kind, name)
+    parameters = {key: value for key, value in section.items() if key != "name"}
+    ignore = (*getattr(cls, "FROM_FRAMEWORK", ()), "name")
+    return {"name": name, **check_section(parameters, cls, path, ignore=ignore, problems=problems)}
+
+
+def _check_processors(section: Mapping[str, Any], path: str, problems: Problems) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for split, processor in section.items():
+        at = f"{path}.{split}"
+        if split not in ("train", "eval"):
+            problems.add(at, unknown_key(split, ("train", "eval")))
+        elif isinstance(processor, Mapping):
+            out[split] = check_part(processor, "processor", at, problems)
+        else:
+            problems.add(at, f"must be a mapping with the processor's name, not {show(processor)}")
+    return out

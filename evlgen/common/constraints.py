@@ -1,0 +1,80 @@
+"""Bounds and registry names as annotations, such as ``Annotated[int, AtLeast(1)]``; `schema` reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from evlgen.common.errors import did_you_mean
+from evlgen.common.registry import registry
+
+
+def show(value: Any) -> str:
+    """A value as YAML would write it, short enough for a message."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """The number is ``bound`` or more."""
+
+    bound: float
+
+    def problem(self, value: Any) -> str | None:
+        return None if value >= self.bound else f"must be {self}, not {show(value)}"
+
+    def __str__(self) -> str:
+        return f"at least {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class MoreThan:
+    """The number is above ``bound``."""
+
+    bound: float
+
+    def problem(self, value: Any) -> str | None:
+        return None if value > self.bound else f"must be {self}, not {show(value)}"
+
+    def __str__(self) -> str:
+        return f"more than {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class AtMost:
+    """The number is ``bound`` or less."""
+
+    bound: float
+
+    def problem(self, value: Any) -> str | None:
+        return None if value <= self.bound else f"must be {self}, not {show(value)}"
+
+    def __str__(self) -> str:
+        return f"at most {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class Registered:
+    """The text names something registered of this kind."""
+
+    kind: str
+
+    def problem(self, value: Any) -> str | None:
+        known = registry.names(self.kind)
+        if value in known:
+            return None
+        hint = did_you_mean(value, known)
+        return f"no {self.kind} is registered as {show(value)}.{hint} Known: {', '.join(known) or 'none'}"
+
+    def __str__(self) -> str:
+        return f"a registered {self.kind}"
+
+
+PositiveInt = Annotated[int, AtLeast(1)]
+NonNegativeInt = Annotated[int, AtLeast(0)]
+PositiveFloat = Annotated[float, MoreThan(0)]
+NonNegativeFloat = Annotated[float, AtLeast(0)]
+Share = Annotated[float, AtLeast(0), AtMost(1)]

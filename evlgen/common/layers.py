@@ -1,0 +1,216 @@
+"""Layers of configuration: which keys each file gives, what they are together, and where each came from."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from evlgen.common.errors import ConfigError
+from evlgen.common.io import PACKAGE_ROOT
+from evlgen.common.yaml_io import parse_options, read_yaml
+
+logger = logging.getLogger(__name__)
+
+OPTIONS = "--options"
+
+# Keys that may be paths: one that exists beside the YAML file is meant; otherwise the text stays as it is: a
+# path from the working folder, a hub id, a name or an address.
+PATH_KEYS = (
+    ("model", "checkpoint"),
+    ("model", "vision", "name"),
+    ("model", "vision", "pretrained"),
+    ("model", "connector", "init"),
+    ("model", "language", "name"),
+)
+# When a layer names another part, these keys of the layers below belong to the old one; None is all of them.
+PART_KEYS: dict[tuple[str, ...], frozenset[str] | None] = {
+    ("model", "connector"): None,
+    ("model", "vision"): frozenset({"kwargs", "pretrained"}),
+    ("model", "language"): frozenset({"kwargs", "pretrained"}),
+}
+PROCESSOR_SECTIONS = ("vis_processor", "text_processor")
+
+KeyPath = tuple[str, ...]
+
+
+@dataclass
+class Layer:
+    """What one file (or the command line) says. ``source`` is what messages call it."""
+
+    source: str
+    content: dict[str, Any]
+
+
+def read_layer(path: Path) -> Layer:
+    """The layer of a YAML file, its relative paths looked up beside it."""
+    content = read_yaml(path)
+    _resolve_paths(content, path.parent)
+    return Layer(display(path), content)
+
+
+def options_layer(options: Sequence[str]) -> Layer:
+    """The layer of ``--options``; relative paths stay relative to the working folder."""
+    return Layer(OPTIONS, parse_options(options))
+
+
+def display(path: Path) -> str:
+    """A path as messages show it: short where it lies in the package or under the working folder."""
+    for folder in (Path.cwd(), PACKAGE_ROOT.parent):
+        if path.is_relative_to(folder):
+            return str(path.relative_to(folder))
+    return str(path)
+
+
+class Layers:
+    """Layers from the weakest to the strongest. Where one names another part, the old part's keys go."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = [Layer(layer.source, _without_empty(copy.deepcopy(layer.content))) for layer in layers]
+        for path, keys in self._parts():
+            _drop_replaced(self.layers, path, keys)
+
+    def merged(self) -> dict[str, Any]:
+        """All layers as one plain dict, interpolations resolved.
+
+        Raises:
+            ConfigError: an interpolation leads nowhere, a value is no plain YAML value, or a ``???`` is left.
+        """
+        with self._named_errors():
+            return OmegaConf.to_container(self._merge(), resolve=True, throw_on_missing=True)
+
+    def has(self, key_path: str) -> bool:
+        """Whether any layer has the key, be it null."""
+        return any(_has(layer.content, tuple(key_path.split("."))) for layer in self.layers)
+
+    def get(self, key_path: str) -> Any:
+        """The strongest layer's value at a key path, interpolations resolved; None where no layer has it."""
+        with self._named_errors():
+            return OmegaConf.select(self._merge(), key_path)
+
+    def source(self, key_path: str) -> str:
+        """The file (or ``--options``) a key, or else its section, came from; "" where no layer has it."""
+        path = tuple(key_path.partition("[")[0].split("."))
+        while path:
+            for layer in reversed(self.layers):
+                if _has(layer.content, path):
+                    return layer.source
+            path = path[:-1]
+        return ""
+
+    def section_names(self, section: str) -> list[str]:
+        """Keys that any layer has in a top-level section, in the order of first mention."""
+        names: dict[str, None] = {}
+        for layer in self.layers:
+            content = layer.content.get(section)
+            names.update(dict.fromkeys(content if isinstance(content, dict) else ()))
+        return list(names)
+
+    def _merge(self) -> DictConfig:
+        return OmegaConf.merge(*(OmegaConf.create(layer.content) for layer in self.layers))
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OmegaConfBaseException as error:
+            key = error.full_key or ""
+            place = f"{key} ({self.source(key)}): " if key else ""
+            raise ConfigError(f"{place}{str(error).splitlines()[0].rstrip('.')}.") from error
+
+    def _parts(self) -> Iterator[tuple[KeyPath, frozenset[str] | None]]:
+        yield from PART_KEYS.items()
+        for dataset in self.section_names("datasets"):
+            for section in PROCESSOR_SECTIONS:
+                for split in ("train", "eval"):
+                    yield ("datasets", dataset, section, split), None
+
+
+def _without_empty(content: dict[str, Any]) -> dict[str, Any]:
+    """``coco_caption:`` with nothing after it is an empty section, not a null that hides the layers below."""
+    content = {key: {} if value is None else value for key, value in content.items()}
+    if isinstance(content.get("datasets"), dict):
+        content["datasets"] = {
+            key: {} if value is None else value for key, value in content["datasets"].items()
+        }
+    return content
+
+
+def _drop_replaced(layers: list[Layer], path: KeyPath, keys: frozenset[str] | None) -> None:
+    current = None
+    for i, layer in enumerate(layers):
+        name = _get(layer.content, (*path, "name"))
+        if name is None:
+            continue
+        if current is not None and name != current:
+            dropped = [key for lower in layers[:i] for key in _drop(lower.content, path, keys)]
+            if dropped:
+                logger.info(
+                    "%s is '%s' (%s): left out what was set for '%s': %s",
+                    ".".join(path),
+                    name,
+                    layer.source,
+                    current,
+                    ", ".join(dict.fromkeys(dropped)),
+                )
+        current = name
+
+
+def _drop(content: dict[str, Any], path: KeyPath, keys: frozenset[str] | None) -> list[str]:
+    section = _get(content, path)
+    if not isinstance(section, dict):
+        return []
+    dropped = [key for key in section if key != "name" and (keys is None or key in keys)]
+    for key in dropped:
+        del section[key]
+    return [str(key) for key in dropped]
+
+
+def _has(content: Any, path: KeyPath) -> bool:
+    for key in path:
+        if not isinstance(content, dict) or key not in content:
+            return False
+        content = content[key]
+    return True
+
+
+def _get(content: Any, path: KeyPath) -> Any:
+    for key in path:
+        if not isinstance(content, dict) or key not in content:
+            return None
+        content = content[key]
+    return content
+
+
+def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
+    for path in PATH_KEYS:
+        section = _get(content, path[:-1])
+        if isinstance(section, dict) and isinstance(section.get(path[-1]), str):
+            section[path[-1]] = _beside(folder, section[path[-1]])
+    if isinstance(content.get("datasets"), dict):
+        content["datasets"] = _resolve_dotted(content["datasets"], folder)
+
+
+def _resolve_dotted(value: Any, folder: Path) -> Any:
+    """In datasets only ``./x`` and ``../x`` mean beside the YAML: other paths start at the data root."""
+    if isinstance(value, dict):
+        return {key: _resolve_dotted(item, folder) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_resolve_dotted(item, folder) for item in value]
+    if isinstance(value, str) and value.startswith(("./", "../")):
+        return _beside(folder, value)
+    return value
+
+
+def _beside(folder: Path, text: str) -> str:
+    if not text or os.path.isabs(text) or "://" in text or not os.path.exists(folder / text):
+        return text
+    return str((folder / text).resolve())

@@ -1,0 +1,56 @@
+"""Logging of the command line: plain lines on the terminal, and all of them in the run's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class _Handler(logging.StreamHandler):
+    """Writes above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "tqdm" in sys.modules:
+            from tqdm import tqdm
+
+            with tqdm.external_write_mode(file=self.stream):
+                super().emit(record)
+        else:
+            super().emit(record)
+
+
+def log_to_terminal(debug: bool = False) -> None:
+    """Shows this package's messages on standard error; other libraries' warnings too, their progress only on a terminal."""
+    handler = _Handler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("evlgen").setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+def quiet_libraries() -> None:
+    """Hugging Face's own progress bars only where there is a terminal to draw on."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def log_to_file(path: Path, enabled: bool = True) -> Iterator[None]:
+    """Adds every message to a file while the block runs."""
+    if not enabled:
+        yield
+        return
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()

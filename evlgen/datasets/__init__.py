@@ -1,0 +1,9 @@
+"""Datasets and their builders. Importing this package registers the built-in ones."""
+
+from __future__ import annotations
+
+from evlgen.datasets import caption_builders, shapes_dataset  # noqa: F401 (registers)
+from evlgen.datasets.base_builder import BaseDatasetBuilder
+from evlgen.datasets.base_dataset import BaseDataset, Skipped
+
+__all__ = ["BaseDataset", "BaseDatasetBuilder", "Skipped"]

@@ -1,0 +1,120 @@
+"""The contract of dataset builders: where the data is, which splits it has, and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from evlgen.common.errors import ConfigError, DataError, did_you_mean
+from evlgen.common.io import resolve
+from evlgen.common.schema import unknown_key
+from evlgen.datasets.base_dataset import BaseDataset
+from evlgen.processors import build_processor
+from evlgen.processors.base_processor import BaseProcessor
+
+ROLES = ("train", "eval")
+_EXAMPLES = {
+    "vis_processor": "{name: blip_image_eval, image_size: 224}",
+    "text_processor": "{name: blip_caption}",
+}
+
+
+class BaseDatasetBuilder:
+    """Builds the datasets of one name in a YAML file's ``datasets:`` section.
+
+    A subclass's constructor parameters are the keys of its section, save those in ``FROM_FRAMEWORK``, which
+    are handed in. It defines `splits` and `build_split`, and `missing` where it reads files.
+
+    Args:
+        name: the registered name.
+        cache_root: the data root that relative storage paths start from.
+        vis_processor: ``{train: {name: .., ..}, eval: {name: .., ..}}``.
+        text_processor: likewise.
+
+    Raises:
+        ConfigError, RegistryError: a processor's section is wrong.
+    """
+
+    DEFAULT_CONFIG: str | None = None  # YAML of the defaults, relative to the package
+    FROM_FRAMEWORK = ("name", "cache_root")
+
+    def __init__(
+        self,
+        name: str,
+        cache_root: str | Path,
+        vis_processor: Mapping[str, Any],
+        text_processor: Mapping[str, Any],
+    ) -> None:
+        self.name = name
+        self.cache_root = Path(cache_root)
+        self.vis_processors = self._build_processors("vis_processor", vis_processor)
+        self.text_processors = self._build_processors("text_processor", text_processor)
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits, in the order of the YAML."""
+        raise NotImplementedError(f"{type(self).__name__} must define splits")
+
+    def build_split(self, split: str) -> BaseDataset:
+        """The dataset of one of `splits`, whose files are there. Raises `DataError` when they are damaged."""
+        raise NotImplementedError(f"{type(self).__name__} must define build_split(split)")
+
+    def missing(self, splits: Iterable[str] | None = None) -> list[str]:
+        """What these splits (by default all) need and is not there: a line each, with place and remedy."""
+        return []
+
+    def get_split(self, split: str) -> BaseDataset:
+        """The dataset of a split.
+
+        Raises:
+            ConfigError: there is no split of this name.
+            DataError: its files are missing or damaged.
+        """
+        if split not in self.splits:
+            raise ConfigError(
+                f"dataset '{self.name}' has no split '{split}'.{did_you_mean(split, self.splits)} "
+                f"Splits: {', '.join(self.splits)}."
+            )
+        missing = self.missing([split])
+        if missing:
+            raise DataError("\n".join(missing))
+        return self.build_split(split)
+
+    def build_datasets(self) -> dict[str, BaseDataset]:
+        """The datasets of all splits, by name. Raises as `get_split`."""
+        return {split: self.get_split(split) for split in self.splits}
+
+    def vis_processor(self, split: str) -> BaseProcessor:
+        """The image or video processor of a split, by its role. Raises `ConfigError` where none is given."""
+        return self._processor_of("vis_processor", self.vis_processors, split)
+
+    def text_processor(self, split: str) -> BaseProcessor:
+        """The text processor of a split; see `vis_processor`."""
+        return self._processor_of("text_processor", self.text_processors, split)
+
+    def storage_path(self, storage: str) -> Path:
+        """Where a ``storage`` is: absolute, relative to the data root, or with a scheme that iopath knows."""
+        if "://" in storage:
+            return Path(resolve(storage))
+        return self.cache_root / Path(storage).expanduser()
+
+    def _build_processors(self, key: str, sections: Mapping[str, Any]) -> dict[str, BaseProcessor]:
+        path = f"datasets.{self.name}.{key}"
+        for role in sections:
+            if role not in ROLES:
+                raise ConfigError(f"{path}.{role}: {unknown_key(role, ROLES)}.")
+        return {role: build_processor(section, f"{path}.{role}") for role, section in sections.items()}
+
+    def _processor_of(self, key: str, processors: Mapping[str, BaseProcessor], split: str) -> BaseProcessor:
+        if role_of(split) not in processors:
+            raise ConfigError(
+                f"datasets.{self.name}.{key}.{role_of(split)} is missing: split '{split}' needs it. "
+                f"Give it a processor, such as {_EXAMPLES[key]}."
+            )
+        return processors[role_of(split)]
+
+
+def role_of(split: str) -> str:
+    """``train`` for a split whose name starts so, else ``eval``."""
+    return "train" if split.startswith("train") else "eval"

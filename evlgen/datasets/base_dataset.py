@@ -1,0 +1,105 @@
+"""The contract of datasets: one record becomes one sample, or a note that it could not be read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from evlgen.common.errors import DataError
+from evlgen.processors.base_processor import BaseProcessor
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that could not be read: its index in the dataset, what its records call it, and why."""
+
+    index: int
+    id: str
+    reason: str
+
+
+class BaseDataset(Dataset):
+    """Records, and how one of them becomes a sample.
+
+    A subclass defines `load_sample` and, where captions are scored, `references`. A sample that cannot be
+    read comes out as `Skipped` in its own place: no other sample is moved or put in its stead. Randomness
+    comes from the global generators of Python, numpy and torch alone, so that whoever seeds them decides what
+    a sample looks like.
+
+    Args:
+        records: one entry per sample.
+        vis_processor: for the image or video of a sample.
+        text_processor: for its text.
+
+    Raises:
+        DataError: there are no records.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Any],
+        vis_processor: BaseProcessor | None = None,
+        text_processor: BaseProcessor | None = None,
+    ) -> None:
+        if not len(records):
+            raise DataError(f"{type(self).__name__} has no records: it can be neither trained on nor scored.")
+        self.records = records
+        self.vis_processor = vis_processor
+        self.text_processor = text_processor
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | Skipped:
+        try:
+            return self.load_sample(index)
+        except (DataError, OSError) as error:
+            return Skipped(index, self.sample_id(index), str(error))
+
+    def load_sample(self, index: int) -> dict[str, Any]:
+        """The sample of a record. Raises `DataError` or `OSError` where it cannot be read."""
+        raise NotImplementedError(f"{type(self).__name__} must define load_sample(index)")
+
+    def sample_id(self, index: int) -> str:
+        """What a report calls the sample; by default its index."""
+        return str(index)
+
+    def references(self) -> dict[int | str, list[str]]:
+        """What people wrote about each picture or video, by image id; empty where no text is scored."""
+        return {}
+
+    def collater(self, samples: Sequence[Mapping[str, Any] | Skipped]) -> dict[str, Any]:
+        """A batch of samples; see `collate`."""
+        return collate(samples)
+
+
+def collate(samples: Sequence[Mapping[str, Any] | Skipped]) -> dict[str, Any]:
+    """A batch: tensors stacked along a new first dimension, everything else in lists.
+
+    ``skipped`` lists what could not be read and is always there; when nothing was read it is the only key.
+
+    Raises:
+        DataError: the tensors of one key differ in shape.
+    """
+    read = [sample for sample in samples if not isinstance(sample, Skipped)]
+    batch: dict[str, Any] = {
+        key: _batched(key, [sample[key] for sample in read]) for key in (read[0] if read else ())
+    }
+    batch["skipped"] = [sample for sample in samples if isinstance(sample, Skipped)]
+    return batch
+
+
+def _batched(key: str, values: list[Any]) -> torch.Tensor | list[Any]:
+    if not isinstance(values[0], torch.Tensor):
+        return values
+    shapes = {tuple(value.shape) for value in values}
+    if len(shapes) > 1:
+        raise DataError(
+            f"'{key}' has samples of different shapes in one batch: {', '.join(map(str, sorted(shapes)))}. "
+            "A processor must give every sample the same shape."
+        )
+    return torch.stack(values)

@@ -1,0 +1,100 @@
+"""The Shapes world as a captioning dataset: every picture is drawn when it is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+from evlgen.common.constraints import PositiveInt
+from evlgen.common.registry import registry
+from evlgen.datasets.base_builder import BaseDatasetBuilder, role_of
+from evlgen.datasets.base_dataset import BaseDataset
+from evlgen.datasets.shapes.captions import captions
+from evlgen.datasets.shapes.world import SPLITS, draw, scene
+from evlgen.processors.base_processor import BaseProcessor
+
+
+class ShapesCaptionDataset(BaseDataset):
+    """One sample per scene: ``image`` float32 [3, H, W], ``image_id`` (the scene's index), ``instance_id``;
+    in training also ``text_input``, one of the scene's five captions, chosen by torch's global generator.
+
+    Args:
+        split: train, val or test.
+        size: how many scenes.
+        seed: of the world; another seed gives other scenes.
+        vis_processor: Pillow image -> tensor.
+        text_processor: caption -> text to learn; without one, samples have no ``text_input``.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        size: int,
+        seed: int,
+        vis_processor: BaseProcessor,
+        text_processor: BaseProcessor | None = None,
+    ) -> None:
+        super().__init__(range(size), vis_processor, text_processor)
+        self.split = split
+        self.seed = seed
+
+    def load_sample(self, index: int) -> dict[str, Any]:
+        number = self.records[index]
+        drawn = scene(self.split, number, self.seed)
+        sample = {
+            "image": self.vis_processor(Image.fromarray(draw(drawn))),
+            "image_id": number,
+            "instance_id": str(number),
+        }
+        if self.text_processor is not None:
+            texts = captions(drawn)
+            sample["text_input"] = self.text_processor(texts[int(torch.randint(len(texts), ()))])
+        return sample
+
+    def references(self) -> dict[int | str, list[str]]:
+        """All five captions of every scene."""
+        return {number: captions(scene(self.split, number, self.seed)) for number in self.records}
+
+
+@registry.register_builder("shapes_caption")
+class ShapesCaptionBuilder(BaseDatasetBuilder):
+    """Captioned scenes of the Shapes world. Nothing is read from disk, so nothing can be missing.
+
+    Args:
+        train_size, val_size, test_size: scenes of each split. No scene is in two splits.
+        seed: of the world.
+    """
+
+    DEFAULT_CONFIG = "configs/datasets/shapes_caption.yaml"
+
+    def __init__(
+        self,
+        name: str,
+        cache_root: str | Path,
+        vis_processor: dict,
+        text_processor: dict,
+        train_size: PositiveInt = 20000,
+        val_size: PositiveInt = 500,
+        test_size: PositiveInt = 500,
+        seed: int = 0,
+        data_type: Literal["images"] = "images",
+        dataset_card: str | None = None,
+    ) -> None:
+        super().__init__(name, cache_root, vis_processor, text_processor)
+        self.sizes = {"train": train_size, "val": val_size, "test": test_size}
+        self.seed = seed
+        self.data_type = data_type
+        self.dataset_card = dataset_card
+
+    @property
+    def splits(self) -> list[str]:
+        return list(SPLITS)
+
+    def build_split(self, split: str) -> BaseDataset:
+        text_processor = self.text_processor(split) if role_of(split) == "train" else None
+        return ShapesCaptionDataset(
+            split, self.sizes[split], self.seed, self.vis_processor(split), text_processor
+        )

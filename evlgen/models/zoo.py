@@ -1,0 +1,96 @@
+"""Loading models by name, with the processors that go with them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from evlgen.common.config import load_model_config
+from evlgen.common.errors import ConfigError, did_you_mean
+from evlgen.common.registry import registry
+from evlgen.models.base_model import BaseModel
+from evlgen.processors import build_processor
+from evlgen.processors.base_processor import BaseProcessor
+
+logger = logging.getLogger(__name__)
+
+Processors = dict[str, BaseProcessor]
+
+
+def load_model(
+    name: str,
+    model_type: str | None = None,
+    is_eval: bool = True,
+    device: str | torch.device = "cpu",
+    checkpoint: str | Path | None = None,
+) -> BaseModel:
+    """A registered model, built and loaded.
+
+    Args:
+        name: architecture, ``evlgen_opt``; see `model_zoo`.
+        model_type: one of its types; by default the bundled one.
+        is_eval: eval mode; false for training mode.
+        device: where it goes.
+        checkpoint: weights loaded over the type's own: folder, file or address.
+
+    Raises:
+        RegistryError, ConfigError: no such architecture or type.
+        CheckpointError: weights that are missing or do not fit; says how to get them.
+    """
+    model_class = registry.get_model_class(name)
+    if model_type is None:
+        model_type = model_class.DEFAULT_MODEL_TYPE
+        logger.warning("no model type was named: '%s' of %s is loaded. Others: model_zoo", model_type, name)
+    if model_type not in model_class.MODEL_TYPES:
+        raise ConfigError(
+            f"{name} has no model type '{model_type}'.{did_you_mean(str(model_type), model_class.MODEL_TYPES)} "
+            f"Types: {', '.join(model_class.MODEL_TYPES)}."
+        )
+    cfg = load_model_config(name, model_type)
+    if checkpoint is not None:
+        cfg.checkpoint = str(checkpoint)
+    return model_class.from_config(cfg, device).to(device).train(not is_eval)
+
+
+def load_preprocess(model: BaseModel) -> tuple[Processors, Processors]:
+    """The image and text processors that fit a model, each as ``{"train": .., "eval": ..}``: BLIP-2's, with the vision
+    encoder's image size, mean and std."""
+    vision = model.vision
+    pixels = {"image_size": vision.image_size, "mean": list(vision.image_mean), "std": list(vision.image_std)}
+    names = {"train": ("blip2_image_train", "blip_caption"), "eval": ("blip_image_eval", "blip_caption")}
+    images = {role: build_processor({"name": image, **pixels}) for role, (image, _) in names.items()}
+    texts = {role: build_processor({"name": text}) for role, (_, text) in names.items()}
+    return images, texts
+
+
+def load_model_and_preprocess(
+    name: str, model_type: str | None = None, is_eval: bool = True, device: str | torch.device = "cpu"
+) -> tuple[BaseModel, Processors, Processors]:
+    """`load_model` and `load_preprocess` in one: the model, its image processors, its text processors."""
+    model = load_model(name, model_type, is_eval, device)
+    return (model, *load_preprocess(model))
+
+
+class ModelZoo:
+    """The registered architectures and their types; printing it shows a table."""
+
+    def __iter__(self):
+        """(architecture, list of types) pairs."""
+        for name in registry.list_models():
+            yield name, list(registry.get_model_class(name).MODEL_TYPES)
+
+    def __len__(self) -> int:
+        return sum(len(types) for _, types in self)
+
+    def __str__(self) -> str:
+        rows = [("Architectures", "Types"), *((name, ", ".join(types)) for name, types in self)]
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name:<{width}}  {types}" for name, types in rows]
+        return "\n".join([lines[0], "=" * max(map(len, lines)), *lines[1:]])
+
+    __repr__ = __str__
+
+
+model_zoo = ModelZoo()

@@ -1,0 +1,145 @@
+"""The order of the training data and the loaders.
+
+Which samples a batch holds, and every random choice made while reading a sample, are functions of (seed, epoch, index)
+alone: not of the number of workers, nor of where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds Python's, NumPy's and torch's CPU generators inside the block and puts their states back after it."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def mix_seed(*parts: int) -> int:
+    """One seed of 63 bits out of several numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+class BatchPlan:
+    """The endless sequence of training batches of one rank.
+
+    An epoch is a permutation of all samples; with ratios, each of its samples is drawn from a dataset with that
+    dataset's share. Consecutive ranks take consecutive slices of a global batch, so that two ranks with batch size b see
+    what one sees with 2b. An epoch's last incomplete batch is left out; an epoch smaller than one batch is repeated.
+
+    Args:
+        lengths: samples of each dataset.
+        ratios: weight of each dataset, or None for all samples once.
+        batch_size: samples per rank.
+        start: batches to leave out, of those already trained on.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        ratios: Sequence[float] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+    ) -> None:
+        self.lengths, self.ratios, self.seed = list(lengths), ratios, seed
+        self.batch_size, self.rank, self.world_size, self.start = batch_size, rank, world_size, start
+        self.batches_per_epoch = max(1, sum(self.lengths) // (batch_size * world_size))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Batches of (index, seed) pairs, from batch ``start`` on, for ever."""
+        epoch, skip = divmod(self.start, self.batches_per_epoch)
+        while True:
+            order = self.order(epoch)
+            for batch in range(skip, self.batches_per_epoch):
+                first = (batch * self.world_size + self.rank) * self.batch_size
+                indices = order[first : first + self.batch_size]
+                yield [(i, mix_seed(self.seed, epoch, i)) for i in indices]
+            epoch, skip = epoch + 1, 0
+
+    def order(self, epoch: int) -> list[int]:
+        """The samples of an epoch in their order."""
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
+        total = sum(self.lengths)
+        if self.ratios is None:
+            order = torch.randperm(total, generator=generator)
+        else:
+            order = self._drawn_by_ratio(total, generator)
+        shortage = self.batch_size * self.world_size - total
+        if shortage > 0:
+            order = order.repeat(1 + shortage // total + 1)[: self.batch_size * self.world_size]
+        return order.tolist()
+
+    def _drawn_by_ratio(self, total: int, generator: torch.Generator) -> torch.Tensor:
+        weights = torch.tensor(self.ratios, dtype=torch.float64)
+        choice = torch.multinomial(weights, total, replacement=True, generator=generator)
+        order = torch.empty(total, dtype=torch.long)
+        first = 0
+        for dataset, length in enumerate(self.lengths):
+            places = choice == dataset
+            wanted = int(places.sum())
+            rounds = [torch.randperm(length, generator=generator) for _ in range(-(-wanted // length))]
+            if rounds:
+                order[places] = first + torch.cat(rounds)[:wanted]
+            first += length
+        return order
+
+
+class _SeededDataset(Dataset):
+    """Reads sample ``index`` with all random generators seeded by the pair's second half."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, pair: tuple[int, int]):
+        index, seed = pair
+        with seeded(seed):
+            return self.dataset[index]
+
+
+def train_loader(datasets: Sequence[Dataset], plan: BatchPlan, num_workers: int, pin_memory: bool) -> DataLoader:
+    """An endless loader over the datasets in the plan's order."""
+    return DataLoader(
+        _SeededDataset(ConcatDataset(datasets)),
+        batch_sampler=plan,
+        collate_fn=datasets[0].collater,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread,
+    )
+
+
+def eval_loader(
+    dataset: Dataset, batch_size: int, num_workers: int, pin_memory: bool, rank: int = 0, world_size: int = 1
+) -> DataLoader:
+    """A loader over every ``world_size``-th sample from ``rank`` on, in order: all ranks together see each sample once."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=range(rank, len(dataset), world_size),
+        collate_fn=dataset.collater,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread,
+    )
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,173 @@
+"""What the ``run`` section of a YAML file may say, in LAVIS's names where it has one. Cheap to import."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from evlgen.common.errors import did_you_mean
+from evlgen.common.schema import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Registered,
+    Share,
+)
+
+# Keys of LAVIS's run section that the launcher decides here; accepted and left out with a warning.
+LAVIS_IGNORED = ("device", "distributed", "dist_url", "world_size")
+
+
+@dataclass
+class RunConfig:
+    """A training or evaluation run. None means what the comment says, or that the setting is off."""
+
+    #: Registered task: what is trained and how it is scored.
+    task: Annotated[str, Registered("task")] = "captioning"
+    #: Registered runner; None: ``runner_iter`` where ``max_iters`` is set, else ``runner_base``.
+    runner: Annotated[str, Registered("runner")] | None = None
+
+    #: Length of training in epochs; exclusive with ``max_iters``.
+    max_epoch: PositiveInt | None = None
+    #: Length of training in iterations (batches of one process); exclusive with ``max_epoch``.
+    max_iters: PositiveInt | None = None
+    #: Iterations between two validations (an "inner epoch"); None: ``max_iters``.
+    iters_per_inner_epoch: PositiveInt | None = None
+
+    #: Registered learning-rate schedule.
+    lr_sched: Annotated[str, Registered("lr_scheduler")] = "linear_warmup_cosine_lr"
+    #: Highest learning rate, reached after the warm-up.
+    init_lr: PositiveFloat = 1e-4
+    #: Lowest learning rate of the decay.
+    min_lr: NonNegativeFloat = 1e-5
+    #: Learning rate of the first warm-up step.
+    warmup_lr: NonNegativeFloat = 1e-6
+    #: Iterations of linear warm-up.
+    warmup_steps: NonNegativeInt = 0
+    #: Factor per epoch of the step schedule, which needs it.
+    lr_decay_rate: Share | None = None
+    #: AdamW's decay of weights; biases and norms have none.
+    weight_decay: NonNegativeFloat = 0.05
+    #: AdamW's second moment decay.
+    beta2: Share = 0.999
+    #: Norm that gradients are clipped to; None: no clipping.
+    max_grad_norm: PositiveFloat | None = None
+
+    #: Samples per batch and process in training.
+    batch_size_train: PositiveInt = 32
+    #: Samples per batch and process in evaluation.
+    batch_size_eval: PositiveInt = 32
+    #: Batches whose gradients are summed before one optimizer step.
+    accum_grad_iters: PositiveInt = 1
+    #: Worker processes per data loader; 0 loads in the main process.
+    num_workers: NonNegativeInt = 2
+
+    #: Tokens generated at most.
+    max_len: PositiveInt = 30
+    #: Tokens generated at least.
+    min_len: NonNegativeInt = 1
+    #: Beams of the search.
+    num_beams: PositiveInt = 5
+    #: Exponent on the length in the beams' scores: above 0 longer texts win.
+    length_penalty: float = 1.0
+    #: Divides the scores of tokens already written; 1 is off.
+    repetition_penalty: PositiveFloat = 1.0
+    #: Text before every generated text; None: the model's own ``prompt``.
+    prompt: str | None = None
+
+    #: Seed of weights, data order and augmentation.
+    seed: int = 42
+    #: Folder of checkpoints, results and logs.
+    output_dir: str = "output"
+    #: Only evaluate, on ``test_splits``.
+    evaluate: bool = False
+    #: Splits to train on.
+    train_splits: list[str] = field(default_factory=lambda: ["train"])
+    #: Splits to validate on; the first one's score decides which checkpoint is best.
+    valid_splits: list[str] = field(default_factory=lambda: ["val"])
+    #: Splits to test the best checkpoint on when training ends.
+    test_splits: list[str] = field(default_factory=list)
+    #: Dataset -> weight with which its samples are drawn; None: in proportion to their sizes.
+    train_dataset_ratios: dict[str, PositiveFloat] | None = None
+    #: Validate every so many (inner) epochs.
+    valid_freq: PositiveInt = 1
+    #: Metrics to score with; None: all that the task offers.
+    metrics: list[str] | None = None
+    #: Whether validation computes metrics, or only writes the generated texts.
+    report_metric: bool = True
+
+    #: What the trained parts compute in; ``auto``: bf16 where the device has it, else fp32. Losses are fp32.
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    #: TF32 for float32 matrix products on CUDA.
+    allow_tf32: bool = True
+    #: Only algorithms that give the same numbers every time; slower.
+    deterministic: bool = False
+
+    #: A checkpoint folder to go on from; ``auto``: the latest one in ``output_dir``, if any.
+    resume: str | None = None
+    #: How many of the latest checkpoints are kept; the best one is kept besides.
+    keep_last: PositiveInt = 1
+    #: Iterations between two log lines.
+    log_freq: PositiveInt = 50
+    #: Whether to write TensorBoard files.
+    tensorboard: bool = True
+    #: Share of broken samples (of those seen) above which the run stops.
+    max_skipped_share: Share = 0.05
+
+    def __post_init__(self) -> None:
+        if self.runner is None:
+            self.runner = "runner_iter" if self.max_iters else "runner_base"
+
+    def problems(self, datasets: Iterable[str] | None = None) -> list[tuple[str, str]]:
+        """Settings that contradict each other: the key and what to do about it.
+
+        Args:
+            datasets: names in the ``datasets`` section; None skips the checks against them.
+        """
+        found = [] if self.evaluate else self._length_problems()
+        if self.evaluate and not self.test_splits:
+            found.append(("test_splits", "evaluate: true needs at least one split here, such as [test]"))
+        if not self.evaluate and not self.train_splits:
+            found.append(("train_splits", "training needs at least one split; or set evaluate: true"))
+        if self.min_len > self.max_len:
+            found.append(("min_len", f"is {self.min_len}, more than max_len, {self.max_len}"))
+        if self.min_lr > self.init_lr:
+            found.append(("min_lr", f"is {self.min_lr:g}, more than init_lr, {self.init_lr:g}"))
+        if self.lr_sched == "linear_warmup_step_lr" and self.lr_decay_rate is None:
+            found.append(("lr_decay_rate", "linear_warmup_step_lr needs this factor per epoch, such as 0.9"))
+        for name in self.train_dataset_ratios or () if datasets is not None else ():
+            if name not in datasets:
+                hint = did_you_mean(name, datasets)
+                found.append((f"train_dataset_ratios.{name}", f"no such dataset in this run.{hint}"))
+        return found
+
+    def _length_problems(self) -> list[tuple[str, str]]:
+        if self.max_epoch and self.max_iters:
+            return [("max_iters", "max_epoch is set too: set one of them to null")]
+        if not self.max_epoch and not self.max_iters:
+            return [("max_epoch", "how long to train? Set max_epoch, or max_iters; or evaluate: true")]
+        if self.runner == "runner_iter" and not self.max_iters:
+            return [("runner", "runner_iter counts iterations: set max_iters, or use runner_base")]
+        if self.runner == "runner_base" and not self.max_epoch:
+            return [("runner", "runner_base counts epochs: set max_epoch, or use runner_iter")]
+        if self.iters_per_inner_epoch and not self.max_iters:
+            return [("iters_per_inner_epoch", "it divides max_iters, which is not set")]
+        return []
+
+
+def translate_lavis_keys(section: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A run section with LAVIS's own keys in this project's words, and those that mean nothing here.
+
+    ``amp: true`` is ``precision: auto`` and ``amp: false`` is ``fp32``, unless ``precision`` is given too;
+    ``resume_ckpt_path`` is ``resume``.
+    """
+    out = {key: value for key, value in section.items() if key not in LAVIS_IGNORED}
+    if isinstance(out.get("amp"), bool):
+        precision = "auto" if out.pop("amp") else "fp32"
+        out.setdefault("precision", precision)
+    if "resume_ckpt_path" in out:
+        resume = out.pop("resume_ckpt_path")
+        out.setdefault("resume", resume)
+    return out, [key for key in section if key in LAVIS_IGNORED]

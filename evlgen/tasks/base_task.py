@@ -1,0 +1,41 @@
+"""The contract of tasks: what is trained, what is generated, and how it is scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from evlgen.models.base_model import BaseModel
+from evlgen.runners.run_config import RunConfig
+
+
+class BaseTask:
+    """One way to train and evaluate a model. The runner loops; a task says what happens to a batch.
+
+    Args:
+        run: the ``run`` section.
+    """
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+
+    def train_step(self, model: BaseModel, samples: dict[str, Any]) -> dict[str, Tensor]:
+        """The losses of a batch; ``loss`` is what is minimised, the others are logged."""
+        return model(samples)
+
+    def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]:
+        """One JSON-able result for each sample of a batch."""
+        raise NotImplementedError(f"{type(self).__name__} must define valid_step(model, samples)")
+
+    def after_evaluation(
+        self, results: list[dict[str, Any]], dataset: Dataset, split: str, folder: Path
+    ) -> dict[str, float]:
+        """Writes the results of a split into ``folder`` and scores them.
+
+        Returns:
+            metrics by name; ``agg_metrics`` is what the best checkpoint is chosen by (higher is better).
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define after_evaluation(results, dataset, split, folder)")

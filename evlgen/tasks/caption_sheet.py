@@ -1,0 +1,50 @@
+"""A sheet of pictures with their captions, as one PNG."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+
+def caption_sheet(
+    pictures: Sequence[Image.Image | None], captions: Sequence[tuple[str, str]], path: Path, columns: int = 4
+) -> None:
+    """Writes the pictures in rows, each with the caption written about it and, in grey, a reference.
+
+    Args:
+        pictures: Pillow images; None where there is none to show.
+        captions: (written, reference) for each picture.
+        path: the PNG file.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not pictures:
+        return
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(3.2 * columns, 4.0 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, picture, (written, reference) in zip(axes, pictures, captions, strict=False):
+        if picture is not None:
+            axis.imshow(picture, interpolation="nearest" if max(picture.size) <= 128 else "antialiased")
+        text = axis.text(0, -0.04, textwrap.fill(written, 34), transform=axis.transAxes, va="top", fontsize=10)
+        lines = text.get_text().count("\n") + 1
+        axis.annotate(
+            textwrap.fill(reference, 40),
+            (0, -0.04),
+            xycoords=axis.transAxes,
+            xytext=(0, -13 * lines - 2),
+            textcoords="offset points",
+            va="top",
+            fontsize=8,
+            color="0.45",
+            annotation_clip=False,
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

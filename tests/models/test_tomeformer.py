@@ -1,0 +1,101 @@
+"""TomeFormer: its attention, positions, starts and sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from evlgen.common.errors import CheckpointError
+from evlgen.models.connectors.tomeformer import TomeFormer
+
+SMALL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+
+
+def small(**changes) -> TomeFormer:
+    torch.manual_seed(0)
+    return TomeFormer(vision_dim=24, language_dim=40, **{"r": 3, **SMALL, **changes}).eval()
+
+
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory):
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("bert")
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_without_merging_it_is_bert(bert_folder):
+    connector = TomeFormer(vision_dim=32, language_dim=8, num_layers=3, r=0, init=str(bert_folder)).eval()
+    x = torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        connector.proj_in.weight.copy_(torch.eye(32))
+        connector.proj_in.bias.zero_()
+        details = connector.forward_details(x)
+        expected = BertModel.from_pretrained(bert_folder)(inputs_embeds=x, output_hidden_states=True)
+    for got, wanted in zip(details["hidden_states"], expected.hidden_states, strict=True):
+        torch.testing.assert_close(got, wanted, atol=2e-6, rtol=1e-5)
+
+
+def test_starting_from_fewer_layers_than_wanted_is_refused(bert_folder):
+    with pytest.raises(CheckpointError, match="has 3 layers, fewer than model.connector.num_layers 12"):
+        TomeFormer(vision_dim=32, language_dim=8, init=str(bert_folder))
+
+
+def test_starting_from_another_size_is_refused(bert_folder):
+    with pytest.raises(CheckpointError, match="hidden_size is 64, but .* has 32"):
+        TomeFormer(vision_dim=32, language_dim=8, num_layers=2, init=str(bert_folder), hidden_size=64)
+
+
+@pytest.mark.parametrize("r", [0, 3, 19, [4, 1], [3, 0.5]])
+@pytest.mark.parametrize("tokens", [2, 16, 17, 50])
+def test_the_number_of_soft_prompts_is_as_declared(r, tokens):
+    connector = small(r=r)
+    out = connector(torch.randn(2, tokens, 24))
+    assert out.shape == (2, connector.num_soft_prompts(tokens), 40)
+
+
+@pytest.mark.parametrize("tokens", [26, 31])
+def test_more_tokens_than_positions_stretch_the_table(tokens):
+    connector = small(max_position_embeddings=17)
+    table = connector._position_table(tokens)
+    assert table.shape == (tokens, 32)
+    assert torch.equal(table[0], connector.positions.weight[0])
+    torch.testing.assert_close(table[1], connector.positions.weight[1])
+    torch.testing.assert_close(table[-1], connector.positions.weight[16])
+    assert connector(torch.randn(1, tokens, 24)).shape[2] == 40
+
+
+def test_soft_prompts_start_at_the_scale_of_the_word_embeddings():
+    connector = small(embedding_rms=0.02, hidden_size=128, num_attention_heads=4)
+    rms = connector(torch.randn(8, 33, 24)).square().mean().sqrt().item()
+    assert 0.015 < rms < 0.025
+
+
+def test_without_a_class_token_nothing_is_protected():
+    connector = small(num_prefix_tokens=0)
+    assert connector.num_protected == 0
+    assert connector(torch.randn(1, 4, 24)).shape[1] == connector.num_soft_prompts(4)
+
+
+def test_dropout_is_off_in_eval_mode_and_on_in_training():
+    connector, x = small(), torch.randn(1, 9, 24)
+    assert torch.equal(connector(x), connector(x))
+    connector.train()
+    assert not torch.equal(connector(x), connector(x))
+
+
+def test_every_weight_that_is_used_gets_a_gradient():
+    connector = small()
+    connector(torch.randn(2, 17, 24)).square().sum().backward()
+    assert not [name for name, p in connector.named_parameters() if p.grad is None]
+
+
+def test_torch_compile_gives_the_same():
+    connector, x = small(), torch.randn(2, 17, 24)
+    torch._dynamo.reset()
+    compiled = torch.compile(connector, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), connector(x))
