@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evlgen.common.config import Config, validate
+from evlgen.common.config import Config
 from evlgen.common.errors import ConfigError, DataError, TrainingError
 from evlgen.common.io import cache_root, write_atomically
 from evlgen.common.registry import registry
@@ -29,8 +29,7 @@ def run(cfg: Config) -> dict[str, dict[str, float]]:
     Raises:
         EVLGenError: whatever a user can mend; nothing heavy was loaded where that could be known before.
     """
-    validate(cfg)
-    follow_vision_encoder(cfg)
+    follow_model(cfg)
     builders = make_builders(cfg)
     check_nothing_missing(cfg, builders)
 
@@ -54,8 +53,9 @@ def run(cfg: Config) -> dict[str, dict[str, float]]:
         return runner.train()
 
 
-def follow_vision_encoder(cfg: Config) -> None:
-    """Image size, mean and std of the vision encoder go into the processors that take them, unless the YAML says otherwise.
+def follow_model(cfg: Config) -> None:
+    """What the model decides goes into the processors that take it, unless the YAML says otherwise: image size, mean and
+    std of the vision encoder, and the prompt before every caption.
 
     Raises:
         ConfigError: a processor's image size differs from the vision encoder's.
@@ -63,20 +63,20 @@ def follow_vision_encoder(cfg: Config) -> None:
     from evlgen.models.vision import vision_encoder_class
 
     vision = cfg.model.vision
-    follow = {"image_size": vision.image_size}
-    follow.update(vision_encoder_class(vision.name).normalisation(vision.name))
+    pixels = {"image_size": vision.image_size, **vision_encoder_class(vision.name).normalisation(vision.name)}
+    text = {"prompt": f"{cfg.model.prompt} "} if cfg.model.prompt else {}
     for name, dataset in cfg.datasets.items():
-        for role, section in dataset.get("vis_processor", {}).items():
-            known = parameters_of(registry.get_processor_class(section["name"]))
-            for key, value in follow.items():
-                if key in known and section.get(key) is None:
-                    section[key] = value
-            if section.get("image_size", vision.image_size) != vision.image_size:
-                path = f"datasets.{name}.vis_processor.{role}.image_size"
-                raise ConfigError(
-                    f"{path} ({cfg.source(path)}) is {section['image_size']}, but model.vision.image_size "
-                    f"({cfg.source('model.vision.image_size')}) is {vision.image_size}. Leave the processor's out: it follows."
-                )
+        for key, follow in (("vis_processor", pixels), ("text_processor", text)):
+            for role, section in dataset.get(key, {}).items():
+                known = parameters_of(registry.get_processor_class(section["name"]))
+                section.update({k: v for k, v in follow.items() if k in known and section.get(k) is None})
+                if section.get("image_size", vision.image_size) != vision.image_size:
+                    path = f"datasets.{name}.{key}.{role}.image_size"
+                    raise ConfigError(
+                        f"{path} ({cfg.source(path)}) is {section['image_size']}, but model.vision.image_size "
+                        f"({cfg.source('model.vision.image_size') or 'default'}) is {vision.image_size}. "
+                        "Leave the processor's out: it follows."
+                    )
 
 
 def make_builders(cfg: Config) -> dict[str, Any]:

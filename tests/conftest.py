@@ -22,3 +22,44 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip(f"real data for development is not at {folder / 'data'}")
     return folder
+
+
+@pytest.fixture
+def tiny_project(golden, tmp_path):
+    """Writes a project file around the golden model (a few thousand weights) and the Shapes world; returns its path.
+
+    Call it with changes: ``tiny_project(run={"max_iters": 3})``.
+    """
+    from omegaconf import OmegaConf
+
+    def write(**sections):
+        model = OmegaConf.load(golden / "evlgen_opt" / "model.yaml").model
+        folder = golden / "evlgen_opt"
+        model.checkpoint = str(folder / model.checkpoint)
+        model.vision.pretrained = str(folder / model.vision.pretrained)
+        model.language.name = str(folder / model.language.name)
+        content = OmegaConf.create(
+            {
+                "model": model,
+                "datasets": {"shapes_caption": {"train_size": 24, "val_size": 6, "test_size": 5}},
+                "run": {
+                    "task": "captioning",
+                    "max_epoch": 2,
+                    "batch_size_train": 4,
+                    "batch_size_eval": 4,
+                    "init_lr": 1e-3,
+                    "num_workers": 0,
+                    "num_beams": 1,
+                    "max_len": 5,
+                    "log_freq": 1,
+                    "tensorboard": False,
+                    "metrics": ["bleu"],
+                    "output_dir": str(tmp_path / "output"),
+                },
+            }
+        )
+        path = tmp_path / "project.yaml"
+        OmegaConf.save(OmegaConf.merge(content, OmegaConf.create(sections)), path)
+        return path
+
+    return write

@@ -86,15 +86,16 @@ class Config:
             EVLGenError: a plugin failed.
         """
         path = find_config(cfg_path) if cfg_path is not None else None
-        own = [read_layer(path)] if path else []
-        layers = Layers([read_layer(DEFAULTS), *own, options_layer(options)])
+        defaults = read_layer(DEFAULTS)
+        own = Layers([*([read_layer(path)] if path else []), options_layer(options)])
+        layers = Layers([defaults, *own.layers])
         _check_early(layers)
 
         load_entry_points()
         names = [*(layers.get("plugins") or []), *plugins]
         loaded = load_plugins(names, path.parent if path else None)
 
-        layers = _with_dataset_defaults(_with_model_type(layers))
+        layers = Layers([defaults, *_with_dataset_defaults(_with_model_type(own)).layers])
         merged = layers.merged()
         problems = Problems(layers.source)
         model = check_model(merged.get("model", {}), problems)

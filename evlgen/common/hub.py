@@ -26,8 +26,8 @@ def missing_model(name: str) -> str | None:
     if _cached_folder(name) is not None:
         return None
     return (
-        f"'{name}' is neither a folder here nor in the Hugging Face cache. "
-        f"Get it with `hf download {name}` on a machine with a connection, or name a local folder"
+        "it is neither a folder here nor in the Hugging Face cache. "
+        f"Get it with `hf download {name}` where there is a connection, or name a local folder"
     )
 
 
@@ -42,7 +42,7 @@ def local_model_folder(name: str) -> Path:
         path = Path(resolve(name)) if looks_like_path(name) else Path(name)
         return path if path.is_dir() else _cached_folder(name)
     if looks_like_path(name):
-        raise CheckpointError(f"{reason}.")
+        raise CheckpointError(f"'{name}': {reason}.")
     return _download(name, reason)
 
 
@@ -86,4 +86,4 @@ def _download(name: str, reason: str) -> Path:
         weights = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "*.bin"
         return Path(snapshot_download(name, allow_patterns=[*_TEXT_FILES, weights]))
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-        raise CheckpointError(f"{reason}. Downloading it now failed: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"'{name}': {reason}. Downloading it now failed: {str(error).splitlines()[0]}") from error

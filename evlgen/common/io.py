@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 def cache_root(configured: str | os.PathLike | None = None) -> Path:
     """Where data and downloads lie: ``EVLGEN_CACHE``, else what the config says (env.cache_root), else ~/.cache/evlgen."""
-    return Path(os.environ.get("EVLGEN_CACHE") or configured or "~/.cache/evlgen").expanduser().absolute()
+    return Path(os.environ.get("EVLGEN_CACHE") or configured or "~/.cache/evlgen").expanduser().resolve()
 
 
 @functools.cache

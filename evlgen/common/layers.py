@@ -99,11 +99,15 @@ class Layers:
     def source(self, key_path: str) -> str:
         """The file (or ``--options``) a key, or else its section, came from; "" where no layer has it."""
         path = tuple(key_path.partition("[")[0].split("."))
+        layers = self.layers
         while path:
-            for layer in reversed(self.layers):
+            for layer in reversed(layers):
                 if _has(layer.content, path):
                     return layer.source
             path = path[:-1]
+            layers = [
+                layer for layer in self.layers if layer.source != OPTIONS
+            ]  # a file is where a key is missing
         return ""
 
     def section_names(self, section: str) -> list[str]:

@@ -133,10 +133,8 @@ def _named(plugin: str, remedy: str, path: Path | None = None) -> Iterator[None]
     try:
         yield
     except Exception as error:
-        line = _line_in(path, error)
-        raise EVLGenError(
-            f"{plugin} failed{line}: {type(error).__name__}: {error} {remedy}".rstrip()
-        ) from error
+        cause = f"{type(error).__name__}: {error}".rstrip(": .")
+        raise EVLGenError(f"{plugin} failed{_line_in(path, error)}: {cause}. {remedy}".rstrip()) from error
 
 
 def _line_in(path: Path | None, error: Exception) -> str:

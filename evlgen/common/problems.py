@@ -26,7 +26,7 @@ class Problems:
         """Notes a problem at a key's full path."""
         source = self.source(path)
         place = f"{path} ({source})" if source else path
-        line = f"{place}: {message.rstrip('.')}."
+        line = f"{place}: {message}" if message.endswith((".", "?")) else f"{place}: {message}."
         if line not in self._lines:
             self._lines.append(line)
 

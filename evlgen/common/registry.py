@@ -83,7 +83,9 @@ class Registry:
 
     def _load_builtin(self, kind: str) -> None:
         if kind not in KINDS:
-            raise RegistryError(f"there is no kind '{kind}'.{did_you_mean(kind, KINDS)} Kinds: {', '.join(KINDS)}.")
+            raise RegistryError(
+                f"there is no kind '{kind}'.{did_you_mean(kind, KINDS)} Kinds: {', '.join(KINDS)}."
+            )
         if kind not in self._imported:
             self._imported.add(kind)
             try:
@@ -95,7 +97,11 @@ class Registry:
     @staticmethod
     def _check_base(kind: str, name: str, cls: Any) -> None:
         module, _, attribute = (KINDS[kind][1] or "").partition(":")
-        if not module:
+        is_base = (getattr(cls, "__module__", None), getattr(cls, "__qualname__", None)) == (
+            module,
+            attribute,
+        )
+        if not module or is_base:  # a base that is registered itself is not an attribute of its module yet
             return
         base = getattr(importlib.import_module(module), attribute)
         if not (isinstance(cls, type) and issubclass(cls, base)):

@@ -7,6 +7,7 @@ alone: not of the number of workers, nor of where a run was interrupted.
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import Iterator, Sequence
 
@@ -120,7 +121,7 @@ def train_loader(datasets: Sequence[Dataset], plan: BatchPlan, num_workers: int,
         _SeededDataset(ConcatDataset(datasets)),
         batch_sampler=plan,
         collate_fn=datasets[0].collater,
-        num_workers=num_workers,
+        num_workers=_workers(num_workers),
         pin_memory=pin_memory,
         worker_init_fn=_one_thread,
     )
@@ -135,10 +136,16 @@ def eval_loader(
         batch_size=batch_size,
         sampler=range(rank, len(dataset), world_size),
         collate_fn=dataset.collater,
-        num_workers=num_workers,
+        num_workers=_workers(num_workers, len(dataset) // (batch_size * world_size)),
         pin_memory=pin_memory,
         worker_init_fn=_one_thread,
     )
+
+
+def _workers(wanted: int, batches: int | None = None) -> int:
+    """No more worker processes than there are cores to run them, or batches to make."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(wanted, cores, wanted if batches is None else batches)
 
 
 def _one_thread(worker: int) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from muon import Muon
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 logger = logging.getLogger("shapes")
 
@@ -28,37 +30,51 @@ def start(seed: int, threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def train(
-    modules: Iterable[torch.nn.Module],
-    loss_of: Callable[[int], torch.Tensor],
-    steps: int,
-    lr: float,
-    weight_decay: float = 0.05,
-    warmup: int = 100,
-    every: int = 100,
-) -> float:
-    """AdamW with warm-up and a cosine down to zero; ``loss_of(step)`` gives the loss of a fresh batch.
-
-    Returns:
-        Minutes it took.
-    """
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+def adamw(parameters: Iterable[Tensor], lr: float, weight_decay: float = 0.05) -> torch.optim.Optimizer:
+    """AdamW that leaves biases and norms undecayed."""
+    parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.98))
+
+
+def muon_and_adamw(model: nn.Module, lr: float, adamw_lr: float) -> list[torch.optim.Optimizer]:
+    """Muon on the matrices of the layers, AdamW on everything else."""
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if p.ndim == 2 and "layer" in name]
+    others = [p for name, p in named if not (p.ndim == 2 and "layer" in name)]
+    return [Muon(matrices, lr), adamw(others, adamw_lr)]
+
+
+def train(
+    optimizers: list[torch.optim.Optimizer],
+    loss_of: Callable[[int], Tensor],
+    steps: int,
+    warmup: int = 100,
+    every: int = 100,
+) -> float:
+    """Warm-up, then a cosine down to zero; ``loss_of(step)`` gives the loss of a fresh batch.
+
+    Returns:
+        Minutes it took.
+    """
+    groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
+    parameters = [p for group, _ in groups for p in group["params"]]
     warmup = min(warmup, max(1, steps // 5))
     began, recent = time.time(), []
     for step in range(steps):
         share = step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-        for group in optimizer.param_groups:
+        for group, lr in groups:
             group["lr"] = lr * max(share, 1e-3)
         loss = loss_of(step)
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         recent.append(loss.item())
         if (step + 1) % every == 0 or step + 1 == steps:
             rate = (step + 1) / (time.time() - began)
@@ -67,7 +83,7 @@ def train(
     return (time.time() - began) / 60
 
 
-def save_half(state: dict[str, torch.Tensor], path: Path) -> None:
+def save_half(state: dict[str, Tensor], path: Path) -> None:
     """Writes a state dict as float16 safetensors; whoever loads it casts up."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().half().contiguous() for name, tensor in state.items()}, path)

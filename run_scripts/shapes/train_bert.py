@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 
 import torch
-from recipe import report, save_half, start, train
+from recipe import muon_and_adamw, report, save_half, start, train
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
@@ -54,9 +54,10 @@ def masked_loss(model: BertForMaskedLM, ids: Tensor, mask: Tensor, labels: Tenso
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder that has language/ and gets bert/")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=0.02, help="Muon's, for the matrices of the layers")
+    parser.add_argument("--adamw-lr", type=float, default=3e-3, help="for everything else")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args(argv)
@@ -66,12 +67,11 @@ def main(argv: list[str] | None = None) -> None:
     rng = random.Random(f"bert/{args.seed}")
     last = args.steps * args.batch_size
     minutes = train(
-        [model],
+        muon_and_adamw(model, args.lr, args.adamw_lr),
         lambda step: masked_loss(
             model, *masked_batch(tokenizer, step * args.batch_size, args.batch_size, args.seed, rng)
         ),
         args.steps,
-        args.lr,
     )
     model.eval()
     with torch.no_grad():
@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         steps=args.steps,
         batch_size=args.batch_size,
         lr=args.lr,
+        adamw_lr=args.adamw_lr,
         seed=args.seed,
         minutes=round(minutes, 1),
         parameters=sum(p.numel() for p in model.bert.parameters()),

@@ -12,7 +12,7 @@ import random
 from pathlib import Path
 
 import torch
-from recipe import logger, report, start, train
+from recipe import logger, muon_and_adamw, report, start, train
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -140,9 +140,10 @@ def document_loss(model: OPTForCausalLM, pairs: list[tuple[list[list[int]], list
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder that gets language/")
-    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=0.02, help="Muon's, for the matrices of the layers")
+    parser.add_argument("--adamw-lr", type=float, default=3e-3, help="for everything else")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--tokenizer-scenes", type=int, default=4000)
@@ -152,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     model = OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), **CONFIG))
     stream = DocumentStream(tokenizer, args.batch_size, args.seed)
     logger.info("%d tokens in the vocabulary", len(tokenizer))
-    minutes = train([model], lambda step: document_loss(model, stream.batch()), args.steps, args.lr)
+    minutes = train(muon_and_adamw(model, args.lr, args.adamw_lr), lambda step: document_loss(model, stream.batch()), args.steps)
     model.eval()
     with torch.no_grad():
         loss = sum(document_loss(model, stream.batch(), shift=False).item() for _ in range(8)) / 8
@@ -165,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         steps=args.steps,
         batch_size=args.batch_size,
         lr=args.lr,
+        adamw_lr=args.adamw_lr,
         seed=args.seed,
         minutes=round(minutes, 1),
         parameters=sum(p.numel() for p in model.parameters()),

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from recipe import logger, report, save_half, start, train
+from recipe import adamw, logger, report, save_half, start, train
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
@@ -102,12 +102,11 @@ def main(argv: list[str] | None = None) -> None:
     heads = ReadOuts(vision.embed_dim)
     vision.train()
     minutes = train(
-        [vision, heads],
+        [adamw([*vision.parameters(), *heads.parameters()], args.lr)],
         lambda step: attribute_loss(
             vision, heads, *batch("train", step * args.batch_size, args.batch_size, args.seed)
         ),
         args.steps,
-        args.lr,
     )
     save_half(vision.state_dict(), args.output / "vision.safetensors")
     parameters = sum(p.numel() for p in vision.parameters())
@@ -120,6 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         seed=args.seed,
         minutes=round(minutes, 1),
         parameters=parameters,
+        kwargs=VISION_KWARGS,
         accuracy=accuracies(vision, heads, args.seed),
     )
 

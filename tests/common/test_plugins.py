@@ -11,7 +11,7 @@ from evlgen.common.errors import EVLGenError
 from evlgen.common.plugins import load_entry_points, load_plugins
 from evlgen.common.registry import registry
 
-PLUGIN = '''
+PLUGIN = """
 from evlgen.common.registry import registry
 from evlgen.processors.base_processor import BaseProcessor
 
@@ -25,7 +25,7 @@ class Shout(BaseProcessor):
 
     def __call__(self, item):
         return item.upper() * self.times
-'''
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +106,10 @@ def test_a_missing_file_names_the_places_looked_at(tmp_path, monkeypatch):
     ("text", "cause"),
     [
         ("x = 1\nraise RuntimeError('no luck')", "failed at line 2: RuntimeError: no luck"),
-        ("import not_a_module_at_all", "failed at line 1: ModuleNotFoundError: No module named 'not_a_module_at_all'"),
+        (
+            "import not_a_module_at_all",
+            "failed at line 1: ModuleNotFoundError: No module named 'not_a_module_at_all'",
+        ),
         ("x = 1\ndef broken(:\n", "failed at line 2: SyntaxError"),
     ],
 )
@@ -143,14 +146,18 @@ def test_a_module_is_imported_by_its_dotted_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["acme_nowhere", "acme_nowhere.shout", "json.nowhere"])
 def test_a_missing_module_gets_the_remedy(name):
-    with pytest.raises(EVLGenError, match=f"plugin '{name}': Python finds no such module. Install its package"):
+    with pytest.raises(
+        EVLGenError, match=f"plugin '{name}': Python finds no such module. Install its package"
+    ):
         load_plugins([name])
 
 
 def install(folder, module_text):
     """A tiny installed distribution: its module and the metadata that pip would have written."""
     write(folder, "acme_parts/__init__.py", module_text)
-    write(folder, "acme_parts-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: acme-parts\nVersion: 1.0\n")
+    write(
+        folder, "acme_parts-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: acme-parts\nVersion: 1.0\n"
+    )
     write(folder, "acme_parts-1.0.dist-info/entry_points.txt", "[evlgen.plugins]\nacme = acme_parts\n")
 
 
@@ -169,5 +176,6 @@ def test_an_entry_point_that_fails_names_its_package(tmp_path, monkeypatch):
     with pytest.raises(EVLGenError) as error:
         load_entry_points()
     assert str(error.value) == (
-        "plugin 'acme' of acme-parts (acme_parts) failed: RuntimeError: no luck. Repair or uninstall that package."
+        "plugin 'acme' of acme-parts (acme_parts) failed: RuntimeError: no luck. "
+        "Repair or uninstall that package."
     )

@@ -55,7 +55,9 @@ def test_a_name_registered_twice_names_both_places(empty):
     class First(BaseProcessor):
         pass
 
-    with pytest.raises(RegistryError, match="'mine' is registered twice: first at .*test_registry.py:.* again at"):
+    with pytest.raises(
+        RegistryError, match="'mine' is registered twice: first at .*test_registry.py:.* again at"
+    ):
 
         @empty.register_processor("mine")
         class Second(BaseProcessor):
@@ -74,7 +76,9 @@ def test_registering_the_same_class_again_is_harmless(empty):
 
 @pytest.mark.parametrize("wrong", [type("NotAProcessor", (), {}), lambda item: item])
 def test_a_wrong_base_class_is_refused_and_not_registered(empty, wrong):
-    with pytest.raises(RegistryError, match="must derive from evlgen.processors.base_processor.BaseProcessor"):
+    with pytest.raises(
+        RegistryError, match="must derive from evlgen.processors.base_processor.BaseProcessor"
+    ):
         empty.register_processor("mine")(wrong)
     assert empty.list_processors() == []
 

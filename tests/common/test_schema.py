@@ -60,7 +60,14 @@ def message(**section: Any) -> str:
 
 
 def test_right_values_come_back_as_they_are():
-    section = {"num_layers": 3, "r": [8, 2], "init": None, "mode": "sum", "scale": [0.1, 1.0], "normalise": False}
+    section = {
+        "num_layers": 3,
+        "r": [8, 2],
+        "init": None,
+        "mode": "sum",
+        "scale": [0.1, 1.0],
+        "normalise": False,
+    }
     assert check(**section) == section
 
 
@@ -86,7 +93,7 @@ def test_none_is_an_empty_section():
         ({"init": 3}, "model.connector.init: must be str or null, not 3."),
         ({"dropout": 1.5}, "model.connector.dropout: must be at most 1, not 1.5."),
         ({"dropout": float("nan")}, "model.connector.dropout: must be float, not nan."),
-        ({"mode": "meen"}, "must be 'mean', 'sum' or 2, not 'meen'. Did you mean 'mean'?."),
+        ({"mode": "meen"}, "must be 'mean', 'sum' or 2, not 'meen'. Did you mean 'mean'?"),
         ({"mode": 2.0}, "must be 'mean', 'sum' or 2, not 2.0."),
         ({"scale": [0.1]}, "model.connector.scale: must be [float, float], not [0.1]."),
         ({"scale": 0.1}, "model.connector.scale: must be [float, float], not 0.1."),
@@ -94,7 +101,7 @@ def test_none_is_an_empty_section():
     ],
 )
 def test_wrong_values_are_named(section, expected):
-    assert message(**section).endswith(expected.replace("?.", "?"))
+    assert message(**section).endswith(expected)
 
 
 def test_unknown_key_names_the_nearest_and_all_that_are_allowed():
@@ -136,7 +143,9 @@ def takes_floats(rate: float = 0.1, either: float | str = 1.0, many: Sequence[fl
     pass
 
 
-@pytest.mark.parametrize(("given", "number"), [(3, 3.0), ("1e-4", 1e-4), ("-2.5", -2.5), (".5", 0.5), (1e-3, 1e-3)])
+@pytest.mark.parametrize(
+    ("given", "number"), [(3, 3.0), ("1e-4", 1e-4), ("-2.5", -2.5), (".5", 0.5), (1e-3, 1e-3)]
+)
 def test_numbers_and_yaml_1_1_exponents_are_floats(given, number):
     value = check_section({"rate": given}, takes_floats)["rate"]
     assert value == number and type(value) is float
@@ -229,7 +238,9 @@ def test_dataclass_is_built_with_nested_ones_and_defaults():
 
 
 def test_dataclass_is_built_from_omegaconf():
-    built = build_dataclass(Outer, OmegaConf.create({"inner": {"size": 2}, "word": "b", "names": ["a", "${word}"]}))
+    built = build_dataclass(
+        Outer, OmegaConf.create({"inner": {"size": 2}, "word": "b", "names": ["a", "${word}"]})
+    )
     assert built == Outer(Inner(2), None, ["a", "b"], "b")
     assert type(built.names) is list
 
@@ -254,7 +265,9 @@ def named(scheduler: Annotated[str, Registered("lr_scheduler")] = "x") -> None:
 
 def test_registered_name_is_looked_up():
     assert check_section({"scheduler": "constant_lr"}, named) == {"scheduler": "constant_lr"}
-    with pytest.raises(ConfigError, match="no lr_scheduler is registered as 'constan_lr'. Did you mean 'constant_lr'"):
+    with pytest.raises(
+        ConfigError, match="no lr_scheduler is registered as 'constan_lr'. Did you mean 'constant_lr'"
+    ):
         check_section({"scheduler": "constan_lr"}, named)
 
 

@@ -26,6 +26,7 @@ SAME_COLUMN = scene_of("large blue heart top middle", "large blue heart bottom m
 TWO = scene_of("small red circle middle left", "large blue square middle right")
 DIAGONAL = scene_of("small red circle top left", "large blue square bottom right")
 SAME_KIND = scene_of("small red circle top left", "small blue circle top right")
+NEAR = scene_of("small red circle top left", "small blue circle top middle")
 THREE = scene_of("small red circle top left", "large blue square bottom left", "small green star bottom right")
 PAIR_AND_ONE = scene_of("small red circle top left", "large red circle top right", "small green star bottom middle")
 TRIPLE = scene_of("small red star top left", "large red star top middle", "small red star top right")
@@ -63,7 +64,8 @@ TRUE = [
     (SAME_KIND, "two circles, one red and one blue"),
     (SAME_KIND, "a red and a blue circle"),
     (SAME_KIND, "two circles, a red one and a blue one"),
-    (SAME_KIND, "a blue circle next to a red circle"),
+    (SAME_COLUMN, "two blue hearts"),
+    (NEAR, "a blue circle next to a red circle"),
     (THREE, "a red circle, a blue square and a green star"),
     (THREE, "a red circle above a blue square, and a green star"),
     (THREE, "a red circle above a blue square, and a green star to the right of the square"),
@@ -113,6 +115,7 @@ FALSE = [
     (TWO, "two red circles and a blue square", "there are not"),
     (DIAGONAL, "a red circle above and to the right of a blue square", "not so"),
     (SAME_KIND, "two circles", "does not say"),
+    (SAME_KIND, "a blue circle next to a red circle", "not so"),
     (SAME_KIND, "two circles, one red and one green", "there is no"),
     (SAME_KIND, "two red circles", "there are not"),
     (THREE, "a red circle and a blue square", "leaves out the green star"),
@@ -168,14 +171,15 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("what", MUTATIONS)
 def test_one_wrong_word_makes_a_caption_untrue(what: str):
-    """One word of a true caption is changed; what happens to stay true (both shapes small, say) is rare."""
+    """One word of a true caption is changed; what happens to stay true (a diagonal, say) is rare. Captions of twins are
+    left out: `a red star above another red star` is the same the other way round."""
     table, changed, accepted = MUTATIONS[what], 0, []
     for i in range(600):
         item = scene("val", i)
         for caption in captions(item):
             words = caption.split()
             at = next((n for n, word in enumerate(words) if word in table), None)
-            if at is None or "one on the left" in caption or "one large" in caption or "a big one" in caption:
+            if at is None or " one" in caption or "other" in caption:
                 continue
             changed += 1
             wrong = " ".join([*words[:at], table[words[at]], *words[at + 1 :]])

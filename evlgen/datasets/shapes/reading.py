@@ -41,14 +41,15 @@ _RELATION = {
     "below": "below|under|underneath|beneath|lower than",
     "near": "next to|beside|near|close to",
 }
+_PART = "(?: (?:corner|side|half|part|edge))?"
 _RELATION_ANY = "|".join(_RELATION.values())
 _ITEMS = [  # first match wins
     ("beside", r"side by side|(?:next to|beside) (?:each other|one another)"),
     ("stacked", r"one (?:above|over|below|under|on top of) (?:the other|another)(?! [a-z]*\b(?:%s))" % _COLOUR),
     ("row", r"in a (?:row|line)|in line|lined up"),
     ("to_it", rf"(?:to|on|at) (?:its|their) (?:left|right)|(?:{_RELATION_ANY}) (?:it|them)"),
+    ("place", rf"(?:in|at|on|near|towards?) the {_PLACE_WORD}(?:[ -]{_PLACE_WORD})*{_PART}(?!{_PART} of)"),
     ("relation", _RELATION_ANY),
-    ("place", rf"(?:in|at|on|near|towards?) the {_PLACE_WORD}(?:[ -]{_PLACE_WORD})*(?: (?:corner|side|half|part|edge))?"),
     ("there", r"there (?:is|are)|there's"),
     ("be", r"(?:is|are)(?: both)?|sits?|stands?|lies"),
     ("and", r"and|plus|as well as"),

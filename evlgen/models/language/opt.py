@@ -109,19 +109,17 @@ class OPTLanguageModel(LanguageModel):
         embeds = self.model.get_input_embeddings()(tokens.input_ids)
         embeds = torch.cat([soft_prompts.to(embeds.dtype), embeds], dim=1)  # [B, M + L, C]
         mask = torch.cat([tokens.attention_mask.new_ones(soft_prompts.shape[:2]), tokens.attention_mask], dim=1)
-        # where nothing is padded, the attention kernels need no mask
+        search = {"num_beams": num_beams, "length_penalty": length_penalty} if num_beams > 1 else {"num_beams": 1}
+        sampling = {"do_sample": True, "top_p": top_p, "temperature": temperature}
         options = GenerationConfig(
-            do_sample=use_nucleus_sampling,
-            num_beams=1 if use_nucleus_sampling else num_beams,
             max_new_tokens=max_length,
             min_new_tokens=min_length,
             repetition_penalty=repetition_penalty,
-            length_penalty=length_penalty,
             num_return_sequences=num_captions,
             eos_token_id=self.end_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
             bos_token_id=self.tokenizer.bos_token_id,
-            **({"top_p": top_p, "temperature": temperature} if use_nucleus_sampling else {}),
+            **(sampling if use_nucleus_sampling else search),
         )
         ids = self.model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=options)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]

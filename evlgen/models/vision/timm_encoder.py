@@ -12,7 +12,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from evlgen.common.errors import CheckpointError, ConfigError, did_you_mean
-from evlgen.common.io import cache_root, download_target, resolve
+from evlgen.common.io import download_target, resolve
 from evlgen.common.registry import registry
 from evlgen.common.weights import read_weights
 from evlgen.models.vision.base import VisionEncoder
@@ -83,7 +83,7 @@ class TimmEncoder(VisionEncoder):
             target = download_target(source)
             if target.is_file():
                 return None
-            return f"not in the cache ({target}). Get it from {source} and put it there, or set EVLGEN_CACHE (now {cache_root()})"
+            return f"the weights are not at {target}. Download {source} to that path, or name a file in model.vision.pretrained."
         path = Path(resolve(source))
         return None if path.exists() else f"there is no file {path}"
 

@@ -39,8 +39,8 @@ _CAPITALISED_ABBREVIATIONS = "ark az del ill la mass miss ore pa tex wash".split
 _ABBREVIATIONS_BEFORE_NUMBERS = "art ca fig figs no nos op pp prop".split()
 # A single letter and a full stop in front of one of these ends a sentence: "plan B. The dog" against "J. Smith".
 _SENTENCE_STARTERS = (
-    "A About According Additionally After An As At But Earlier He Her Here However If In It Last Many More Now Once One "
-    "Other Our She Since So Some Such That The Their Then There These They This We What When While Yet You"
+    "A About According Additionally After An As At But Earlier He Her Here However If In It Last Many More Mr. Ms. Now "
+    "Once One Other Our She Since So Some Such That The Their Then There These They This We What When While Yet You"
 ).split()
 _ASSIMILATIONS = {"cannot": 3, "gonna": 3, "gotta": 3, "lemme": 3, "gimme": 3, "wanna": 3}
 
@@ -88,7 +88,9 @@ def _assimilation(token: str) -> list[str]:
 
 
 def _entity(token: str) -> list[str]:
-    plain = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "''", "&apos;": "'", "&nbsp;": ""}[token.lower()]
+    plain = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "''", "&apos;": "'", "&nbsp;": ""}[
+        token.lower()
+    ]
     return [plain] if plain else []
 
 
@@ -107,14 +109,18 @@ def _rule(name: str, pattern: str, emit: Callable[[str], list[str]] = _plain) ->
 
 
 _CAPITALISED = [form for word in _CAPITALISED_ABBREVIATIONS for form in (word.capitalize(), word.upper())]
-_STARTER_FOLLOWS = rf"\.\s+(?:{_one_of(_SENTENCE_STARTERS + [word.upper() for word in _SENTENCE_STARTERS])})\s"
+_STARTERS = [re.escape(form) for word in _SENTENCE_STARTERS for form in (word, word.upper())]
+_STARTER_FOLLOWS = rf"\.\s+(?:{_one_of(_STARTERS)})\s"
 
 _WORDS = (
     _rule("assimilation", rf"(?i:{_one_of(list(_ASSIMILATIONS))})@E", _assimilation),
     _rule("word", r"@W+(?:_@W+)*"),
     _rule("word before a clitic", r"(@L+)@A(?i:s|d|m|ll|re|ve)"),
     _rule("hyphenated word", r"@W+(?:_@W+)*(?:-(?:[dDlLoO]@A(?=@L@L))?@W+(?:_@W+)*)+"),
-    _rule("word before a full stop and another mark", r"(@W+(?:_@W+)*(?:-(?:[dDlLoO]@A(?=@L@L))?@W+|\.@L@W*)*\.)[,:;]"),
+    _rule(
+        "word before a full stop and another mark",
+        r"(@W+(?:_@W+)*(?:-(?:[dDlLoO]@A(?=@L@L))?@W+|\.@L@W*)*\.)[,:;]",
+    ),
     _rule("hyphenated word with points", r"[A-Za-z0-9][A-Za-z0-9.,]*(?:-[A-Za-z0-9]+)+"),
     _rule("hyphenated acronym", r"(?:@W+\.?-)*(?:[A-Za-z]\.){2,}(?:-(?:(?:[A-Za-z]\.){2,}|@W+))*"),
     _rule("words with slashes", r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}"),
@@ -127,10 +133,15 @@ _WORDS = (
     _rule("initial that ends a sentence", rf"([A-Za-z]){_STARTER_FOLLOWS}"),
     _rule("initial", r"[A-Za-z]\."),
     _rule("abbreviation", rf"(?:(?i:{_one_of(_ABBREVIATIONS)})|{_one_of(_CAPITALISED)})\."),
-    _rule("abbreviation before a number", rf"((?i:{_one_of(_ABBREVIATIONS_BEFORE_NUMBERS)})\.)[ \xa0]?\d"),
-    _rule("elision", r"[dDlLoO]@A@L@L+(?:-(?:[dDlLoO]@A(?=@L@L))?@W+)*|[nN]@A@L@L+|[A-HJKMP-XZ]@A@L@L+|[dDlLjJ]@A|[yY]@A(?=@L)"),
-    _rule("vowels", r"@L+[aeiouyAEIOUY]@A[aeiouAEIOU]@L*|@L*[aeiou]@A[A-Z]@L+"),
-    _rule("word with apostrophe", r"(?i:[cC]@A(?:mon|est)|[eno]@Aer|ev@Ary|(?:li|nat)@Al|hallowe@Aen|cap@An)"),
+    _rule("abbreviation before a number", rf"((?i:{_one_of(_ABBREVIATIONS_BEFORE_NUMBERS)})\.)\s?\d"),
+    _rule(
+        "elision",
+        r"[dDlLoO]@A@L@L+(?:-(?:[dDlLoO]@A(?=@L@L))?@W+)*|[nN]@A@L@L+|[A-HJKMP-XZ]@A@L@L+|[dDlLjJ]@A|[yY]@A(?=@L)",
+    ),
+    _rule("vowels", r"@L+[aeiouyAEIOUY]@A[aeiouAEIOU]@L*|@L*[aeiouy]@A[A-Z]@L*"),
+    _rule(
+        "word with apostrophe", r"(?i:[cC]@A(?:mon|est)|[eno]@Aer|ev@Ary|(?:li|nat)@Al|hallowe@Aen|cap@An)"
+    ),
     _rule("word with apostrophe at its end", r"(?i:s@Amores|(?:somethin|dunkin|ol)@A)"),
     _rule("verb before n't", r"(@L*[^\W\d_nN])[nN]@A[tT]"),
     _rule("n't", r"[nN]@A[tT]", _straight),
@@ -156,7 +167,9 @@ _ADDRESSES = (
 )
 _MARKS = (
     _rule("clitic", r"'(?i:s|d|m|ll|re|ve)(?![A-Za-z])|’(?i:s|d|m|ll|re|ve)", _straight),
-    _rule("word after an apostrophe", r"@A(?i:em|till?|cause)|@A[nN]@A|@A[nN](?=\s|$)|@A\d0s|@A\d\d(?=\s|$)"),
+    _rule(
+        "word after an apostrophe", r"@A(?i:em|till?|cause)|@A[nN]@A|@A[nN](?=\s|$)|@A\d0[sS]|@A\d\d(?=\s|$)"
+    ),
     _rule("'t of 'tis", r"('[tT])(?i:is|was)"),
     _rule(
         "tag",
@@ -191,7 +204,15 @@ _BLANKS = re.compile(r"[ \t\xa0]+")
 _LINE_ENDS = re.compile("[\n\r\x0b\x0c\x85\u2028\u2029]+")
 _NON_ASCII = re.compile(r"[^\t\n -~]")
 _SYMBOL = re.compile(f"[{_SYMBOLS}]")
-_OLD_WINDOWS_MARKS = {"\x80": "€", "\x91": "‘", "\x92": "’", "\x93": "“", "\x94": "”", "\x96": "–", "\x97": "—"}
+_OLD_WINDOWS_MARKS = {
+    "\x80": "€",
+    "\x91": "‘",
+    "\x92": "’",
+    "\x93": "“",
+    "\x94": "”",
+    "\x96": "–",
+    "\x97": "—",
+}
 
 
 @lru_cache(maxsize=4096)
@@ -206,6 +227,11 @@ def _admitted(character: str) -> str:
     if character.isalpha() or character.isdecimal() or combining or joining or _SYMBOL.match(character):
         return character
     return _OLD_WINDOWS_MARKS.get(character, " ")
+
+
+def one_line(caption: str) -> str:
+    """The caption with every kind of line end replaced by a blank: both tokenizers tell captions apart by lines."""
+    return _LINE_ENDS.sub(" ", caption)
 
 
 def _scan(text: str) -> Iterator[str]:
@@ -251,7 +277,7 @@ def tokenize_lines(captions: Sequence[str]) -> list[str]:
     Returns:
         As many strings as there are captions, in their order.
     """
-    text = "\n".join(_LINE_ENDS.sub(" ", caption) for caption in captions)
+    text = "".join(f"{one_line(caption)}\n" for caption in captions)
     text = _NON_ASCII.sub(lambda match: _admitted(match.group()), text)
     lines: list[list[str]] = [[]]
     for token in _scan(text):

@@ -1,0 +1,531 @@
+"""Configuration: layers, provenance, checks, files."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from evlgen.common.config import Config, find_config, load_model_config, load_model_file, validate
+from evlgen.common.errors import ConfigError, RegistryError
+from evlgen.common.io import PACKAGE_ROOT
+from evlgen.common.layers import Layer, Layers
+from evlgen.runners.run_config import RunConfig
+
+PROJECT = """
+model:
+  arch: evlgen_opt
+  model_type: pretrain_opt2.7b
+datasets:
+  coco_caption:
+run:
+  max_epoch: 5
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """Writes a project file: ``project()`` the plain one, ``project(text)`` another."""
+
+    def write(text: str = PROJECT):
+        path = tmp_path / "project.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def problems_of(path, *options: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        Config.load(path, options)
+    return str(error.value)
+
+
+# ---- layers
+
+
+def test_layers_win_in_order(project):
+    text = PROJECT.replace("pretrain_opt2.7b", "pretrain_opt2.7b\n  max_txt_len: 20\n  connector: {r: 12}")
+    config = Config.load(project(text), ["model.connector.r=[8, 2]", "run.batch_size_train=4"])
+    assert config.model.connector.num_layers == 12  # the type's YAML
+    assert config.model.max_txt_len == 20  # the project file
+    assert config.model_plain()["connector"]["r"] == [8, 2]  # the options
+    assert config.run.batch_size_train == 4
+    assert config.datasets.coco_caption.build_info.images.storage == "coco/images"  # the dataset's YAML
+    assert config.env.cache_root is None  # default.yaml
+
+
+def test_every_key_knows_the_file_it_came_from(project):
+    path = project(PROJECT + "  init_lr: 1e-5\n")
+    config = Config.load(path, ["run.seed=7"])
+    assert config.source("run.init_lr") == str(path)
+    assert config.source("run.seed") == "--options"
+    assert config.source("model.connector.r").endswith(
+        "evlgen/configs/models/evlgen_opt/pretrain_opt2.7b.yaml"
+    )
+    assert config.source("datasets.coco_caption.build_info.images.storage").endswith("coco_caption.yaml")
+    assert config.source("run.max_grad_norm") == str(path)  # its section is there
+    assert config.source("env.cache_root").endswith("evlgen/configs/default.yaml")
+
+
+def test_the_type_named_in_the_options_replaces_the_layer_of_the_type_in_the_file(project):
+    text = PROJECT.replace("pretrain_opt2.7b", "pretrain_opt2.7b\n  max_txt_len: 20")
+    config = Config.load(project(text), ["model.model_type=caption_coco_opt2.7b"])
+    assert config.model.prompt == "a photo of"  # of the other type
+    assert config.model.max_txt_len == 20  # the project file still wins over the type
+    assert config.source("model.prompt").endswith("caption_coco_opt2.7b.yaml")
+
+
+def test_keys_of_another_connector_are_dropped(project, tmp_path):
+    write_plugin(tmp_path)
+    text = PROJECT.replace(
+        "pretrain_opt2.7b", "pretrain_opt2.7b\n  connector: {name: config_test_linear, width: 3}"
+    )
+    config = Config.load(project(text), plugins=["./config_test_plugin.py"])
+    assert config.model_plain()["connector"] == {"name": "config_test_linear", "width": 3}
+
+
+def test_a_connector_named_in_the_options_drops_the_project_files_keys_and_says_so(project, tmp_path, caplog):
+    write_plugin(tmp_path)
+    text = PROJECT.replace("pretrain_opt2.7b", "pretrain_opt2.7b\n  connector: {r: 12}")
+    with caplog.at_level(logging.INFO):
+        config = Config.load(
+            project(text), ["model.connector.name=config_test_linear"], plugins=["./config_test_plugin.py"]
+        )
+    assert config.model_plain()["connector"] == {"name": "config_test_linear"}
+    assert (
+        "model.connector is 'config_test_linear' (--options): left out what was set for 'tomeformer'"
+        in caplog.text
+    )
+
+
+def test_the_same_part_keeps_the_defaults(project):
+    text = PROJECT.replace(
+        "pretrain_opt2.7b", "pretrain_opt2.7b\n  connector: {name: tomeformer, num_layers: 6}"
+    )
+    assert Config.load(project(text)).model_plain()["connector"] == {
+        "name": "tomeformer",
+        "num_layers": 6,
+        "r": 19,
+        "init": "bert-base-uncased",
+    }
+
+
+def test_another_vision_encoder_drops_pretrained_and_kwargs_only(project):
+    config = Config.load(project(), ["model.vision.name=vit_base_patch16_224"])
+    assert "pretrained" not in config.model.vision
+    assert config.model.vision.image_size == 224
+
+
+def test_kwargs_of_the_same_vision_encoder_are_merged_deeply():
+    base = {"vision": {"name": "x", "kwargs": {"a": 1, "b": {"c": 2}}}, "language": {"name": "y"}}
+    over = {"vision": {"kwargs": {"b": {"d": 3}}}}
+    merged = Layers([Layer("low", {"model": base}), Layer("high", {"model": over})]).merged()
+    assert merged["model"]["vision"]["kwargs"] == {"a": 1, "b": {"c": 2, "d": 3}}
+
+
+def test_another_processor_drops_the_keys_of_the_first(project):
+    options = ["datasets.coco_caption.text_processor.eval={name: blip_question, max_words: 5}"]
+    config = Config.load(project(), options)
+    assert config.datasets_plain()["coco_caption"]["text_processor"]["eval"] == {
+        "name": "blip_question",
+        "max_words": 5,
+    }
+    options = ["datasets.coco_caption.text_processor.train.prompt=a photo of "]
+    config = Config.load(
+        project(), [*options, "datasets.coco_caption.text_processor.train.name=blip_caption"]
+    )
+    assert config.datasets.coco_caption.text_processor.train.prompt == "a photo of"
+    higher = "datasets:\n  coco_caption:\n    text_processor: {train: {name: blip_caption, prompt: a}}\n"
+    config = Config.load(
+        project(PROJECT.replace("datasets:\n  coco_caption:\n", higher)),
+        ["datasets.coco_caption.text_processor.train.name=blip_question"],
+    )
+    assert config.datasets_plain()["coco_caption"]["text_processor"]["train"] == {"name": "blip_question"}
+
+
+def test_interpolations_reach_other_sections(project):
+    config = Config.load(project(PROJECT + "  batch_size_train: ${model.vision.image_size}\n"))
+    assert config.run.batch_size_train == 224
+
+
+def test_an_interpolation_to_nowhere_names_the_key(project):
+    text = problems_of(project(PROJECT + "  seed: ${run.sed}\n"))
+    assert "run.seed" in text and "run.sed" in text and "project.yaml" in text
+
+
+def test_a_section_that_names_all_its_parts_stands_alone(golden):
+    model = load_model_file(golden / "evlgen_opt" / "model.yaml")
+    assert "model_type" not in model
+    assert model.connector.num_layers == 3 and "positions" not in model.connector
+
+
+# ---- paths
+
+
+def test_relative_paths_are_looked_up_beside_the_yaml(golden):
+    folder = golden / "evlgen_opt"
+    model = load_model_file(folder / "model.yaml")
+    assert model.checkpoint == str(folder / "checkpoint_4.pth")
+    assert model.vision.pretrained == str(folder / "vision_original_names.safetensors")
+    assert model.language.name == str(folder / "language")
+    assert model.vision.name == "eva_clip_g"
+
+
+def test_what_is_not_beside_the_yaml_stays_as_it_is(project):
+    text = PROJECT.replace(
+        "pretrain_opt2.7b", "pretrain_opt2.7b\n  checkpoint: evlgen://assets/x\n  language: {name: a/b}"
+    )
+    config = Config.load(project(text))
+    assert (config.model.checkpoint, config.model.language.name) == ("evlgen://assets/x", "a/b")
+
+
+def test_dataset_paths_with_a_dot_are_beside_the_yaml_and_others_are_not(project, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    storage = "datasets.coco_caption.build_info.images.storage"
+    text = PROJECT.replace("coco_caption:", "coco_caption: {build_info: {images: {storage: PLACE}}}")
+    config = Config.load(project(text.replace("PLACE", "./pictures")))
+    assert config.datasets.coco_caption.build_info.images.storage == str(tmp_path / "pictures")
+    config = Config.load(project(text.replace("PLACE", "pictures")))
+    assert config.datasets.coco_caption.build_info.images.storage == "pictures"
+    assert config.source(storage).endswith("project.yaml")
+
+
+def test_a_packaged_file_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("configs/default.yaml") == PACKAGE_ROOT / "configs" / "default.yaml"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "default.yaml").write_text("{}")
+    assert find_config("configs/default.yaml") == tmp_path / "configs" / "default.yaml"
+
+
+def test_a_missing_project_names_both_places(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        find_config("projects/nothing.yaml")
+    assert str(tmp_path / "projects" / "nothing.yaml") in str(error.value)
+    assert str(PACKAGE_ROOT / "projects" / "nothing.yaml") in str(error.value)
+
+
+# ---- YAML
+
+
+def test_a_tag_that_would_run_code_is_refused_and_not_run(project, tmp_path):
+    proof = tmp_path / "proof"
+    text = problems_of(project(f"run:\n  seed: !!python/object/apply:os.mkdir ['{proof}']\n"))
+    assert "project.yaml, line 2, column 9" in text and "is refused: configurations are plain YAML" in text
+    assert not proof.exists()
+
+
+def test_a_syntax_error_names_file_line_and_column(project):
+    assert "project.yaml, line 3, column 1: not plain YAML" in problems_of(
+        project("run:\n  train_splits: [a\n}\n")
+    )
+
+
+def test_a_key_given_twice_is_named(project):
+    assert "project.yaml, line 3, column 3: not plain YAML: the key 'seed' is given twice" in problems_of(
+        project("run:\n  seed: 1\n  seed: 2\n")
+    )
+
+
+def test_a_file_that_is_no_mapping_is_named(project):
+    assert "project.yaml holds no mapping" in problems_of(project("- a\n- b\n"))
+
+
+def test_a_file_that_is_no_text_is_named(project):
+    path = project()
+    path.write_bytes(b"\xff\xfe\x00model")
+    assert "project.yaml cannot be read" in problems_of(path)
+
+
+def test_numbers_with_exponents_are_numbers(project):
+    config = Config.load(
+        project(PROJECT + "  init_lr: 1e-3\n"), ["run.min_lr=1e-6", "model.vision.kwargs.rate=1e-2"]
+    )
+    assert (config.run.init_lr, config.run.min_lr, config.model.vision.kwargs.rate) == (1e-3, 1e-6, 1e-2)
+
+
+# ---- options
+
+
+@pytest.mark.parametrize("option", ["run.seed", "=3", "run..seed=3", ""])
+def test_a_malformed_option_gets_the_form(project, option):
+    assert "write key=value, such as run.batch_size_train=32" in problems_of(project(), option)
+
+
+def test_an_option_value_that_is_no_yaml_gets_the_remedy(project):
+    text = problems_of(project(), "model.prompt=Question: {} Short answer:")
+    assert "--options model.prompt=Question" in text and "quote it: 'model.prompt=\"...\"'" in text
+    config = Config.load(project(), ['model.prompt="Question: {} Short answer:"'])
+    assert config.model.prompt == "Question: {} Short answer:"
+
+
+def test_an_option_can_be_empty_text_or_null(project):
+    config = Config.load(project(), ["model.prompt=", "model.checkpoint=null", "run.prompt=null"])
+    assert (config.model.prompt, config.model.checkpoint, config.run.prompt) == ("", None, None)
+
+
+def test_a_later_option_wins(project):
+    assert Config.load(project(), ["run.seed=1", "run.seed=2"]).run.seed == 2
+
+
+# ---- checks
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("run.max_epohc=3", "run.max_epohc (--options): there is no such key. Did you mean 'max_epoch'"),
+        ("modle.arch=x", "modle (--options): there is no such key. Did you mean 'model'?"),
+        ("run.batch_size_train=0", "run.batch_size_train (--options): must be at least 1, not 0."),
+        ("run.batch_size_eval=-4", "run.batch_size_eval (--options): must be at least 1, not -4."),
+        ("run.num_workers=two", "run.num_workers (--options): must be int, not 'two'."),
+        (
+            "run.precision=fp8",
+            "run.precision (--options): must be 'auto', 'fp32', 'bf16' or 'fp16', not 'fp8'.",
+        ),
+        (
+            "run.task=captionin",
+            "run.task (--options): no task is registered as 'captionin'. Did you mean 'captioning'?",
+        ),
+        ("run.lr_sched=cosine", "run.lr_sched (--options): no lr_scheduler is registered as 'cosine'"),
+        (
+            "run.runner=runner_bas",
+            "run.runner (--options): no runner is registered as 'runner_bas'. Did you mean",
+        ),
+        ("run=3", "run (--options): must be a mapping of keys to values, not 3."),
+        ("plugins=3", "plugins (--options): must be list of str, not 3."),
+        ("env.cache=/tmp", "env.cache (--options): there is no such key. Did you mean 'cache_root'?"),
+        ("run.amp=5", "run.amp (--options): must be bool, not 5."),
+        (
+            "model.arch=evlgen_opd",
+            "model.arch (--options): no model is registered as 'evlgen_opd'. Did you mean",
+        ),
+        (
+            "model.model_type=shape",
+            "model.model_type (--options): evlgen_opt has no type 'shape'. Did you mean 'shapes'?",
+        ),
+        ("model.conector=1", "model.conector (--options): there is no such key. Did you mean 'connector'?"),
+        (
+            "model.connector.name=tome",
+            "model.connector.name (--options): no connector is registered as 'tome'.",
+        ),
+        ("model.connector.rr=3", "model.connector.rr (--options): there is no such key. Did you mean 'r'?"),
+        ("model.connector.r=-1", "model.connector.r (--options): must be at least 0, not -1."),
+        ("model.connector.vision_dim=3", "model.connector.vision_dim (--options): there is no such key."),
+        ("model.vision.image_size=big", "model.vision.image_size (--options): must be int, not 'big'."),
+        (
+            "model.vision.freez=true",
+            "model.vision.freez (--options): there is no such key. Did you mean 'freeze'?",
+        ),
+        ("model.language=opt", "model.language (--options): must be a mapping"),
+        (
+            "datasets.coco_captions={}",
+            "datasets.coco_captions (--options): no dataset is registered under this name. Did",
+        ),
+        (
+            "datasets.coco_caption.build_inf=3",
+            "datasets.coco_caption.build_inf (--options): there is no such key. Did",
+        ),
+        (
+            "datasets.coco_caption.vis_processor.trian={name: blip_image_eval}",
+            "datasets.coco_caption.vis_processor.trian (--options): there is no such key. Did you mean",
+        ),
+        (
+            "datasets.coco_caption.vis_processor.eval.image_sise=3",
+            "vis_processor.eval.image_sise (--options): there is no such key. Did you mean 'image_size'?",
+        ),
+        (
+            "datasets.coco_caption.vis_processor.eval.name=blip_image_evl",
+            "vis_processor.eval.name (--options): no processor is registered as 'blip_image_evl'.",
+        ),
+        (
+            "datasets.coco_caption.build_info.images.storage=3",
+            "build_info.images.storage (--options): must be str, not 3; put it in quotes",
+        ),
+    ],
+)
+def test_each_wrong_setting_is_named_with_place_and_remedy(project, option, expected):
+    assert expected in problems_of(project(), option)
+
+
+def test_a_wrong_setting_names_its_file(project):
+    path = project(PROJECT.replace("pretrain_opt2.7b", "pretrain_opt2.7b\n  connector: {r: -3}"))
+    assert f"model.connector.r ({path}): must be at least 0, not -3." in problems_of(path)
+
+
+def test_all_problems_of_all_sections_are_shown_at_once(project):
+    text = problems_of(
+        project(),
+        "model.connector.r=-1",
+        "datasets.coco_caption.data_type=video",
+        "run.task=x",
+        "model.vision.nam=a",
+    )
+    assert text.startswith("4 problems in the configuration:")
+    assert all(key in text for key in ("model.connector.r", "data_type", "run.task", "model.vision.nam"))
+
+
+def test_an_architecture_is_required(project):
+    assert "model.arch: is required" in problems_of(project("run: {max_epoch: 1}\n"))
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        ("{max_epoch: 1, max_iters: 5}", "run.max_iters: max_epoch is set too"),
+        ("{seed: 1}", "run.max_epoch: how long to train?"),
+        ("{max_epoch: 1, runner: runner_iter}", "run.runner: runner_iter counts iterations"),
+        ("{max_iters: 1, runner: runner_base}", "run.runner: runner_base counts epochs"),
+        ("{max_epoch: 1, iters_per_inner_epoch: 5}", "run.iters_per_inner_epoch: it divides max_iters"),
+        ("{evaluate: true}", "run.test_splits: evaluate: true needs at least one split"),
+        ("{max_epoch: 1, train_splits: []}", "run.train_splits: training needs at least one split"),
+        ("{max_epoch: 1, min_len: 40}", "run.min_len: is 40, more than max_len, 30"),
+        ("{max_epoch: 1, min_lr: 1.0}", "run.min_lr: is 1, more than init_lr, 0.0001"),
+        ("{max_epoch: 1, lr_sched: linear_warmup_step_lr}", "run.lr_decay_rate: linear_warmup_step_lr needs"),
+        ("{max_epoch: 1, train_dataset_ratios: {coco_captoin: 1}}", "Did you mean 'coco_caption'?"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_named(project, run, expected):
+    path = project(PROJECT.replace("run:\n  max_epoch: 5\n", f"run: {run}\n"))
+    assert expected in problems_of(path).replace(f" ({path})", "")
+
+
+def test_the_runner_follows_from_the_length(project):
+    assert Config.load(project()).run.runner == "runner_base"
+    assert Config.load(project(), ["run.max_epoch=null", "run.max_iters=10"]).run.runner == "runner_iter"
+
+
+def test_a_file_without_a_run_section_is_a_valid_model(project):
+    assert (
+        Config.load(project("model: {arch: evlgen_opt, model_type: pretrain_opt2.7b}\n")).run == RunConfig()
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "precision"),
+    [
+        ("amp: true", "auto"),
+        ("amp: false", "fp32"),
+        ("amp: true\n  precision: fp16", "fp16"),
+        ("seed: 1", "auto"),
+    ],
+)
+def test_amp_of_lavis_becomes_precision(project, text, precision):
+    assert Config.load(project(PROJECT + f"  {text}\n")).run.precision == precision
+
+
+def test_lavis_keys_without_effect_give_one_warning(project, caplog):
+    lavis = (
+        "  device: cuda\n  world_size: 1\n  dist_url: env://\n  distributed: true\n  resume_ckpt_path: a/b\n"
+    )
+    config = Config.load(project(PROJECT + lavis))
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert all(
+        key in warnings[0] for key in ("run.device", "run.world_size", "run.dist_url", "run.distributed")
+    )
+    assert config.run.resume == "a/b"
+
+
+def test_a_configuration_changed_in_python_is_checked_again(project):
+    config = Config.load(project())
+    validate(config)
+    config.model.connector.r = -1
+    config.run.batch_size_train = 0
+    with pytest.raises(ConfigError, match="2 problems"):
+        validate(config)
+
+
+# ---- saving, models
+
+
+def test_a_saved_configuration_is_read_back_as_the_same(project, tmp_path):
+    write_plugin(tmp_path)
+    options = ["model.prompt='1e-4'", "run.seed=7", "model.connector.r=[3, 0.5]", "run.output_dir=2024-05-01"]
+    config = Config.load(project(), options, plugins=["./config_test_plugin.py"])
+    elsewhere = tmp_path / "run" / "config.yaml"
+    config.save(elsewhere)
+    again = Config.load(elsewhere)
+    assert again.to_dict() == config.to_dict()
+    assert again.run == config.run
+    assert again.model.prompt == "1e-4" and again.run.output_dir == "2024-05-01"
+    assert again.plugins == [str((tmp_path / "config_test_plugin.py").resolve())]
+    assert yaml.safe_load(elsewhere.read_text())["run"]["seed"] == 7
+
+
+def test_a_types_model_section_takes_overrides():
+    model = load_model_config("evlgen_opt", "pretrain_opt2.7b", {"connector": {"r": 4}, "prompt": "a"})
+    assert (model.arch, model.model_type) == ("evlgen_opt", "pretrain_opt2.7b")
+    assert (model.connector.r, model.connector.num_layers, model.prompt) == (4, 12, "a")
+
+
+def test_wrong_names_and_overrides_of_a_type_are_named():
+    with pytest.raises(RegistryError, match="no model is registered as 'evlgen_opd'"):
+        load_model_config("evlgen_opd")
+    with pytest.raises(
+        ConfigError, match="evlgen_opt has no type 'pretrain_opt2.7'. Did you mean 'pretrain_opt2.7b'"
+    ):
+        load_model_config("evlgen_opt", "pretrain_opt2.7")
+    with pytest.raises(ConfigError, match=r"model\.connector\.rr \(overrides\): there is no such key"):
+        load_model_config("evlgen_opt", "pretrain_opt2.7b", {"connector": {"rr": 4}})
+
+
+def test_a_file_without_a_model_section_is_named(project):
+    with pytest.raises(ConfigError, match="has no `model:` section"):
+        load_model_file(project("run: {max_epoch: 1}\n"))
+
+
+# ---- plugins and cost
+
+
+def write_plugin(folder) -> None:
+    """A connector of its own, as a user's file has it."""
+    (folder / "config_test_plugin.py").write_text(
+        "from torch import nn\n"
+        "from evlgen.common.registry import registry\n"
+        "from evlgen.common.schema import PositiveInt\n"
+        "from evlgen.models.connectors.base import Connector\n\n\n"
+        "class Linear(Connector):\n"
+        "    def __init__(self, vision_dim: int, width: PositiveInt = 8, **framework) -> None:\n"
+        "        super().__init__()\n\n\n"
+        "if 'config_test_linear' not in registry.list_connectors():\n"
+        "    registry.register_connector('config_test_linear')(Linear)\n"
+    )
+
+
+def test_plugins_of_the_file_are_loaded_from_beside_it(project, tmp_path):
+    write_plugin(tmp_path)
+    text = PROJECT.replace(
+        "pretrain_opt2.7b", "pretrain_opt2.7b\n  connector: {name: config_test_linear, width: 0}"
+    )
+    path = project(text + "plugins: [./config_test_plugin.py]\n")
+    assert f"model.connector.width ({path}): must be at least 1, not 0." in problems_of(path)
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE_ROOT.parent
+    )
+    return done.stdout.strip()
+
+
+def test_structure_and_run_section_are_checked_before_torch_is_imported(project):
+    code = (
+        "import sys\n"
+        "from evlgen.common.config import Config\n"
+        "from evlgen.common.errors import ConfigError\n"
+        f"try: Config.load({str(project())!r}, ['run.max_epohc=3'])\n"
+        "except ConfigError as error: print('max_epohc' in str(error), 'torch' in sys.modules)\n"
+    )
+    assert run_python(code) == "True False"
+
+
+def test_importing_the_configuration_costs_under_a_quarter_of_a_second():
+    code = "import time; t = time.process_time(); import evlgen.common.config; print(time.process_time() - t)"
+    run_python(code)  # writes the byte code
+    assert min(float(run_python(code)) for _ in range(3)) < 0.25

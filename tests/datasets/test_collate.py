@@ -1,0 +1,77 @@
+"""Samples, skipped samples and batches of the dataset contract."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+from evlgen.common.errors import DataError
+from evlgen.datasets import BaseDataset, Skipped
+
+
+class EveryThirdIsBroken(BaseDataset):
+    def load_sample(self, index: int) -> dict:
+        if index % 3 == 0:
+            raise DataError("broken on purpose")
+        if index == 7:
+            raise OSError("disk gone")
+        return {"image": torch.full((3, 2, 2), float(self.records[index])), "text_input": f"number {index}"}
+
+
+@pytest.fixture
+def dataset() -> BaseDataset:
+    return EveryThirdIsBroken(list(range(10)))
+
+
+def test_broken_samples_stay_in_their_own_place(dataset) -> None:
+    samples = [dataset[i] for i in range(len(dataset))]
+    assert [isinstance(s, Skipped) for s in samples] == [i % 3 == 0 or i == 7 for i in range(10)]
+    assert samples[3] == Skipped(index=3, id="3", reason="broken on purpose")
+    assert samples[7].reason == "disk gone"
+    assert all(s["image"].unique().item() == i for i, s in enumerate(samples) if isinstance(s, dict))
+
+
+def test_batch_stacks_tensors_and_lists_the_rest(dataset) -> None:
+    batch = dataset.collater([dataset[i] for i in range(6)])
+    assert batch["image"].shape == (4, 3, 2, 2)
+    assert batch["text_input"] == ["number 1", "number 2", "number 4", "number 5"]
+    assert [s.index for s in batch["skipped"]] == [0, 3]
+
+
+def test_batch_without_broken_samples_has_an_empty_list_of_them(dataset) -> None:
+    assert dataset.collater([dataset[1]])["skipped"] == []
+
+
+def test_batch_of_broken_samples_has_nothing_else(dataset) -> None:
+    batch = dataset.collater([dataset[0], dataset[3]])
+    assert list(batch) == ["skipped"] and len(batch["skipped"]) == 2
+
+
+def test_samples_of_different_shapes_are_named() -> None:
+    samples = [{"image": torch.zeros(3, 2, 2)}, {"image": torch.zeros(3, 2, 4)}]
+    with pytest.raises(DataError, match=r"'image'.*\(3, 2, 2\), \(3, 2, 4\)"):
+        EveryThirdIsBroken([0]).collater(samples)
+
+
+def test_skipped_samples_travel_between_processes(dataset) -> None:
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=5, num_workers=1, collate_fn=dataset.collater, multiprocessing_context="fork"
+    )
+    assert [s.index for batch in loader for s in batch["skipped"]] == [0, 3, 6, 7, 9]
+    assert pickle.loads(pickle.dumps(dataset[0])) == dataset[0]
+
+
+def test_an_error_in_the_code_is_not_taken_for_broken_data() -> None:
+    class Faulty(BaseDataset):
+        def load_sample(self, index: int) -> dict:
+            return {}["image"]
+
+    with pytest.raises(KeyError):
+        Faulty([0])[0]
+
+
+def test_dataset_without_records_is_refused() -> None:
+    with pytest.raises(DataError, match="EveryThirdIsBroken has no records"):
+        EveryThirdIsBroken([])

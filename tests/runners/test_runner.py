@@ -1,0 +1,100 @@
+"""The runner on a tiny real model: what it writes, chooses, resumes and refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from evlgen.assemble import run
+from evlgen.common.config import Config
+from evlgen.common.errors import TrainingError
+from evlgen.common.registry import registry
+
+
+def train(path, *options):
+    """Runs a project; returns its folder and the log's records."""
+    cfg = Config.load(path, options)
+    run(cfg)
+    folder = (path.parent / "output" / "latest").resolve()
+    return folder, [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses(records):
+    return [r["loss"] for r in records if r["type"] == "train"]
+
+
+def test_a_run_trains_validates_tests_and_keeps_what_it_should(tiny_project):
+    folder, records = train(tiny_project(run={"test_splits": ["test"]}))
+    assert len(losses(records)) == 12  # 24 samples, batch 4, 2 epochs
+    assert losses(records)[-1] < losses(records)[0]
+    assert [r["split"] for r in records if r["type"] == "evaluation"] == ["val", "val", "test"]
+    kept = {p.name for p in (folder / "checkpoints").iterdir()}
+    assert {"latest", "best", "step_00000012"} <= kept
+    captions = json.loads((folder / "result" / "test" / "captions.json").read_text())
+    assert [sorted(c) for c in captions] == [["caption", "image_id"]] * 5
+    assert (folder / "result" / "test" / "captions.png").stat().st_size > 5000
+    assert OmegaConf.load(folder / "config.yaml").run.init_lr == 1e-3
+
+
+def test_checkpoints_hold_what_is_trained_and_nothing_frozen(tiny_project):
+    folder, _ = train(tiny_project(run={"max_epoch": 1}))
+    names = set(load_file(folder / "checkpoints" / "latest" / "model.safetensors"))
+    assert {"ln_vision.weight", "connector.proj_in.weight", "connector.layers.0.qkv.weight"} <= names
+    assert not [n for n in names if n.startswith(("vision.", "language."))]
+
+
+def test_a_resumed_run_gives_the_losses_and_weights_of_one_never_interrupted(tiny_project):
+    dropout = {"connector": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}}
+    path = tiny_project(model=dropout, run={"max_epoch": 3, "valid_splits": [], "keep_last": 9})
+    folder, records = train(path)
+    whole = load_file(folder / "checkpoints" / "latest" / "model.safetensors")
+    resumed_folder, resumed = train(path, f"run.resume={folder / 'checkpoints' / 'step_00000006'}")
+    assert resumed_folder == folder
+    assert losses(resumed)[len(losses(records)) :] == losses(records)[6:]
+    again = load_file(folder / "checkpoints" / "latest" / "model.safetensors")
+    assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def test_resume_auto_continues_the_newest_run_and_starts_where_there_is_none(tiny_project):
+    path = tiny_project(run={"valid_splits": [], "max_epoch": 1})
+    folder, _ = train(path, "run.resume=auto")
+    again, records = train(path, "run.resume=auto", "run.max_epoch=2")
+    assert again == folder and len(losses(records)) == 12
+
+
+def test_iterations_in_inner_epochs(tiny_project):
+    path = tiny_project(run={"max_epoch": None, "max_iters": 10, "iters_per_inner_epoch": 4, "valid_splits": ["val"]})
+    _, records = train(path)
+    assert len(losses(records)) == 10
+    assert [r["label"] for r in records if r["type"] == "evaluation"] == ["epoch1", "epoch2", "epoch3"]
+
+
+def test_accumulating_two_batches_is_one_batch_of_twice_the_size(tiny_project):
+    constant = {"lr_sched": "constant_lr", "valid_splits": [], "max_epoch": 1, "keep_last": 1, "weight_decay": 0.0}
+    weights = []
+    for batch, accumulate in ((8, 1), (4, 2)):
+        path = tiny_project(run={**constant, "batch_size_train": batch, "accum_grad_iters": accumulate})
+        folder, _ = train(path)
+        weights.append(load_file(folder / "checkpoints" / "latest" / "model.safetensors"))
+    # the mean over tokens of two batches is not the mean over all tokens, so the two are near, not equal
+    start = registry.get_model_class("evlgen_opt").from_config(Config.load(path).model).trained_state_dict()
+    moved = sum((weights[0][k] - start[k]).square().sum() for k in start).sqrt()
+    apart = sum((weights[0][k] - weights[1][k]).square().sum() for k in start).sqrt()
+    assert apart < 0.35 * moved
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(tiny_project):
+    path = tiny_project(run={"max_epoch": 3, "valid_splits": [], "init_lr": 1e30, "min_lr": 0.0})
+    with pytest.raises(TrainingError, match=r"loss became (nan|inf).*samples \['\d+'"):
+        train(path)
+
+
+def test_an_output_folder_that_takes_no_files_is_named(tiny_project, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    path = tiny_project(run={"output_dir": str(tmp_path / "file" / "output")})
+    with pytest.raises(TrainingError, match="run.output_dir .* takes no files"):
+        run(Config.load(path))
