@@ -53,7 +53,7 @@ def tiny_project(golden, tmp_path):
                     "max_len": 5,
                     "log_freq": 1,
                     "tensorboard": False,
-                    "metrics": ["bleu"],
+                    "metrics": ["bleu", "cider"],
                     "output_dir": str(tmp_path / "output"),
                 },
             }

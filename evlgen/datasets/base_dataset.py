@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from evlgen.common.errors import DataError
@@ -70,6 +71,18 @@ class BaseDataset(Dataset):
 
     def references(self) -> dict[int | str, list[str]]:
         """What people wrote about each picture or video, by image id; empty where no text is scored."""
+        return {}
+
+    def picture(self, index: int) -> Image.Image | None:
+        """The picture of a record as a person sees it, for sheets of results; None where there is none."""
+        return None
+
+    def extra_metrics(self, captions: Mapping[int | str, str]) -> dict[str, float]:
+        """What only this dataset can judge about captions, by metric name.
+
+        Args:
+            captions: what was written, by image id.
+        """
         return {}
 
     def collater(self, samples: Sequence[Mapping[str, Any] | Skipped]) -> dict[str, Any]:

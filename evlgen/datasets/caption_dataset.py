@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from PIL import Image
+
 from evlgen.common.errors import DataError
 from evlgen.common.images import open_image
 from evlgen.datasets.annotations import describe, read_json, read_records
@@ -87,9 +89,12 @@ class CaptionEvalDataset(BaseDataset):
                     f"({record['image']}). Take another file, or none: the annotation's captions serve then."
                 )
 
+    def picture(self, index: int) -> Image.Image:
+        return open_image(os.path.join(self.image_root, self.records[index]["image"]))
+
     def load_sample(self, index: int) -> dict[str, Any]:
         record = self.records[index]
-        image = open_image(os.path.join(self.image_root, record["image"]))
+        image = self.picture(index)
         return {"image": self.vis_processor(image), "image_id": record["image_id"], "instance_id": str(index)}
 
     def sample_id(self, index: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,8 @@ from evlgen.common.constraints import PositiveInt
 from evlgen.common.registry import registry
 from evlgen.datasets.base_builder import BaseDatasetBuilder, role_of
 from evlgen.datasets.base_dataset import BaseDataset
-from evlgen.datasets.shapes.captions import captions
+from evlgen.datasets.shapes.captions import captions as write_captions
+from evlgen.datasets.shapes.checker import check
 from evlgen.datasets.shapes.world import SPLITS, draw, scene
 from evlgen.processors.base_processor import BaseProcessor
 
@@ -50,13 +52,21 @@ class ShapesCaptionDataset(BaseDataset):
             "instance_id": str(number),
         }
         if self.text_processor is not None:
-            texts = captions(drawn)
+            texts = write_captions(drawn)
             sample["text_input"] = self.text_processor(texts[int(torch.randint(len(texts), ()))])
         return sample
 
+    def picture(self, index: int) -> Image.Image:
+        return Image.fromarray(draw(scene(self.split, self.records[index], self.seed)))
+
+    def extra_metrics(self, captions: Mapping[int | str, str]) -> dict[str, float]:
+        """``true_captions``: the share of captions whose every statement is right and that leave no shape out."""
+        right = [check(text, scene(self.split, int(number), self.seed)).true for number, text in captions.items()]
+        return {"true_captions": sum(right) / len(right)} if right else {}
+
     def references(self) -> dict[int | str, list[str]]:
         """All five captions of every scene."""
-        return {number: captions(scene(self.split, number, self.seed)) for number in self.records}
+        return {number: write_captions(scene(self.split, number, self.seed)) for number in self.records}
 
 
 @registry.register_builder("shapes_caption")

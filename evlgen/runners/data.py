@@ -124,6 +124,7 @@ def train_loader(datasets: Sequence[Dataset], plan: BatchPlan, num_workers: int,
         num_workers=_workers(num_workers),
         pin_memory=pin_memory,
         worker_init_fn=_one_thread,
+        generator=torch.Generator(),  # else making an iterator would draw from the generator that dropout uses
     )
 
 
@@ -139,6 +140,7 @@ def eval_loader(
         num_workers=_workers(num_workers, len(dataset) // (batch_size * world_size)),
         pin_memory=pin_memory,
         worker_init_fn=_one_thread,
+        generator=torch.Generator(),  # else making an iterator would draw from the generator that dropout uses
     )
 
 

@@ -93,8 +93,8 @@ class RunConfig:
     train_dataset_ratios: dict[str, PositiveFloat] | None = None
     #: Validate every so many (inner) epochs.
     valid_freq: PositiveInt = 1
-    #: Metrics to score with; None: all that the task offers.
-    metrics: list[str] | None = None
+    #: Registered metrics to score with; None: all that the task offers.
+    metrics: list[Annotated[str, Registered("metric")]] | None = None
     #: Whether validation computes metrics, or only writes the generated texts.
     report_metric: bool = True
 

@@ -55,9 +55,9 @@ class CaptioningTask(BaseTask):
             return {}
         captions = {r["image_id"]: r["caption"] for r in rows}
         scores = score_captions({i: references[i] for i in captions}, captions, self.run.metrics)
-        for name, reason in scores.left_out.items():
-            logger.warning("%s is left out: %s", name, reason)
-        metrics = {**scores.metrics, **dataset.extra_metrics(captions)}
+        metrics = {**scores.values, **dataset.extra_metrics(captions)}
+        if scores.agg_metrics is not None:
+            metrics["agg_metrics"] = scores.agg_metrics
         write_atomically(folder / "metrics.json", json.dumps({**metrics, "left_out": scores.left_out}, indent=1))
         return metrics
 

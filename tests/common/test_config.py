@@ -297,6 +297,10 @@ def test_a_later_option_wins(project):
             "run.runner=runner_bas",
             "run.runner (--options): no runner is registered as 'runner_bas'. Did you mean",
         ),
+        (
+            "run.metrics=[cidre]",
+            "run.metrics[0] (--options): no metric is registered as 'cidre'. Did you mean 'cider'?",
+        ),
         ("run=3", "run (--options): must be a mapping of keys to values, not 3."),
         ("plugins=3", "plugins (--options): must be list of str, not 3."),
         ("env.cache=/tmp", "env.cache (--options): there is no such key. Did you mean 'cache_root'?"),

@@ -1,5 +1,5 @@
-"""Caption metrics. Importing this package registers BLEU, METEOR, ROUGE-L, CIDEr and SPICE; it is cheap, pycocoevalcap
-is imported when a score is computed.
+"""Caption metrics. Importing this package registers BLEU, METEOR, ROUGE-L, CIDEr and SPICE; it is cheap,
+pycocoevalcap is imported when a score is computed.
 
 A metric of your own::
 

@@ -10,7 +10,8 @@ from evlgen.common.errors import EVLGenError
 from evlgen.tasks.metrics.java import find_java
 
 ImageId = int | str
-# Tokens joined by blanks, as pycocoevalcap's scorers read them: several references per image, one candidate in a list.
+# Tokens joined by blanks, as pycocoevalcap's scorers read them: several references per image, one candidate
+# in a list.
 Tokenised = Mapping[ImageId, list[str]]
 
 

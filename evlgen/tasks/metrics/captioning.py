@@ -24,8 +24,8 @@ class Scores:
     """What `score_captions` found.
 
     Attributes:
-        values: over all images, by the names pycocoevalcap uses: Bleu_1 to Bleu_4, METEOR, ROUGE_L, CIDEr, SPICE, and
-            those of registered metrics. 1 is 100 of the usual tables.
+        values: over all images, by the names pycocoevalcap uses: Bleu_1 to Bleu_4, METEOR, ROUGE_L, CIDEr,
+            SPICE, and those of registered metrics. 1 is 100 of the usual tables.
         left_out: name -> why that metric could not be computed, and what would help.
         per_image: name -> image id -> value.
         tokenizer: "java" or "python".
@@ -40,7 +40,7 @@ class Scores:
 
     @property
     def agg_metrics(self) -> float | None:
-        """CIDEr + BLEU-4, by which LAVIS picks the best checkpoint; None where one of them was not asked for."""
+        """CIDEr + BLEU-4, by which LAVIS picks the best checkpoint; None where one of them is missing."""
         if "CIDEr" not in self.values or "Bleu_4" not in self.values:
             return None
         return self.values["CIDEr"] + self.values["Bleu_4"]
@@ -53,8 +53,9 @@ def score_captions(
 ) -> Scores:
     """Scores one caption per image against that image's references.
 
-    Both are tokenised once, by pycocoevalcap's Java program where Java runs and by our equal one elsewhere. A metric that
-    cannot run on this machine is left out with the reason. CIDEr's document frequencies come from exactly these images.
+    Both are tokenised once, by pycocoevalcap's Java program where Java runs and by our equal one elsewhere. A
+    metric that cannot run on this machine is left out with the reason. CIDEr's document frequencies come from
+    exactly these images.
 
     Args:
         references: id -> human captions, at least one.
@@ -62,7 +63,8 @@ def score_captions(
         metrics: registered names; None for BLEU, METEOR, ROUGE-L, CIDEr and SPICE.
 
     Raises:
-        DataError: ids of references and candidates differ, there is nothing to score, or something is not text.
+        DataError: ids of references and candidates differ, there is nothing to score, or something is not
+            text.
         RegistryError: a metric is not registered.
     """
     parts = [

@@ -1,4 +1,5 @@
-"""Finding a Java that runs, and running programs with it: quietly, in UTF-8, with a time limit, ended in every case."""
+"""Finding a Java that runs, and running programs with it: quietly, in UTF-8, with a time limit, ended in
+every case."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 
 OLDEST_VERSION = 8
-# Java must read and write UTF-8 and lower-case in English whatever the machine's locale. One thread for garbage is
-# enough for programs this small.
+# Java must read and write UTF-8 and lower-case in English whatever the machine's locale. One thread for
+# garbage is enough for programs this small.
 _FLAGS = (
     "-Dfile.encoding=UTF-8",
     "-Dstdout.encoding=UTF-8",
@@ -47,7 +48,8 @@ class Java:
 
 
 def find_java() -> Java | str:
-    """The Java of ``JAVA_HOME``, else of ``PATH``; a string with the reason where there is none that serves."""
+    """The Java of ``JAVA_HOME``, else of ``PATH``; a string with the reason where there is none that
+    serves."""
     return _find_java(os.environ.get("JAVA_HOME", ""), os.environ.get("PATH", ""))
 
 

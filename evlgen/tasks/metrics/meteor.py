@@ -19,8 +19,8 @@ _SEPARATOR = " ||| "
 class Meteor(CaptionMetric):
     """METEOR 1.5 with English defaults (Denkowski and Lavie, 2014), run as pycocoevalcap runs it.
 
-    pycocoevalcap's own wrapper is not used: it waits for ever at exit when Java died, and leaves the text encoding
-    to the machine's locale.
+    pycocoevalcap's own wrapper is not used: it waits for ever at exit when Java died, and leaves the text
+    encoding to the machine's locale.
     """
 
     names = ("METEOR",)

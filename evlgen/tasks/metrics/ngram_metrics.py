@@ -48,8 +48,8 @@ class RougeL(CaptionMetric):
 class Cider(CaptionMetric):
     """CIDEr-D, mean over images, 10 at most (Vedantam et al., CVPR 2015).
 
-    Document frequencies are those of the references given, so the value depends on the set of images; that of a single
-    image is 0.
+    Document frequencies are those of the references given, so the value depends on the set of images; that of
+    a single image is 0.
     """
 
     names = ("CIDEr",)

@@ -1,16 +1,18 @@
 """A pure-Python Penn-Treebank-style tokenizer for machines without Java.
 
 Published caption scores are computed on tokens of Stanford's PTBTokenizer (CoreNLP 3.4.1, ``-preserveLines
--lowerCase``) with punctuation removed, as pycocoevalcap calls it. This module gives the same tokens. It was written
-from the Penn Treebank's tokenization conventions (contractions are split: *ca n't*, *dog 's*, *gon na*; brackets become
-*-lrb-*) and from what the Java program answers to probes; ``tests/tasks/test_ptb_tokenizer.py`` holds it to that.
+-lowerCase``) with punctuation removed, as pycocoevalcap calls it. This module gives the same tokens. It was
+written from the Penn Treebank's tokenization conventions (contractions are split: *ca n't*, *dog 's*, *gon
+na*; brackets become *-lrb-*) and from what the Java program answers to probes;
+``tests/tasks/test_ptb_tokenizer.py`` holds it to that.
 
-How it works: the captions are joined by line ends and read from left to right. At each place every rule is tried and
-the longest match wins, the earlier rule on a tie, as a lexer generator does it. A rule with a group takes only the group
-as its token; what follows the group is context that counts for the length (*ca* in front of *n't* beats *can*).
+How it works: the captions are joined by line ends and read from left to right. At each place every rule is
+tried and the longest match wins, the earlier rule on a tie, as a lexer generator does it. A rule with a group
+takes only the group as its token; what follows the group is context that counts for the length (*ca* in front
+of *n't* beats *can*).
 
-Where it differs: rare scripts and symbols newer than 2014 are told apart by today's Unicode, and exotic mark-up
-and addresses may be cut elsewhere. English captions are not concerned.
+Where it differs: rare scripts and symbols newer than 2014 are told apart by today's Unicode, and exotic
+mark-up and addresses may be cut elsewhere. English captions are not concerned.
 """
 
 from __future__ import annotations
@@ -20,27 +22,29 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-# Removed from the tokens of a caption. The brackets stand here in upper case and the tokens are lower case, so
-# brackets stay in published scores; so do doubled marks such as "!!".
+# Removed from the tokens of a caption. The brackets stand here in upper case and the tokens are lower case,
+# so brackets stay in published scores; so do doubled marks such as "!!".
 PUNCTUATION = frozenset(
     ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
 )
 
 # Abbreviations that keep their full stop. Single letters do as well.
 _ABBREVIATIONS = (
-    "adj adm adv al ala alex apr ariz assn assoc asst atty aug ave bhd bldg blvd brig bros calif capt cf cie cmdr co "
-    "col colo comdr conn corp cos cpl ct dak dec dept det dr drs elec ens esq est etc ext feb fla fri ft ga gen gov "
-    "hon inc ind insp intl invt jan jos jr jul jun kan kans ky lt ltd maj mar md messrs mfg mich minn mlle mme mo mon "
-    "mont mr mrs ms msgr mt mtg natl neb nev nov oct okla penn pfc ph plc pres prof pte pty pvt rd rep reps rev rt sen "
-    "sens sep sept seq sfc sgt spc sq sr st ste supt sys tel tenn thu thurs treas tue tues univ va vs vt wed wis wisc "
-    "wm wyo"
+    "adj adm adv al ala alex apr ariz assn assoc asst atty aug ave bhd bldg blvd brig bros calif capt cf "
+    "cie cmdr co col colo comdr conn corp cos cpl ct dak dec dept det dr drs elec ens esq est etc ext feb "
+    "fla fri ft ga gen gov hon inc ind insp intl invt jan jos jr jul jun kan kans ky lt ltd maj mar md "
+    "messrs mfg mich minn mlle mme mo mon mont mr mrs ms msgr mt mtg natl neb nev nov oct okla penn pfc ph "
+    "plc pres prof pte pty pvt rd rep reps rev rt sen sens sep sept seq sfc sgt spc sq sr st ste supt sys "
+    "tel tenn thu thurs treas tue tues univ va vs vt wed wis wisc wm wyo"
 ).split()
 _CAPITALISED_ABBREVIATIONS = "ark az del ill la mass miss ore pa tex wash".split()
 _ABBREVIATIONS_BEFORE_NUMBERS = "art ca fig figs no nos op pp prop".split()
-# A single letter and a full stop in front of one of these ends a sentence: "plan B. The dog" against "J. Smith".
+# A single letter and a full stop in front of one of these ends a sentence: "plan B. The dog", but not in
+# "J. Smith".
 _SENTENCE_STARTERS = (
-    "A About According Additionally After An As At But Earlier He Her Here However If In It Last Many More Mr. Ms. Now "
-    "Once One Other Our She Since So Some Such That The Their Then There These They This We What When While Yet You"
+    "A About According Additionally After An As At But Earlier He Her Here However If In It Last Many More "
+    "Mr. Ms. Now Once One Other Our She Since So Some Such That The Their Then There These They This We "
+    "What When While Yet You"
 ).split()
 _ASSIMILATIONS = {"cannot": 3, "gonna": 3, "gotta": 3, "lemme": 3, "gimme": 3, "wanna": 3}
 
@@ -60,7 +64,7 @@ def _one_of(words: Sequence[str]) -> str:
 
 
 def _fill(pattern: str) -> re.Pattern[str]:
-    """Compiles a pattern in which @A is an apostrophe, @L a letter, @W a letter or digit, @E the end of a word."""
+    """Compiles a pattern in which @A is an apostrophe, @L a letter, @W a letter or digit, @E a word's end."""
     pattern = pattern.replace("@A", _APOSTROPHE).replace("@E", f"(?!{_LETTER_OR_DIGIT})")
     return re.compile(pattern.replace("@L", _LETTER).replace("@W", _LETTER_OR_DIGIT))
 
@@ -78,7 +82,8 @@ def _brackets(token: str) -> list[str]:
 
 
 def _glued(token: str) -> list[str]:
-    # One token that holds a blank: Java writes a no-break space, and pycocoevalcap splits on plain blanks only.
+    # One token that holds a blank: Java writes a no-break space, and pycocoevalcap splits on plain blanks
+    # only.
     return [token.lower().replace(" ", "\xa0")]
 
 
@@ -173,8 +178,9 @@ _MARKS = (
     _rule("'t of 'tis", r"('[tT])(?i:is|was)"),
     _rule(
         "tag",
-        r"</?[A-Za-z][\w.:-]*(?:[ \t]+[A-Za-z][\w.:-]*(?:[ \t]*=[ \t]*(?:\"[^\"\n]*\"|'[^'\n]*'|[^\s\"'<>]+))?)*"
-        r"[ \t]*/?>|<[!?][A-Za-z-][^>\n]*>",
+        r"</?[A-Za-z][\w.:-]*"
+        r"(?:[ \t]+[A-Za-z][\w.:-]*(?:[ \t]*=[ \t]*(?:\"[^\"\n]*\"|'[^'\n]*'|[^\s\"'<>]+))?)*[ \t]*/?>"
+        r"|<[!?][A-Za-z-][^>\n]*>",
         _glued,
     ),
     _rule("entity", r"&(?i:amp|lt|gt|quot|nbsp|apos);", _entity),
@@ -230,7 +236,7 @@ def _admitted(character: str) -> str:
 
 
 def one_line(caption: str) -> str:
-    """The caption with every kind of line end replaced by a blank: both tokenizers tell captions apart by lines."""
+    """The caption with each line end of any kind replaced by a blank: captions are told apart by lines."""
     return _LINE_ENDS.sub(" ", caption)
 
 
@@ -268,8 +274,8 @@ def _longest(text: str, place: int) -> tuple[int, list[str]]:
 def tokenize_lines(captions: Sequence[str]) -> list[str]:
     """Tokens of each caption: lower case, without punctuation, joined by blanks.
 
-    A line end inside a caption counts as a blank. As with the Java program, whether a single letter in front of a full
-    stop ends a sentence (*b* or *b.*) can depend on the first word of the next caption.
+    A line end inside a caption counts as a blank. As with the Java program, whether a single letter in front
+    of a full stop ends a sentence (*b* or *b.*) can depend on the first word of the next caption.
 
     Args:
         captions: any text; an empty caption gives an empty string.

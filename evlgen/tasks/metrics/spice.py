@@ -20,8 +20,8 @@ _OPENED = ("java.lang", "java.math", "java.net", "java.text", "java.util", "java
 class Spice(CaptionMetric):
     """SPICE 1.0, F-score over scene graphs, mean over images (Anderson et al., ECCV 2016).
 
-    pycocoevalcap's own wrapper is not used: it downloads the models unasked, writes into the installed package, and
-    keeps a cache whose native library is missing on some machines.
+    pycocoevalcap's own wrapper is not used: it downloads the models unasked, writes into the installed
+    package, and keeps a cache whose native library is missing on some machines.
     """
 
     names = ("SPICE",)

@@ -19,8 +19,8 @@ _JAR = ("tokenizer", "stanford-corenlp-3.4.1.jar")
 def tokenize_with_java(captions: Sequence[str], java: Java) -> list[str]:
     """As `ptb_tokenizer.tokenize_lines`, by the Java program that published scores use.
 
-    Unlike pycocoevalcap's wrapper it writes no file into the installed package, fixes the encoding, and keeps captions
-    apart that hold line ends of any kind.
+    Unlike pycocoevalcap's wrapper it writes no file into the installed package, fixes the encoding, and keeps
+    captions apart that hold line ends of any kind.
 
     Raises:
         JavaFailed: the program did not give one line for each caption.
@@ -43,7 +43,8 @@ def tokenize_captions(
     """Tokens of references and candidates, both by the same tokenizer.
 
     Returns:
-        id -> tokens of each reference, joined by blanks; id -> a list with the candidate's; the tokenizer's name.
+        id -> tokens of each reference, joined by blanks; id -> a list with the candidate's; the tokenizer's
+        name.
     """
     reference_lines = [caption for captions in references.values() for caption in captions]
     candidate_lines = list(candidates.values())
