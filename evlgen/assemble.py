@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evlgen.common.config import Config
-from evlgen.common.errors import ConfigError, DataError, TrainingError
+from evlgen.common.errors import ConfigError, DataError, TrainingError, did_you_mean
 from evlgen.common.io import cache_root, write_atomically
 from evlgen.common.registry import registry
 from evlgen.common.schema import build_dataclass, parameters_of
@@ -31,6 +31,7 @@ def run(cfg: Config) -> dict[str, dict[str, float]]:
     """
     follow_model(cfg)
     builders = make_builders(cfg)
+    check_splits(cfg, builders)
     check_nothing_missing(cfg, builders)
 
     from evlgen.common.logs import log_to_file
@@ -93,6 +94,19 @@ def wanted_splits(cfg: Config) -> list[str]:
     run = cfg.run
     training = [] if run.evaluate else [*run.train_splits, *run.valid_splits]
     return list(dict.fromkeys([*training, *run.test_splits]))
+
+
+def check_splits(cfg: Config, builders: dict[str, Any]) -> None:
+    """Raises `ConfigError` for a split that no dataset has."""
+    known = sorted({split for builder in builders.values() for split in builder.splits})
+    for key in ("train_splits", "valid_splits", "test_splits"):
+        for split in getattr(cfg.run, key):
+            if split in wanted_splits(cfg) and split not in known:
+                path = f"run.{key}"
+                raise ConfigError(
+                    f"{path} ({cfg.source(path) or 'default'}): no dataset has a split '{split}'.{did_you_mean(split, known)} "
+                    f"Splits: {', '.join(known)}."
+                )
 
 
 def check_nothing_missing(cfg: Config, builders: dict[str, Any]) -> None:

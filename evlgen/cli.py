@@ -17,8 +17,8 @@ def train(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
-    """``evaluate.py``: evaluates a project file's model on its validation and test splits. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="evaluate.py", description="Evaluate what a project file describes.")
+    """``evaluate.py``: evaluates a project file's model on its test splits. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="evaluate.py", description="Evaluate what a project file describes, on its test splits.")
     _add_run_arguments(parser)
     return guarded(lambda args: _run(args, evaluate=True), parser, argv)
 

@@ -59,7 +59,6 @@ class Runner:
         self.run, self.task, self.folder = run, task, folder
         self.accelerator = accelerator or make_accelerator(run)
         self.datasets = datasets
-        self._check_splits()
         set_seed(run.seed + self.accelerator.process_index)
         self.model = model.to(self.accelerator.device)
         self.log = RunLog(folder, run, enabled=self.accelerator.is_main_process)
@@ -236,16 +235,6 @@ class Runner:
         return gather_object([metrics])[0]
 
     # ---- helpers -----------------------------------------------------------------------------------------------------
-
-    def _check_splits(self) -> None:
-        known = sorted({split for splits in self.datasets.values() for split in splits})
-        keys = ["test_splits"] if self.run.evaluate else ["train_splits", "valid_splits", "test_splits"]
-        for key in keys:
-            for split in getattr(self.run, key):
-                if split not in known:
-                    raise ConfigError(
-                        f"run.{key}: no dataset has a split '{split}'.{did_you_mean(split, known)} Splits: {', '.join(known)}."
-                    )
 
     def _global_batch(self, samples: dict[str, Any]) -> int:
         first = samples.get("image", samples.get("text_input"))

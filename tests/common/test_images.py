@@ -62,7 +62,9 @@ def test_floats_are_read_by_their_range() -> None:
 def test_floats_that_are_no_numbers_are_black() -> None:
     values = (RAMP / 255).astype(np.float32)
     values[0, :2] = np.nan, np.inf
-    pixels = grey(to_rgb(Image.fromarray(values)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = grey(to_rgb(Image.fromarray(values)))
     assert pixels[0, 0] == 0 and np.array_equal(pixels[1:], RAMP[1:])
 
 

@@ -146,6 +146,15 @@ def test_absolute_paths_and_splits_of_ones_own(root, tmp_path) -> None:
     assert "text_input" in made.get_split("train_mine")[0]
 
 
+def test_storage_may_have_a_scheme_and_an_address_is_not_fetched_by_looking(root) -> None:
+    annotations = {
+        "train": {"storage": "evlgen://configs/none.json"},
+        "val": {"storage": "https://x.invalid/v.json"},
+    }
+    lines = builder(root, build_info={"annotations": annotations}).missing(["train", "val"])
+    assert len(lines) == 1 and str(PACKAGE_ROOT / "configs/none.json") in lines[0]
+
+
 def test_misspelt_split_names_the_nearest(root) -> None:
     with pytest.raises(
         ConfigError, match=r"'coco_caption' has no split 'vla'\. Did you mean 'val'.*train, val, test"

@@ -11,6 +11,7 @@ from torchvision import transforms
 from evlgen.common.errors import ConfigError, DataError, RegistryError
 from evlgen.processors import build_processor
 from evlgen.processors.image import CLIP_MEAN, CLIP_STD
+from evlgen.processors.randaugment import RandAugment
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
 BICUBIC = transforms.InterpolationMode.BICUBIC
@@ -47,6 +48,17 @@ def test_training_equals_the_published_transforms_under_one_seed() -> None:
     expected = published(crop, transforms.RandomHorizontalFlip())
     ours = build_processor({"name": "blip2_image_train", "image_size": 40})
     for seed in range(8):
+        torch.manual_seed(seed)
+        target = expected(PHOTO)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(ours(PHOTO), target, atol=2e-6, rtol=0)
+
+
+def test_blip_training_augments_after_crop_and_flip() -> None:
+    crop = transforms.RandomResizedCrop(40, scale=(0.5, 1.0), interpolation=BICUBIC)
+    expected = published(crop, transforms.RandomHorizontalFlip(), RandAugment(num_ops=2, magnitude=5))
+    ours = build_processor({"name": "blip_image_train", "image_size": 40})
+    for seed in range(20):
         torch.manual_seed(seed)
         target = expected(PHOTO)
         torch.manual_seed(seed)

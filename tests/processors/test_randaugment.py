@@ -23,7 +23,7 @@ def photo() -> Image.Image:
 
 
 def warped(image: Image.Image, forward: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Bilinear warp, pixel centres at integers, by a 2 x 3 matrix input -> output, as `cv2.warpAffine` defines it.
+    """Bilinear warp by a 2 x 3 matrix input -> output, pixel centres at integers, as in `cv2.warpAffine`.
 
     Returns the picture and a mask of pixels that come from well inside or well outside of the input.
     """
@@ -122,11 +122,20 @@ def test_the_ten_operations_are_blips() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"])
-def test_warps_go_both_ways(photo, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "warp", "amount"),
+    [
+        ("ShearX", randaugment.shear_x, 0.15),
+        ("ShearY", randaugment.shear_y, 0.15),
+        ("TranslateX", randaugment.translate_x, 5),
+        ("TranslateY", randaugment.translate_y, 5),
+        ("Rotate", randaugment.rotate, 15),
+    ],
+)
+def test_at_blips_magnitude_warps_go_both_ways_by_the_published_amount(photo, name, warp, amount) -> None:
     torch.manual_seed(0)
     seen = {OPERATIONS[name](photo, 0.5).tobytes() for _ in range(16)}
-    assert len(seen) == 2
+    assert seen == {warp(photo, amount).tobytes(), warp(photo, -amount).tobytes()}
 
 
 def test_each_drawn_operation_is_applied_half_of_the_time(photo) -> None:

@@ -162,7 +162,7 @@ _NUMBERS = (
     ),
 )
 _ADDRESSES = (
-    _rule("URL", r"(?i:https?)://[^\s\"<>|()]+[^\s\"<>|().!?,-]"),
+    _rule("URL", r"(?i:https?)://[^\s\"<>|(){}]+[^\s\"<>|(){}.!?,-]"),
     _rule(
         "host",
         r"(?:www\.(?:[^\s\"<>|()./]+\.)+[A-Za-z]{2,4}|(?:[A-Za-z][A-Za-z0-9]*\.)+(?:com|net|org|edu))"

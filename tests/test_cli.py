@@ -1,0 +1,125 @@
+"""The commands a user types, on the bundled model and on real photographs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from evlgen import cli, load_model, load_model_and_preprocess, model_zoo
+from evlgen.common.errors import ConfigError, RegistryError
+from evlgen.datasets.shapes.checker import check
+from evlgen.datasets.shapes.world import draw, scene
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.fromarray(draw(scene("test", 3))).save(path)
+    return path
+
+
+def test_the_bundled_model_is_loaded_by_default_and_says_so(caplog):
+    with caplog.at_level("WARNING"):
+        model, images, texts = load_model_and_preprocess("evlgen_opt")
+    assert "'shapes' of evlgen_opt is loaded" in caplog.text
+    assert not model.training
+    assert images["eval"](Image.new("RGB", (100, 50))).shape == (3, 64, 64)
+    assert texts["eval"]("A Red Circle!") == "a red circle"
+
+
+def test_the_bundled_model_captions_pictures_it_never_saw():
+    model, images, _ = load_model_and_preprocess("evlgen_opt", "shapes")
+    import torch
+
+    scenes = [scene("test", i) for i in range(60)]
+    pixels = torch.stack([images["eval"](Image.fromarray(draw(s))) for s in scenes])
+    captions = model.generate({"image": pixels}, num_beams=3, max_length=40)
+    right = sum(check(c, s).true for c, s in zip(captions, scenes, strict=True))
+    assert right >= 48  # of 60
+
+
+def test_wrong_names_are_named():
+    with pytest.raises(RegistryError, match="'evlgen_opt'"):
+        load_model("evlgen_op")
+    with pytest.raises(ConfigError, match="'shapes'"):
+        load_model("evlgen_opt", "shape")
+
+
+def test_the_zoo_lists_architectures_and_types():
+    assert dict(model_zoo)["evlgen_opt"] == ["shapes", "pretrain_opt2.7b", "pretrain_opt6.7b", "caption_coco_opt2.7b"]
+    assert "pretrain_opt6.7b" in str(model_zoo)
+
+
+def test_caption_names_each_file_and_leaves_out_what_is_no_picture(picture, capsys):
+    (picture.parent / "text.jpg").write_text("not a picture")
+    assert cli.main(["caption", str(picture.parent)]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{picture}: ") and len(out.strip().splitlines()) == 1
+    assert "text.jpg" in err
+
+
+def test_caption_with_a_saved_model_and_a_prompt(picture, capsys, tmp_path):
+    load_model("evlgen_opt", "shapes").save_pretrained(tmp_path / "saved")
+    assert cli.main(["caption", str(picture), "--checkpoint", str(tmp_path / "saved"), "--prompt", "there is"]) == 0
+    assert capsys.readouterr().out.startswith(str(picture))
+
+
+def test_caption_of_nothing_readable_fails(tmp_path, capsys):
+    (tmp_path / "a.png").write_text("no")
+    assert cli.main(["caption", str(tmp_path / "a.png")]) == 1
+    assert "none of the 1 files" in capsys.readouterr().err
+
+
+def test_help_and_import_do_not_import_torch():
+    code = "import sys, evlgen, evlgen.cli\ntry: evlgen.cli.train(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+
+
+def test_the_plugin_example_trains(tmp_path, capsys):
+    options = [f"run.output_dir={tmp_path}", "run.max_epoch=25"]
+    assert cli.train(["--cfg-path", str(ROOT / "examples" / "plugin.yaml"), "--options", *options]) == 0
+    metrics = json.loads((tmp_path / "latest" / "result" / "test" / "metrics.json").read_text())
+    records = [json.loads(line) for line in (tmp_path / "latest" / "log.jsonl").read_text().splitlines()]
+    losses = [r["loss"] for r in records if r["type"] == "train"]
+    assert losses[-1] < 0.5 * losses[0]
+    exact = [r["exact"] for r in records if r["type"] == "evaluation"]
+    assert exact[-1] >= 0.75 and "Bleu_4" in metrics
+
+
+def test_real_photographs_train_evaluate_and_score(shared, tmp_path, monkeypatch):
+    monkeypatch.setenv("EVLGEN_CACHE", str(shared / "data" / "lavis_cache"))
+    options = ["model.model_type=shapes", "run.max_epoch=2", "run.init_lr=1e-3", "run.warmup_steps=0", "run.log_freq=1"]
+    options += [f"run.output_dir={tmp_path / 'ft'}", "run.metrics=[bleu,rouge_l,cider]"]
+    assert cli.train(["--cfg-path", "projects/evlgen/coco_ft.yaml", "--options", *options]) == 0
+    folder = tmp_path / "ft" / "latest"
+    captions = json.loads((folder / "result" / "test" / "captions.json").read_text())
+    assert sorted(c["image_id"] for c in captions) == [900007, 900008]
+    metrics = json.loads((folder / "result" / "test" / "metrics.json").read_text())
+    assert {"Bleu_1", "Bleu_4", "ROUGE_L", "CIDEr", "agg_metrics"} <= metrics.keys()
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    losses = [r["loss"] for r in records if r["type"] == "train"]
+    assert losses[-1] < losses[0]
+    options = ["model.model_type=shapes", f"model.checkpoint={folder / 'checkpoints' / 'best'}", "run.metrics=[bleu,cider]"]
+    options += [f"run.output_dir={tmp_path / 'eval'}"]
+    assert cli.evaluate(["--cfg-path", "projects/evlgen/coco_eval.yaml", "--options", *options]) == 0
+    again = json.loads((tmp_path / "eval" / "latest" / "result" / "test" / "captions.json").read_text())
+    assert again == captions
+
+
+def test_without_weights_and_data_everything_missing_is_named_at_once(tmp_path):
+    environment = {**os.environ, "EVLGEN_CACHE": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "train.py", "--cfg-path", "projects/evlgen/coco_ft.yaml"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    wanted = ["eva_vit_g.pth", "facebook/opt-2.7b", "hf download", "bert-base-uncased", "coco_karpathy_train.json", "train2014.zip"]
+    assert [w for w in wanted if w not in done.stderr] == []
+    assert len(done.stderr.splitlines()) < 40
+    assert not list(tmp_path.glob("*"))
