@@ -138,4 +138,4 @@ def _cause(path: str | os.PathLike, error: Exception) -> str:
         return "the file is empty."
     if isinstance(error, UnidentifiedImageError):
         return "it is not an image of a format Pillow knows."
-    return f"{error}" or type(error).__name__
+    return f"{str(error).rstrip('.') or type(error).__name__}."

@@ -60,8 +60,9 @@ class ShapesCaptionDataset(BaseDataset):
         return Image.fromarray(draw(scene(self.split, self.records[index], self.seed)))
 
     def extra_metrics(self, captions: Mapping[int | str, str]) -> dict[str, float]:
-        """``true_captions``: the share of captions whose every statement is right and that leave no shape out."""
-        right = [check(text, scene(self.split, int(number), self.seed)).true for number, text in captions.items()]
+        """``true_captions``: the share of captions that state nothing wrong and leave no shape out."""
+        scenes = {number: scene(self.split, int(number), self.seed) for number in captions}
+        right = [check(text, scenes[number]).true for number, text in captions.items()]
         return {"true_captions": sum(right) / len(right)} if right else {}
 
     def references(self) -> dict[int | str, list[str]]:

@@ -97,7 +97,7 @@ class BlipImageEvalProcessor(ImageProcessor):
         self,
         image_size: PositiveInt = 384,
         mean: tuple[float, float, float] | None = None,
-        std: list[float] | None = None,
+        std: tuple[float, float, float] | None = None,
     ) -> None:
         resize = v2.Resize((image_size, image_size), interpolation=v2.InterpolationMode.BICUBIC)
         super().__init__(resize, mean, std)

@@ -253,12 +253,16 @@ class IterRunner(Runner):
 
 def make_accelerator(run: RunConfig) -> Accelerator:
     """The accelerator of a run, its precision as the device computes it."""
-    precision = resolve_precision(run.precision, PartialState().device)
+    cpu = not torch.accelerator.is_available()  # said outright, or accelerate would not distribute on CPUs
+    state = PartialState(cpu=cpu)
+    if not state.is_main_process:
+        logging.getLogger("evlgen").setLevel(logging.WARNING)
+    precision = resolve_precision(run.precision, state.device)
     torch.backends.cuda.matmul.allow_tf32 = run.allow_tf32
     torch.backends.cudnn.allow_tf32 = run.allow_tf32
     torch.use_deterministic_algorithms(run.deterministic, warn_only=True)
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
-    return Accelerator(mixed_precision=_PRECISIONS[precision])
+    return Accelerator(mixed_precision=_PRECISIONS[precision], cpu=cpu)
 
 
 def to_device(samples: dict[str, Any], device: torch.device) -> dict[str, Any]:

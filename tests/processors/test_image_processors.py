@@ -97,7 +97,8 @@ def test_any_mode_is_accepted_without_opening_it_first() -> None:
     [
         ({"name": "blip_image_eval", "image_sise": 8}, r"image_sise.*Did you mean 'image_size'"),
         ({"name": "blip_image_eval", "image_size": 0}, r"image_size.*at least 1"),
-        ({"name": "blip_image_eval", "mean": [0.5]}, r"mean"),
+        ({"name": "blip_image_eval", "mean": [0.5]}, r"mean: must be \[float, float, float\]"),
+        ({"name": "blip_image_eval", "std": [0.5]}, r"std: must be \[float, float, float\]"),
         ({"name": "blip_image_eval", "std": [0.5, 0.0, 0.5]}, r"std must be positive"),
         (
             {"name": "blip2_image_train", "min_scale": 0.9, "max_scale": 0.5},

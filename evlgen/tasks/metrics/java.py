@@ -14,15 +14,13 @@ from functools import lru_cache
 from pathlib import Path
 
 OLDEST_VERSION = 8
-# Java must read and write UTF-8 and lower-case in English whatever the machine's locale. One thread for
-# garbage is enough for programs this small.
+# Java must read and write UTF-8 and lower-case in English whatever the machine's locale.
 _FLAGS = (
     "-Dfile.encoding=UTF-8",
     "-Dstdout.encoding=UTF-8",
     "-Duser.language=en",
     "-Duser.country=US",
     "-Djava.awt.headless=true",
-    "-XX:+UseSerialGC",
 )
 
 
@@ -105,7 +103,7 @@ def run_java(
         raise JavaFailed(f"Java was ended after {timeout:.0f} s without an answer") from error
     if done.returncode != 0:
         words = done.stderr.decode(errors="replace")
-        raise JavaFailed(f"Java ended with code {done.returncode}: {_last_words(words)}")
+        raise JavaFailed(f"Java ended with code {done.returncode}: {last_words(words)}")
     return done.stdout.decode("utf-8", errors="replace")
 
 
@@ -116,8 +114,8 @@ def pycocoevalcap_file(*parts: str) -> Path:
     return Path(folders[0] if folders else "pycocoevalcap", *parts)
 
 
-def _last_words(errors: str) -> str:
-    """The line of a Java error output that says most: the last exception, else the last line."""
+def last_words(errors: str) -> str:
+    """The line of a Java program's error output that says most: the last exception, else the last line."""
     exceptions = [
         line.strip() for line in errors.splitlines() if re.match(r"(Exception|Caused by|Error)", line)
     ]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from evlgen.common.registry import registry
 from evlgen.tasks.metrics.base import CaptionMetric, MetricResult, MetricUnavailable, Tokenised
-from evlgen.tasks.metrics.java import Java, find_java, pycocoevalcap_file
+from evlgen.tasks.metrics.java import Java, find_java, last_words, pycocoevalcap_file
 
 _SEPARATOR = " ||| "
 
@@ -36,20 +38,16 @@ class Meteor(CaptionMetric):
         java = find_java()
         if isinstance(java, str):
             raise MetricUnavailable(java)
-        try:
-            with _running(java, seconds=300 + 0.5 * len(candidates)) as process:
-                statistics = [
-                    _ask(process, _score_line(references[image], line))
-                    for image, (line,) in candidates.items()
-                ]
-                # One line with every image's statistics is answered by a score for each, then the corpus's.
-                first = _ask(process, _SEPARATOR.join(["EVAL", *statistics]))
-                answers = [first] + [_read(process) for _ in statistics]
-                scores = [float(answer) for answer in answers]
-        except (OSError, ValueError) as error:
-            raise MetricUnavailable(
-                f"METEOR's Java program failed ({error}); it needs 2 GB of memory"
-            ) from error
+        with tempfile.TemporaryFile() as errors:
+            try:
+                with _running(java, errors, seconds=300 + 0.5 * len(candidates)) as process:
+                    scores = _scores(process, references, candidates)
+            except (OSError, ValueError) as error:
+                errors.seek(0)
+                words = last_words(errors.read().decode(errors="replace"))
+                raise MetricUnavailable(
+                    f"METEOR's Java program ended without an answer ({words}); it needs 2 GB of memory"
+                ) from error
         return MetricResult(
             {"METEOR": scores[-1]}, {"METEOR": dict(zip(candidates, scores[:-1], strict=True))}
         )
@@ -63,7 +61,7 @@ def _files() -> tuple[Path, Path]:
 
 
 @contextmanager
-def _running(java: Java, seconds: float) -> Iterator[subprocess.Popen]:
+def _running(java: Java, errors: IO[bytes], seconds: float) -> Iterator[subprocess.Popen]:
     """METEOR reading from us, killed when the block ends or the time is up."""
     jar = _files()[0]
     process = subprocess.Popen(
@@ -71,7 +69,7 @@ def _running(java: Java, seconds: float) -> Iterator[subprocess.Popen]:
         cwd=jar.parent,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=errors,
         text=True,
         encoding="utf-8",
         errors="ignore",
@@ -88,8 +86,18 @@ def _running(java: Java, seconds: float) -> Iterator[subprocess.Popen]:
         process.communicate()
 
 
-def _score_line(references: list[str], candidate: str) -> str:
-    return _SEPARATOR.join(["SCORE", *(line.replace("|||", " ") for line in (*references, candidate))])
+def _scores(process: subprocess.Popen, references: Tokenised, candidates: Tokenised) -> list[float]:
+    """A score for each image, then that of all of them."""
+    statistics = [
+        _ask(process, _SEPARATOR.join(["SCORE", *map(_without_separator, (*references[image], line))]))
+        for image, (line,) in candidates.items()
+    ]
+    first = _ask(process, _SEPARATOR.join(["EVAL", *statistics]))
+    return [float(answer) for answer in (first, *(_read(process) for _ in statistics))]
+
+
+def _without_separator(line: str) -> str:
+    return line.replace("|||", " ")
 
 
 def _ask(process: subprocess.Popen, line: str) -> str:
@@ -103,5 +111,5 @@ def _read(process: subprocess.Popen) -> str:
     assert process.stdout is not None
     answer = process.stdout.readline()
     if not answer:
-        raise ValueError("it ended without an answer")
+        raise ValueError("the program has ended")
     return answer.strip()

@@ -47,6 +47,7 @@ _SENTENCE_STARTERS = (
     "What When While Yet You"
 ).split()
 _ASSIMILATIONS = {"cannot": 3, "gonna": 3, "gotta": 3, "lemme": 3, "gimme": 3, "wanna": 3}
+_ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "''", "&apos;": "'", "&nbsp;": ""}
 
 # Characters beyond ASCII that are neither letters nor digits but tokens of their own. All others are dropped.
 _SYMBOLS = (
@@ -82,8 +83,7 @@ def _brackets(token: str) -> list[str]:
 
 
 def _glued(token: str) -> list[str]:
-    # One token that holds a blank: Java writes a no-break space, and pycocoevalcap splits on plain blanks
-    # only.
+    # One token that holds a blank: Java writes a no-break space, at which pycocoevalcap does not split.
     return [token.lower().replace(" ", "\xa0")]
 
 
@@ -93,9 +93,7 @@ def _assimilation(token: str) -> list[str]:
 
 
 def _entity(token: str) -> list[str]:
-    plain = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "''", "&apos;": "'", "&nbsp;": ""}[
-        token.lower()
-    ]
+    plain = _ENTITIES[token.lower()]
     return [plain] if plain else []
 
 
