@@ -1,4 +1,5 @@
-"""Evaluate what a project file describes: ``python evaluate.py --cfg-path projects/evlgen/coco_eval.yaml``."""
+"""Evaluate what a project file describes: ``python evaluate.py --cfg-path
+projects/evlgen/coco_eval.yaml``."""
 
 import sys
 

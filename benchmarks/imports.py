@@ -1,6 +1,7 @@
-"""CPU seconds of ``import evlgen`` and ``python train.py --help``, each in a process of its own, after one run to fill caches.
+"""CPU seconds of ``import evlgen`` and ``python train.py --help``, each in a process of its own, after one
+run to fill caches.
 
-    python benchmarks/imports.py
+python benchmarks/imports.py
 """
 
 from __future__ import annotations

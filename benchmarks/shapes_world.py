@@ -1,6 +1,6 @@
 """Pictures of the Shapes world per second on one core, and captioned samples as training reads them.
 
-    python benchmarks/shapes_world.py
+python benchmarks/shapes_world.py
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ def rate(work, count: int = 3000) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     scenes = [scene("train", i) for i in range(3000)]
-    images, texts = build_processor({"name": "blip_image_eval", "image_size": 64}), build_processor({"name": "blip_caption"})
+    images, texts = (
+        build_processor({"name": "blip_image_eval", "image_size": 64}),
+        build_processor({"name": "blip_caption"}),
+    )
     dataset = ShapesCaptionDataset("train", 3000, 0, images, texts)
     print(f"scene           {rate(lambda i: scene('train', i)):8.0f} /s")
     print(f"draw            {rate(lambda i: draw(scenes[i])):8.0f} /s")

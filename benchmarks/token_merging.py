@@ -2,7 +2,8 @@
 
     python benchmarks/token_merging.py
 
-Forward and backward, matching included, at the sizes of the published connector: B=16, N=257, C=768, r=19, 12 heads.
+Forward and backward, matching included, at the sizes of the published connector: B=16, N=257, C=768, r=19, 12
+    heads.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ def run(cfg: Config) -> dict[str, dict[str, float]]:
 
 
 def follow_model(cfg: Config) -> None:
-    """What the model decides goes into the processors that take it, unless the YAML says otherwise: image size, mean and
-    std of the vision encoder, and the prompt before every caption.
+    """What the model decides goes into the processors that take it, unless the YAML says otherwise: image
+    size, mean and std of the vision encoder, and the prompt before every caption.
 
     Raises:
         ConfigError: a processor's image size differs from the vision encoder's.
@@ -74,7 +74,8 @@ def follow_model(cfg: Config) -> None:
                 if section.get("image_size", vision.image_size) != vision.image_size:
                     path = f"datasets.{name}.{key}.{role}.image_size"
                     raise ConfigError(
-                        f"{path} ({cfg.source(path)}) is {section['image_size']}, but model.vision.image_size "
+                        f"{path} ({cfg.source(path)}) is {section['image_size']}, but "
+                        "model.vision.image_size "
                         f"({cfg.source('model.vision.image_size') or 'default'}) is {vision.image_size}. "
                         "Leave the processor's out: it follows."
                     )
@@ -104,13 +105,15 @@ def check_splits(cfg: Config, builders: dict[str, Any]) -> None:
             if split in wanted_splits(cfg) and split not in known:
                 path = f"run.{key}"
                 raise ConfigError(
-                    f"{path} ({cfg.source(path) or 'default'}): no dataset has a split '{split}'.{did_you_mean(split, known)} "
+                    f"{path} ({cfg.source(path) or 'default'}): no dataset has a split "
+                    f"'{split}'.{did_you_mean(split, known)} "
                     f"Splits: {', '.join(known)}."
                 )
 
 
 def check_nothing_missing(cfg: Config, builders: dict[str, Any]) -> None:
-    """Raises one `DataError` that lists all weights and data the run needs and this machine lacks, with the remedies.
+    """Raises one `DataError` that lists all weights and data the run needs and this machine lacks, with the
+    remedies.
 
     Weights that the hub offers are not missing where it can be reached: they are downloaded later.
     """
@@ -146,7 +149,8 @@ def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str,
 
 
 def run_folder(cfg: Config, accelerator: Any) -> Path:
-    """The folder of this run: ``output_dir/<date-time>``, or, with ``resume: auto``, the newest one with a checkpoint.
+    """The folder of this run: ``output_dir/<date-time>``, or, with ``resume: auto``, the newest one with a
+    checkpoint.
 
     Raises:
         TrainingError: it cannot be written to.
@@ -168,7 +172,9 @@ def run_folder(cfg: Config, accelerator: Any) -> Path:
 def _choose_folder(cfg: Config) -> Path:
     parent = Path(cfg.run.output_dir).expanduser().absolute()
     if cfg.run.resume == "auto":
-        found = sorted(p.parent.parent for p in parent.glob("*/checkpoints/latest") if not p.parent.parent.is_symlink())
+        found = sorted(
+            p.parent.parent for p in parent.glob("*/checkpoints/latest") if not p.parent.parent.is_symlink()
+        )
         if found:
             return found[-1]
     elif cfg.run.resume:
@@ -179,7 +185,8 @@ def _choose_folder(cfg: Config) -> Path:
 
 
 def new_run_folder(parent: Path) -> Path:
-    """Makes ``parent/<date-time>`` and points ``parent/latest`` at it. Raises `TrainingError` when that cannot be done."""
+    """Makes ``parent/<date-time>`` and points ``parent/latest`` at it. Raises `TrainingError` when that
+    cannot be done."""
     from evlgen.common.checkpoints import point
 
     name = time.strftime("%Y%m%d-%H%M%S")

@@ -38,8 +38,8 @@ def caption_files(
     Args:
         images: files, addresses, or folders of pictures.
         cfg_path, options: a project file and changes to it: its model writes the captions.
-        checkpoint: a folder of `save_pretrained` or of a run; with ``cfg_path``, weights for that model. With neither,
-            the bundled model.
+        checkpoint: a folder of `save_pretrained` or of a run; with ``cfg_path``, weights for that model. With
+            neither, the bundled model.
 
     Raises:
         DataError: not one picture could be read.
@@ -74,7 +74,8 @@ def load_for_captioning(
     file = Path(resolve(checkpoint)) / CONFIG_FILE
     if not file.is_file():
         raise DataError(
-            f"{checkpoint} is no folder with a {CONFIG_FILE}, so the model it belongs to is not known: name it with --cfg-path."
+            f"{checkpoint} is no folder with a {CONFIG_FILE}, so the model it belongs to is not known: name "
+            "it with --cfg-path."
         )
     arch = load_model_file(file).arch
     return registry.get_model_class(arch).from_pretrained(file.parent, device).to(device)

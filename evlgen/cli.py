@@ -11,14 +11,18 @@ from evlgen.common.errors import EVLGenError
 
 def train(argv: Sequence[str] | None = None) -> int:
     """``train.py``: runs a project file. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="train.py", description="Train, validate and test what a project file describes.")
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Train, validate and test what a project file describes."
+    )
     _add_run_arguments(parser)
     return guarded(lambda args: _run(args, evaluate=False), parser, argv)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
     """``evaluate.py``: evaluates a project file's model on its test splits. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="evaluate.py", description="Evaluate what a project file describes, on its test splits.")
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description="Evaluate what a project file describes, on its test splits."
+    )
     _add_run_arguments(parser)
     return guarded(lambda args: _run(args, evaluate=True), parser, argv)
 
@@ -35,10 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_common(models)
     models.set_defaults(action=_models)
     caption = commands.add_parser("caption", help="write a caption for each picture")
-    caption.add_argument("images", nargs="+", metavar="IMAGE", help="picture files, addresses or folders of pictures")
+    caption.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="picture files, addresses or folders of pictures"
+    )
     caption.add_argument("--cfg-path", help="project or model file; its model writes the captions")
-    caption.add_argument("--checkpoint", help="folder of save_pretrained or of a run, a published .pth, or an address")
-    caption.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="change the configuration")
+    caption.add_argument(
+        "--checkpoint", help="folder of save_pretrained or of a run, a published .pth, or an address"
+    )
+    caption.add_argument(
+        "--options", nargs="+", default=[], metavar="KEY=VALUE", help="change the configuration"
+    )
     caption.add_argument("--prompt", help="the text each caption starts with")
     caption.add_argument("--num-beams", type=int, default=5)
     caption.add_argument("--max-length", type=int, default=30, help="new tokens at most")
@@ -48,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(action: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser, argv) -> int:
-    """Runs a command; what a user can mend is shown in a line or two, without a traceback unless ``--debug``."""
+    """Runs a command; what a user can mend is shown in a line or two, without a traceback unless
+    ``--debug``."""
     args = parser.parse_args(argv)
     from evlgen.common.logs import log_to_terminal
 
@@ -66,15 +77,23 @@ def guarded(action: Callable[[argparse.Namespace], int | None], parser: argparse
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cfg-path", required=True, help="project file; looked up as given, then inside the package")
     parser.add_argument(
-        "--options", nargs="+", default=[], metavar="KEY=VALUE", help="change the configuration: run.batch_size_train=32"
+        "--cfg-path", required=True, help="project file; looked up as given, then inside the package"
+    )
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change the configuration: run.batch_size_train=32",
     )
     _add_common(parser)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--plugins", nargs="+", default=[], metavar="MODULE", help="modules or .py files that register parts")
+    parser.add_argument(
+        "--plugins", nargs="+", default=[], metavar="MODULE", help="modules or .py files that register parts"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks and debug messages")
 
 

@@ -2,8 +2,9 @@
 
     python train.py --cfg-path examples/plugin.yaml
 
-The YAML names this file under ``plugins:``; ``--plugins examples/plugin.py`` does the same from the command line. What the
-constructors below take is what the YAML may say: a misspelt key or a wrong type is named before anything is loaded.
+The YAML names this file under ``plugins:``; ``--plugins examples/plugin.py`` does the same from the command
+line. What the constructors below take is what the YAML may say: a misspelt key or a wrong type is named
+before anything is loaded.
 """
 
 from __future__ import annotations
@@ -49,8 +50,12 @@ class GridPool(Connector):
         nn.init.normal_(self.proj.weight, std=embedding_rms / math.sqrt(vision_dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        patches = tokens[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, (self.side, self.side))  # [B, C, h, w]
-        pooled = nn.functional.adaptive_avg_pool2d(patches, self.grid).flatten(2).transpose(1, 2)  # [B, grid^2, C]
+        patches = (
+            tokens[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, (self.side, self.side))
+        )  # [B, C, h, w]
+        pooled = (
+            nn.functional.adaptive_avg_pool2d(patches, self.grid).flatten(2).transpose(1, 2)
+        )  # [B, grid^2, C]
         return self.proj(self.norm(pooled))
 
     def num_soft_prompts(self, num_tokens: int) -> int:
@@ -61,7 +66,9 @@ class PlainColours(BaseDataset):
     """Pictures of one colour, ``a red square``-style captions."""
 
     def __init__(self, size: int, first: int, vis_processor, text_processor) -> None:
-        super().__init__([list(COLOURS)[(first + i) % len(COLOURS)] for i in range(size)], vis_processor, text_processor)
+        super().__init__(
+            [list(COLOURS)[(first + i) % len(COLOURS)] for i in range(size)], vis_processor, text_processor
+        )
 
     def picture(self, index: int) -> Image.Image:
         return Image.new("RGB", (64, 64), COLOURS[self.records[index]])
@@ -89,7 +96,12 @@ class PlainColoursBuilder(BaseDatasetBuilder):
     splits = ["train", "test"]
 
     def __init__(
-        self, name: str, cache_root: Path, vis_processor: dict, text_processor: dict, train_size: PositiveInt = 64
+        self,
+        name: str,
+        cache_root: Path,
+        vis_processor: dict,
+        text_processor: dict,
+        train_size: PositiveInt = 64,
     ) -> None:
         super().__init__(name, cache_root, vis_processor, text_processor)
         self.train_size = train_size
@@ -103,7 +115,9 @@ class PlainColoursBuilder(BaseDatasetBuilder):
 class ExactCaptioning(CaptioningTask):
     """Captioning that also counts captions equal to a reference, and chooses checkpoints by that."""
 
-    def after_evaluation(self, results: list[dict], dataset: BaseDataset, split: str, folder: Path) -> dict[str, float]:
+    def after_evaluation(
+        self, results: list[dict], dataset: BaseDataset, split: str, folder: Path
+    ) -> dict[str, float]:
         metrics = super().after_evaluation(results, dataset, split, folder)
         references = dataset.references()
         exact = [float(r["caption"] in references[r["image_id"]]) for r in results]

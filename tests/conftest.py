@@ -1,4 +1,5 @@
-"""Fixtures shared by all tests: golden numbers of the published implementation, and real data where it is present."""
+"""Fixtures shared by all tests: golden numbers of the published implementation, and real data where it is
+present."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real photographs, clips and broken files beside the checkout; tests that need them skip where they are absent."""
+    """Real photographs, clips and broken files beside the checkout; tests that need them skip where they are
+    absent."""
     folder = ROOT.parent / "shared"
     if not (folder / "data").is_dir():
         pytest.skip(f"real data for development is not at {folder / 'data'}")
@@ -26,7 +28,8 @@ def shared() -> Path:
 
 @pytest.fixture
 def tiny_project(golden, tmp_path):
-    """Writes a project file around the golden model (a few thousand weights) and the Shapes world; returns its path.
+    """Writes a project file around the golden model (a few thousand weights) and the Shapes world; returns
+    its path.
 
     Call it with changes: ``tiny_project(run={"max_iters": 3})``.
     """

@@ -1,4 +1,5 @@
-"""What a user gets wrong is named at the command line: the thing, the place, the remedy; non-zero exit, no traceback."""
+"""What a user gets wrong is named at the command line: the thing, the place, the remedy; non-zero exit, no
+traceback."""
 
 from __future__ import annotations
 
@@ -48,10 +49,16 @@ def refused(tiny_project, capsys):
         ("model.vision.image_size=60", ["image_size 60", "patch size 14", "56"]),
         ("run.valid_splits=[vall]", ["run.valid_splits", "'vall'", "'val'"]),
         ("run.test_splits=[tset]", ["run.test_splits", "'tset'", "'test'"]),
-        ("datasets.shapes_caption.vis_processor.eval.name=blip_image_evl", ["blip_image_evl", "'blip_image_eval'"]),
+        (
+            "datasets.shapes_caption.vis_processor.eval.name=blip_image_evl",
+            ["blip_image_evl", "'blip_image_eval'"],
+        ),
         ("datasets.shapes_caption.train_sise=3", ["train_sise", "'train_size'"]),
         ("datasets.shape_caption.train_size=3", ["shape_caption", "'shapes_caption'"]),
-        ("datasets.shapes_caption.vis_processor.eval.image_size=64", ["image_size", "64", "model.vision.image_size", "56"]),
+        (
+            "datasets.shapes_caption.vis_processor.eval.image_size=64",
+            ["image_size", "64", "model.vision.image_size", "56"],
+        ),
         ("run.train_dataset_ratios={coco: 2}", ["run.train_dataset_ratios", "coco"]),
         ("run.metrics=[bluee]", ["bluee", "'bleu'"]),
         ("model.language.name=/nowhere/opt", ["/nowhere/opt", "language model"]),
@@ -143,7 +150,9 @@ def coco(tmp_path):
 
     (tmp_path / "coco" / "images" / "val2014").mkdir(parents=True)
     (tmp_path / "coco" / "annotations").mkdir()
-    Image.new("RGB", (80, 60), "red").save(tmp_path / "coco" / "images" / "val2014" / "COCO_val2014_000000000007.jpg")
+    Image.new("RGB", (80, 60), "red").save(
+        tmp_path / "coco" / "images" / "val2014" / "COCO_val2014_000000000007.jpg"
+    )
     record = {"image": "val2014/COCO_val2014_000000000007.jpg", "caption": "a red wall"}
     for split in ("train", "val", "test"):
         content = [record] if split == "train" else [{**record, "caption": ["a red wall", "a wall"]}]

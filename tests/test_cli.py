@@ -54,7 +54,12 @@ def test_wrong_names_are_named():
 
 
 def test_the_zoo_lists_architectures_and_types():
-    assert dict(model_zoo)["evlgen_opt"] == ["shapes", "pretrain_opt2.7b", "pretrain_opt6.7b", "caption_coco_opt2.7b"]
+    assert dict(model_zoo)["evlgen_opt"] == [
+        "shapes",
+        "pretrain_opt2.7b",
+        "pretrain_opt6.7b",
+        "caption_coco_opt2.7b",
+    ]
     assert "pretrain_opt6.7b" in str(model_zoo)
 
 
@@ -68,7 +73,10 @@ def test_caption_names_each_file_and_leaves_out_what_is_no_picture(picture, caps
 
 def test_caption_with_a_saved_model_and_a_prompt(picture, capsys, tmp_path):
     load_model("evlgen_opt", "shapes").save_pretrained(tmp_path / "saved")
-    assert cli.main(["caption", str(picture), "--checkpoint", str(tmp_path / "saved"), "--prompt", "there is"]) == 0
+    assert (
+        cli.main(["caption", str(picture), "--checkpoint", str(tmp_path / "saved"), "--prompt", "there is"])
+        == 0
+    )
     assert capsys.readouterr().out.startswith(str(picture))
 
 
@@ -79,7 +87,14 @@ def test_caption_of_nothing_readable_fails(tmp_path, capsys):
 
 
 def test_help_and_import_do_not_import_torch():
-    code = "import sys, evlgen, evlgen.cli\ntry: evlgen.cli.train(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = """if True:
+        import sys, evlgen, evlgen.cli
+        try:
+            evlgen.cli.train(["--help"])
+        except SystemExit:
+            pass
+        assert "torch" not in sys.modules
+    """
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
 
 
@@ -96,7 +111,13 @@ def test_the_plugin_example_trains(tmp_path, capsys):
 
 def test_real_photographs_train_evaluate_and_score(shared, tmp_path, monkeypatch):
     monkeypatch.setenv("EVLGEN_CACHE", str(shared / "data" / "lavis_cache"))
-    options = ["model.model_type=shapes", "run.max_epoch=2", "run.init_lr=1e-3", "run.warmup_steps=0", "run.log_freq=1"]
+    options = [
+        "model.model_type=shapes",
+        "run.max_epoch=2",
+        "run.init_lr=1e-3",
+        "run.warmup_steps=0",
+        "run.log_freq=1",
+    ]
     options += [f"run.output_dir={tmp_path / 'ft'}", "run.metrics=[bleu,rouge_l,cider]"]
     assert cli.train(["--cfg-path", "projects/evlgen/coco_ft.yaml", "--options", *options]) == 0
     folder = tmp_path / "ft" / "latest"
@@ -107,7 +128,11 @@ def test_real_photographs_train_evaluate_and_score(shared, tmp_path, monkeypatch
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     losses = [r["loss"] for r in records if r["type"] == "train"]
     assert losses[-1] < losses[0]
-    options = ["model.model_type=shapes", f"model.checkpoint={folder / 'checkpoints' / 'best'}", "run.metrics=[bleu,cider]"]
+    options = [
+        "model.model_type=shapes",
+        f"model.checkpoint={folder / 'checkpoints' / 'best'}",
+        "run.metrics=[bleu,cider]",
+    ]
     options += [f"run.output_dir={tmp_path / 'eval'}"]
     assert cli.evaluate(["--cfg-path", "projects/evlgen/coco_eval.yaml", "--options", *options]) == 0
     again = json.loads((tmp_path / "eval" / "latest" / "result" / "test" / "captions.json").read_text())
@@ -115,11 +140,23 @@ def test_real_photographs_train_evaluate_and_score(shared, tmp_path, monkeypatch
 
 
 def test_without_weights_and_data_everything_missing_is_named_at_once(tmp_path):
-    environment = {**os.environ, "EVLGEN_CACHE": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "EVLGEN_CACHE": str(tmp_path),
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [sys.executable, "train.py", "--cfg-path", "projects/evlgen/coco_ft.yaml"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    wanted = ["eva_vit_g.pth", "facebook/opt-2.7b", "hf download", "bert-base-uncased", "coco_karpathy_train.json", "train2014.zip"]
+    wanted = [
+        "eva_vit_g.pth",
+        "facebook/opt-2.7b",
+        "hf download",
+        "bert-base-uncased",
+        "coco_karpathy_train.json",
+        "train2014.zip",
+    ]
     assert [w for w in wanted if w not in done.stderr] == []
     assert len(done.stderr.splitlines()) < 40
     assert not list(tmp_path.glob("*"))

@@ -35,14 +35,30 @@ def wheel(tmp_path_factory):
     shutil.copytree(ROOT / "evlgen", source / "evlgen", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md"):
         shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        ".",
+    ]
     subprocess.run(command, cwd=source, check=True)
     return next(folder.glob("*.whl"))
 
 
 def test_every_yaml_and_asset_is_in_the_wheel(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
-    data = [p for kind in ("configs", "projects", "assets") for p in (ROOT / "evlgen" / kind).rglob("*") if p.is_file()]
+    data = [
+        p
+        for kind in ("configs", "projects", "assets")
+        for p in (ROOT / "evlgen" / kind).rglob("*")
+        if p.is_file()
+    ]
     assert len(data) > 10
     assert [str(p) for p in data if p.relative_to(ROOT).as_posix() not in inside] == []
 
@@ -54,11 +70,25 @@ def test_bundled_weights_stay_small(wheel):
 
 def test_the_installed_wheel_captions_and_finds_its_projects(wheel, tmp_path):
     target = tmp_path / "site"
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(target),
+        str(wheel),
+    ]
     subprocess.run(install, check=True)
     environment = {**os.environ, "PYTHONPATH": str(target), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", USE, str(target)], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", USE, str(target)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     caption, language = done.stdout.strip().splitlines()[-2:]

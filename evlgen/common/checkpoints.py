@@ -1,6 +1,7 @@
 """Checkpoint folders: written beside and renamed, so that a crash never leaves a half one.
 
-A checkpoint is a folder with ``model.safetensors`` (what is trained), ``config.yaml`` and, from a training run,
+A checkpoint is a folder with ``model.safetensors`` (what is trained), ``config.yaml`` and, from a training
+run,
 ``training_state/``. In a run's ``checkpoints/`` folder ``latest`` and ``best`` point at such folders.
 """
 
@@ -19,7 +20,8 @@ STATE_FOLDER = "training_state"
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> Path:
-    """Lets ``write`` fill a temporary folder beside ``target``, flushes it to disk and renames it to ``target``."""
+    """Lets ``write`` fill a temporary folder beside ``target``, flushes it to disk and renames it to
+    ``target``."""
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
@@ -55,9 +57,12 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def remove_old(folder: Path, keep_last: int) -> None:
-    """Removes all checkpoints but the newest ``keep_last`` and those that ``latest`` and ``best`` point at."""
+    """Removes all checkpoints but the newest ``keep_last`` and those that ``latest`` and ``best`` point
+    at."""
     pointed = {(folder / name).resolve() for name in ("latest", "best") if (folder / name).exists()}
-    found = sorted(p for p in folder.iterdir() if p.is_dir() and not p.is_symlink() and p.name.startswith("step_"))
+    found = sorted(
+        p for p in folder.iterdir() if p.is_dir() and not p.is_symlink() and p.name.startswith("step_")
+    )
     for old in found[: max(0, len(found) - keep_last)]:
         if old.resolve() not in pointed:
             shutil.rmtree(old)

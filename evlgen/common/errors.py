@@ -1,5 +1,5 @@
-"""The errors a user can cause. Each says what was wrong, where, and what to do next; the command line shows them
-without a traceback (``--debug`` shows it)."""
+"""The errors a user can cause. Each says what was wrong, where, and what to do next; the command line shows
+them without a traceback (``--debug`` shows it)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class RegistryError(EVLGenError):
 
 
 class ConfigError(EVLGenError):
-    """A key is unknown, has a wrong type or an impossible value. Names the key's path and the file it came from."""
+    """A key is unknown, has a wrong type or an impossible value. Names the key's path and the file it came
+    from."""
 
 
 class CheckpointError(EVLGenError):
@@ -28,7 +29,8 @@ class DataError(EVLGenError):
 
 
 class TrainingError(EVLGenError):
-    """A run cannot go on: a loss that is not finite, too many broken samples, an output folder that takes no files."""
+    """A run cannot go on: a loss that is not finite, too many broken samples, an output folder that takes no
+    files."""
 
 
 def nearest(name: str, candidates: Iterable[str], limit: int = 3) -> list[str]:

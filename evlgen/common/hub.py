@@ -86,4 +86,6 @@ def _download(name: str, reason: str) -> Path:
         weights = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "*.bin"
         return Path(snapshot_download(name, allow_patterns=[*_TEXT_FILES, weights]))
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-        raise CheckpointError(f"'{name}': {reason}. Downloading it now failed: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(
+            f"'{name}': {reason}. Downloading it now failed: {str(error).splitlines()[0]}"
+        ) from error

@@ -1,5 +1,5 @@
-"""Paths and files: everything that names a file may be local, http(s), ``evlgen://`` (inside this package) or any
-handler registered with iopath."""
+"""Paths and files: everything that names a file may be local, http(s), ``evlgen://`` (inside this package) or
+any handler registered with iopath."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 
 def cache_root(configured: str | os.PathLike | None = None) -> Path:
-    """Where data and downloads lie: ``EVLGEN_CACHE``, else what the config says (env.cache_root), else ~/.cache/evlgen."""
+    """Where data and downloads lie: ``EVLGEN_CACHE``, else what the config says (env.cache_root), else
+    ~/.cache/evlgen."""
     return Path(os.environ.get("EVLGEN_CACHE") or configured or "~/.cache/evlgen").expanduser().resolve()
 
 
@@ -79,7 +80,8 @@ def download(url: str) -> Path:
         torch.hub.download_url_to_file(url, str(target))
     except OSError as error:
         raise DataError(
-            f"{url} could not be downloaded ({error}). Fetch it on a machine with a connection and put it at {target}."
+            f"{url} could not be downloaded ({error}). Fetch it on a machine with a connection and put it "
+            f"at {target}."
         ) from error
     return target
 

@@ -23,7 +23,8 @@ class _Handler(logging.StreamHandler):
 
 
 def log_to_terminal(debug: bool = False) -> None:
-    """Shows this package's messages on standard error; other libraries' warnings too, their progress only on a terminal."""
+    """Shows this package's messages on standard error; other libraries' warnings too, their progress only on
+    a terminal."""
     handler = _Handler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     root = logging.getLogger()

@@ -13,7 +13,8 @@ from evlgen.common.registry import registry
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The learning rate at each iteration: linear from ``warmup_lr`` to ``init_lr`` over ``warmup_steps``, then `after_warmup`.
+    """The learning rate at each iteration: linear from ``warmup_lr`` to ``init_lr`` over ``warmup_steps``,
+    then `after_warmup`.
 
     Args:
         total_iters: iterations of the whole run.

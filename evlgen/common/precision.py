@@ -10,8 +10,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def resolve_precision(precision: str, device: str | torch.device) -> str:
     """``auto`` becomes bf16 where the device multiplies in it, else fp32; anything else stays.
 
-    bf16 units: CUDA from compute capability 8.0, CPUs with AMX or AVX512-bf16. fp16 on a CPU is emulated, far slower
-    and short of range there, so published configs' fp16 becomes what ``auto`` gives.
+    bf16 units: CUDA from compute capability 8.0, CPUs with AMX or AVX512-bf16. fp16 on a CPU is emulated, far
+    slower and short of range there, so published configs' fp16 becomes what ``auto`` gives.
     """
     device = torch.device(device)
     if precision == "auto" or (precision == "fp16" and device.type == "cpu"):

@@ -1,8 +1,8 @@
 """One registry for everything a YAML project file can name.
 
-``@registry.register_connector("my_connector")`` makes a class known; ``registry.get_connector_class("my_connector")``
-finds it. The names of decorators and look-ups are LAVIS's. The package's own parts are imported when a kind is first
-looked up, so ``import evlgen`` stays cheap.
+``@registry.register_connector("my_connector")`` makes a class known;
+``registry.get_connector_class("my_connector")`` finds it. The names of decorators and look-ups are LAVIS's.
+The package's own parts are imported when a kind is first looked up, so ``import evlgen`` stays cheap.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from evlgen.common.errors import RegistryError, did_you_mean
 
 T = TypeVar("T")
 
-# kind -> (package whose import registers the built-in ones, "module:Base" each class must derive from, if any)
+# kind -> (package whose import registers the built-in ones, "module:Base" each class must derive from, if
+# any)
 KINDS: dict[str, tuple[str, str | None]] = {
     "model": ("evlgen.models.architectures", "evlgen.models.base_model:BaseModel"),
     "vision_encoder": ("evlgen.models.vision", "evlgen.models.vision.base:VisionEncoder"),
@@ -71,7 +72,8 @@ class Registry:
         if name not in self._entries[kind]:
             known = self.names(kind)
             raise RegistryError(
-                f"no {kind} is registered as '{name}'.{did_you_mean(str(name), known)} Known: {', '.join(known)}. "
+                f"no {kind} is registered as '{name}'.{did_you_mean(str(name), known)} Known: "
+                f"{', '.join(known)}. "
                 "A name of your own needs its file in `plugins:` or --plugins."
             )
         return self._entries[kind][name]
@@ -203,7 +205,8 @@ class Registry:
 
 
 def _same_source(first: Any, second: Any) -> bool:
-    """True when a module was executed again (a plugin loaded twice, a reload): the same class from the same file."""
+    """True when a module was executed again (a plugin loaded twice, a reload): the same class from the same
+    file."""
     return (
         first is second
         or getattr(first, "__qualname__", 1) == getattr(second, "__qualname__", 2)

@@ -27,7 +27,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     ``state_dict`` / ``module``) and Hugging Face folders, sharded or not.
 
     Raises:
-        CheckpointError: nothing there, a damaged file, one without tensors, or a pickle that wants to run code.
+        CheckpointError: nothing there, a damaged file, one without tensors, or a pickle that wants to run
+            code.
     """
     path = Path(path)
     if path.is_dir():
@@ -50,11 +51,21 @@ def read_pickle(path: str | Path) -> object:
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
             raise CheckpointError(
-                f"{path} is refused: its pickle asks for more than tensors and plain values, and loading it could run "
+                f"{path} is refused: its pickle asks for more than tensors and plain values, and loading it "
+                "could run "
                 "code. Convert it to safetensors where you trust it."
             ) from error
         raise CheckpointError(_damaged(path, error)) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        TypeError,
+    ) as error:
         raise CheckpointError(_damaged(path, error)) from error
 
 

@@ -1,1 +1,2 @@
-"""Models. Empty on purpose: configs read `model_config` without importing torch; see `zoo` for loading models."""
+"""Models. Empty on purpose: configs read `model_config` without importing torch; see `zoo` for loading
+models."""

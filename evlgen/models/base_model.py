@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """What a checkpoint gave: names of weights loaded, missing from it, and in it without a place in the model."""
+    """What a checkpoint gave: names of weights loaded, missing from it, and in it without a place in the
+    model."""
 
     loaded: list[str]
     missing: list[str]
@@ -51,13 +52,16 @@ class BaseModel(nn.Module):
     cfg: ModelConfig
 
     @classmethod
-    def from_config(cls, cfg: Mapping[str, Any] | DictConfig | str | Path, device: str | torch.device = "cpu"):
+    def from_config(
+        cls, cfg: Mapping[str, Any] | DictConfig | str | Path, device: str | torch.device = "cpu"
+    ):
         """Builds the model a config describes and loads its ``checkpoint`` over the parts.
 
         Args:
-            cfg: the ``model`` section, a whole config that has one, or the path of a YAML file that has one (relative
-                paths in it are looked up beside that file first).
-            device: the device it will run on; decides what ``precision: auto`` means. The model itself stays on CPU.
+            cfg: the ``model`` section, a whole config that has one, or the path of a YAML file that has one
+                (relative paths in it are looked up beside that file first).
+            device: the device it will run on; decides what ``precision: auto`` means. The model itself stays
+                on CPU.
 
         Raises:
             ConfigError, CheckpointError: see the parts.
@@ -83,7 +87,8 @@ class BaseModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, device: str | torch.device = "cpu"):
-        """Loads a model from a folder made by `save_pretrained`, a hub id of such a folder, or a model type's name."""
+        """Loads a model from a folder made by `save_pretrained`, a hub id of such a folder, or a model type's
+        name."""
         if str(name) in cls.MODEL_TYPES:
             arch = next(arch for arch in _names_of(cls))
             return cls.from_config(load_model_config(arch, str(name)), device)
@@ -129,16 +134,22 @@ class BaseModel(nn.Module):
             if id(module) in frozen
             for name, _ in module.named_buffers(recurse=False)
         }
-        frozen_weights = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
-        return {k: v for k, v in self.state_dict().items() if k not in frozen_buffers and k not in frozen_weights}
+        frozen_weights = {
+            name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad
+        }
+        return {
+            k: v for k, v in self.state_dict().items() if k not in frozen_buffers and k not in frozen_weights
+        }
 
     def load_checkpoint(self, path: str | Path) -> LoadReport:
-        """Loads weights over the parts: an own folder or file, or a published ``.pth``; local, URL or ``evlgen://``.
+        """Loads weights over the parts: an own folder or file, or a published ``.pth``; local, URL or
+        ``evlgen://``.
 
         Says in the log what was loaded, missing and unexpected.
 
         Raises:
-            CheckpointError: nothing there, damaged, refused, another shape, or another architecture's weights.
+            CheckpointError: nothing there, damaged, refused, another shape, or another architecture's
+                weights.
         """
         state = to_own_names(read_weights(resolve(path)))
         own = self.state_dict()
@@ -149,15 +160,23 @@ class BaseModel(nn.Module):
         unexpected = sorted(set(state) - set(own))
         if not set(loaded) & set(wanted) or (missing and unexpected):
             raise CheckpointError(
-                f"{path} is a checkpoint of another architecture: it lacks {_some(missing)} and brings {_some(unexpected)}. "
+                f"{path} is a checkpoint of another architecture: it lacks {_some(missing)} and brings "
+                f"{_some(unexpected)}. "
                 "Check model.arch and model.connector."
             )
         self.load_state_dict({k: state[k] for k in loaded}, strict=False)
         logger.info("%s: %d weights loaded", path, len(loaded))
         if missing:
-            logger.warning("%s: %d weights were not in it and keep their start values: %s", path, len(missing), _some(missing))
+            logger.warning(
+                "%s: %d weights were not in it and keep their start values: %s",
+                path,
+                len(missing),
+                _some(missing),
+            )
         if unexpected:
-            logger.warning("%s: %d weights have no place in this model: %s", path, len(unexpected), _some(unexpected))
+            logger.warning(
+                "%s: %d weights have no place in this model: %s", path, len(unexpected), _some(unexpected)
+            )
         return LoadReport(loaded, missing, unexpected)
 
     def save_pretrained(self, path: str | Path) -> Path:
@@ -199,7 +218,8 @@ def _pretrained_folder(name: str, cls: type[BaseModel]) -> Path:
         return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except Exception as error:  # the hub client raises many kinds; all mean: not there
         raise CheckpointError(
-            f"'{name}' is no folder, no model type ({', '.join(cls.MODEL_TYPES)}) and not on the hub from here."
+            f"'{name}' is no folder, no model type ({', '.join(cls.MODEL_TYPES)}) and not on the hub from "
+            "here."
             f"{did_you_mean(name, cls.MODEL_TYPES)}"
         ) from error
 
@@ -209,10 +229,16 @@ def _check_shapes(path: str | Path, state: dict[str, Tensor], own: dict[str, Ten
     if wrong:
         key = wrong[0]
         raise CheckpointError(
-            f"{path} does not fit: {key} has shape {tuple(state[key].shape)}, the model's is {tuple(own[key].shape)}"
-            f"{f' ({len(wrong)} such weights)' if len(wrong) > 1 else ''}. Check model.vision, model.connector, model.language."
+            f"{path} does not fit: {key} has shape {tuple(state[key].shape)}, the model's is "
+            f"{tuple(own[key].shape)}"
+            f"{f' ({len(wrong)} such weights)' if len(wrong) > 1 else ''}. Check model.vision, "
+            "model.connector, model.language."
         )
 
 
 def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}" if names else "nothing"
+    return (
+        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        if names
+        else "nothing"
+    )

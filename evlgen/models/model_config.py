@@ -58,8 +58,8 @@ class ModelConfig:
         arch: a registered model.
         model_type: one of the architecture's types: its default YAML is the layer below this one.
         checkpoint: folder, file or URL, own or published, loaded over the parts.
-        vision, connector, language: the three parts. ``connector`` is ``name`` and that connector's parameters.
-        prompt: the text before every caption, in training and generation (BLIP-2: "a photo of").
+        vision, connector, language: the three parts. ``connector`` is ``name`` and that connector's
+        parameters. prompt: the text before every caption, in training and generation (BLIP-2: "a photo of").
         max_txt_len: text tokens read at most.
     """
 

@@ -1,7 +1,7 @@
 """The past: names and layouts of published LAVIS and EVLGen checkpoints, and nothing else.
 
-A published ``.pth`` names the LayerNorm after the encoder ``ln_vision``, the TomeFormer's input projection ``VL_proj``, its
-BERT ``VLconnector``, and its output projection ``opt_proj`` (OPT) or ``llm_proj`` (Vicuna).
+A published ``.pth`` names the LayerNorm after the encoder ``ln_vision``, the TomeFormer's input projection
+``VL_proj``, its BERT ``VLconnector``, and its output projection ``opt_proj`` (OPT) or ``llm_proj`` (Vicuna).
 """
 
 from __future__ import annotations

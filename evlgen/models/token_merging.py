@@ -1,10 +1,11 @@
 """Token merging: balanced bipartite soft matching as pure functions on tensors.
 
-Bolya et al., *Token Merging: Your ViT but Faster*, ICLR 2023 (arXiv 2210.09461), section 3. Tokens at even positions
-(set A) are matched with tokens at odd positions (set B); the r best matches are merged.
+Bolya et al., *Token Merging: Your ViT but Faster*, ICLR 2023 (arXiv 2210.09461), section 3. Tokens at even
+positions (set A) are matched with tokens at odd positions (set B); the r best matches are merged.
 
-What merges with what is one tensor, the *merge map* [B, N]: for each input token the position of the output token it
-ended in. Merging is a sum or mean over the tokens with equal entries, un-merging a look-up, and two merges in a row are
+What merges with what is one tensor, the *merge map* [B, N]: for each input token the position of the output
+token it ended in. Merging is a sum or mean over the tokens with equal entries, un-merging a look-up, and two
+merges in a row are
 ``second.gather(1, first)``.
 """
 
@@ -23,10 +24,10 @@ def merge_schedule(r: int | list[int] | tuple[int, float], num_layers: int) -> l
     """How many pairs each layer merges.
 
     Args:
-        r: the same number for every layer; or one number per layer; or ``[r, inflection]`` as in the ToMe paper
-            (appendix on schedules): r on average, rising over the layers for inflection > 0 (from 0 to 2r at 1), falling for
-            inflection < 0. A list of two numbers is a pair per layer only where there are two layers and both are whole
-            numbers.
+        r: the same number for every layer; or one number per layer; or ``[r, inflection]`` as in the ToMe
+            paper (appendix on schedules): r on average, rising over the layers for inflection > 0 (from 0 to
+            2r at 1), falling for inflection < 0. A list of two numbers is a pair per layer only where there
+            are two layers and both are whole numbers.
         num_layers: the number of layers.
 
     Raises:
@@ -45,7 +46,8 @@ def merge_schedule(r: int | list[int] | tuple[int, float], num_layers: int) -> l
         rs = [int(first + step * i) for i in range(num_layers)]
     else:
         raise ValueError(
-            f"r={list(r)} has {len(r)} entries for {num_layers} layers; give one number, one per layer, or [r, inflection]"
+            f"r={list(r)} has {len(r)} entries for {num_layers} layers; give one number, one per layer, or "
+            "[r, inflection]"
         )
     if min(rs, default=0) < 0:
         raise ValueError(f"r={r} must not be negative")
@@ -93,8 +95,9 @@ def match_tokens(metric: Tensor, r: int, num_protected: int = 1) -> tuple[Tensor
 class _Merge(torch.autograd.Function):
     """Sums or means of rows that share an output row.
 
-    Most groups have one member, so: copy one member of each group, then mend the few rows that have more. Adding every
-    row to zeros and scaling all of them, with autograd's general backward, costs several times as much on a CPU.
+    Most groups have one member, so: copy one member of each group, then mend the few rows that have more.
+    Adding every row to zeros and scaling all of them, with autograd's general backward, costs several times
+    as much on a CPU.
     """
 
     @staticmethod
@@ -102,13 +105,17 @@ class _Merge(torch.autograd.Function):
         batch, num_tokens, channels = x.shape
         picture = torch.arange(batch, device=x.device).unsqueeze(1)
         position = torch.arange(num_tokens, device=x.device).expand(batch, -1)
-        first = position.new_full((batch, num_out), num_tokens).scatter_reduce_(1, merge_map, position, "amin")
+        first = position.new_full((batch, num_out), num_tokens).scatter_reduce_(
+            1, merge_map, position, "amin"
+        )
         is_other = first.gather(1, merge_map) != position
         others = is_other.int().argsort(dim=1, descending=True, stable=True)[:, : num_tokens - num_out]
 
         rows = x.reshape(-1, channels)
         out = rows.index_select(0, (first + picture * num_tokens).flatten())
-        other_rows = (others + picture * num_tokens).flatten()  # the input rows that are not first of their group
+        other_rows = (
+            others + picture * num_tokens
+        ).flatten()  # the input rows that are not first of their group
         group = merge_map.gather(1, others)
         group_rows = (group + picture * num_out).flatten()  # the output rows they go to
         out.index_add_(0, group_rows, rows.index_select(0, other_rows))

@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 
 class VLM(BaseModel):
-    """A visually conditioned language model. An architecture is a registered subclass that names its language model.
+    """A visually conditioned language model. An architecture is a registered subclass that names its language
+    model.
 
     Args:
         vision: pixels [B, 3, H, W] -> visual tokens [B, N, C_vision].
@@ -85,7 +86,9 @@ class VLM(BaseModel):
         from evlgen.common.hub import missing_model
 
         reasons = {
-            f"vision encoder {cfg.vision.name}": vision_encoder_class(cfg.vision.name).missing(cfg.vision.pretrained),
+            f"vision encoder {cfg.vision.name}": vision_encoder_class(cfg.vision.name).missing(
+                cfg.vision.pretrained
+            ),
             f"language model {cfg.language.name}": missing_model(cfg.language.name),
         }
         if cfg.connector.get("init"):
@@ -96,8 +99,8 @@ class VLM(BaseModel):
         """The next-token loss of a batch.
 
         Args:
-            samples: ``image`` [B, 3, H, W], ``text_input`` list[str] to learn; with ``text_output`` list[str] that is
-                learned and ``text_input`` only read.
+            samples: ``image`` [B, 3, H, W], ``text_input`` list[str] to learn; with ``text_output`` list[str]
+                that is learned and ``text_input`` only read.
 
         Returns:
             ``loss``: scalar, float32.
@@ -141,8 +144,8 @@ class VLM(BaseModel):
             samples: ``image`` [B, 3, H, W]; optionally ``prompt``, one string or one for each picture.
             num_beams: beams of the search; 1 is greedy.
             max_length, min_length: number of *new* tokens at most and at least.
-            use_nucleus_sampling: sample from the likeliest tokens of total probability ``top_p``, at ``temperature``,
-                instead of searching.
+            use_nucleus_sampling: sample from the likeliest tokens of total probability ``top_p``, at
+                ``temperature``, instead of searching.
             repetition_penalty, length_penalty: as in transformers' generation.
             num_captions: texts for each picture.
 
@@ -179,9 +182,10 @@ class VLM(BaseModel):
         """Short answers to questions.
 
         Args:
-            samples: ``image`` [B, 3, H, W] and ``text_input``, the questions (one string or one for each picture).
-            max_len, min_len: number of new tokens at most and at least.
-            prompt: a format with one slot for the question, ``Question: {} Short answer:``; empty asks the bare question.
+            samples: ``image`` [B, 3, H, W] and ``text_input``, the questions (one string or one for each
+            picture). max_len, min_len: number of new tokens at most and at least.
+            prompt: a format with one slot for the question, ``Question: {} Short answer:``; empty asks the
+                bare question.
         """
         questions = samples["text_input"]
         if isinstance(questions, str):
@@ -207,7 +211,8 @@ class VLM(BaseModel):
 
     @staticmethod
     def _own_precision(device: torch.device) -> contextlib.AbstractContextManager:
-        """Frozen parts compute in the type their weights are kept in: autocast would convert all of them at every step."""
+        """Frozen parts compute in the type their weights are kept in: autocast would convert all of them at
+        every step."""
         return torch.autocast(device.type, enabled=False)
 
     def _log_parts(self) -> None:

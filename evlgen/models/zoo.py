@@ -45,7 +45,8 @@ def load_model(
         logger.warning("no model type was named: '%s' of %s is loaded. Others: model_zoo", model_type, name)
     if model_type not in model_class.MODEL_TYPES:
         raise ConfigError(
-            f"{name} has no model type '{model_type}'.{did_you_mean(str(model_type), model_class.MODEL_TYPES)} "
+            f"{name} has no model type "
+            f"'{model_type}'.{did_you_mean(str(model_type), model_class.MODEL_TYPES)} "
             f"Types: {', '.join(model_class.MODEL_TYPES)}."
         )
     cfg = load_model_config(name, model_type)
@@ -55,8 +56,8 @@ def load_model(
 
 
 def load_preprocess(model: BaseModel) -> tuple[Processors, Processors]:
-    """The image and text processors that fit a model, each as ``{"train": .., "eval": ..}``: BLIP-2's, with the vision
-    encoder's image size, mean and std."""
+    """The image and text processors that fit a model, each as ``{"train": .., "eval": ..}``: BLIP-2's, with
+    the vision encoder's image size, mean and std."""
     vision = model.vision
     pixels = {"image_size": vision.image_size, "mean": list(vision.image_mean), "std": list(vision.image_std)}
     names = {"train": ("blip2_image_train", "blip_caption"), "eval": ("blip_image_eval", "blip_caption")}

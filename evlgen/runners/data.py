@@ -1,6 +1,7 @@
 """The order of the training data and the loaders.
 
-Which samples a batch holds, and every random choice made while reading a sample, are functions of (seed, epoch, index)
+Which samples a batch holds, and every random choice made while reading a sample, are functions of (seed,
+epoch, index)
 alone: not of the number of workers, nor of where a run was interrupted.
 """
 
@@ -18,7 +19,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds Python's, NumPy's and torch's CPU generators inside the block and puts their states back after it."""
+    """Seeds Python's, NumPy's and torch's CPU generators inside the block and puts their states back after
+    it."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -39,9 +41,10 @@ def mix_seed(*parts: int) -> int:
 class BatchPlan:
     """The endless sequence of training batches of one rank.
 
-    An epoch is a permutation of all samples; with ratios, each of its samples is drawn from a dataset with that
-    dataset's share. Consecutive ranks take consecutive slices of a global batch, so that two ranks with batch size b see
-    what one sees with 2b. An epoch's last incomplete batch is left out; an epoch smaller than one batch is repeated.
+    An epoch is a permutation of all samples; with ratios, each of its samples is drawn from a dataset with
+    that dataset's share. Consecutive ranks take consecutive slices of a global batch, so that two ranks with
+    batch size b see what one sees with 2b. An epoch's last incomplete batch is left out; an epoch smaller
+    than one batch is repeated.
 
     Args:
         lengths: samples of each dataset.
@@ -115,7 +118,9 @@ class _SeededDataset(Dataset):
             return self.dataset[index]
 
 
-def train_loader(datasets: Sequence[Dataset], plan: BatchPlan, num_workers: int, pin_memory: bool) -> DataLoader:
+def train_loader(
+    datasets: Sequence[Dataset], plan: BatchPlan, num_workers: int, pin_memory: bool
+) -> DataLoader:
     """An endless loader over the datasets in the plan's order."""
     return DataLoader(
         _SeededDataset(ConcatDataset(datasets)),
@@ -124,14 +129,15 @@ def train_loader(datasets: Sequence[Dataset], plan: BatchPlan, num_workers: int,
         num_workers=_workers(num_workers),
         pin_memory=pin_memory,
         worker_init_fn=_one_thread,
-        generator=torch.Generator(),  # else making an iterator would draw from the generator that dropout uses
+        generator=torch.Generator(),  # else each new iterator would draw from the generator dropout uses
     )
 
 
 def eval_loader(
     dataset: Dataset, batch_size: int, num_workers: int, pin_memory: bool, rank: int = 0, world_size: int = 1
 ) -> DataLoader:
-    """A loader over every ``world_size``-th sample from ``rank`` on, in order: all ranks together see each sample once."""
+    """A loader over every ``world_size``-th sample from ``rank`` on, in order: all ranks together see each
+    sample once."""
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -140,7 +146,7 @@ def eval_loader(
         num_workers=_workers(num_workers, len(dataset) // (batch_size * world_size)),
         pin_memory=pin_memory,
         worker_init_fn=_one_thread,
-        generator=torch.Generator(),  # else making an iterator would draw from the generator that dropout uses
+        generator=torch.Generator(),  # else each new iterator would draw from the generator dropout uses
     )
 
 

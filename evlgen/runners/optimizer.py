@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 
-def build_optimizer(model: nn.Module, lr: float, weight_decay: float, beta2: float = 0.999) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, lr: float, weight_decay: float, beta2: float = 0.999
+) -> torch.optim.AdamW:
     """AdamW over what is trained; vectors and scalars (biases, norms) do not decay."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [

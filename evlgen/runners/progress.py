@@ -88,7 +88,16 @@ class RunLog:
         """Notes the metrics of an evaluated split."""
         if not self.enabled:
             return
-        self._write({"type": "evaluation", "split": key, "label": label, "samples": count, "seconds": seconds, **metrics})
+        self._write(
+            {
+                "type": "evaluation",
+                "split": key,
+                "label": label,
+                "samples": count,
+                "seconds": seconds,
+                **metrics,
+            }
+        )
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self._say(f"{' '.join(x for x in (key, label) if x)}: {count} samples in {seconds:.1f} s  {shown}")
 
@@ -103,7 +112,9 @@ class RunLog:
             return
         left = (self._total - record["iteration"]) * seconds / max(1, self._iterations_since)
         minutes, rest = divmod(int(left), 60)
-        logger.info("iteration %d/%d  %s  %d:%02d left", record["iteration"], self._total, numbers, minutes, rest)
+        logger.info(
+            "iteration %d/%d  %s  %d:%02d left", record["iteration"], self._total, numbers, minutes, rest
+        )
 
     def _say(self, line: str) -> None:
         if self._bar is not None:
@@ -155,7 +166,8 @@ class SkippedSamples:
         if self.broken > self.max_share * self.seen:
             raise TrainingError(
                 f"{self.broken} of {self.seen} samples could not be read, more than run.max_skipped_share "
-                f"({self.max_share:g}) allows. They are listed in {self.folder / 'skipped.jsonl'}; mend them or raise the share."
+                f"({self.max_share:g}) allows. They are listed in {self.folder / 'skipped.jsonl'}; mend "
+                "them or raise the share."
             )
 
     def _note(self, sample: Any, iteration: int | None) -> None:

@@ -34,8 +34,8 @@ _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 class Runner:
     """Trains for ``max_epoch`` epochs, each once through the data; validates, saves and at the end tests.
 
-    An *iteration* is one batch on each process; the optimizer steps after ``accum_grad_iters`` of them and at the end of
-    an epoch.
+    An *iteration* is one batch on each process; the optimizer steps after ``accum_grad_iters`` of them and at
+    the end of an epoch.
 
     Args:
         run: the ``run`` section.
@@ -65,7 +65,8 @@ class Runner:
         self.skipped = SkippedSamples(folder, run.max_skipped_share, enabled=self.accelerator.is_main_process)
         self.checkpointer = Checkpointer(folder / "checkpoints", run.keep_last, config or {})
 
-    # ---- training ----------------------------------------------------------------------------------------------------
+    # ---- training
+    # ----------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, dict[str, float]]:
         """Trains, then tests the best checkpoint (the last one where nothing was validated).
@@ -94,7 +95,12 @@ class Runner:
 
     def _set_up_training(self) -> None:
         run, accelerator = self.run, self.accelerator
-        trained = [split for splits in self.datasets.values() for name, split in splits.items() if name in run.train_splits]
+        trained = [
+            split
+            for splits in self.datasets.values()
+            for name, split in splits.items()
+            if name in run.train_splits
+        ]
         self.plan = BatchPlan(
             [len(d) for d in trained],
             run.batch_size_train,
@@ -164,7 +170,8 @@ class Runner:
             raise TrainingError(
                 f"the loss became {numbers['loss']} at iteration {self.state.iteration}, with samples "
                 f"{samples.get('instance_id', samples.get('image_id', '?'))}. The last good checkpoint is "
-                f"{self.checkpointer.latest() or 'none yet'}. Lower run.init_lr, set run.max_grad_norm, or look at these samples."
+                f"{self.checkpointer.latest() or 'none yet'}. Lower run.init_lr, set run.max_grad_norm, or "
+                "look at these samples."
             )
         return numbers
 
@@ -186,17 +193,24 @@ class Runner:
         given = self.run.train_dataset_ratios
         if not given:
             return None
-        names = [name for name, splits in self.datasets.items() if any(s in self.run.train_splits for s in splits)]
+        names = [
+            name for name, splits in self.datasets.items() if any(s in self.run.train_splits for s in splits)
+        ]
         for name in given:
             if name not in names:
-                raise ConfigError(f"run.train_dataset_ratios names '{name}', no dataset of this run.{did_you_mean(name, names)}")
+                raise ConfigError(
+                    f"run.train_dataset_ratios names '{name}', no dataset of this "
+                    f"run.{did_you_mean(name, names)}"
+                )
         return [float(given.get(name, 0.0)) for name in names]
 
-    # ---- evaluation --------------------------------------------------------------------------------------------------
+    # ---- evaluation
+    # --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(self, splits: list[str], label: str = "") -> dict[str, dict[str, float]]:
-        """Generates for every sample of the splits and scores: split name -> metrics (``dataset/split`` with several)."""
+        """Generates for every sample of the splits and scores: split name -> metrics (``dataset/split`` with
+        several)."""
         scores = {}
         for name, by_split in self.datasets.items():
             for split in splits:
@@ -234,7 +248,8 @@ class Runner:
             self.log.evaluation(key, label, metrics, len(results), time.perf_counter() - started)
         return gather_object([metrics])[0]
 
-    # ---- helpers -----------------------------------------------------------------------------------------------------
+    # ---- helpers
+    # -----------------------------------------------------------------------------------------------------
 
     def _global_batch(self, samples: dict[str, Any]) -> int:
         first = samples.get("image", samples.get("text_input"))
@@ -243,7 +258,8 @@ class Runner:
 
 @registry.register_runner("runner_iter")
 class IterRunner(Runner):
-    """Trains for ``max_iters`` iterations, in inner epochs of ``iters_per_inner_epoch``, whatever the data's size."""
+    """Trains for ``max_iters`` iterations, in inner epochs of ``iters_per_inner_epoch``, whatever the data's
+    size."""
 
     def length(self) -> tuple[int, int]:
         """Iterations of an inner epoch and of the whole run."""
@@ -267,4 +283,6 @@ def make_accelerator(run: RunConfig) -> Accelerator:
 
 def to_device(samples: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Moves the tensors of a batch."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in samples.items()}
+    return {
+        k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in samples.items()
+    }

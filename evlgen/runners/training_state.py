@@ -14,7 +14,14 @@ import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 
-from evlgen.common.checkpoints import CONFIG_FILE, STATE_FOLDER, is_checkpoint, point, remove_old, write_folder
+from evlgen.common.checkpoints import (
+    CONFIG_FILE,
+    STATE_FOLDER,
+    is_checkpoint,
+    point,
+    remove_old,
+    write_folder,
+)
 from evlgen.common.errors import CheckpointError
 from evlgen.common.io import write_atomically
 from evlgen.common.weights import read_pickle
@@ -46,7 +53,12 @@ class Checkpointer:
         self.folder, self.keep_last, self.config = folder, keep_last, config
 
     def save(
-        self, accelerator: Accelerator, model: BaseModel, optimizer: torch.optim.Optimizer, state: TrainingState, is_best: bool
+        self,
+        accelerator: Accelerator,
+        model: BaseModel,
+        optimizer: torch.optim.Optimizer,
+        state: TrainingState,
+        is_best: bool,
     ) -> None:
         """Writes ``step_<iteration>`` and points ``latest`` (and ``best``) at it."""
         accelerator.wait_for_everyone()
@@ -55,7 +67,9 @@ class Checkpointer:
 
             def write(folder: Path) -> None:
                 model.save_weights(folder)
-                write_atomically(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(self._config_for(model))))
+                write_atomically(
+                    folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(self._config_for(model)))
+                )
                 (folder / STATE_FOLDER).mkdir()
                 write_atomically(
                     folder / STATE_FOLDER / "progress.json", json.dumps(dataclasses.asdict(state), indent=1)
@@ -80,7 +94,8 @@ class Checkpointer:
         state: TrainingState,
         accelerator: Accelerator,
     ) -> None:
-        """Puts everything back as it was at a checkpoint: ``auto`` for this run's newest, or a checkpoint's folder."""
+        """Puts everything back as it was at a checkpoint: ``auto`` for this run's newest, or a checkpoint's
+        folder."""
         if source == "auto":
             folder = self.latest()
             if folder is None:
@@ -109,7 +124,9 @@ class Checkpointer:
         link = self.folder / "latest"
         if is_checkpoint(link):
             return link.resolve()
-        found = sorted(p for p in self.folder.glob("step_*") if is_checkpoint(p)) if self.folder.is_dir() else []
+        found = (
+            sorted(p for p in self.folder.glob("step_*") if is_checkpoint(p)) if self.folder.is_dir() else []
+        )
         return found[-1] if found else None
 
     def best_or_latest(self) -> Path:

@@ -38,4 +38,6 @@ class BaseTask:
         Returns:
             metrics by name; ``agg_metrics`` is what the best checkpoint is chosen by (higher is better).
         """
-        raise NotImplementedError(f"{type(self).__name__} must define after_evaluation(results, dataset, split, folder)")
+        raise NotImplementedError(
+            f"{type(self).__name__} must define after_evaluation(results, dataset, split, folder)"
+        )

@@ -33,7 +33,9 @@ def caption_sheet(
     for axis, picture, (written, reference) in zip(axes, pictures, captions, strict=False):
         if picture is not None:
             axis.imshow(picture, interpolation="nearest" if max(picture.size) <= 128 else "antialiased")
-        text = axis.text(0, -0.04, textwrap.fill(written, 34), transform=axis.transAxes, va="top", fontsize=10)
+        text = axis.text(
+            0, -0.04, textwrap.fill(written, 34), transform=axis.transAxes, va="top", fontsize=10
+        )
         lines = text.get_text().count("\n") + 1
         axis.annotate(
             textwrap.fill(reference, 40),

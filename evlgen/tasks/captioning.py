@@ -24,8 +24,8 @@ SHOWN = 12  # captions in the sheet of pictures, half of which are written to th
 class CaptioningTask(BaseTask):
     """Captions by generation, scored as COCO's are.
 
-    Result files: ``captions.json`` in COCO's result format, ``metrics.json``, and ``captions.png``, a sheet of pictures
-    with what was written about them.
+    Result files: ``captions.json`` in COCO's result format, ``metrics.json``, and ``captions.png``, a sheet
+    of pictures with what was written about them.
     """
 
     def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]:
@@ -58,16 +58,27 @@ class CaptioningTask(BaseTask):
         metrics = {**scores.values, **dataset.extra_metrics(captions)}
         if scores.agg_metrics is not None:
             metrics["agg_metrics"] = scores.agg_metrics
-        write_atomically(folder / "metrics.json", json.dumps({**metrics, "left_out": scores.left_out}, indent=1))
+        write_atomically(
+            folder / "metrics.json", json.dumps({**metrics, "left_out": scores.left_out}, indent=1)
+        )
         return metrics
 
     def _show(
-        self, results: list[dict[str, Any]], references: dict[Any, list[str]], dataset: BaseDataset, folder: Path
+        self,
+        results: list[dict[str, Any]],
+        references: dict[Any, list[str]],
+        dataset: BaseDataset,
+        folder: Path,
     ) -> None:
         step = max(1, len(results) // SHOWN)
         shown = results[::step][:SHOWN]
         for row in shown[: SHOWN // 2]:
-            logger.info("  %s: %s   (a reference: %s)", row["image_id"], row["caption"], references[row["image_id"]][0])
+            logger.info(
+                "  %s: %s   (a reference: %s)",
+                row["image_id"],
+                row["caption"],
+                references[row["image_id"]][0],
+            )
         pictures = [dataset.picture(int(row["instance_id"])) for row in shown]
         lines = [(row["caption"], references[row["image_id"]][0]) for row in shown]
         caption_sheet(pictures, lines, folder / "captions.png")

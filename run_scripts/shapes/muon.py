@@ -1,8 +1,9 @@
 """Muon: momentum whose matrices are made orthogonal before they are applied.
 
-Jordan et al., *Muon: An optimizer for hidden layers in neural networks*, 2024 (kellerjordan.github.io/posts/muon);
-the Newton-Schulz coefficients are from there. It is why the language model fits the budget: after 400 steps it is
-where AdamW is not after 800. PyTorch's own computes in bfloat16, which CPUs without it do slowly; this one in float32.
+Jordan et al., *Muon: An optimizer for hidden layers in neural networks*, 2024
+(kellerjordan.github.io/posts/muon); the Newton-Schulz coefficients are from there. It is why the language
+model fits the budget: after 400 steps it is where AdamW is not after 800. PyTorch's own computes in bfloat16,
+    which CPUs without it do slowly; this one in float32.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch import Tensor
 class Muon(torch.optim.Optimizer):
     """For the weight matrices of hidden layers only; embeddings, biases and norms belong to AdamW."""
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float, weight_decay: float = 0.05, momentum: float = 0.95):
+    def __init__(
+        self, parameters: Iterable[Tensor], lr: float, weight_decay: float = 0.05, momentum: float = 0.95
+    ):
         super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
@@ -45,7 +48,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """[K, rows, columns] -> about the nearest (semi-)orthogonal matrices: singular values of roughly 0.7 to 1.2."""
+    """[K, rows, columns] -> about the nearest (semi-)orthogonal matrices: singular values of roughly 0.7 to
+    1.2."""
     upright = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if upright else matrices
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)

@@ -1,4 +1,5 @@
-"""What the three training scripts share: the loop, the schedule, storage in half precision and the numbers for the card."""
+"""What the three training scripts share: the loop, the schedule, storage in half precision and the numbers
+for the card."""
 
 from __future__ import annotations
 
@@ -65,7 +66,11 @@ def train(
     warmup = min(warmup, max(1, steps // 5))
     began, recent = time.time(), []
     for step in range(steps):
-        share = step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        share = (
+            step / warmup
+            if step < warmup
+            else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        )
         for group, lr in groups:
             group["lr"] = lr * max(share, 1e-3)
         loss = loss_of(step)
@@ -78,7 +83,9 @@ def train(
         recent.append(loss.item())
         if (step + 1) % every == 0 or step + 1 == steps:
             rate = (step + 1) / (time.time() - began)
-            logger.info("step %d/%d loss %.4f, %.2f steps/s", step + 1, steps, sum(recent) / len(recent), rate)
+            logger.info(
+                "step %d/%d loss %.4f, %.2f steps/s", step + 1, steps, sum(recent) / len(recent), rate
+            )
             recent.clear()
     return (time.time() - began) / 60
 

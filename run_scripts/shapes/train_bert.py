@@ -1,4 +1,5 @@
-"""Trains the bundled BERT of the Shapes world by masked words on the text of documents; TomeFormer connectors start from it.
+"""Trains the bundled BERT of the Shapes world by masked words on the text of documents; TomeFormer connectors
+start from it.
 
 It reads with the language model's tokenizer, so train the language model first.
 """
@@ -37,7 +38,11 @@ def masked_batch(
     scenes = [scene("train", i, seed) for i in range(first, first + size)]
     texts = [f"{tag_line(s, rng)}\n{document(s, rng).text}" for s in scenes]
     tokens = tokenizer(
-        texts, return_tensors="pt", padding=True, truncation=True, max_length=CONFIG["max_position_embeddings"]
+        texts,
+        return_tensors="pt",
+        padding=True,
+        truncation=True,
+        max_length=CONFIG["max_position_embeddings"],
     )
     ids, mask = tokens["input_ids"], tokens["attention_mask"]
     asked = (torch.rand(ids.shape) < _MASKED) & (mask == 1) & (ids != tokenizer.bos_token_id)
@@ -63,7 +68,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     start(args.seed, args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.output / "language")
-    model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **CONFIG))
+    model = BertForMaskedLM(
+        BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **CONFIG)
+    )
     rng = random.Random(f"bert/{args.seed}")
     last = args.steps * args.batch_size
     minutes = train(
@@ -78,7 +85,11 @@ def main(argv: list[str] | None = None) -> None:
         loss = masked_loss(model, *masked_batch(tokenizer, last, 256, args.seed, rng)).item()
     folder = args.output / "bert"
     save_half(
-        {k: v for k, v in model.bert.state_dict().items() if "word_embeddings" not in k and "position_ids" not in k},
+        {
+            k: v
+            for k, v in model.bert.state_dict().items()
+            if "word_embeddings" not in k and "position_ids" not in k
+        },
         folder / "model.safetensors",
     )
     model.config.architectures = ["BertModel"]

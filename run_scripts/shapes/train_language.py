@@ -1,7 +1,9 @@
-"""Trains the bundled language model of the Shapes world: a small OPT on documents, text alone, with a tokenizer of its own.
+"""Trains the bundled language model of the Shapes world: a small OPT on documents, text alone, with a
+tokenizer of its own.
 
-A document may open with a bag of words (see ``evlgen.datasets.shapes.documents``). A bag position that holds several words
-is read as the sum of their word embeddings with a little noise. The loss is on the text after the bag.
+A document may open with a bag of words (see ``evlgen.datasets.shapes.documents``). A bag position that holds
+several words is read as the sum of their word embeddings with a little noise. The loss is on the text after
+the bag.
 """
 
 from __future__ import annotations
@@ -110,8 +112,11 @@ class DocumentStream:
         return self.word_ids[word]
 
 
-def document_loss(model: OPTForCausalLM, pairs: list[tuple[list[list[int]], list[int]]], shift: bool = True) -> Tensor:
-    """Next-token loss on the texts. ``shift`` starts documents at random positions, so that all positions are trained."""
+def document_loss(
+    model: OPTForCausalLM, pairs: list[tuple[list[list[int]], list[int]]], shift: bool = True
+) -> Tensor:
+    """Next-token loss on the texts. ``shift`` starts documents at random positions, so that all positions are
+    trained."""
     embed = model.get_input_embeddings()
     lengths = [len(bag) + len(ids) for bag, ids in pairs]
     longest = max(lengths)
@@ -131,7 +136,9 @@ def document_loss(model: OPTForCausalLM, pairs: list[tuple[list[list[int]], list
     if shift:
         room = torch.randint(0, POSITIONS - longest, (len(pairs), 1)) * torch.randint(0, 2, (len(pairs), 1))
         positions = positions + room
-    hidden = model.model.decoder(inputs_embeds=vectors, position_ids=positions, use_cache=False).last_hidden_state
+    hidden = model.model.decoder(
+        inputs_embeds=vectors, position_ids=positions, use_cache=False
+    ).last_hidden_state
     target = labels[:, 1:]
     wanted = target != -100
     return cross_entropy(model.lm_head(hidden[:, :-1][wanted]), target[wanted])
@@ -153,7 +160,11 @@ def main(argv: list[str] | None = None) -> None:
     model = OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), **CONFIG))
     stream = DocumentStream(tokenizer, args.batch_size, args.seed)
     logger.info("%d tokens in the vocabulary", len(tokenizer))
-    minutes = train(muon_and_adamw(model, args.lr, args.adamw_lr), lambda step: document_loss(model, stream.batch()), args.steps)
+    minutes = train(
+        muon_and_adamw(model, args.lr, args.adamw_lr),
+        lambda step: document_loss(model, stream.batch()),
+        args.steps,
+    )
     model.eval()
     with torch.no_grad():
         loss = sum(document_loss(model, stream.batch(), shift=False).item() for _ in range(8)) / 8

@@ -1,7 +1,9 @@
-"""Trains the bundled vision encoder of the Shapes world: a small timm ViT that names attributes, and never sees a caption.
+"""Trains the bundled vision encoder of the Shapes world: a small timm ViT that names attributes, and never
+sees a caption.
 
-Every patch token says which kind, colour, size, row and column of shape covers its patch, if any; the class token says
-which kinds and colours are in the picture and how many shapes. All read-outs are linear and thrown away afterwards.
+Every patch token says which kind, colour, size, row and column of shape covers its patch, if any; the class
+token says which kinds and colours are in the picture and how many shapes. All read-outs are linear and thrown
+away afterwards.
 """
 
 from __future__ import annotations
@@ -20,14 +22,22 @@ from evlgen.datasets.shapes.world import COLOURS, COLUMNS, KINDS, ROWS, SIZES, S
 
 VISION_NAME = "vit_tiny_patch16_224"
 VISION_KWARGS = dict(
-    img_size=64, patch_size=8, embed_dim=128, depth=4, num_heads=4, mlp_ratio=3.0, num_classes=0, class_token=True
+    img_size=64,
+    patch_size=8,
+    embed_dim=128,
+    depth=4,
+    num_heads=4,
+    mlp_ratio=3.0,
+    num_classes=0,
+    class_token=True,
 )
 ATTRIBUTES = {"kind": KINDS, "colour": tuple(COLOURS), "size": SIZES, "row": ROWS, "column": COLUMNS}
 COVERED, UNCLEAR = 0.1, -100  # a patch covered by less than this share, but by something, is not asked about
 
 
 class ReadOuts(nn.Module):
-    """Linear read-outs: one per attribute on patch tokens (class 0: nothing), one multi-label on the class token."""
+    """Linear read-outs: one per attribute on patch tokens (class 0: nothing), one multi-label on the class
+    token."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -62,8 +72,11 @@ def batch(split: str, first: int, size: int, seed: int) -> tuple[Tensor, Tensor,
     return pixels, patches, torch.from_numpy(np.stack([picture_labels(s) for s in scenes]))
 
 
-def attribute_loss(vision: nn.Module, heads: ReadOuts, pixels: Tensor, patches: Tensor, picture: Tensor) -> Tensor:
-    """Cross entropy over patches, those with a shape and those without weighing the same, plus the class token's."""
+def attribute_loss(
+    vision: nn.Module, heads: ReadOuts, pixels: Tensor, patches: Tensor, picture: Tensor
+) -> Tensor:
+    """Cross entropy over patches, those with a shape and those without weighing the same, plus the class
+    token's."""
     tokens = vision.forward_features(pixels)  # [B, 65, C]
     loss = binary_cross_entropy_with_logits(heads.picture(tokens[:, 0]), picture)
     for i, head in enumerate(heads.patch.values()):
@@ -75,7 +88,8 @@ def attribute_loss(vision: nn.Module, heads: ReadOuts, pixels: Tensor, patches: 
 
 @torch.no_grad()
 def accuracies(vision: nn.Module, heads: ReadOuts, seed: int, pictures: int = 500) -> dict[str, float]:
-    """Share of right patch labels among patches with a shape, per attribute, on held-out pictures; and of empty ones."""
+    """Share of right patch labels among patches with a shape, per attribute, on held-out pictures; and of
+    empty ones."""
     vision.eval()
     pixels, patches, picture = batch("val", 0, pictures, seed)
     tokens = vision.forward_features(pixels)

@@ -53,12 +53,24 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder with the trained backbones")
     folder: Path = parser.parse_args(argv).output
-    parts = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("vision", "language", "bert")}
-    files = {"vision": "vision.safetensors", "language": "language/model.safetensors", "bert": "bert/model.safetensors"}
-    values = parts | {f"{name}_mb": f"{(folder / file).stat().st_size / 1e6:.1f}" for name, file in files.items()}
+    parts = {
+        name: json.loads((folder / f"{name}.json").read_text()) for name in ("vision", "language", "bert")
+    }
+    files = {
+        "vision": "vision.safetensors",
+        "language": "language/model.safetensors",
+        "bert": "bert/model.safetensors",
+    }
+    values = parts | {
+        f"{name}_mb": f"{(folder / file).stat().st_size / 1e6:.1f}" for name, file in files.items()
+    }
     values["seed"] = parts["vision"]["seed"]
-    values["accuracy"] = ", ".join(f"{name} {share:.4f}" for name, share in parts["vision"]["accuracy"].items())
-    values["vision_kwargs"] = ", ".join(f"`{name}={value}`" for name, value in parts["vision"]["kwargs"].items())
+    values["accuracy"] = ", ".join(
+        f"{name} {share:.4f}" for name, share in parts["vision"]["accuracy"].items()
+    )
+    values["vision_kwargs"] = ", ".join(
+        f"`{name}={value}`" for name, value in parts["vision"]["kwargs"].items()
+    )
     values["bert_row"] = BERT_ROW.format(**values)
     values["bert_section"] = BERT_SECTION.format(**values)
     (folder / "CARD.md").write_text(CARD.format(**values), encoding="utf-8")

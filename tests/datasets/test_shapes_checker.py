@@ -1,4 +1,5 @@
-"""The caption checker against tables written by hand, captions by the writer, and captions made wrong on purpose."""
+"""The caption checker against tables written by hand, captions by the writer, and captions made wrong on
+purpose."""
 
 from __future__ import annotations
 
@@ -27,8 +28,12 @@ TWO = scene_of("small red circle middle left", "large blue square middle right")
 DIAGONAL = scene_of("small red circle top left", "large blue square bottom right")
 SAME_KIND = scene_of("small red circle top left", "small blue circle top right")
 NEAR = scene_of("small red circle top left", "small blue circle top middle")
-THREE = scene_of("small red circle top left", "large blue square bottom left", "small green star bottom right")
-PAIR_AND_ONE = scene_of("small red circle top left", "large red circle top right", "small green star bottom middle")
+THREE = scene_of(
+    "small red circle top left", "large blue square bottom left", "small green star bottom right"
+)
+PAIR_AND_ONE = scene_of(
+    "small red circle top left", "large red circle top right", "small green star bottom middle"
+)
 TRIPLE = scene_of("small red star top left", "large red star top middle", "small red star top right")
 
 TRUE = [
@@ -164,15 +169,22 @@ MUTATIONS = {
     "kind": swaps(KINDS) | {k + "s": v + "s" for k, v in swaps(KINDS[:-1]).items()},
     "size": {"small": "large", "little": "big", "tiny": "big", "large": "small", "big": "tiny"},
     "count": {"two": "three", "three": "two"},
-    "row": {"above": "below", "below": "above", "over": "under", "under": "over", "top": "bottom", "bottom": "top"},
+    "row": {
+        "above": "below",
+        "below": "above",
+        "over": "under",
+        "under": "over",
+        "top": "bottom",
+        "bottom": "top",
+    },
     "column": {"left": "right", "right": "left"},
 }
 
 
 @pytest.mark.parametrize("what", MUTATIONS)
 def test_one_wrong_word_makes_a_caption_untrue(what: str):
-    """One word of a true caption is changed; what happens to stay true (a diagonal, say) is rare. Captions of twins are
-    left out: `a red star above another red star` is the same the other way round."""
+    """One word of a true caption is changed; what happens to stay true (a diagonal, say) is rare. Captions of
+    twins are left out: `a red star above another red star` is the same the other way round."""
     table, changed, accepted = MUTATIONS[what], 0, []
     for i in range(600):
         item = scene("val", i)
@@ -193,6 +205,11 @@ def test_leaving_the_last_shape_out_makes_a_caption_untrue():
     for i in range(500):
         item = scene("val", i)
         for caption in captions(item):
-            if ", " in caption and " and " in caption and caption.count(" and ") == 1 and "one" not in caption:
+            if (
+                ", " in caption
+                and " and " in caption
+                and caption.count(" and ") == 1
+                and "one" not in caption
+            ):
                 shorter = caption.split(" and ")[0].replace(", and", "")
                 assert not check(shorter, item).true, (caption, shorter)

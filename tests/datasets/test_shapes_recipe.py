@@ -1,4 +1,5 @@
-"""The recipe of the bundled backbones still runs, shortened, and gives files of the layout that is bundled."""
+"""The recipe of the bundled backbones still runs, shortened, and gives files of the layout that is
+bundled."""
 
 from __future__ import annotations
 

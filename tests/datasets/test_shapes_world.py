@@ -90,11 +90,14 @@ def test_coverage_is_the_share_of_each_patch_a_shape_covers():
 
 
 def test_guessing_does_not_pay():
-    """No kind with colour is in more than a twelfth of the pictures, and few pictures repeat a description."""
+    """No kind with colour is in more than a twelfth of the pictures, and few pictures repeat a
+    description."""
     scenes = [scene("test", i) for i in range(1000)]
     for kind in KINDS:
         for colour in COLOURS:
-            share = np.mean([any((s.kind, s.colour) == (kind, colour) for s in item.shapes) for item in scenes])
+            share = np.mean(
+                [any((s.kind, s.colour) == (kind, colour) for s in item.shapes) for item in scenes]
+            )
             assert share < 1 / 12, (kind, colour, share)
     assert len({s.description for s in scenes}) > 850
 

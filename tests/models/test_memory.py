@@ -12,7 +12,8 @@ import torch
 if not sys.platform.startswith("linux"):
     pytest.skip("reads /proc/self/status", allow_module_level=True)
 
-# Loads in a process of its own and prints the peak growth of private memory and the size of the weights, in MB.
+# Loads in a process of its own and prints the peak growth of private memory and the size of the weights, in
+# MB.
 MEASURE = """
 import json, sys, threading, time
 from evlgen.models.language.opt import OPTLanguageModel
@@ -60,7 +61,12 @@ def opt_folder(tmp_path_factory, request):
     golden = Path(__file__).resolve().parents[1] / "golden" / "evlgen_opt" / "language"
     shutil.copytree(golden, folder, dirs_exist_ok=True)
     config = OPTConfig(
-        vocab_size=400, hidden_size=1024, word_embed_proj_dim=1024, ffn_dim=4096, num_hidden_layers=8, num_attention_heads=8
+        vocab_size=400,
+        hidden_size=1024,
+        word_embed_proj_dim=1024,
+        ffn_dim=4096,
+        num_hidden_layers=8,
+        num_attention_heads=8,
     )
     with torch.device("meta"):
         model = OPTForCausalLM(config)

@@ -121,7 +121,9 @@ def test_schedules():
     assert sum(merge_schedule([8, 0], 12)) == 96
 
 
-@pytest.mark.parametrize(("r", "named"), [(-1, "negative"), ([1, 2, 3, 4], "4 entries"), ([8, 3.0], "between -1 and 1")])
+@pytest.mark.parametrize(
+    ("r", "named"), [(-1, "negative"), ([1, 2, 3, 4], "4 entries"), ([8, 3.0], "between -1 and 1")]
+)
 def test_impossible_schedules_are_named(r, named):
     with pytest.raises(ValueError, match=named):
         merge_schedule(r, 3)

@@ -19,7 +19,9 @@ def build(golden):
         from evlgen.common.config import load_model_file
 
         cfg = load_model_file(golden / "evlgen_opt" / "model.yaml")
-        return registry.get_model_class("evlgen_opt").from_config(OmegaConf.merge(cfg, OmegaConf.create(changes)))
+        return registry.get_model_class("evlgen_opt").from_config(
+            OmegaConf.merge(cfg, OmegaConf.create(changes))
+        )
 
     return make
 
@@ -102,11 +104,16 @@ def test_the_loss_is_cross_entropy_over_all_logits_at_the_labelled_places(build,
 def test_text_output_is_learned_and_text_input_only_read(build, samples):
     model = build()
     both = {**samples, "text_output": ["red", "two", "yes"]}
-    whole = {**samples, "text_input": [f"{a} {b}" for a, b in zip(samples["text_input"], both["text_output"], strict=True)]}
+    whole = {
+        **samples,
+        "text_input": [f"{a} {b}" for a, b in zip(samples["text_input"], both["text_output"], strict=True)],
+    }
     assert model(both)["loss"].item() != pytest.approx(model(whole)["loss"].item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3, "num_captions": 2}, {"use_nucleus_sampling": True, "num_captions": 2}])
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3, "num_captions": 2}, {"use_nucleus_sampling": True, "num_captions": 2}]
+)
 def test_several_captions_of_each_picture(build, samples, options):
     torch.manual_seed(0)
     assert len(build().generate(samples, max_length=4, **options)) == 6
@@ -156,7 +163,9 @@ def test_a_partial_checkpoint_says_what_was_missing(build, tmp_path, caplog):
 
 
 def test_an_image_size_the_patches_do_not_divide_is_named(build):
-    with pytest.raises(ConfigError, match="image_size 60 is no multiple of eva_clip_g's patch size 14; 56 is the nearest"):
+    with pytest.raises(
+        ConfigError, match="image_size 60 is no multiple of eva_clip_g's patch size 14; 56 is the nearest"
+    ):
         build(vision={"image_size": 60})
 
 

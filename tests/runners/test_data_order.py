@@ -50,12 +50,16 @@ class _Noise(BaseDataset):
         super().__init__(range(12))
 
     def load_sample(self, index):
-        return {"image": torch.tensor([torch.rand(()).item(), random.random(), np.random.rand(), float(index)])}
+        return {
+            "image": torch.tensor([torch.rand(()).item(), random.random(), np.random.rand(), float(index)])
+        }
 
 
 def test_random_choices_do_not_depend_on_workers_or_on_where_the_run_began():
     def read(num_workers, start, count):
-        loader = train_loader([_Noise()], BatchPlan([12], 3, seed=5, start=start), num_workers, pin_memory=False)
+        loader = train_loader(
+            [_Noise()], BatchPlan([12], 3, seed=5, start=start), num_workers, pin_memory=False
+        )
         return torch.stack([b["image"] for b in islice(loader, count)])
 
     whole = read(0, 0, 9)

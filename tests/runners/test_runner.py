@@ -67,14 +67,22 @@ def test_resume_auto_continues_the_newest_run_and_starts_where_there_is_none(tin
 
 
 def test_iterations_in_inner_epochs(tiny_project):
-    path = tiny_project(run={"max_epoch": None, "max_iters": 10, "iters_per_inner_epoch": 4, "valid_splits": ["val"]})
+    path = tiny_project(
+        run={"max_epoch": None, "max_iters": 10, "iters_per_inner_epoch": 4, "valid_splits": ["val"]}
+    )
     _, records = train(path)
     assert len(losses(records)) == 10
     assert [r["label"] for r in records if r["type"] == "evaluation"] == ["epoch1", "epoch2", "epoch3"]
 
 
 def test_accumulating_two_batches_is_one_batch_of_twice_the_size(tiny_project):
-    constant = {"lr_sched": "constant_lr", "valid_splits": [], "max_epoch": 1, "keep_last": 1, "weight_decay": 0.0}
+    constant = {
+        "lr_sched": "constant_lr",
+        "valid_splits": [],
+        "max_epoch": 1,
+        "keep_last": 1,
+        "weight_decay": 0.0,
+    }
     weights = []
     for batch, accumulate in ((8, 1), (4, 2)):
         path = tiny_project(run={**constant, "batch_size_train": batch, "accum_grad_iters": accumulate})

@@ -32,7 +32,7 @@ PUBLISHED = {
 
 @pytest.fixture(scope="module")
 def five_images(golden):
-    """References of five images and a candidate for each: four COCO captions against the fifth, one damaged."""
+    """References of five images and a candidate for each: COCO captions, two candidates damaged."""
     captions = [caption for caption, _ in json.loads((golden / "ptb_tokens.json").read_text("utf-8"))["coco"]]
     images = [captions[place : place + 5] for place in range(0, 25, 5)]
     references = dict(zip([1, 2, "three", 4, "cinq"], [image[1:] for image in images], strict=True))

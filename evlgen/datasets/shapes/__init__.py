@@ -1,1 +1,2 @@
-"""The Shapes world: small pictures of coloured shapes, drawn in memory, with captions, questions and a caption checker."""
+"""The Shapes world: small pictures of coloured shapes, drawn in memory, with captions, questions and a
+caption checker."""

@@ -1,7 +1,8 @@
 """Captions and questions people might write under a picture of the Shapes world.
 
-Every caption names all shapes with their colours; some add sizes, positions or relations, each in words that vary. What
-follows from a scene is deterministic, so a scene always has the same five captions and the same questions.
+Every caption names all shapes with their colours; some add sizes, positions or relations, each in words that
+vary. What follows from a scene is deterministic, so a scene always has the same five captions and the same
+questions.
 """
 
 from __future__ import annotations
@@ -28,7 +29,15 @@ _TO_IT = {
     "below": ("below it", "under it"),
 }
 _OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-_OPENERS = ("a picture of", "an image of", "a photo of", "a drawing of", "this picture shows", "we see", "here we have")
+_OPENERS = (
+    "a picture of",
+    "an image of",
+    "a photo of",
+    "a drawing of",
+    "this picture shows",
+    "we see",
+    "here we have",
+)
 _SHARE_WITH_SIZES, _SHARE_WITH_POSITIONS = 0.35, 0.3
 
 
@@ -81,7 +90,8 @@ def groups_of(scene: Scene) -> list[Group]:
 
 
 def relations(first: Group, second: Group) -> list[str]:
-    """What ``first`` is to ``second``: left, right, above, below. Along the longer way only; both on a diagonal."""
+    """What ``first`` is to ``second``: left, right, above, below. Along the longer way only; both on a
+    diagonal."""
     across = _order([s.column for s in first.members], [s.column for s in second.members], COLUMNS)
     down = _order([s.row for s in first.members], [s.row for s in second.members], ROWS)
     found = []
@@ -166,7 +176,11 @@ def _pair(group: Group, phrase: str, rng: random.Random) -> str:
         frames.append(f"{phrase}, a big one and a small one")
     if first.row == second.row:
         frames.append(f"{phrase} side by side")
-        frames.append(f"{phrase}, one on the left and one on the right" if _apart(group) else f"{phrase} next to each other")
+        frames.append(
+            f"{phrase}, one on the left and one on the right"
+            if _apart(group)
+            else f"{phrase} next to each other"
+        )
     if first.column == second.column:
         frames.append(f"{phrase}, one above the other")
     for relation in relations(Group((first,)), Group((second,))):
@@ -183,11 +197,16 @@ def _two_groups(groups: list[Group], phrases: list[str], rng: random.Random) -> 
     (first, second), (a, b) = groups, phrases
     if rng.random() < _SHARE_WITH_POSITIONS and _all_single(groups):
         x, y = (position_phrase(g.members[0], rng) for g in groups)
-        return rng.choice((f"{a} {x} and {b} {y}", f"there is {a} {x} and {b} {y}", f"{x} there is {a} and {y} {b}"))
+        return rng.choice(
+            (f"{a} {x} and {b} {y}", f"there is {a} {x} and {b} {y}", f"{x} there is {a} and {y} {b}")
+        )
     plain = [f"{a} and {b}", _there(first, f"{a} and {b}"), _opened(f"{a} and {b}", rng), f"{a} with {b}"]
     if first.kind == second.kind and _all_single(groups):
         plain.append(f"two {_plural(first.kind)}, one {first.colour} and one {second.colour}")
-        plain.append(f"{_article(first.colour)} {first.colour} and {_article(second.colour)} {second.colour} {first.kind}")
+        plain.append(
+            f"{_article(first.colour)} {first.colour} and {_article(second.colour)} {second.colour} "
+            f"{first.kind}"
+        )
     found = relations(first, second)
     if not found or rng.random() < 0.35:
         return rng.choice(plain)
@@ -264,7 +283,8 @@ def _words(*words: str) -> str:
 
 
 def questions(scene: Scene) -> list[tuple[str, str]]:
-    """Questions with one right answer each, in a fixed order: colours, kinds, counts, sizes, places, yes and no."""
+    """Questions with one right answer each, in a fixed order: colours, kinds, counts, sizes, places, yes and
+    no."""
     rng = random.Random(f"questions/{scene.seed}/{scene.split}/{scene.index}")
     shapes = scene.shapes
     asked = [("how many shapes are there?", NUMBERS[len(shapes)])]
@@ -300,7 +320,9 @@ def _yes_and_no(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     there = rng.choice(scene.shapes)
     kind, colour = there.kind, there.colour
     while any((s.kind, s.colour) == (kind, colour) for s in scene.shapes):
-        kind, colour = rng.choice(((rng.choice(KINDS), there.colour), (there.kind, rng.choice(tuple(COLOURS)))))
+        kind, colour = rng.choice(
+            ((rng.choice(KINDS), there.colour), (there.kind, rng.choice(tuple(COLOURS))))
+        )
     asked = [
         (f"is there {_article(there.colour)} {there.colour} {there.kind}?", "yes"),
         (f"is there {_article(colour)} {colour} {kind}?", "no"),
@@ -310,5 +332,7 @@ def _yes_and_no(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
         first, second = rng.sample(lonely, 2)
         for relation in relations(first, second):
             asked.append((f"is the {first.kind} {_RELATIONS[relation][0]} the {second.kind}?", "yes"))
-            asked.append((f"is the {first.kind} {_RELATIONS[_OPPOSITE[relation]][0]} the {second.kind}?", "no"))
+            asked.append(
+                (f"is the {first.kind} {_RELATIONS[_OPPOSITE[relation]][0]} the {second.kind}?", "no")
+            )
     return asked

@@ -1,8 +1,9 @@
 """Is a caption true to a scene of the Shapes world, and does it leave nothing out?
 
-This reads English and knows nothing about how captions are written: noun phrases, relations and positions become
-constraints on shapes, and a caption is true when its noun phrases can be given to the scene's shapes so that every
-constraint holds, every shape is named, and every shape's colour is said. Words it does not know make a caption untrue.
+This reads English and knows nothing about how captions are written: noun phrases, relations and positions
+become constraints on shapes, and a caption is true when its noun phrases can be given to the scene's shapes
+so that every constraint holds, every shape is named, and every shape's colour is said. Words it does not know
+make a caption untrue.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ Assignment = dict[int, tuple[Shape, ...]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """``true``: the caption says only what is so, and names everything; otherwise ``reasons`` say what is wrong."""
+    """``true``: the caption says only what is so, and names everything; otherwise ``reasons`` say what is
+    wrong."""
 
     true: bool
     reasons: tuple[str, ...] = ()
@@ -128,20 +130,28 @@ def _related(a: Shape, b: Shape, word: str) -> bool:
 
 
 def _stands(shape: Shape, words: tuple[str, ...]) -> bool:
-    """Whether a shape is in the named third or thirds of the picture; ``middle`` alone is the middle of both."""
+    """Whether a shape is in the named third or thirds of the picture; ``middle`` alone is the middle of
+    both."""
     row = {int(shape.y // _THIRD)}
     column = {int(shape.x // _THIRD)}
     if words in (("middle",), ("middle", "middle")):
         return row == column == {1}
     for word in words:
-        axis = row if word in ("top", "bottom") else column if word in ("left", "right") else _other_axis(words, row, column)
+        axis = (
+            row
+            if word in ("top", "bottom")
+            else column
+            if word in ("left", "right")
+            else _other_axis(words, row, column)
+        )
         if axis != {_LOW_MIDDLE_HIGH[word]}:
             return False
     return True
 
 
 def _other_axis(words: tuple[str, ...], row: set[int], column: set[int]) -> set[int]:
-    """``middle`` beside ``left`` or ``right`` is about the row, beside ``top`` or ``bottom`` about the column."""
+    """``middle`` beside ``left`` or ``right`` is about the row, beside ``top`` or ``bottom`` about the
+    column."""
     return row if {"left", "right"} & set(words) else column
 
 

@@ -1,9 +1,10 @@
 """Text that describes one scene several times over: what the bundled language model and BERT are trained on.
 
-A language model that has only ever read single captions has no use for what stands before one, so soft prompts cannot
-steer it. In these documents later lines depend on earlier ones: captions, the same in other words, lists of attributes,
-questions with answers. Many documents open with a *bag*: words of the scene in no order a sentence would have, several
-of them possibly sharing one position, as soft prompts will stand before a caption later.
+A language model that has only ever read single captions has no use for what stands before one, so soft
+prompts cannot steer it. In these documents later lines depend on earlier ones: captions, the same in other
+words, lists of attributes, questions with answers. Many documents open with a *bag*: words of the scene in no
+order a sentence would have, several of them possibly sharing one position, as soft prompts will stand before
+a caption later.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def tag_line(scene: Scene, rng: random.Random) -> str:
 
 
 def word_bag(scene: Scene, rng: random.Random) -> tuple[tuple[str, ...], ...]:
-    """One word per position; the words of a shape stand together, shapes may come twice, fillers in between."""
+    """One word per position; the words of a shape stand together, shapes may come twice, fillers in
+    between."""
     positions: list[tuple[str, ...]] = []
     for shape in _with_repeats(scene, rng, most=4):
         positions += [(word,) for word in _shuffled(_attributes(shape), rng)]

@@ -19,7 +19,19 @@ _KINDS = {
     "cross": "cross|crosses|plus signs?",
     "any": "shapes?|objects?|figures?|ones?",
 }
-_COUNTS = {"a": 1, "an": 1, "one": 1, "another": 1, "the": 0, "both": 2, "two": 2, "pair": 2, "three": 3, "four": 4, "five": 5}
+_COUNTS = {
+    "a": 1,
+    "an": 1,
+    "one": 1,
+    "another": 1,
+    "the": 0,
+    "both": 2,
+    "two": 2,
+    "pair": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+}
 _SYNONYMS = {"violet": "purple", "gray": "grey"}
 _SIZES = {
     **dict.fromkeys(("small", "smaller", "little", "tiny"), "small"),
@@ -45,7 +57,10 @@ _PART = "(?: (?:corner|side|half|part|edge))?"
 _RELATION_ANY = "|".join(_RELATION.values())
 _ITEMS = [  # first match wins
     ("beside", r"side by side|(?:next to|beside) (?:each other|one another)"),
-    ("stacked", r"one (?:above|over|below|under|on top of) (?:the other|another)(?! [a-z]*\b(?:%s))" % _COLOUR),
+    (
+        "stacked",
+        r"one (?:above|over|below|under|on top of) (?:the other|another)(?! [a-z]*\b(?:%s))" % _COLOUR,
+    ),
     ("row", r"in a (?:row|line)|in line|lined up"),
     ("to_it", rf"(?:to|on|at) (?:its|their) (?:left|right)|(?:{_RELATION_ANY}) (?:it|them)"),
     ("place", rf"(?:in|at|on|near|towards?) the {_PLACE_WORD}(?:[ -]{_PLACE_WORD})*{_PART}(?!{_PART} of)"),
@@ -69,7 +84,8 @@ _NOUN_PHRASE = {"number", "size", "colour", "noun", "that", "of", "in"}
 
 @dataclass
 class Mention:
-    """A noun phrase. ``same_as``: the earlier mention it repeats; ``part_of``: the plural mention it picks from."""
+    """A noun phrase. ``same_as``: the earlier mention it repeats; ``part_of``: the plural mention it picks
+    from."""
 
     count: int
     text: str
@@ -84,7 +100,8 @@ class Mention:
 
 @dataclass(frozen=True)
 class Claim:
-    """What is said of mentions (by index): ``relation`` to other mentions, ``place`` in the picture, ``arrangement``."""
+    """What is said of mentions (by index): ``relation`` to other mentions, ``place`` in the picture,
+    ``arrangement``."""
 
     about: str
     words: tuple[str, ...]
@@ -321,7 +338,12 @@ class _Clauses:
         return at + 1
 
     def _claim(
-        self, about: str, words: tuple[str, ...], subjects: tuple[int, ...], objects: tuple[int, ...], text: str
+        self,
+        about: str,
+        words: tuple[str, ...],
+        subjects: tuple[int, ...],
+        objects: tuple[int, ...],
+        text: str,
     ) -> None:
         if not subjects or (about == "relation" and not objects):
             self.reading.unknown.append(text)
@@ -353,7 +375,8 @@ class _Clauses:
         return tuple(self.said[-1:])
 
     def _next_mentions(self, at: int, joined: bool = False) -> tuple[tuple[int, ...], int]:
-        """The next mention; with ``joined`` those too that follow by ``and`` and have no predicate of their own."""
+        """The next mention; with ``joined`` those too that follow by ``and`` and have no predicate of their
+        own."""
         while at < len(self.items) and self.items[at].name in ("there", "be", "comma"):
             at += 1
         if at >= len(self.items) or self.items[at].name != "mention":
@@ -377,7 +400,9 @@ def _relation_words(text: str) -> list[str]:
     if match := re.search(r"(?:its|their) (left|right)", text):
         return [match.group(1)]
     plain = re.sub(r" (?:it|them)$", "", text)
-    return [word for part in plain.split(" and ") for word, form in _RELATION.items() if re.fullmatch(form, part)]
+    return [
+        word for part in plain.split(" and ") for word, form in _RELATION.items() if re.fullmatch(form, part)
+    ]
 
 
 def _place_words(text: str) -> list[str]:

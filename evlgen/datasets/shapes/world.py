@@ -1,9 +1,10 @@
 """Scenes of the Shapes world and their pictures.
 
 A scene is one to three coloured shapes, each in a cell of its own on a 3 x 3 grid. It follows from
-``(split, index, seed)`` alone, on every machine. What tells scenes apart is their description (kind, colour, size and
-cell of every shape); each description belongs to exactly one split, so no training scene is ever met in validation or
-test. Pictures of one description still differ: position inside the cell, radius, shade and background vary.
+``(split, index, seed)`` alone, on every machine. What tells scenes apart is their description (kind, colour,
+size and cell of every shape); each description belongs to exactly one split, so no training scene is ever met
+in validation or test. Pictures of one description still differ: position inside the cell, radius, shade and
+background vary.
 """
 
 from __future__ import annotations
@@ -38,14 +39,23 @@ _RADII = {"small": (4.5, 5.0, 5.5), "large": (8.0, 8.5, 9.0)}
 _CELL_CENTRES = (11, 32, 53)
 _JITTER = 1  # pixels; shapes of neighbouring cells stay apart, and all stay inside the picture
 _SHADE = 14  # steps of 256 by which a shape's colour may differ from the name's own
-_BACKGROUNDS = ((232, 232, 228), (222, 230, 238), (238, 230, 218), (224, 236, 224), (236, 224, 234), (204, 206, 210))
-_TWIN_SHARE = 0.25  # share of further shapes that repeat an earlier kind and colour, so that there is something to count
+_BACKGROUNDS = (
+    (232, 232, 228),
+    (222, 230, 238),
+    (238, 230, 218),
+    (224, 236, 224),
+    (236, 224, 234),
+    (204, 206, 210),
+)
+# share of further shapes that repeat an earlier kind and colour, so that there is something to count
+_TWIN_SHARE = 0.25
 _SHAPE_COUNTS = (1, 2, 2, 2, 3, 3)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape: what captions may say (kind, colour, size, row, column) and how it is drawn (pixels, RGB)."""
+    """One shape: what captions may say (kind, colour, size, row, column) and how it is drawn (pixels,
+    RGB)."""
 
     kind: str
     colour: str
@@ -70,7 +80,8 @@ class Scene:
 
     @property
     def description(self) -> str:
-        """What makes this scene another scene than the next: independent of the order of shapes and of jitter."""
+        """What makes this scene another scene than the next: independent of the order of shapes and of
+        jitter."""
         return describe(self.shapes)
 
 
@@ -91,7 +102,9 @@ def scene(split: str, index: int, seed: int = 0) -> Scene:
         DataError: there is no such split, or the index is negative.
     """
     if split not in SPLITS:
-        raise DataError(f"Shapes has no split '{split}'.{did_you_mean(split, SPLITS)} Splits: {', '.join(SPLITS)}.")
+        raise DataError(
+            f"Shapes has no split '{split}'.{did_you_mean(split, SPLITS)} Splits: {', '.join(SPLITS)}."
+        )
     if index < 0:
         raise DataError(f"Shapes index {index} is negative; indices start at 0.")
     rng = random.Random(f"shapes/{seed}/{split}/{index}")
@@ -161,7 +174,12 @@ def _background(rgb: tuple[int, int, int], variant: int) -> np.ndarray:
     ramp = np.linspace(-1, 1, IMAGE_SIZE, dtype=np.float32)
     slope_x, slope_y = rng.uniform(-8, 8, 2).astype(np.float32)
     grain = rng.uniform(-3, 3, (IMAGE_SIZE, IMAGE_SIZE, 1)).astype(np.float32)
-    tone = np.asarray(rgb, dtype=np.float32) + slope_x * ramp[None, :, None] + slope_y * ramp[:, None, None] + grain
+    tone = (
+        np.asarray(rgb, dtype=np.float32)
+        + slope_x * ramp[None, :, None]
+        + slope_y * ramp[:, None, None]
+        + grain
+    )
     return np.clip(tone, 0, 255)
 
 

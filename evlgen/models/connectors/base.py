@@ -8,8 +8,8 @@ from torch import Tensor, nn
 class Connector(nn.Module):
     """Turns visual tokens [B, N, vision_dim] into soft prompts [B, M, language_dim].
 
-    A subclass's constructor takes what `FROM_FRAMEWORK` lists from the framework (by keyword); its other parameters are
-    the keys of ``model.connector`` in YAML.
+    A subclass's constructor takes what `FROM_FRAMEWORK` lists from the framework (by keyword); its other
+    parameters are the keys of ``model.connector`` in YAML.
     """
 
     FROM_FRAMEWORK: tuple[str, ...] = (

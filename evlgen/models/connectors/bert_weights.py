@@ -68,7 +68,8 @@ _LAYER_NAMES = {
 
 
 def bert_to_tomeformer(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Renames BERT weights (``embeddings.*``, ``encoder.layer.i.*``) to TomeFormer's; query, key and value become one.
+    """Renames BERT weights (``embeddings.*``, ``encoder.layer.i.*``) to TomeFormer's; query, key and value
+    become one.
 
     Keys that a TomeFormer has no place for (word embeddings, pooler, heads) are left out.
     """
@@ -129,7 +130,10 @@ def load_bert_layers(connector: nn.Module, init: str) -> None:
     folder: Path = local_model_folder(init)
     raw = read_weights(folder)
     # old BERT files carry a "bert." prefix and LayerNorm's gamma and beta
-    raw = {k.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias"): v for k, v in raw.items()}
+    raw = {
+        k.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias"): v
+        for k, v in raw.items()
+    }
     own = connector.state_dict()
     state = {k: v for k, v in bert_to_tomeformer(raw).items() if k in own}
     wanted = {k for k in own if not k.startswith(("proj_in.", "proj_out."))}
@@ -141,6 +145,7 @@ def load_bert_layers(connector: nn.Module, init: str) -> None:
     for key, value in state.items():
         if value.shape != own[key].shape:
             raise CheckpointError(
-                f"model.connector.init '{init}': {key} has shape {tuple(value.shape)}, the connector {tuple(own[key].shape)}."
+                f"model.connector.init '{init}': {key} has shape {tuple(value.shape)}, the connector "
+                f"{tuple(own[key].shape)}."
             )
         own[key].copy_(value)

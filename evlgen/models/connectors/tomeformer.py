@@ -1,7 +1,8 @@
 """TomeFormer: a BERT encoder that merges similar visual tokens layer by layer.
 
 Jian et al., *Expedited Training of Visual Conditioned Language Generation via Redundancy Reduction*, ACL 2024
-(arXiv 2310.03291), section 3. Published setting: BERT-base weights, 12 layers, r = 19, so 257 tokens become 29.
+(arXiv 2310.03291), section 3. Published setting: BERT-base weights, 12 layers, r = 19, so 257 tokens become
+29.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class TomeFormerLayer(nn.Module):
 
 @registry.register_connector("tomeformer")
 class TomeFormer(Connector):
-    """Linear(vision_dim -> hidden), BERT layers that each merge r pairs of tokens, Linear(hidden -> language_dim).
+    """Linear(vision_dim -> hidden), BERT layers that each merge r pairs of tokens, Linear(hidden ->
+    language_dim).
 
     Args:
         vision_dim: channels of the visual tokens.
@@ -67,8 +69,8 @@ class TomeFormer(Connector):
         num_layers: BERT layers.
         r: pairs of tokens merged in each layer; a list with one number per layer; or ``[r, inflection]``
             (`token_merging.merge_schedule`).
-        init: hub id or folder of a BERT whose layers the connector starts from (its sizes are then the connector's);
-            None starts from random weights of the sizes below.
+        init: hub id or folder of a BERT whose layers the connector starts from (its sizes are then the
+            connector's); None starts from random weights of the sizes below.
         hidden_size, num_attention_heads, intermediate_size, max_position_embeddings: BERT's sizes, by default
             BERT-base's, or those of ``init``.
         hidden_dropout_prob, attention_probs_dropout_prob: dropouts, by default ``init``'s, else 0.1.
@@ -127,7 +129,8 @@ class TomeFormer(Connector):
         """The forward pass with its insides, for pictures and tests.
 
         Returns:
-            ``soft_prompts`` [B, M, language_dim]; ``hidden_states``: after the embeddings, then after each layer;
+            ``soft_prompts`` [B, M, language_dim]; ``hidden_states``: after the embeddings, then after each
+            layer;
             ``merge_map`` [B, N]: the soft prompt each visual token ended in.
         """
         x = self._embed(tokens)
@@ -165,7 +168,9 @@ class TomeFormer(Connector):
             patches = grid.flatten(2).squeeze(0).T
         else:  # no square grid (several frames, a cropped picture): stretch along the sequence
             line = table[prefix:].T.unsqueeze(0)
-            patches = F.interpolate(line, size=num_tokens - prefix, mode="linear", align_corners=True).squeeze(0).T
+            patches = (
+                F.interpolate(line, size=num_tokens - prefix, mode="linear", align_corners=True).squeeze(0).T
+            )
         return torch.cat([table[:prefix], patches])
 
     @torch.no_grad()
@@ -179,5 +184,6 @@ class TomeFormer(Connector):
         if init is not None:
             load_bert_layers(self, init)
         if embedding_rms is not None:
-            # what reaches proj_out is layer-normalised, so this gives soft prompts of the word embeddings' scale
+            # what reaches proj_out is layer-normalised, so this gives soft prompts of the word embeddings'
+            # scale
             nn.init.normal_(self.proj_out.weight, std=embedding_rms / math.sqrt(self.proj_out.in_features))

@@ -29,5 +29,6 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def generate(self, soft_prompts: Tensor, prompts: list[str], **options) -> list[str]:
-        """Continues each prompt after its soft prompts; the new text only, ``num_captions`` texts for each prompt."""
+        """Continues each prompt after its soft prompts; the new text only, ``num_captions`` texts for each
+        prompt."""
         raise NotImplementedError

@@ -1,7 +1,7 @@
 """OPT as reader of soft prompts, with the text conventions of BLIP-2 and EVL_Gen.
 
-Zhang et al., *OPT: Open Pre-trained Transformer Language Models*, 2022. A text is tokenised with its leading ``</s>``,
-right padded and truncated; it ends in a newline, and so does generation.
+Zhang et al., *OPT: Open Pre-trained Transformer Language Models*, 2022. A text is tokenised with its leading
+``</s>``, right padded and truncated; it ends in a newline, and so does generation.
 """
 
 from __future__ import annotations
@@ -61,12 +61,19 @@ class OPTLanguageModel(LanguageModel):
         return self.model.get_input_embeddings().weight.float().square().mean().sqrt().item()
 
     def loss(self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None = None) -> Tensor:
-        """The mean next-token loss (float32) of ``text_in + "\\n"``; the prompt's tokens and padding do not count.
+        """The mean next-token loss (float32) of ``text_in + "\\n"``; the prompt's tokens and padding do not
+        count.
 
         With ``text_out`` what is read is ``text_in``, and ``text_out + "\\n"`` is learned.
         """
-        texts = text_in if text_out is None else [f"{a} {b}".strip() for a, b in zip(text_in, text_out, strict=True)]
-        tokens = self._tokenize([text + self.END for text in texts], padding_side="right").to(soft_prompts.device)
+        texts = (
+            text_in
+            if text_out is None
+            else [f"{a} {b}".strip() for a, b in zip(text_in, text_out, strict=True)]
+        )
+        tokens = self._tokenize([text + self.END for text in texts], padding_side="right").to(
+            soft_prompts.device
+        )
         labels = tokens.input_ids.masked_fill(tokens.attention_mask == 0, IGNORED)  # [B, L]
         unlearned = [self.prompt] * len(texts) if text_out is None else text_in
         for row, text in enumerate(unlearned):
@@ -79,7 +86,8 @@ class OPTLanguageModel(LanguageModel):
         learned = labels != IGNORED
         if not learned.any():
             raise ConfigError(
-                f"no text token is left to learn: the prompt fills max_txt_len ({self.max_txt_len}). Raise model.max_txt_len."
+                f"no text token is left to learn: the prompt fills max_txt_len ({self.max_txt_len}). Raise "
+                "model.max_txt_len."
             )
         logits = self.model.get_output_embeddings()(predictors[learned])  # [learned tokens, vocabulary]
         return F.cross_entropy(logits.float(), labels[learned])
@@ -108,8 +116,12 @@ class OPTLanguageModel(LanguageModel):
         tokens = self._tokenize(prompts, padding_side="left").to(soft_prompts.device)
         embeds = self.model.get_input_embeddings()(tokens.input_ids)
         embeds = torch.cat([soft_prompts.to(embeds.dtype), embeds], dim=1)  # [B, M + L, C]
-        mask = torch.cat([tokens.attention_mask.new_ones(soft_prompts.shape[:2]), tokens.attention_mask], dim=1)
-        search = {"num_beams": num_beams, "length_penalty": length_penalty} if num_beams > 1 else {"num_beams": 1}
+        mask = torch.cat(
+            [tokens.attention_mask.new_ones(soft_prompts.shape[:2]), tokens.attention_mask], dim=1
+        )
+        search = (
+            {"num_beams": num_beams, "length_penalty": length_penalty} if num_beams > 1 else {"num_beams": 1}
+        )
         sampling = {"do_sample": True, "top_p": top_p, "temperature": temperature}
         options = GenerationConfig(
             max_new_tokens=max_length,
@@ -135,8 +147,8 @@ class OPTLanguageModel(LanguageModel):
         )
 
     def _hidden_states(self, soft_prompts: Tensor, input_ids: Tensor) -> Tensor:
-        """[B, M, C] and [B, L] -> the last hidden states [B, M + L, C]. Right padding needs no mask: what is causal does
-        not see it."""
+        """[B, M, C] and [B, L] -> the last hidden states [B, M + L, C]. Right padding needs no mask: what is
+        causal does not see it."""
         embeds = self.model.get_input_embeddings()(input_ids)
         embeds = torch.cat([soft_prompts.to(embeds.dtype), embeds], dim=1)
         return self.model.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
@@ -144,13 +156,15 @@ class OPTLanguageModel(LanguageModel):
     def _check_tokenizer(self, name: str) -> None:
         if self.tokenizer.pad_token_id is None:
             raise ConfigError(
-                f"the tokenizer of model.language.name '{name}' has no pad token, which batches of texts need. "
+                f"the tokenizer of model.language.name '{name}' has no pad token, which batches of texts "
+                "need. "
                 "Set `pad_token` in its tokenizer_config.json (OPT's is <pad>)."
             )
         ids = self.tokenizer(self.END, add_special_tokens=False).input_ids
         if len(ids) != 1:
             raise ConfigError(
-                f"the tokenizer of model.language.name '{name}' has no token of its own for the newline, where generation "
+                f"the tokenizer of model.language.name '{name}' has no token of its own for the newline, "
+                "where generation "
                 "ends; OPT's has. Take an OPT's tokenizer."
             )
         self.end_token_id = ids[0]

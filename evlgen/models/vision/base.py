@@ -27,12 +27,14 @@ class VisionEncoder(nn.Module):
 
     @classmethod
     def normalisation(cls, name: str) -> dict[str, list[float]]:
-        """``mean`` and ``std`` for the processors, before the encoder is built; empty leaves the processors' own."""
+        """``mean`` and ``std`` for the processors, before the encoder is built; empty leaves the processors'
+        own."""
         return {}
 
     @classmethod
     def missing(cls, pretrained: bool | str) -> str | None:
-        """Why the weights are not on this machine, with the remedy; None when nothing is known to be missing."""
+        """Why the weights are not on this machine, with the remedy; None when nothing is known to be
+        missing."""
         return None
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -25,15 +25,15 @@ class TimmEncoder(VisionEncoder):
     Args:
         name: timm model name, ``vit_base_patch16_224`` or with a tag, ``vit_base_patch16_clip_224.openai``.
         image_size: side of the pictures, in pixels; a multiple of the patch size.
-        pretrained: true for timm's own weights, a path or URL of a file with this model's weights, false for random.
-        dtype: type of the weights.
+        pretrained: true for timm's own weights, a path or URL of a file with this model's weights, false for
+        random. dtype: type of the weights.
         grad_checkpoint: recompute activations in the backward pass.
         drop_path_rate: stochastic depth while training.
         kwargs: further arguments of ``timm.create_model``.
 
     Raises:
-        ConfigError: no such timm model, an argument it does not take, an image size the patches do not divide.
-        CheckpointError: the weights are missing, damaged or of other shapes.
+        ConfigError: no such timm model, an argument it does not take, an image size the patches do not
+        divide. CheckpointError: the weights are missing, damaged or of other shapes.
     """
 
     TIMM_NAME: ClassVar[str | None] = None  # the model to create where `name` is a registered one
@@ -75,7 +75,8 @@ class TimmEncoder(VisionEncoder):
 
     @classmethod
     def missing(cls, pretrained: bool | str) -> str | None:
-        """Why the weights are not on this machine, with the remedy; None when they are or can be asked of timm."""
+        """Why the weights are not on this machine, with the remedy; None when they are or can be asked of
+        timm."""
         source = cls.WEIGHTS_URL if pretrained is True else pretrained
         if not isinstance(source, str):
             return None
@@ -83,14 +84,22 @@ class TimmEncoder(VisionEncoder):
             target = download_target(source)
             if target.is_file():
                 return None
-            return f"the weights are not at {target}. Download {source} to that path, or name a file in model.vision.pretrained."
+            return (
+                f"the weights are not at {target}. Download {source} to that path, "
+                "or name a file in model.vision.pretrained."
+            )
         path = Path(resolve(source))
         return None if path.exists() else f"there is no file {path}"
 
     @classmethod
     def normalisation(cls, name: str) -> dict[str, list[float]]:
-        """``mean`` and ``std`` of the pixels a model of this name reads; builds nothing. Empty for an unknown name."""
-        cfg = timm.get_pretrained_cfg(cls.TIMM_NAME or name, allow_unregistered=False) if timm.is_model(cls.TIMM_NAME or name) else None
+        """``mean`` and ``std`` of the pixels a model of this name reads; builds nothing. Empty for an unknown
+        name."""
+        cfg = (
+            timm.get_pretrained_cfg(cls.TIMM_NAME or name, allow_unregistered=False)
+            if timm.is_model(cls.TIMM_NAME or name)
+            else None
+        )
         return {} if cfg is None else {"mean": list(cfg.mean), "std": list(cfg.std)}
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -106,7 +115,8 @@ class TimmEncoder(VisionEncoder):
         if image_size % patch:
             near = max(patch, round(image_size / patch) * patch)
             raise ConfigError(
-                f"model.vision.image_size {image_size} is no multiple of {name}'s patch size {patch}; {near} is the nearest."
+                f"model.vision.image_size {image_size} is no multiple of {name}'s patch size {patch}; "
+                f"{near} is the nearest."
             )
 
     @torch.no_grad()
@@ -129,7 +139,8 @@ class TimmEncoder(VisionEncoder):
         for key, value in own.items():
             if state[key].shape != value.shape:
                 raise CheckpointError(
-                    f"{source}: {key} has shape {tuple(state[key].shape)}, the vision encoder needs {tuple(value.shape)}. "
+                    f"{source}: {key} has shape {tuple(state[key].shape)}, the vision encoder needs "
+                    f"{tuple(value.shape)}. "
                     "Check model.vision.name and model.vision.kwargs."
                 )
         # one tensor after the other, so that the memory-mapped file and the model never stand in RAM together
@@ -151,12 +162,14 @@ class TimmEncoder(VisionEncoder):
 
 @registry.register_vision_encoder("eva_clip_g")
 class EvaClipG(TimmEncoder):
-    """EVA-CLIP-g as BLIP-2 uses it (Li et al., 2023, section 4.1): the second last layer's tokens, so 39 of 40 blocks and
-    no final norm. Reads the published ``eva_vit_g.pth``."""
+    """EVA-CLIP-g as BLIP-2 uses it (Li et al., 2023, section 4.1): the second last layer's tokens, so 39 of
+    40 blocks and no final norm. Reads the published ``eva_vit_g.pth``."""
 
     TIMM_NAME = "eva_giant_patch14_clip_224"
     DEFAULTS: ClassVar[dict[str, Any]] = {"depth": 39, "use_post_transformer_norm": False}
-    WEIGHTS_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
+    WEIGHTS_URL = (
+        "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
+    )
 
 
 def _create(name: str, pretrained: bool, empty: bool, **kwargs: Any) -> nn.Module:
@@ -174,7 +187,8 @@ def _create(name: str, pretrained: bool, empty: bool, **kwargs: Any) -> nn.Modul
     except (OSError, RuntimeError, AssertionError) as error:
         if pretrained:
             raise CheckpointError(
-                f"timm could not get the weights of {name} ({str(error).splitlines()[0]}). Download them where there is a "
+                f"timm could not get the weights of {name} ({str(error).splitlines()[0]}). Download them "
+                "where there is a "
                 "connection and set model.vision.pretrained to the file, or to false for random weights."
             ) from error
         raise ConfigError(f"model.vision: timm cannot build {name} ({str(error).splitlines()[0]})") from error

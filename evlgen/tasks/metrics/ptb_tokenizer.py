@@ -131,7 +131,6 @@ _WORDS = (
     _rule("capitals with ampersand", r"[A-Z]+(?:&[A-Z]+)+"),
     _rule("musical key", r"[CF]#@E"),
     _rule("currency of a country", r"[A-Z]{1,2}\$"),
-    _rule("acronym", r"[A-Za-z](?:\.[A-Za-z])+\.?@E"),
     _rule("degree", r"(?i:ph\.d\.?)"),
     _rule("initial that ends a sentence", rf"([A-Za-z]){_STARTER_FOLLOWS}"),
     _rule("initial", r"[A-Za-z]\."),
@@ -152,7 +151,6 @@ _WORDS = (
 _NUMBERS = (
     _rule("number", r"[-+]?\d+(?:[.,:]\d+)*|[-+]?(?:[.,:]\d+)+"),
     _rule("fraction", r"(?:\d{1,4}[- \xa0])?\d{1,4}\\?/\d{1,4}", _glued),
-    _rule("date", r"\d{1,2}[-/]\d{1,2}[-/]\d{2,4}"),
     _rule(
         "telephone",
         r"(?:\(\d{2,3}\)[ \xa0-]?|\+?(?:\d{2,4}[ \xa0-])?\d{2,4}[ \xa0-])\d{3,4}[ \xa0-]?\d{3,5}",
