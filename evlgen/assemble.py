@@ -30,6 +30,8 @@ def run(cfg: Config) -> dict[str, dict[str, float]]:
         EVLGenError: whatever a user can mend; nothing heavy was loaded where that could be known before.
     """
     follow_model(cfg)
+    if cfg.env.get("cache_root"):  # downloads and worker processes look there too
+        os.environ.setdefault("EVLGEN_CACHE", str(cfg.env.cache_root))
     builders = make_builders(cfg)
     check_splits(cfg, builders)
     check_nothing_missing(cfg, builders)

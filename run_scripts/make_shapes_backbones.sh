@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the backbones of the Shapes world again, as bundled in evlgen/assets/shapes: vision encoder, language model, BERT.
+# Trains the backbones of the Shapes world again, as bundled in evlgen/assets/shapes: vision encoder and language model.
 #   bash run_scripts/make_shapes_backbones.sh [OUTPUT_FOLDER [STEPS]]
 # About 25 minutes on two cores. STEPS shortens every training, to see that the recipe runs.
 set -euo pipefail
@@ -11,8 +11,8 @@ python="${PYTHON:-$root/.venv/bin/python}"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false
 
 mkdir -p "$output"
-for part in vision language bert; do
+for part in vision language; do
     "$python" "$root/run_scripts/shapes/train_$part.py" --output "$output" ${steps[@]+"${steps[@]}"}
 done
 "$python" "$root/run_scripts/shapes/write_card.py" --output "$output"
-echo "Backbones are in $output. To bundle them: cp -r $output/{vision.safetensors,language,bert,CARD.md} $root/evlgen/assets/shapes/"
+echo "Backbones are in $output. To bundle them: cp -r $output/{vision.safetensors,language,CARD.md} $root/evlgen/assets/shapes/"

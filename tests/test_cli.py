@@ -13,7 +13,6 @@ from PIL import Image
 
 from evlgen import cli, load_model, load_model_and_preprocess, model_zoo
 from evlgen.common.errors import ConfigError, RegistryError
-from evlgen.datasets.shapes.checker import check
 from evlgen.datasets.shapes.world import draw, scene
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,17 +32,6 @@ def test_the_bundled_model_is_loaded_by_default_and_says_so(caplog):
     assert not model.training
     assert images["eval"](Image.new("RGB", (100, 50))).shape == (3, 64, 64)
     assert texts["eval"]("A Red Circle!") == "a red circle"
-
-
-def test_the_bundled_model_captions_pictures_it_never_saw():
-    model, images, _ = load_model_and_preprocess("evlgen_opt", "shapes")
-    import torch
-
-    scenes = [scene("test", i) for i in range(60)]
-    pixels = torch.stack([images["eval"](Image.fromarray(draw(s))) for s in scenes])
-    captions = model.generate({"image": pixels}, num_beams=3, max_length=40)
-    right = sum(check(c, s).true for c, s in zip(captions, scenes, strict=True))
-    assert right >= 48  # of 60
 
 
 def test_wrong_names_are_named():

@@ -30,7 +30,8 @@ def caption_sheet(
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes:
         axis.set_axis_off()
-    for axis, picture, (written, reference) in zip(axes, pictures, captions, strict=False):
+    for axis, picture, texts in zip(axes, pictures, captions, strict=False):
+        written, reference = ("".join(c if c.isprintable() else " " for c in text) for text in texts)
         if picture is not None:
             axis.imshow(picture, interpolation="nearest" if max(picture.size) <= 128 else "antialiased")
         text = axis.text(

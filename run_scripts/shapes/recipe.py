@@ -1,4 +1,4 @@
-"""What the three training scripts share: the loop, the schedule, storage in half precision and the numbers
+"""What the training scripts share: the loop, the schedule, storage in half precision and the numbers
 for the card."""
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ CONFIG = dict(
     eos_token_id=END,
 )
 _NOISE = 0.15  # of the standard deviation of a word embedding, on bag positions
+_SHIFTED = 0.2  # share of documents that start elsewhere than at position 0
 _POOL = 8  # batches of documents sorted by length together, so that padding is short
 
 
@@ -134,8 +135,8 @@ def document_loss(
     vectors = vectors + noise * in_bag[..., None]
     positions = torch.arange(longest).expand(len(pairs), -1)
     if shift:
-        room = torch.randint(0, POSITIONS - longest, (len(pairs), 1)) * torch.randint(0, 2, (len(pairs), 1))
-        positions = positions + room
+        room = torch.randint(0, POSITIONS - longest, (len(pairs), 1))
+        positions = positions + room * (torch.rand(len(pairs), 1) < _SHIFTED)
     hidden = model.model.decoder(
         inputs_embeds=vectors, position_ids=positions, use_cache=False
     ).last_hidden_state
@@ -147,7 +148,7 @@ def document_loss(
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder that gets language/")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=0.02, help="Muon's, for the matrices of the layers")
     parser.add_argument("--adamw-lr", type=float, default=3e-3, help="for everything else")

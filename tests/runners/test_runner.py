@@ -28,7 +28,7 @@ def losses(records):
 
 
 def test_a_run_trains_validates_tests_and_keeps_what_it_should(tiny_project):
-    folder, records = train(tiny_project(run={"test_splits": ["test"]}))
+    folder, records = train(tiny_project(run={"test_splits": ["test"], "tensorboard": True}))
     assert len(losses(records)) == 12  # 24 samples, batch 4, 2 epochs
     assert losses(records)[-1] < losses(records)[0]
     assert [r["split"] for r in records if r["type"] == "evaluation"] == ["val", "val", "test"]
@@ -38,6 +38,7 @@ def test_a_run_trains_validates_tests_and_keeps_what_it_should(tiny_project):
     assert [sorted(c) for c in captions] == [["caption", "image_id"]] * 5
     assert (folder / "result" / "test" / "captions.png").stat().st_size > 5000
     assert OmegaConf.load(folder / "config.yaml").run.init_lr == 1e-3
+    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
 
 
 def test_checkpoints_hold_what_is_trained_and_nothing_frozen(tiny_project):

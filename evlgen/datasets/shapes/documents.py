@@ -1,4 +1,4 @@
-"""Text that describes one scene several times over: what the bundled language model and BERT are trained on.
+"""Text that describes one scene several times over: what the bundled language model is trained on.
 
 A language model that has only ever read single captions has no use for what stands before one, so soft
 prompts cannot steer it. In these documents later lines depend on earlier ones: captions, the same in other
@@ -16,9 +16,9 @@ from evlgen.datasets.shapes.captions import captions, questions, write_caption
 from evlgen.datasets.shapes.world import Scene, Shape
 
 _FILLERS = ("plain", "background", "nothing")
-_MAX_BAG = 28
+_MAX_BAG = 20
 _SHARE_WITH_BAG = 0.85
-_SHARE_BLENDED = 0.75  # of the bags
+_SHARE_BLENDED = 0.85  # of the bags
 _SHARE_CAPTION_FIRST = 0.75  # of the texts after a bag
 
 
@@ -69,7 +69,7 @@ def word_bag(scene: Scene, rng: random.Random) -> tuple[tuple[str, ...], ...]:
 def blended_bag(scene: Scene, rng: random.Random) -> tuple[tuple[str, ...], ...]:
     """Several words per position: every position knows most of one shape, or is filler, in any order."""
     positions = []
-    for i, shape in enumerate(_with_repeats(scene, rng, most=9)):
+    for i, shape in enumerate(_with_repeats(scene, rng, most=6)):
         words = _shuffled(_attributes(shape), rng)
         partial = i >= len(scene.shapes) and rng.random() < 0.5
         positions.append(tuple(words[: rng.randint(3, 5)] if partial else words))
@@ -94,9 +94,9 @@ def _shuffled(words: list[str], rng: random.Random) -> list[str]:
 
 
 def _lines(scene: Scene, rng: random.Random) -> list[str]:
-    """One or two captions and up to three questions, in any order."""
+    """One or two captions and up to two questions, in any order."""
     asked = questions(scene)
-    lines = [question_line(*pair) for pair in rng.sample(asked, min(len(asked), rng.randint(0, 3)))]
+    lines = [question_line(*pair) for pair in rng.sample(asked, rng.randint(0, 2))]
     lines += [write_caption(scene, rng) for _ in range(rng.randint(1, 2))]
     rng.shuffle(lines)
     return lines

@@ -59,7 +59,7 @@ _ITEMS = [  # first match wins
     ("beside", r"side by side|(?:next to|beside) (?:each other|one another)"),
     (
         "stacked",
-        r"one (?:above|over|below|under|on top of) (?:the other|another)(?! [a-z]*\b(?:%s))" % _COLOUR,
+        r"one (?:above|over|below|under|on top of) (?:the other|another)",
     ),
     ("row", r"in a (?:row|line)|in line|lined up"),
     ("to_it", rf"(?:to|on|at) (?:its|their) (?:left|right)|(?:{_RELATION_ANY}) (?:it|them)"),
