@@ -65,8 +65,7 @@ class Runner:
         self.skipped = SkippedSamples(folder, run.max_skipped_share, enabled=self.accelerator.is_main_process)
         self.checkpointer = Checkpointer(folder / "checkpoints", run.keep_last, config or {})
 
-    # ---- training
-    # ----------------------------------------------------------------------------------------------------
+    # ---- training ----
 
     def train(self) -> dict[str, dict[str, float]]:
         """Trains, then tests the best checkpoint (the last one where nothing was validated).
@@ -95,17 +94,18 @@ class Runner:
 
     def _set_up_training(self) -> None:
         run, accelerator = self.run, self.accelerator
-        trained = [
-            split
-            for splits in self.datasets.values()
-            for name, split in splits.items()
-            if name in run.train_splits
+        named = [
+            (name, dataset)
+            for name, splits in self.datasets.items()
+            for split, dataset in splits.items()
+            if split in run.train_splits
         ]
+        trained = [dataset for _, dataset in named]
         self.plan = BatchPlan(
             [len(d) for d in trained],
             run.batch_size_train,
             run.seed,
-            ratios=self._ratios(),
+            ratios=self._ratios(named),
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
@@ -177,35 +177,36 @@ class Runner:
 
     def _validate_and_save(self) -> None:
         state, run = self.state, self.run
-        metrics: dict[str, float] = {}
+        is_best = False
         is_last = state.iteration >= self.total_iters
         if run.valid_splits and (state.epoch % run.valid_freq == 0 or is_last):
-            for split, scores in self.evaluate(run.valid_splits, f"epoch{state.epoch}").items():
-                metrics.update(scores if split == run.valid_splits[0] else {})
-        is_best = "agg_metrics" in metrics and (
-            state.best_metric is None or metrics["agg_metrics"] > state.best_metric
-        )
-        if is_best:
-            state.best_metric, state.best_epoch = metrics["agg_metrics"], state.epoch
+            scores = self.evaluate(run.valid_splits, f"epoch{state.epoch}")
+            # the first split decides; of several datasets that have it, their mean
+            deciding = [m for key, m in scores.items() if key.rpartition("/")[2] == run.valid_splits[0]]
+            if all("agg_metrics" in m for m in deciding):
+                metric = sum(m["agg_metrics"] for m in deciding) / len(deciding)
+                is_best = state.best_metric is None or metric > state.best_metric
+                if is_best:
+                    state.best_metric, state.best_epoch = metric, state.epoch
         self.checkpointer.save(self.accelerator, self.model, self.optimizer, state, is_best)
 
-    def _ratios(self) -> list[float] | None:
+    def _ratios(self, named: list[tuple[str, Dataset]]) -> list[float] | None:
+        """The weight of each training split: its dataset's ratio, shared by size among its splits."""
         given = self.run.train_dataset_ratios
         if not given:
             return None
-        names = [
-            name for name, splits in self.datasets.items() if any(s in self.run.train_splits for s in splits)
-        ]
+        sizes: dict[str, int] = {}
+        for name, dataset in named:
+            sizes[name] = sizes.get(name, 0) + len(dataset)
         for name in given:
-            if name not in names:
+            if name not in sizes:
                 raise ConfigError(
-                    f"run.train_dataset_ratios names '{name}', no dataset of this "
-                    f"run.{did_you_mean(name, names)}"
+                    f"run.train_dataset_ratios names '{name}', which is not trained on in this run."
+                    f"{did_you_mean(name, sizes)}"
                 )
-        return [float(given.get(name, 0.0)) for name in names]
+        return [given.get(name, 0.0) * len(dataset) / sizes[name] for name, dataset in named]
 
-    # ---- evaluation
-    # --------------------------------------------------------------------------------------------------
+    # ---- evaluation ----
 
     @torch.no_grad()
     def evaluate(self, splits: list[str], label: str = "") -> dict[str, dict[str, float]]:
@@ -248,8 +249,7 @@ class Runner:
             self.log.evaluation(key, label, metrics, len(results), time.perf_counter() - started)
         return gather_object([metrics])[0]
 
-    # ---- helpers
-    # -----------------------------------------------------------------------------------------------------
+    # ---- helpers ----
 
     def _global_batch(self, samples: dict[str, Any]) -> int:
         first = samples.get("image", samples.get("text_input"))

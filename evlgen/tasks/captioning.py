@@ -47,7 +47,9 @@ class CaptioningTask(BaseTask):
         self, results: list[dict[str, Any]], dataset: BaseDataset, split: str, folder: Path
     ) -> dict[str, float]:
         """Writes and scores. ``agg_metrics`` is CIDEr + BLEU-4, as in LAVIS."""
-        results = sorted(results, key=lambda r: int(r["instance_id"]))  # as the dataset has them, on any number of ranks
+        results = sorted(
+            results, key=lambda r: int(r["instance_id"])
+        )  # as the dataset has them, on any number of ranks
         rows = [{"image_id": r["image_id"], "caption": r["caption"]} for r in results]
         write_atomically(folder / "captions.json", json.dumps(rows, ensure_ascii=False, indent=0))
         references = dataset.references()

@@ -57,10 +57,7 @@ _PART = "(?: (?:corner|side|half|part|edge))?"
 _RELATION_ANY = "|".join(_RELATION.values())
 _ITEMS = [  # first match wins
     ("beside", r"side by side|(?:next to|beside) (?:each other|one another)"),
-    (
-        "stacked",
-        r"one (?:above|over|below|under|on top of) (?:the other|another)",
-    ),
+    ("stacked", r"one (?:above|over|below|under|on top of) (?:the other|another)"),
     ("row", r"in a (?:row|line)|in line|lined up"),
     ("to_it", rf"(?:to|on|at) (?:its|their) (?:left|right)|(?:{_RELATION_ANY}) (?:it|them)"),
     ("place", rf"(?:in|at|on|near|towards?) the {_PLACE_WORD}(?:[ -]{_PLACE_WORD})*{_PART}(?!{_PART} of)"),
