@@ -40,6 +40,7 @@ CONFIG = dict(
     eos_token_id=END,
 )
 _NOISE = 0.15  # of the standard deviation of a word embedding, on bag positions
+_EMBEDDING_STD = 0.1
 _SHIFTED = 0.2  # share of documents that start elsewhere than at position 0
 _POOL = 8  # batches of documents sorted by length together, so that padding is short
 
@@ -148,7 +149,7 @@ def document_loss(
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder that gets language/")
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=0.02, help="Muon's, for the matrices of the layers")
     parser.add_argument("--adamw-lr", type=float, default=3e-3, help="for everything else")
@@ -159,6 +160,8 @@ def main(argv: list[str] | None = None) -> None:
     start(args.seed, args.threads)
     tokenizer = train_tokenizer(args.tokenizer_scenes, args.seed)
     model = OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), **CONFIG))
+    # as drawn by transformers they are so small that words used alike (left, right) stay the same vector for long
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=_EMBEDDING_STD)
     stream = DocumentStream(tokenizer, args.batch_size, args.seed)
     logger.info("%d tokens in the vocabulary", len(tokenizer))
     minutes = train(
