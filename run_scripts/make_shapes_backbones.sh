@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains the backbones of the Shapes world again, as bundled in evlgen/assets/shapes: vision encoder and language model.
 #   bash run_scripts/make_shapes_backbones.sh [OUTPUT_FOLDER [STEPS]]
-# About 25 minutes on two cores. STEPS shortens every training, to see that the recipe runs.
+# About 20 minutes on two cores. STEPS shortens every training, to see that the recipe runs.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 output="${1:-$root/output/shapes_backbones}"

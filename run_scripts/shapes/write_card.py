@@ -53,7 +53,6 @@ def main(argv: list[str] | None = None) -> None:
     files = {
         "vision": "vision.safetensors",
         "language": "language/model.safetensors",
-        "bert": "bert/model.safetensors",
     }
     values = parts | {
         f"{name}_mb": f"{(folder / file).stat().st_size / 1e6:.1f}" for name, file in files.items()
