@@ -36,6 +36,8 @@ def run(cfg: Config) -> dict[str, dict[str, float]]:
     check_splits(cfg, builders)
     check_nothing_missing(cfg, builders)
 
+    from accelerate.utils import set_seed
+
     from evlgen.common.logs import log_to_file
     from evlgen.runners.runner import make_accelerator
 
@@ -46,6 +48,7 @@ def run(cfg: Config) -> dict[str, dict[str, float]]:
             logger.info("this run writes to %s", folder)
             write_atomically(folder / "config.yaml", cfg.to_yaml())
         datasets = build_datasets(cfg, builders)
+        set_seed(cfg.run.seed)  # before the model draws its first weights
         model = registry.get_model_class(cfg.model.arch).from_config(cfg.model, accelerator.device)
         task = registry.get_task_class(cfg.run.task)(cfg.run)
         runner = registry.get_runner_class(cfg.run.runner)(
@@ -128,7 +131,10 @@ def check_nothing_missing(cfg: Config, builders: dict[str, Any]) -> None:
         for name, builder in builders.items()
         for line in builder.missing([s for s in wanted_splits(cfg) if s in builder.splits])
     ]
-    if weights and not data and hub_reachable():
+    downloadable = [line for line in weights if not line.startswith("checkpoint ")]
+    if weights and not data and downloadable == weights and hub_reachable():
+        for line in weights:
+            logger.info("to be downloaded: %s", line.partition(":")[0])
         return
     if weights or data:
         lines = "\n".join(f"  - {line}" for line in [*weights, *data])

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash run_scripts/install.sh
 export TOKENIZERS_PARALLELISM=false
-.venv/bin/python train.py --cfg-path projects/shapes/caption.yaml --options run.output_dir=output/quickstart "$@"
+.venv/bin/python train.py --cfg-path projects/shapes/caption.yaml --options run.max_iters=900 run.output_dir=output/quickstart "$@"
 result=output/quickstart/latest/result/test
 cp "$result/captions.png" captions.png
 echo

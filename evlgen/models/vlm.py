@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from evlgen.common.hub import missing_model
+from evlgen.common.io import resolve
 from evlgen.common.precision import dtype_of
 from evlgen.common.registry import registry
 from evlgen.models.base_model import BaseModel
@@ -83,8 +86,6 @@ class VLM(BaseModel):
     @classmethod
     def missing(cls, cfg: ModelConfig) -> list[str]:
         """Weights the config names that are not on this machine, one line each with the remedy."""
-        from evlgen.common.hub import missing_model
-
         reasons = {
             f"vision encoder {cfg.vision.name}": vision_encoder_class(cfg.vision.name).missing(
                 cfg.vision.pretrained
@@ -93,6 +94,9 @@ class VLM(BaseModel):
         }
         if cfg.connector.get("init"):
             reasons[f"connector start {cfg.connector['init']}"] = missing_model(cfg.connector["init"])
+        if cfg.checkpoint and not cfg.checkpoint.startswith(("http://", "https://")):
+            if not Path(resolve(cfg.checkpoint)).exists():
+                reasons[f"checkpoint {cfg.checkpoint}"] = "there is no such file or folder; see model.checkpoint"
         return [f"{what}: {why}" for what, why in reasons.items() if why]
 
     def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:

@@ -14,23 +14,25 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, get_worker_info
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds Python's, NumPy's and torch's CPU generators inside the block and puts their states back after
-    it."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    """Seeds Python's, NumPy's and torch's CPU generators inside the block and, but for worker processes, which do nothing
+    else, puts their states back after it."""
+    own_process = get_worker_info() is not None
+    states = None if own_process else (random.getstate(), np.random.get_state(), torch.get_rng_state())
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would also queue a call for each GPU
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        if states is not None:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
 
 
 def mix_seed(*parts: int) -> int:

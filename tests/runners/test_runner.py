@@ -67,6 +67,13 @@ def test_resume_auto_continues_the_newest_run_and_starts_where_there_is_none(tin
     assert again == folder and len(losses(records)) == 12
 
 
+def test_equal_seeds_give_equal_runs_and_other_seeds_others(tiny_project):
+    path = tiny_project(model={"checkpoint": None}, run={"max_epoch": 1, "valid_splits": []})
+    first, again, other = (losses(train(path, f"run.seed={seed}")[1]) for seed in (1, 1, 2))
+    assert first == again
+    assert first[0] != other[0]
+
+
 def test_iterations_in_inner_epochs(tiny_project):
     path = tiny_project(
         run={"max_epoch": None, "max_iters": 10, "iters_per_inner_epoch": 4, "valid_splits": ["val"]}
