@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from evlgen.common.checkpoints import CONFIG_FILE, WEIGHTS_FILE, write_folder
 from evlgen.common.config import load_model_config, load_model_file
 from evlgen.common.errors import CheckpointError, ConfigError
-from evlgen.common.io import resolve, write_atomically
+from evlgen.common.io import make_readable, resolve, write_atomically
 from evlgen.common.schema import build_dataclass
 from evlgen.common.weights import read_weights
 from evlgen.models.model_config import ModelConfig
@@ -193,6 +193,7 @@ class BaseModel(nn.Module):
 
         state = {k: v.detach().cpu().contiguous() for k, v in self.trained_state_dict().items()}
         save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        make_readable(folder / WEIGHTS_FILE)
         section = {**dataclasses.asdict(self.cfg), "checkpoint": None}
         write_atomically(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create({"model": section})))
 

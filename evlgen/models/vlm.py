@@ -96,7 +96,9 @@ class VLM(BaseModel):
             reasons[f"connector start {cfg.connector['init']}"] = missing_model(cfg.connector["init"])
         if cfg.checkpoint and not cfg.checkpoint.startswith(("http://", "https://")):
             if not Path(resolve(cfg.checkpoint)).exists():
-                reasons[f"checkpoint {cfg.checkpoint}"] = "there is no such file or folder; see model.checkpoint"
+                reasons[f"checkpoint {cfg.checkpoint}"] = (
+                    "there is no such file or folder; see model.checkpoint"
+                )
         return [f"{what}: {why}" for what, why in reasons.items() if why]
 
     def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:

@@ -33,6 +33,13 @@ documents open with a bag of words of the scene, one or several to a position, s
 text: that is where soft prompts will stand. It has seen no picture. Loss on fresh documents: {language[loss_on_fresh_documents]}
 nats per token. Conventions are OPT's: `</s>` (2) begins every text, `<pad>` is 1, and a line ends in a newline token.
 
+## Connector
+
+`connector/` (1.8 MB) is a TomeFormer (3 layers, 128 wide, r = 16: 65 visual tokens become 17 soft prompts) trained between the
+two by `bash run_scripts/make_shapes_connector.sh`: 1,600 iterations of 64 pictures with one caption each. On the 500 pictures of
+the test split, greedy captions of the bundled one: 87.4 % true to the scene with nothing left out, CIDEr 2.97; one human-like
+reference scores 2.53 against the other four.
+
 ## No BERT
 
 A TomeFormer may start from a BERT. One trained by masked words on these documents (3 layers, 128 wide) was tried and left

@@ -28,5 +28,7 @@ def test_it_has_the_published_shape_and_names():
 
 def test_at_364_pixels_it_has_677_tokens():
     with torch.device("meta"):
-        encoder = registry.get_vision_encoder_class("eva_clip_g")("eva_clip_g", image_size=364, pretrained=False)
+        encoder = registry.get_vision_encoder_class("eva_clip_g")(
+            "eva_clip_g", image_size=364, pretrained=False
+        )
     assert encoder.num_tokens == 677
