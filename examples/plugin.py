@@ -63,7 +63,7 @@ class GridPool(Connector):
 
 
 class PlainColours(BaseDataset):
-    """Pictures of one colour, ``a red square``-style captions."""
+    """Pictures of one colour, ``a large red square``."""
 
     def __init__(self, size: int, first: int, vis_processor, text_processor) -> None:
         super().__init__(
@@ -82,7 +82,7 @@ class PlainColours(BaseDataset):
         }
 
     def references(self) -> dict[int, list[str]]:
-        return {i: [f"a big {colour} square"] for i, colour in enumerate(self.records)}
+        return {i: [f"a large {colour} square"] for i, colour in enumerate(self.records)}
 
 
 @registry.register_builder("plain_colours")

@@ -106,7 +106,8 @@ def atomic_file(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
 
 
 def make_readable(path: str | os.PathLike) -> None:
-    """Gives a file the permissions the user's umask gives new files; some libraries write for the owner only."""
+    """Gives a file the permissions the user's umask gives new files; some libraries write for the owner
+    only."""
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(path, 0o666 & ~umask)

@@ -19,8 +19,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, get_worker_info
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds Python's, NumPy's and torch's CPU generators inside the block and, but for worker processes, which do nothing
-    else, puts their states back after it."""
+    """Seeds Python's, NumPy's and torch's CPU generators inside the block and, but for worker processes,
+    which do nothing else, puts their states back after it."""
     own_process = get_worker_info() is not None
     states = None if own_process else (random.getstate(), np.random.get_state(), torch.get_rng_state())
     random.seed(seed)

@@ -160,7 +160,8 @@ def main(argv: list[str] | None = None) -> None:
     start(args.seed, args.threads)
     tokenizer = train_tokenizer(args.tokenizer_scenes, args.seed)
     model = OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), **CONFIG))
-    # as drawn by transformers they are so small that words used alike (left, right) stay the same vector for long
+    # as drawn by transformers they are so small that words used alike (left, right) stay the same vector for
+    # long
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=_EMBEDDING_STD)
     stream = DocumentStream(tokenizer, args.batch_size, args.seed)
     logger.info("%d tokens in the vocabulary", len(tokenizer))
