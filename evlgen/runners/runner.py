@@ -177,7 +177,7 @@ class Runner:
 
     def _validate_and_save(self) -> None:
         state, run = self.state, self.run
-        is_best = False
+        is_best = not run.valid_splits  # where nothing is validated, the newest is the best known
         is_last = state.iteration >= self.total_iters
         if run.valid_splits and (state.epoch % run.valid_freq == 0 or is_last):
             scores = self.evaluate(run.valid_splits, f"epoch{state.epoch}")

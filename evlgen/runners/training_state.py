@@ -130,7 +130,7 @@ class Checkpointer:
         return found[-1] if found else None
 
     def best_or_latest(self) -> Path:
-        """The best checkpoint by validation; the newest where nothing was validated."""
+        """The best checkpoint by validation; the newest where none was scored."""
         best = self.folder / "best"
         folder = best.resolve() if is_checkpoint(best) else self.latest()
         if folder is None:

@@ -25,9 +25,13 @@ def caption_sheet(
     if not pictures:
         return
     rows = -(-len(pictures) // columns)
-    figure = Figure(figsize=(3.2 * columns, 4.0 * rows), layout="constrained")
+    height = 4.3 * rows  # inches, of which 3.1 are picture and the rest text, in each row
+    figure = Figure(figsize=(3.2 * columns, height))
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    figure.subplots_adjust(
+        left=0.01, right=0.99, top=1 - 0.05 / height, bottom=1.15 / height, wspace=0.04, hspace=1.2 / 3.1
+    )
     for axis in axes:
         axis.set_axis_off()
     for axis, picture, texts in zip(axes, pictures, captions, strict=False):
@@ -35,11 +39,16 @@ def caption_sheet(
         if picture is not None:
             axis.imshow(picture, interpolation="nearest" if max(picture.size) <= 128 else "antialiased")
         text = axis.text(
-            0, -0.04, textwrap.fill(written, 34), transform=axis.transAxes, va="top", fontsize=10
+            0,
+            -0.04,
+            textwrap.fill(textwrap.shorten(written, 130), 36),
+            transform=axis.transAxes,
+            va="top",
+            fontsize=10,
         )
         lines = text.get_text().count("\n") + 1
         axis.annotate(
-            textwrap.fill(reference, 40),
+            textwrap.fill(textwrap.shorten(reference, 120), 44),
             (0, -0.04),
             xycoords=axis.transAxes,
             xytext=(0, -13 * lines - 2),
