@@ -46,7 +46,11 @@ _POOL = 8  # batches of documents sorted by length together, so that padding is 
 
 
 def train_tokenizer(scenes: int, seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE as OPT's: any text can be encoded, every Shapes word is one token, ``</s>`` leads."""
+    """Byte-level BPE as OPT's: any text can be encoded, every Shapes word is one token, ``</s>`` leads.
+
+    The vocabulary is the same every time; tokenizers breaks ties of frequency by chance, so a few ids may be
+    swapped.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
