@@ -8,8 +8,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evlgen.common.checkpoints import STATE_FOLDER
 from evlgen.common.config import Config
-from evlgen.common.errors import ConfigError, DataError, TrainingError, did_you_mean
+from evlgen.common.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EVLGenError,
+    TrainingError,
+    did_you_mean,
+)
 from evlgen.common.io import cache_root, write_atomically
 from evlgen.common.registry import registry
 from evlgen.common.schema import build_dataclass, parameters_of
@@ -29,7 +37,13 @@ def run(cfg: Config) -> dict[str, dict[str, float]]:
     Raises:
         EVLGenError: whatever a user can mend; nothing heavy was loaded where that could be known before.
     """
+    if cfg.run.evaluate and not cfg.model.checkpoint:
+        raise ConfigError(
+            "model.checkpoint: evaluating needs the trained weights, such as --options "
+            "model.checkpoint=output/coco_ft/latest/checkpoints/best"
+        )
     follow_model(cfg)
+    drop_foreign_sources(cfg)
     if cfg.env.get("cache_root"):  # downloads and worker processes look there too
         os.environ.setdefault("EVLGEN_CACHE", str(cfg.env.cache_root))
     builders = make_builders(cfg)
@@ -86,6 +100,24 @@ def follow_model(cfg: Config) -> None:
                     )
 
 
+def drop_foreign_sources(cfg: Config) -> None:
+    """Where a file of one's own stands in for a dataset's, its address, checksum and ground truth go."""
+    for name, dataset in cfg.datasets.items():
+        info = dataset.get("build_info") or {}
+        path = f"datasets.{name}.build_info"
+        parts = {f"annotations.{split}": part for split, part in info.get("annotations", {}).items()}
+        parts |= {"images": info["images"]} if "images" in info else {}
+        for key, part in parts.items():
+            own = cfg.source(f"{path}.{key}.storage")
+            for field in ("url", "md5"):
+                if field in part and cfg.source(f"{path}.{key}.{field}") != own:
+                    del part[field]
+            split = key.rpartition(".")[2]
+            truth = f"{path}.ground_truth.{split}.storage"
+            if split in info.get("ground_truth", {}) and cfg.source(truth) != own:
+                del info["ground_truth"][split]
+
+
 def make_builders(cfg: Config) -> dict[str, Any]:
     """The builders of all datasets of a configuration, by name. Reads no data."""
     root = cache_root(cfg.env.get("cache_root"))
@@ -131,13 +163,12 @@ def check_nothing_missing(cfg: Config, builders: dict[str, Any]) -> None:
         for name, builder in builders.items()
         for line in builder.missing([s for s in wanted_splits(cfg) if s in builder.splits])
     ]
-    downloadable = [line for line in weights if not line.startswith("checkpoint ")]
-    if weights and not data and downloadable == weights and hub_reachable():
-        for line in weights:
-            logger.info("to be downloaded: %s", line.partition(":")[0])
+    if weights and not data and all(item.fetchable for item in weights) and hub_reachable():
+        for item in weights:
+            logger.info("to be downloaded: %s", item.what)
         return
     if weights or data:
-        lines = "\n".join(f"  - {line}" for line in [*weights, *data])
+        lines = "\n".join(f"  - {line}" for line in [*(f"{w.what}: {w.why}" for w in weights), *data])
         small = "To see the command work without any of the weights, add: --options model.model_type=shapes"
         raise DataError(
             f"this run needs what is not on this machine:\n{lines}" + (f"\n{small}" if weights else "")
@@ -169,7 +200,7 @@ def run_folder(cfg: Config, accelerator: Any) -> Path:
     if accelerator.is_main_process:
         try:
             chosen[0] = str(_choose_folder(cfg))
-        except TrainingError as error:
+        except EVLGenError as error:
             chosen[1] = str(error)
     broadcast_object_list(chosen)
     if chosen[1]:
@@ -186,7 +217,13 @@ def _choose_folder(cfg: Config) -> Path:
         if found:
             return found[-1]
     elif cfg.run.resume:
-        checkpoint = Path(cfg.run.resume).resolve()
+        checkpoint = Path(cfg.run.resume).expanduser().resolve()
+        if not (checkpoint / STATE_FOLDER).is_dir():
+            raise CheckpointError(
+                f"run.resume: {checkpoint} has no {STATE_FOLDER}/, so a run cannot go on from it. Name a "
+                "folder under a run's "
+                "checkpoints/, or use model.checkpoint to start from its weights."
+            )
         if checkpoint.parent.name == "checkpoints":
             return checkpoint.parent.parent
     return new_run_folder(parent)

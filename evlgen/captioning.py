@@ -11,7 +11,7 @@ import torch
 
 from evlgen.common.checkpoints import CONFIG_FILE
 from evlgen.common.config import Config, load_model_file
-from evlgen.common.errors import DataError
+from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.images import open_image
 from evlgen.common.io import resolve
 from evlgen.common.registry import registry
@@ -69,9 +69,13 @@ def load_for_captioning(
         if checkpoint is not None:
             cfg.model.checkpoint = checkpoint
         return registry.get_model_class(cfg.model.arch).from_config(cfg.model, device).to(device)
+    if options:
+        raise ConfigError("--options change a configuration: name one with --cfg-path.")
     if checkpoint is None:
         return load_model("evlgen_opt", device=device)
-    file = Path(resolve(checkpoint)) / CONFIG_FILE
+    folder = Path(resolve(checkpoint))
+    best = folder / "checkpoints" / "best"
+    file = (best if best.is_dir() else folder) / CONFIG_FILE
     if not file.is_file():
         raise DataError(
             f"{checkpoint} is no folder with a {CONFIG_FILE}, so the model it belongs to is not known: name "

@@ -44,14 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     caption.add_argument("--cfg-path", help="project or model file; its model writes the captions")
     caption.add_argument(
-        "--checkpoint", help="folder of save_pretrained or of a run, a published .pth, or an address"
+        "--checkpoint",
+        help="folder of a run, of a checkpoint or of save_pretrained; with --cfg-path also a published .pth",
     )
     caption.add_argument(
-        "--options", nargs="+", default=[], metavar="KEY=VALUE", help="change the configuration"
+        "--options",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change the configuration",
     )
-    caption.add_argument("--prompt", help="the text each caption starts with")
-    caption.add_argument("--num-beams", type=int, default=5)
-    caption.add_argument("--max-length", type=int, default=30, help="new tokens at most")
+    caption.add_argument("--prompt", help="the text a caption continues")
+    caption.add_argument("--num-beams", type=_positive, default=5)
+    caption.add_argument("--max-length", type=_positive, default=30, help="new tokens at most")
     _add_common(caption)
     caption.set_defaults(action=_caption)
     return guarded(lambda args: args.action(args), parser, argv)
@@ -83,6 +89,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--options",
         nargs="+",
+        action="extend",
         default=[],
         metavar="KEY=VALUE",
         help="change the configuration: run.batch_size_train=32",
@@ -92,9 +99,21 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--plugins", nargs="+", default=[], metavar="MODULE", help="modules or .py files that register parts"
+        "--plugins",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="MODULE",
+        help="modules or .py files that register parts",
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks and debug messages")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return number
 
 
 def _run(args: argparse.Namespace, evaluate: bool) -> int:

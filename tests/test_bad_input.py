@@ -200,6 +200,28 @@ def test_too_many_broken_pictures_stop_the_run_and_are_listed(refused, coco, mon
     assert "COCO_val2014_000000000007.jpg" in listed
 
 
+def test_a_checkpoint_to_resume_that_is_not_there(refused):
+    assert "run.resume" in refused("run.resume=/nowhere/checkpoints/step_1")
+
+
+def test_evaluating_without_weights_is_refused(refused):
+    message = refused("run.evaluate=true", "run.test_splits=[test]", "model.checkpoint=null")
+    assert "model.checkpoint" in message
+
+
+def test_local_paths_are_missing_even_where_the_hub_answers(refused, monkeypatch):
+    monkeypatch.setattr("evlgen.common.hub.hub_reachable", lambda: True)
+    assert "/nowhere/opt" in refused("model.language.name=/nowhere/opt")
+
+
+def test_every_options_flag_counts(tiny_project, capsys):
+    path = str(tiny_project())
+    assert (
+        cli.train(["--cfg-path", path, "--options", "run.batch_size_train=0", "--options", "run.seed=1"]) == 1
+    )
+    assert "run.batch_size_train" in capsys.readouterr().err
+
+
 def test_a_traceback_only_with_debug(tiny_project):
     from evlgen.common.errors import ConfigError
 

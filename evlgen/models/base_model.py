@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -32,6 +34,15 @@ class LoadReport:
     loaded: list[str]
     missing: list[str]
     unexpected: list[str]
+
+
+class Missing(NamedTuple):
+    """Something a config needs and this machine lacks: what, why with the remedy, and whether it would be
+    downloaded by itself where there is a connection."""
+
+    what: str
+    why: str
+    fetchable: bool
 
 
 class BaseModel(nn.Module):
@@ -98,8 +109,8 @@ class BaseModel(nn.Module):
         return cls.from_config(cfg, device)
 
     @classmethod
-    def missing(cls, cfg: Any) -> list[str]:
-        """What the config needs and this machine lacks, one line each with the remedy. Loads nothing."""
+    def missing(cls, cfg: Any) -> list[Missing]:
+        """What the config needs and this machine lacks. Loads nothing."""
         return []
 
     def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
@@ -137,9 +148,14 @@ class BaseModel(nn.Module):
         frozen_weights = {
             name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad
         }
-        return {
-            k: v for k, v in self.state_dict().items() if k not in frozen_buffers and k not in frozen_weights
-        }
+        left_out = frozen_buffers | frozen_weights
+        state: dict[str, Tensor] = {}
+        known: set[int] = set()
+        for name, value in self.state_dict(keep_vars=True).items():
+            if name not in left_out and id(value) not in known:  # tied weights once
+                known.add(id(value))
+                state[name] = value.detach()
+        return state
 
     def load_checkpoint(self, path: str | Path) -> LoadReport:
         """Loads weights over the parts: an own folder or file, or a published ``.pth``; local, URL or
@@ -180,12 +196,16 @@ class BaseModel(nn.Module):
         return LoadReport(loaded, missing, unexpected)
 
     def save_pretrained(self, path: str | Path) -> Path:
-        """Writes the trained weights and the config as a folder that `from_pretrained` reads."""
-
-        def write(folder: Path) -> None:
-            self.save_weights(folder)
-
-        return write_folder(Path(path), write)
+        """Writes the trained weights and the config into a folder that `from_pretrained` reads. Other files
+        that are in it stay."""
+        folder = Path(path).expanduser().absolute()
+        if not folder.exists():
+            return write_folder(folder, self.save_weights)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.") as temporary:
+            self.save_weights(Path(temporary))
+            for name in (WEIGHTS_FILE, CONFIG_FILE):
+                os.replace(Path(temporary) / name, folder / name)
+        return folder
 
     def save_weights(self, folder: Path) -> None:
         """Writes ``model.safetensors`` (what is trained) and ``config.yaml`` into an existing folder."""

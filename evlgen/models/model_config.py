@@ -19,9 +19,9 @@ class VisionConfig:
         image_size: side of the square pictures, in pixels; a multiple of the patch size.
         pretrained: true for the published weights, a path or URL of weights, false for random ones.
         freeze: no gradients, eval mode, not in checkpoints.
-        precision: type the frozen weights are kept and computed in; ``auto`` is bf16 where the device has it.
-        grad_checkpoint: recompute activations in the backward pass (for ``freeze: false``).
-        drop_path_rate: stochastic depth while training (for ``freeze: false``).
+        precision: type frozen weights are kept and computed in (trained ones: float32); ``auto`` is bf16
+        where the device has it. grad_checkpoint: recompute activations in the backward pass (for ``freeze:
+        false``). drop_path_rate: stochastic depth while training (for ``freeze: false``).
         kwargs: handed to ``timm.create_model``.
     """
 
@@ -42,7 +42,8 @@ class LanguageConfig:
     Args:
         name: Hugging Face hub id or local folder.
         freeze: no gradients, eval mode, not in checkpoints.
-        precision: type the frozen weights are kept and computed in; ``auto`` is bf16 where the device has it.
+        precision: type frozen weights are kept and computed in (trained ones: float32); ``auto`` is bf16
+            where the device has it.
     """
 
     name: str = "facebook/opt-2.7b"

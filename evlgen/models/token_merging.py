@@ -41,7 +41,7 @@ def merge_schedule(r: int | list[int] | tuple[int, float], num_layers: int) -> l
         mean, inflection = r
         if not -1 <= inflection <= 1:
             raise ValueError(f"the inflection of r={list(r)} must lie between -1 and 1")
-        first = mean * (1 - inflection)
+        first = int(mean * (1 - inflection))
         step = 2 * (mean - first) / (num_layers - 1) if num_layers > 1 else 0.0
         rs = [int(first + step * i) for i in range(num_layers)]
     else:

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from evlgen.common.hub import missing_model
+from evlgen.common.hub import looks_like_path, missing_model
 from evlgen.common.io import resolve
 from evlgen.common.precision import dtype_of
 from evlgen.common.registry import registry
-from evlgen.models.base_model import BaseModel
+from evlgen.models.base_model import BaseModel, Missing
 from evlgen.models.connectors.base import Connector
 from evlgen.models.language.base import LanguageModel
 from evlgen.models.model_config import ModelConfig
@@ -67,7 +67,7 @@ class VLM(BaseModel):
         vision = build_vision_encoder(cfg.vision, device)
         language = registry.get_language_model_class(cls.LANGUAGE_MODEL)(
             name=cfg.language.name,
-            dtype=dtype_of(cfg.language.precision, device),
+            dtype=dtype_of(cfg.language.precision, device) if cfg.language.freeze else torch.float32,
             prompt=cfg.prompt,
             max_txt_len=cfg.max_txt_len,
         )
@@ -84,22 +84,25 @@ class VLM(BaseModel):
         return model
 
     @classmethod
-    def missing(cls, cfg: ModelConfig) -> list[str]:
-        """Weights the config names that are not on this machine, one line each with the remedy."""
-        reasons = {
-            f"vision encoder {cfg.vision.name}": vision_encoder_class(cfg.vision.name).missing(
-                cfg.vision.pretrained
+    def missing(cls, cfg: ModelConfig) -> list[Missing]:
+        """Weights the config names that are not on this machine."""
+        vision, language, start = cfg.vision, cfg.language.name, cfg.connector.get("init")
+        encoder = vision_encoder_class(vision.name)
+        found = [
+            Missing(
+                f"vision encoder {vision.name}", encoder.missing(vision.pretrained), vision.pretrained is True
             ),
-            f"language model {cfg.language.name}": missing_model(cfg.language.name),
-        }
-        if cfg.connector.get("init"):
-            reasons[f"connector start {cfg.connector['init']}"] = missing_model(cfg.connector["init"])
+            Missing(f"language model {language}", missing_model(language), not looks_like_path(language)),
+        ]
+        if start:
+            found.append(
+                Missing(f"connector start {start}", missing_model(start), not looks_like_path(start))
+            )
         if cfg.checkpoint and not cfg.checkpoint.startswith(("http://", "https://")):
             if not Path(resolve(cfg.checkpoint)).exists():
-                reasons[f"checkpoint {cfg.checkpoint}"] = (
-                    "there is no such file or folder; see model.checkpoint"
-                )
-        return [f"{what}: {why}" for what, why in reasons.items() if why]
+                why = "there is no such file or folder; see model.checkpoint"
+                found.append(Missing(f"checkpoint {cfg.checkpoint}", why, False))
+        return [item for item in found if item.why]
 
     def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
         """The next-token loss of a batch.
@@ -122,10 +125,10 @@ class VLM(BaseModel):
 
     def visual_tokens(self, image: Tensor) -> Tensor:
         """[B, 3, H, W] -> the encoder's tokens after ``ln_vision``, [B, N, C_vision]."""
-        image = image.to(self.device)
+        image = image.to(self.device, next(self.vision.parameters()).dtype)
         if "vision" in self._frozen:
             with torch.no_grad(), self._own_precision(image.device):
-                tokens = self.vision(image.to(next(self.vision.parameters()).dtype))
+                tokens = self.vision(image)
         else:
             tokens = self.vision(image)
         return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))

@@ -62,7 +62,11 @@ def load_preprocess(model: BaseModel) -> tuple[Processors, Processors]:
     pixels = {"image_size": vision.image_size, "mean": list(vision.image_mean), "std": list(vision.image_std)}
     names = {"train": ("blip2_image_train", "blip_caption"), "eval": ("blip_image_eval", "blip_caption")}
     images = {role: build_processor({"name": image, **pixels}) for role, (image, _) in names.items()}
-    texts = {role: build_processor({"name": text}) for role, (_, text) in names.items()}
+    prompt = getattr(model, "prompt", "")
+    prompts = {"train": f"{prompt} " if prompt else "", "eval": ""}  # in generation the model puts its own
+    texts = {
+        role: build_processor({"name": text, "prompt": prompts[role]}) for role, (_, text) in names.items()
+    }
     return images, texts
 
 

@@ -50,6 +50,11 @@ class RunLog:
         if self.terminal:
             self._bar = tqdm(total=total_iters, initial=done, desc="training", unit="it", dynamic_ncols=True)
 
+    def resume_clock(self) -> None:
+        """Leaves what happened since the last line (a validation) out of the next one's speed."""
+        if self.enabled:
+            self._last, self._samples, self._iterations_since, self._losses = time.perf_counter(), 0, 0, []
+
     def train_step(self, state: TrainingState, losses: dict[str, float], lr: float, samples: int) -> None:
         """Notes an iteration; every ``log_freq`` iterations writes the mean loss since the last line."""
         if not self.enabled:
@@ -84,8 +89,10 @@ class RunLog:
         if self._board is not None:
             self._board.flush()
 
-    def evaluation(self, key: str, label: str, metrics: dict[str, float], count: int, seconds: float) -> None:
-        """Notes the metrics of an evaluated split."""
+    def evaluation(
+        self, key: str, label: str, metrics: dict[str, float], count: int, skipped: int, seconds: float
+    ) -> None:
+        """Notes the metrics of an evaluated split, the samples scored and those that could not be read."""
         if not self.enabled:
             return
         self._write(
@@ -94,12 +101,16 @@ class RunLog:
                 "split": key,
                 "label": label,
                 "samples": count,
+                "skipped": skipped,
                 "seconds": seconds,
                 **metrics,
             }
         )
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        self._say(f"{' '.join(x for x in (key, label) if x)}: {count} samples in {seconds:.1f} s  {shown}")
+        left_out = f", {skipped} skipped," if skipped else ""
+        self._say(
+            f"{' '.join(x for x in (key, label) if x)}: {count} samples{left_out} in {seconds:.1f} s  {shown}"
+        )
 
     def progress(self, batches: Iterable[Any], label: str) -> Iterable[Any]:
         """A bar over an evaluation's batches, on a terminal."""
@@ -136,7 +147,8 @@ class RunLog:
 
 
 class SkippedSamples:
-    """Takes broken samples out of batches, counts and lists them, and stops a run with too many.
+    """Takes broken samples out of batches, counts and lists them, and stops a run with too many. Every
+    process lists its own in the same file.
 
     Args:
         folder: where ``skipped.jsonl`` lists them.
@@ -145,8 +157,8 @@ class SkippedSamples:
 
     MIN_SEEN = 100  # a share of fewer samples says little: judged at the end of an evaluation only
 
-    def __init__(self, folder: Path, max_share: float, enabled: bool) -> None:
-        self.folder, self.max_share, self.enabled = folder, max_share, enabled
+    def __init__(self, folder: Path, max_share: float) -> None:
+        self.folder, self.max_share = folder, max_share
         self.seen = self.broken = 0
         self._named: set[str] = set()
 
@@ -172,7 +184,7 @@ class SkippedSamples:
 
     def _note(self, sample: Any, iteration: int | None) -> None:
         key = f"{sample.id}: {sample.reason}"
-        if not self.enabled or key in self._named:
+        if key in self._named:
             return
         self._named.add(key)
         if len(self._named) <= 5:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from evlgen.common.errors import ConfigError, TrainingError, did_you_mean
 from evlgen.common.precision import resolve_precision
 from evlgen.common.registry import registry
 from evlgen.models.base_model import BaseModel
-from evlgen.runners.data import BatchPlan, eval_loader, train_loader
+from evlgen.runners.data import BatchPlan, eval_loader, seeded, train_loader
 from evlgen.runners.optimizer import build_optimizer
 from evlgen.runners.progress import RunLog, SkippedSamples
 from evlgen.runners.run_config import RunConfig
@@ -62,7 +63,7 @@ class Runner:
         set_seed(run.seed + self.accelerator.process_index)
         self.model = model.to(self.accelerator.device)
         self.log = RunLog(folder, run, enabled=self.accelerator.is_main_process)
-        self.skipped = SkippedSamples(folder, run.max_skipped_share, enabled=self.accelerator.is_main_process)
+        self.skipped = SkippedSamples(folder, run.max_skipped_share)
         self.checkpointer = Checkpointer(folder / "checkpoints", run.keep_last, config or {})
 
     # ---- training ----
@@ -100,7 +101,7 @@ class Runner:
             for split, dataset in splits.items()
             if split in run.train_splits
         ]
-        trained = [dataset for _, dataset in named]
+        trained = self._trained = [dataset for _, dataset in named]
         self.plan = BatchPlan(
             [len(d) for d in trained],
             run.batch_size_train,
@@ -122,6 +123,7 @@ class Runner:
         optimizer = build_optimizer(self.model, run.init_lr, run.weight_decay, run.beta2)
         self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
         self.state = TrainingState()
+        self._last_samples: dict[str, Any] | None = None
         if run.resume:
             self.checkpointer.resume(run.resume, self.model, self.optimizer, self.state, accelerator)
         self.plan.start = self.state.iteration
@@ -134,6 +136,7 @@ class Runner:
     def _train_epoch(self, batches: Iterator[dict[str, Any]]) -> None:
         end = min(self.total_iters, (self.state.epoch + 1) * self.iters_per_epoch)
         self.wrapped.train()
+        self.log.resume_clock()
         while self.state.iteration < end:
             group = min(self.run.accum_grad_iters, end - self.state.iteration)
             self._train_group(batches, group)
@@ -146,25 +149,40 @@ class Runner:
         for position in range(group):
             samples = self.skipped.take_out(next(batches), self.state.iteration)
             self.state.iteration += 1
-            if samples is None:  # every sample of the batch was broken
-                continue
-            losses = self._backward(samples, group, last=position == group - 1)
+            weight = 1.0
+            if samples is None:  # all broken: every process must still take part in the step, with no weight
+                samples, weight = self._stand_in(), 0.0
+            self._last_samples = samples
+            losses = self._backward(samples, weight / group, last=position == group - 1)
             self.log.train_step(self.state, losses, learning_rate, self._global_batch(samples))
         if self.run.max_grad_norm:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _backward(self, samples: dict[str, Any], group: int, last: bool) -> dict[str, float]:
-        """Adds a batch's gradients, and returns its losses as numbers."""
+    def _stand_in(self) -> dict[str, Any]:
+        """The batch before, where nothing of one could be read; for a run's first, any readable sample."""
+        if self._last_samples is not None:
+            return self._last_samples
+        self.skipped.check()
+        with seeded(self.run.seed):
+            for dataset in self._trained:
+                for index in range(len(dataset)):
+                    batch = dataset.collater([dataset[index]])
+                    if not batch.pop("skipped", None):
+                        return batch
+        raise TrainingError(f"no training sample can be read; see {self.folder / 'skipped.jsonl'}.")
+
+    def _backward(self, samples: dict[str, Any], weight: float, last: bool) -> dict[str, float]:
+        """Adds a batch's gradients times a weight, and returns its losses as numbers."""
         samples = to_device(samples, self.accelerator.device)
         if last:
             losses = self.task.train_step(self.wrapped, samples)
-            self.accelerator.backward(losses["loss"] / group)
+            self.accelerator.backward(losses["loss"] * weight)
         else:
             with self.accelerator.no_sync(self.wrapped):
                 losses = self.task.train_step(self.wrapped, samples)
-                self.accelerator.backward(losses["loss"] / group)
+                self.accelerator.backward(losses["loss"] * weight)
         numbers = {name: float(value.detach()) for name, value in losses.items()}
         if not torch.isfinite(torch.tensor(numbers["loss"])):
             raise TrainingError(
@@ -183,7 +201,11 @@ class Runner:
             scores = self.evaluate(run.valid_splits, f"epoch{state.epoch}")
             # the first split decides; of several datasets that have it, their mean
             deciding = [m for key, m in scores.items() if key.rpartition("/")[2] == run.valid_splits[0]]
-            if all("agg_metrics" in m for m in deciding):
+            if not all("agg_metrics" in m for m in deciding):
+                logger.warning(
+                    "no best checkpoint is chosen: that takes `agg_metrics` (of captions: cider and bleu)"
+                )
+            else:
                 metric = sum(m["agg_metrics"] for m in deciding) / len(deciding)
                 is_best = state.best_metric is None or metric > state.best_metric
                 if is_best:
@@ -233,7 +255,7 @@ class Runner:
         was_training = self.model.training
         self.model.eval()
         results: list[dict[str, Any]] = []
-        started = time.perf_counter()
+        started, broken_before = time.perf_counter(), self.skipped.broken
         for batch in self.log.progress(loader, f"evaluating {key}"):
             samples = self.skipped.take_out(batch, None)
             if samples is not None:
@@ -241,12 +263,13 @@ class Runner:
                     results += self.task.valid_step(self.model, to_device(samples, accelerator.device))
         self.skipped.check()
         results = gather_object(results)
+        skipped = sum(gather_object([self.skipped.broken - broken_before]))
         self.model.train(was_training)
         metrics: dict[str, float] = {}
         if accelerator.is_main_process:
             folder = self.folder / "result" / "_".join(x for x in (key.replace("/", "_"), label) if x)
             metrics = self.task.after_evaluation(results, dataset, split, folder)
-            self.log.evaluation(key, label, metrics, len(results), time.perf_counter() - started)
+            self.log.evaluation(key, label, metrics, len(results), skipped, time.perf_counter() - started)
         return gather_object([metrics])[0]
 
     # ---- helpers ----
@@ -270,7 +293,8 @@ class IterRunner(Runner):
 def make_accelerator(run: RunConfig) -> Accelerator:
     """The accelerator of a run, its precision as the device computes it."""
     cpu = not torch.accelerator.is_available()  # said outright, or accelerate would not distribute on CPUs
-    state = PartialState(cpu=cpu)
+    # the others wait while the first process scores, and METEOR and SPICE may take long
+    state = PartialState(cpu=cpu, timeout=datetime.timedelta(hours=6))
     if not state.is_main_process:
         logging.getLogger("evlgen").setLevel(logging.WARNING)
     precision = resolve_precision(run.precision, state.device)

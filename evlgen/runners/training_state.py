@@ -102,7 +102,7 @@ class Checkpointer:
                 logger.info("nothing to resume in %s: starting from the beginning", self.folder)
                 return
         else:
-            folder = Path(source)
+            folder = Path(source).expanduser()
         progress = folder / STATE_FOLDER / "progress.json"
         if not progress.is_file():
             raise CheckpointError(

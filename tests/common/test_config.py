@@ -290,7 +290,7 @@ def test_a_later_option_wins(project):
         ),
         (
             "run.task=captionin",
-            "run.task (--options): no task is registered as 'captionin'. Did you mean 'captioning'?",
+            "run.task (--options): no task is registered as 'captionin'. Did you mean 'captioning'",
         ),
         ("run.lr_sched=cosine", "run.lr_sched (--options): no lr_scheduler is registered as 'cosine'"),
         (

@@ -119,6 +119,8 @@ def test_schedules():
     assert merge_schedule([8, -1.0], 5) == [16, 12, 8, 4, 0]
     assert merge_schedule([8, 1.0], 5) == [0, 4, 8, 12, 16]
     assert sum(merge_schedule([8, 0], 12)) == 96
+    # the paper's code: from int(r (1 - inflection)) in equal steps to 2 r minus that, each rounded down
+    assert merge_schedule([8, 0.3], 12) == [5, 5, 6, 6, 7, 7, 8, 8, 9, 9, 10, 11]
 
 
 @pytest.mark.parametrize(

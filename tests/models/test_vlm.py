@@ -141,6 +141,37 @@ def test_saved_and_loaded_models_are_equal(build, samples, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["saved"]
 
 
+def test_saving_into_a_folder_leaves_other_files_alone(build, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    build().save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"thesis.txt", "model.safetensors", "config.yaml"}
+
+
+@pytest.mark.parametrize("part", ["vision", "language"])
+def test_parts_that_are_not_frozen_train_in_float32_and_are_saved(build, samples, tmp_path, part):
+    model = build(**{part: {"freeze": False, "precision": "bf16"}}).train()
+    assert {p.dtype for p in getattr(model, part).parameters()} == {torch.float32}
+    model(samples)["loss"].backward()
+    assert any(p.grad is not None and p.grad.any() for p in getattr(model, part).parameters())
+    with torch.no_grad():
+        for parameter in getattr(model, part).parameters():
+            parameter.add_(0.01)
+    model.eval().save_pretrained(tmp_path / "saved")
+    loaded = registry.get_model_class("evlgen_opt").from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded(samples)["loss"], model(samples)["loss"])
+    assert len(loaded.generate(samples, num_beams=1, max_length=3)) == 3
+
+
+def test_only_a_prompt_that_is_there_is_left_unlearned(build, samples):
+    without = build()(samples)["loss"].item()
+    assert build(prompt="a photo of")(samples)["loss"].item() == pytest.approx(without)
+
+
+def test_texts_longer_than_the_language_model_reads_are_named(build, samples):
+    with pytest.raises(ConfigError, match="positions, and the language model has 128. Lower max_length"):
+        build().generate(samples, num_beams=1, max_length=600)
+
+
 def test_a_checkpoint_of_other_sizes_is_refused_by_name_and_shapes(build):
     with pytest.raises(CheckpointError, match=r"connector\..* has shape .*, the model's is"):
         build(connector={"hidden_size": 32})
@@ -197,3 +228,14 @@ def test_any_timm_model_is_a_vision_encoder(build):
     )
     assert model.vision.num_tokens == 17
     assert model.soft_prompts({"image": torch.zeros(2, 3, 32, 32)}).shape == (2, 8, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "channels"), [("resnet18", 1, 512), ("swin_tiny_patch4_window7_224", 1, 768)]
+)
+def test_feature_maps_become_tokens(name, tokens, channels):
+    from evlgen.models.vision import TimmEncoder
+
+    encoder = TimmEncoder(name, image_size=32, pretrained=False).eval()
+    assert (encoder.num_tokens, encoder.num_prefix_tokens, encoder.embed_dim) == (tokens, 0, channels)
+    assert encoder(torch.randn(2, 3, 32, 32)).shape == (2, tokens, channels)

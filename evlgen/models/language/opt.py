@@ -44,7 +44,7 @@ class OPTLanguageModel(LanguageModel):
         kind = AutoConfig.from_pretrained(folder).model_type
         if kind != "opt":
             raise CheckpointError(f"model.language.name '{name}' is a {kind} model, not an OPT.")
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, clean_up_tokenization_spaces=False)
         self.prompt = prompt
         self.max_txt_len = max_txt_len
         self._check_tokenizer(name)
@@ -75,7 +75,10 @@ class OPTLanguageModel(LanguageModel):
             soft_prompts.device
         )
         labels = tokens.input_ids.masked_fill(tokens.attention_mask == 0, IGNORED)  # [B, L]
-        unlearned = [self.prompt] * len(texts) if text_out is None else text_in
+        if text_out is None:
+            unlearned = [self.prompt if text.startswith(self.prompt) else "" for text in texts]
+        else:
+            unlearned = text_in
         for row, text in enumerate(unlearned):
             if text:
                 labels[row, : len(self.tokenizer(text).input_ids)] = IGNORED
@@ -116,6 +119,7 @@ class OPTLanguageModel(LanguageModel):
         tokens = self._tokenize(prompts, padding_side="left").to(soft_prompts.device)
         embeds = self.model.get_input_embeddings()(tokens.input_ids)
         embeds = torch.cat([soft_prompts.to(embeds.dtype), embeds], dim=1)  # [B, M + L, C]
+        self._check_length(embeds.shape[1] + max_length, "max_length (run.max_len)")
         mask = torch.cat(
             [tokens.attention_mask.new_ones(soft_prompts.shape[:2]), tokens.attention_mask], dim=1
         )
@@ -151,7 +155,17 @@ class OPTLanguageModel(LanguageModel):
         causal does not see it."""
         embeds = self.model.get_input_embeddings()(input_ids)
         embeds = torch.cat([soft_prompts.to(embeds.dtype), embeds], dim=1)
+        self._check_length(embeds.shape[1], "model.max_txt_len")
         return self.model.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+
+    def _check_length(self, positions: int, key: str) -> None:
+        known = self.model.config.max_position_embeddings
+        if positions > known:
+            raise ConfigError(
+                f"soft prompts and text take {positions} positions, and the language model has {known}. "
+                f"Lower {key}, "
+                "or raise model.connector.r for fewer soft prompts."
+            )
 
     def _check_tokenizer(self, name: str) -> None:
         if self.tokenizer.pad_token_id is None:

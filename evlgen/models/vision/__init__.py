@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from evlgen.common.precision import dtype_of
 from evlgen.common.registry import registry
 from evlgen.models.model_config import VisionConfig
@@ -18,12 +20,14 @@ def vision_encoder_class(name: str) -> type[VisionEncoder]:
 
 
 def build_vision_encoder(cfg: VisionConfig, device: str = "cpu") -> VisionEncoder:
-    """The vision encoder of a config, its weights in the config's precision as ``device`` computes it."""
+    """The vision encoder of a config, frozen weights in the config's precision as ``device`` computes it."""
     return vision_encoder_class(cfg.name)(
         name=cfg.name,
         image_size=cfg.image_size,
         pretrained=cfg.pretrained,
-        dtype=dtype_of(cfg.precision, device),
+        dtype=dtype_of(cfg.precision, device)
+        if cfg.freeze
+        else torch.float32,  # what is trained is in float32
         grad_checkpoint=cfg.grad_checkpoint,
         drop_path_rate=cfg.drop_path_rate,
         kwargs=cfg.kwargs,

@@ -105,8 +105,9 @@ class TimmEncoder(VisionEncoder):
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, N, C]."""
         tokens = self.trunk.forward_features(pixels)
-        if tokens.ndim == 4:  # a convolutional net's feature map
-            tokens = tokens.flatten(2).transpose(1, 2)
+        if tokens.ndim == 4:  # a feature map: [B, H, W, C] of a Swin, [B, C, H, W] of a convolutional net
+            channels_last = tokens.shape[-1] == self.trunk.num_features != tokens.shape[1]
+            tokens = tokens.flatten(1, 2) if channels_last else tokens.flatten(2).transpose(1, 2)
         return tokens
 
     def _check_image_size(self, name: str, image_size: int) -> None:
@@ -121,11 +122,13 @@ class TimmEncoder(VisionEncoder):
 
     @torch.no_grad()
     def _count_tokens(self) -> int:
-        patch_embed = getattr(self.trunk, "patch_embed", None)
-        if hasattr(patch_embed, "num_patches"):
-            return patch_embed.num_patches + self.num_prefix_tokens
-        weight = next(self.trunk.parameters())
-        return self.forward(torch.zeros(1, 3, self.image_size, self.image_size, dtype=weight.dtype)).shape[1]
+        if hasattr(self.trunk, "num_prefix_tokens"):  # a plain transformer keeps all its tokens
+            return self.trunk.patch_embed.num_patches + self.num_prefix_tokens
+        was_training, weight = self.trunk.training, next(self.trunk.parameters())
+        self.trunk.eval()
+        count = self.forward(torch.zeros(1, 3, self.image_size, self.image_size, dtype=weight.dtype)).shape[1]
+        self.trunk.train(was_training)
+        return count
 
     def _load(self, source: str, dtype: torch.dtype) -> None:
         state = self._adapt(read_weights(resolve(source)))
@@ -174,14 +177,21 @@ class EvaClipG(TimmEncoder):
 
 def _create(name: str, pretrained: bool, empty: bool, **kwargs: Any) -> nn.Module:
     if not timm.is_model(name):
-        known = {n.split(".")[0] for n in timm.list_models(pretrained=False)}
+        registered = registry.list_vision_encoders()
+        known = [*registered, *{n.split(".")[0] for n in timm.list_models(pretrained=False)}]
         raise ConfigError(
             f"model.vision.name '{name}' is neither a registered vision encoder "
-            f"({', '.join(registry.list_vision_encoders())}) nor a timm model.{did_you_mean(name, known)}"
+            f"({', '.join(registered)}) nor a timm model.{did_you_mean(name, known)}"
         )
     try:
         with init_empty_weights(include_buffers=False) if empty else torch.no_grad():
-            return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+            try:
+                return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+            except TypeError as error:
+                if "'img_size'" not in str(error):
+                    raise
+                kwargs.pop("img_size")  # convolutional nets read any size
+                return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
     except TypeError as error:
         raise ConfigError(f"model.vision.kwargs do not fit timm's {name}: {error}") from error
     except (OSError, RuntimeError, AssertionError) as error:
