@@ -130,6 +130,24 @@ def test_a_tokenizer_without_a_pad_token(refused, golden, tmp_path):
     assert "no pad token" in message and "tokenizer_config.json" in message
 
 
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_language_model(refused, golden, tmp_path, damage):
+    folder = tmp_path / "language"
+    shutil.copytree(golden / "evlgen_opt" / "language", folder)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.unlink()
+    if damage == "cut":
+        weights.write_bytes(whole[:5000])
+    message = refused(f"model.language.name={folder}")
+    assert "model.language.name" in message and "cannot be read" in message
+
+
+def test_a_connector_of_another_depth(refused):
+    assert "another architecture" in refused("model.connector.num_layers=2")
+    assert "another architecture" in refused("model.connector.num_layers=4")
+
+
 def test_a_language_model_of_another_kind(refused, tmp_path):
     from transformers import GPT2Config
 

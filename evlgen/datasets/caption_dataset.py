@@ -56,6 +56,12 @@ class CaptionDataset(BaseDataset):
     def sample_id(self, index: int) -> str:
         return self.records[index]["image"]
 
+    def references(self) -> References:
+        found: References = {}
+        for record in self.records:
+            found.setdefault(record["image_id"], []).append(record["caption"])
+        return found
+
 
 class CaptionEvalDataset(BaseDataset):
     """One sample per picture: ``image`` float32 [3, H, W], ``image_id``, ``instance_id``.

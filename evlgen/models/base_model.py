@@ -174,7 +174,9 @@ class BaseModel(nn.Module):
         loaded = sorted(set(state) & set(own))
         missing = sorted(set(wanted) - set(state))
         unexpected = sorted(set(state) - set(own))
-        if not set(loaded) & set(wanted) or (missing and unexpected):
+        layers = {k for k in wanted if k.startswith("connector.layers.")}
+        is_other = (missing and unexpected) or any(k.startswith("connector.") for k in unexpected)
+        if is_other or not set(loaded) & set(wanted) or 0 < len(layers & set(missing)) < len(layers):
             raise CheckpointError(
                 f"{path} is a checkpoint of another architecture: it lacks {_some(missing)} and brings "
                 f"{_some(unexpected)}. "

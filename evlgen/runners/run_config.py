@@ -129,6 +129,8 @@ class RunConfig:
         found = [] if self.evaluate else self._length_problems()
         if self.evaluate and not self.test_splits:
             found.append(("test_splits", "evaluate: true needs at least one split here, such as [test]"))
+        if self.evaluate and self.resume:
+            found.append(("resume", "is for training; evaluating reads model.checkpoint"))
         if not self.evaluate and not self.train_splits:
             found.append(("train_splits", "training needs at least one split; or set evaluate: true"))
         if self.min_len > self.max_len:

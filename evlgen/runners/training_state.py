@@ -112,7 +112,14 @@ class Checkpointer:
         model.load_checkpoint(folder)
         for key, value in json.loads(progress.read_text(encoding="utf-8")).items():
             setattr(state, key, value)
-        optimizer.load_state_dict(read_pickle(folder / STATE_FOLDER / "optimizer.pt"))
+        try:
+            optimizer.load_state_dict(read_pickle(folder / STATE_FOLDER / "optimizer.pt"))
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"run.resume: the optimizer state in {folder} belongs to another model ({error}). Use the "
+                "run's own "
+                "config.yaml, or model.checkpoint to start from its weights."
+            ) from error
         if accelerator.scaler is not None and (folder / STATE_FOLDER / "scaler.pt").is_file():
             accelerator.scaler.load_state_dict(read_pickle(folder / STATE_FOLDER / "scaler.pt"))
         states = read_pickle(folder / STATE_FOLDER / "random.pt")

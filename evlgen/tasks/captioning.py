@@ -56,6 +56,9 @@ class CaptioningTask(BaseTask):
         self._show(results, references, dataset, folder)
         if not self.run.report_metric or not rows:
             return {}
+        if not references:
+            logger.warning("%s has no references: its captions are written, not scored", split)
+            return {}
         captions = {r["image_id"]: r["caption"] for r in rows}
         scores = score_captions({i: references[i] for i in captions}, captions, self.run.metrics)
         metrics = {**scores.values, **dataset.extra_metrics(captions)}
@@ -80,8 +83,8 @@ class CaptioningTask(BaseTask):
                 "  %s: %s   (a reference: %s)",
                 row["image_id"],
                 row["caption"],
-                references[row["image_id"]][0],
+                references.get(row["image_id"], [""])[0],
             )
         pictures = [dataset.picture(int(row["instance_id"])) for row in shown]
-        lines = [(row["caption"], references[row["image_id"]][0]) for row in shown]
+        lines = [(row["caption"], references.get(row["image_id"], [""])[0]) for row in shown]
         caption_sheet(pictures, lines, folder / "captions.png")

@@ -6,8 +6,14 @@ Zhang et al., *OPT: Open Pre-trained Transformer Language Models*, 2022. A text 
 
 from __future__ import annotations
 
+import contextlib
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -17,6 +23,18 @@ from evlgen.common.registry import registry
 from evlgen.models.language.base import LanguageModel
 
 IGNORED = -100  # label of positions that are not learned
+
+
+@contextlib.contextmanager
+def _named_errors(name: str, folder: Path) -> Iterator[None]:
+    """Whatever transformers says of a damaged or incomplete folder, as a `CheckpointError`."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"model.language.name '{name}' cannot be read from {folder} ({cause}). Get it again."
+        ) from error
 
 
 @registry.register_language_model("opt")
@@ -41,14 +59,17 @@ class OPTLanguageModel(LanguageModel):
     ) -> None:
         super().__init__()
         folder = local_model_folder(name)
-        kind = AutoConfig.from_pretrained(folder).model_type
+        with _named_errors(name, folder):
+            kind = AutoConfig.from_pretrained(folder).model_type
         if kind != "opt":
             raise CheckpointError(f"model.language.name '{name}' is a {kind} model, not an OPT.")
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, clean_up_tokenization_spaces=False)
+        with _named_errors(name, folder):
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, clean_up_tokenization_spaces=False)
         self.prompt = prompt
         self.max_txt_len = max_txt_len
         self._check_tokenizer(name)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        with _named_errors(name, folder):
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         self.embed_dim = self.model.get_input_embeddings().embedding_dim
 
     @property
