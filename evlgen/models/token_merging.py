@@ -123,19 +123,20 @@ class _Merge(torch.autograd.Function):
         if mean:
             share = token_counts(merge_map, num_out).gather(1, group).to(x.dtype).reciprocal().view(-1, 1)
             out.index_copy_(0, group_rows, out.index_select(0, group_rows) * share)
-            other_rows = torch.cat([other_rows, (first.gather(1, group) + picture * num_tokens).flatten()])
-        ctx.save_for_backward((merge_map + picture * num_out).flatten(), other_rows, group_rows, share)
+        first_rows = (first.gather(1, group) + picture * num_tokens).flatten() if mean else None
+        index = (merge_map + picture * num_out).flatten()
+        ctx.save_for_backward(index, other_rows, first_rows, group_rows, share)
         return out.view(batch, num_out, channels)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        index, shared_rows, group_rows, share = ctx.saved_tensors
+        index, other_rows, first_rows, group_rows, share = ctx.saved_tensors
         batch, _, channels = grad.shape
         rows = grad.reshape(-1, channels)
         out = rows.index_select(0, index)
         if share is not None:
             scaled = rows.index_select(0, group_rows) * share
-            out = out.index_copy_(0, shared_rows, torch.cat([scaled, scaled]))
+            out.index_copy_(0, other_rows, scaled).index_copy_(0, first_rows, scaled)
         return out.view(batch, -1, channels), None, None, None
 
 
