@@ -114,7 +114,8 @@ class BaseModel(nn.Module):
         return []
 
     def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
-        """The training loss of a batch: ``{"loss": scalar}``."""
+        """The training loss of a batch: ``{"loss": scalar}``, a mean; ``num_tokens``, if given, says of how many
+        tokens, so that batches of several processes weigh as one batch would. Others count by samples."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(samples)")
 
     def generate(self, samples: dict[str, Any], **options) -> list[str]:

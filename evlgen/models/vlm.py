@@ -112,12 +112,14 @@ class VLM(BaseModel):
                 that is learned and ``text_input`` only read.
 
         Returns:
-            ``loss``: scalar, float32.
+            ``loss``: scalar, float32; ``num_tokens``: how many tokens it is the mean of.
         """
         soft_prompts = self.soft_prompts(samples)
         with self._own_precision(soft_prompts.device):
-            loss = self.language.loss(soft_prompts, samples["text_input"], samples.get("text_output"))
-        return {"loss": loss}
+            loss, num_tokens = self.language.loss(
+                soft_prompts, samples["text_input"], samples.get("text_output")
+            )
+        return {"loss": loss, "num_tokens": num_tokens}
 
     def soft_prompts(self, samples: dict[str, Any]) -> Tensor:
         """``image`` [B, 3, H, W] -> soft prompts [B, M, C_language]."""

@@ -18,13 +18,18 @@ class LanguageModel(nn.Module):
         """Root mean square of the word embeddings' entries."""
         raise NotImplementedError
 
-    def loss(self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None = None) -> Tensor:
-        """The mean next-token loss (float32) of the text after the soft prompts.
+    def loss(
+        self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None = None
+    ) -> tuple[Tensor, int]:
+        """The mean next-token loss of the text after the soft prompts.
 
         Args:
             soft_prompts: [B, M, C].
             text_in: the text to learn; or, where ``text_out`` is given, what is read but not learned.
             text_out: the text to learn after ``text_in``.
+
+        Returns:
+            The loss (scalar, float32) and the number of tokens it is the mean of.
         """
         raise NotImplementedError
 

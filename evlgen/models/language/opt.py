@@ -81,20 +81,22 @@ class OPTLanguageModel(LanguageModel):
         """Root mean square of the word embeddings' entries."""
         return self.model.get_input_embeddings().weight.float().square().mean().sqrt().item()
 
-    def loss(self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None = None) -> Tensor:
-        """The mean next-token loss (float32) of ``text_in + "\\n"``; the prompt's tokens and padding do not
-        count.
+    def loss(
+        self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None = None
+    ) -> tuple[Tensor, int]:
+        """The mean next-token loss of ``text_in + "\\n"``; the prompt's tokens and padding do not count.
 
         With ``text_out`` what is read is ``text_in``, and ``text_out + "\\n"`` is learned.
+
+        Returns:
+            The loss (scalar, float32) and the number of tokens it is the mean of.
         """
         texts = (
             text_in
             if text_out is None
             else [f"{a} {b}".strip() for a, b in zip(text_in, text_out, strict=True)]
         )
-        tokens = self._tokenize([text + self.END for text in texts], padding_side="right").to(
-            soft_prompts.device
-        )
+        tokens = self._tokenize([text + self.END for text in texts], padding_side="right")
         labels = tokens.input_ids.masked_fill(tokens.attention_mask == 0, IGNORED)  # [B, L]
         if text_out is None:
             unlearned = [self.prompt if text.startswith(self.prompt) else "" for text in texts]
@@ -103,18 +105,20 @@ class OPTLanguageModel(LanguageModel):
         for row, text in enumerate(unlearned):
             if text:
                 labels[row, : len(self.tokenizer(text).input_ids)] = IGNORED
-        hidden = self._hidden_states(soft_prompts, tokens.input_ids)  # [B, M + L, C]
-        # the token at text position i is predicted one position earlier
-        before_text = soft_prompts.shape[1] - 1
-        predictors = hidden[:, before_text : before_text + labels.shape[1]]
-        learned = labels != IGNORED
-        if not learned.any():
+        # where a label is was found on the CPU: indexing with it on a GPU then waits for nothing
+        rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
+        if not len(rows):
             raise ConfigError(
                 f"no text token is left to learn: the prompt fills max_txt_len ({self.max_txt_len}). Raise "
                 "model.max_txt_len."
             )
-        logits = self.model.get_output_embeddings()(predictors[learned])  # [learned tokens, vocabulary]
-        return F.cross_entropy(logits.float(), labels[learned])
+        device = soft_prompts.device
+        targets = labels[rows, columns].to(device)
+        hidden = self._hidden_states(soft_prompts, tokens.input_ids.to(device))  # [B, M + L, C]
+        # the token at text position i is predicted one position earlier
+        predictors = hidden[rows.to(device), (columns + soft_prompts.shape[1] - 1).to(device)]
+        logits = self.model.get_output_embeddings()(predictors)  # [learned tokens, vocabulary]
+        return F.cross_entropy(logits.float(), targets), len(rows)
 
     @torch.no_grad()
     def generate(
