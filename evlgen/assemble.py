@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evlgen.common.checkpoints import STATE_FOLDER
+from evlgen.common.checkpoints import STATE_FOLDER, found_checkpoints, point
 from evlgen.common.config import Config
 from evlgen.common.errors import (
     CheckpointError,
@@ -53,11 +53,11 @@ def run(cfg: Config) -> dict[str, dict[str, float]]:
     from accelerate.utils import set_seed
 
     from evlgen.common.logs import log_to_file
-    from evlgen.runners.runner import make_accelerator
+    from evlgen.runners.distribution import make_accelerator, peers_named
 
     accelerator = make_accelerator(cfg.run)
     folder = run_folder(cfg, accelerator)
-    with log_to_file(folder / "log.txt", enabled=accelerator.is_main_process):
+    with log_to_file(folder / "log.txt", enabled=accelerator.is_main_process), peers_named():
         if accelerator.is_main_process:
             logger.info("this run writes to %s", folder)
             write_atomically(folder / "config.yaml", cfg.to_yaml())
@@ -68,9 +68,9 @@ def run(cfg: Config) -> dict[str, dict[str, float]]:
         runner = registry.get_runner_class(cfg.run.runner)(
             cfg.run, task, model, datasets, folder, config=cfg.to_dict(), accelerator=accelerator
         )
-        if cfg.run.evaluate:
-            return runner.evaluate(cfg.run.test_splits)
-        return runner.train()
+        scores = runner.evaluate(cfg.run.test_splits) if cfg.run.evaluate else runner.train()
+        accelerator.end_training()  # takes leave of the other processes
+        return scores
 
 
 def follow_model(cfg: Config) -> None:
@@ -189,13 +189,15 @@ def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str,
 
 def run_folder(cfg: Config, accelerator: Any) -> Path:
     """The folder of this run: ``output_dir/<date-time>``, or, with ``resume: auto``, the newest one with a
-    checkpoint.
+    checkpoint. Where torchrun started the processes again, that of before: ``run.resume`` becomes ``auto``.
 
     Raises:
         TrainingError: it cannot be written to.
     """
     from accelerate.utils import broadcast_object_list
 
+    if was_restarted():
+        cfg.run.resume = "auto"
     chosen = [None, None]
     if accelerator.is_main_process:
         try:
@@ -210,12 +212,12 @@ def run_folder(cfg: Config, accelerator: Any) -> Path:
 
 def _choose_folder(cfg: Config) -> Path:
     parent = Path(cfg.run.output_dir).expanduser().absolute()
+    if was_restarted() and (parent / "latest").is_dir():
+        return (parent / "latest").resolve()  # what this command made, with or without a checkpoint
     if cfg.run.resume == "auto":
-        found = sorted(
-            p.parent.parent for p in parent.glob("*/checkpoints/latest") if not p.parent.parent.is_symlink()
-        )
-        if found:
-            return found[-1]
+        runs = [p for p in parent.glob("*") if not p.is_symlink() and found_checkpoints(p / "checkpoints")]
+        if runs:
+            return _current(max(runs))
     elif cfg.run.resume:
         checkpoint = Path(cfg.run.resume).expanduser().resolve()
         if not (checkpoint / STATE_FOLDER).is_dir():
@@ -225,15 +227,24 @@ def _choose_folder(cfg: Config) -> Path:
                 "checkpoints/, or use model.checkpoint to start from its weights."
             )
         if checkpoint.parent.name == "checkpoints":
-            return checkpoint.parent.parent
+            return _current(checkpoint.parent.parent)
     return new_run_folder(parent)
+
+
+def _current(folder: Path) -> Path:
+    """Points ``latest`` at a run that is continued."""
+    point(folder.parent / "latest", folder)
+    return folder
+
+
+def was_restarted() -> bool:
+    """Whether torchrun started this run's processes again after one of them failed."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def new_run_folder(parent: Path) -> Path:
     """Makes ``parent/<date-time>`` and points ``parent/latest`` at it. Raises `TrainingError` when that
     cannot be done."""
-    from evlgen.common.checkpoints import point
-
     name = time.strftime("%Y%m%d-%H%M%S")
     try:
         parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from evlgen.common.errors import EVLGenError
+from evlgen.common.errors import EVLGenError, Interrupted
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -72,13 +72,16 @@ def guarded(action: Callable[[argparse.Namespace], int | None], parser: argparse
     log_to_terminal(args.debug)
     try:
         return action(args) or 0
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
     except EVLGenError as error:
         if args.debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; `--options run.resume=auto` goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
 
 

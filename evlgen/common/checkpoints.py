@@ -36,6 +36,7 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> Path:
             shutil.rmtree(old)
         else:
             os.replace(temporary, target)
+        _flush_entry(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -49,6 +50,7 @@ def point(link: Path, target: Path) -> None:
         temporary.unlink()
     temporary.symlink_to(target.name, target_is_directory=True)
     os.replace(temporary, link)
+    _flush_entry(link.parent)
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -56,20 +58,35 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / WEIGHTS_FILE).is_file() and (folder / CONFIG_FILE).is_file()
 
 
+def found_checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run's ``checkpoints`` folder, the newest written first."""
+    found = [p for p in folder.glob("step_*") if is_checkpoint(p)] if folder.is_dir() else []
+    return sorted(found, key=lambda p: ((p / WEIGHTS_FILE).stat().st_mtime_ns, p.name), reverse=True)
+
+
 def remove_old(folder: Path, keep_last: int) -> None:
     """Removes all checkpoints but the newest ``keep_last`` and those that ``latest`` and ``best`` point
     at."""
     pointed = {(folder / name).resolve() for name in ("latest", "best") if (folder / name).exists()}
-    found = sorted(
-        p for p in folder.iterdir() if p.is_dir() and not p.is_symlink() and p.name.startswith("step_")
-    )
-    for old in found[: max(0, len(found) - keep_last)]:
+    for old in found_checkpoints(folder)[keep_last:]:
         if old.resolve() not in pointed:
             shutil.rmtree(old)
 
 
+def clear_unfinished(folder: Path) -> None:
+    """Removes what a killed process left of checkpoints it was writing."""
+    for left in folder.glob(".step_*") if folder.is_dir() else ():
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def _flush(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+    for path in [*folder.rglob("*"), folder]:
+        _flush_entry(path)
+
+
+def _flush_entry(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

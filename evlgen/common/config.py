@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +282,29 @@ def _default_layer(path: str, what: str, section: str) -> Layer:
     if set(layer.content) != {section} or not isinstance(layer.content[section], Mapping):
         raise ConfigError(f"{layer.source}, the defaults of {what}, must have one section, `{section}:`.")
     return layer
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Iterable[str] = ()) -> list[str]:
+    """A line for each key path whose value differs between two plain configurations, but for ``ignored``."""
+    before, now = dict(_leaves(old)), dict(_leaves(new))
+    paths = [p for p in sorted({*before, *now}) if p not in set(ignored)]
+    return [
+        f"{path} was {_shown(before, path)}, is {_shown(now, path)}"
+        for path in paths
+        if before.get(path, _ABSENT) != now.get(path, _ABSENT)
+    ]
+
+
+_ABSENT = object()
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, list(value) if isinstance(value, tuple) else value
+
+
+def _shown(values: Mapping[str, Any], path: str) -> str:
+    return repr(values[path]) if path in values else "not set"

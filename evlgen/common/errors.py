@@ -33,6 +33,18 @@ class TrainingError(EVLGenError):
     files."""
 
 
+class Interrupted(EVLGenError):
+    """Somebody asked a run to stop, and it did after saving.
+
+    Attributes:
+        exit_code: 128 + the signal's number, as shells have it.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def nearest(name: str, candidates: Iterable[str], limit: int = 3) -> list[str]:
     """The candidates most like ``name``, best first; may be empty."""
     candidates = list(candidates)

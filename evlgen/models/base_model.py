@@ -114,8 +114,11 @@ class BaseModel(nn.Module):
         return []
 
     def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
-        """The training loss of a batch: ``{"loss": scalar}``, a mean; ``num_tokens``, if given, says of how many
-        tokens, so that batches of several processes weigh as one batch would. Others count by samples."""
+        """The training loss of a batch: ``{"loss": scalar}``, a mean.
+
+        ``num_tokens``, if given, says of how many tokens, so that the batches of several processes weigh as
+        one batch of all would; without it they weigh by their samples.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define forward(samples)")
 
     def generate(self, samples: dict[str, Any], **options) -> list[str]:
@@ -210,11 +213,16 @@ class BaseModel(nn.Module):
                 os.replace(Path(temporary) / name, folder / name)
         return folder
 
-    def save_weights(self, folder: Path) -> None:
-        """Writes ``model.safetensors`` (what is trained) and ``config.yaml`` into an existing folder."""
+    def save_weights(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Writes ``model.safetensors`` and ``config.yaml`` into an existing folder.
+
+        Args:
+            weights: those to write; None for those that are trained, as they are now.
+        """
         from safetensors.torch import save_file
 
-        state = {k: v.detach().cpu().contiguous() for k, v in self.trained_state_dict().items()}
+        weights = self.trained_state_dict() if weights is None else weights
+        state = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
         save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         make_readable(folder / WEIGHTS_FILE)
         section = {**dataclasses.asdict(self.cfg), "checkpoint": None}

@@ -1,20 +1,23 @@
 """The order of the training data and the loaders.
 
 Which samples a batch holds, and every random choice made while reading a sample, are functions of (seed,
-epoch, index)
-alone: not of the number of workers, nor of where a run was interrupted.
+epoch, index) alone: not of the number of workers, nor of where a run was interrupted.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, get_worker_info
+
+from evlgen.runners.interruption import leave_to_parent
 
 
 @contextlib.contextmanager
@@ -108,29 +111,38 @@ class BatchPlan:
         return order
 
 
-class _SeededDataset(Dataset):
-    """Reads sample ``index`` with all random generators seeded by the pair's second half."""
+class _SeededDataset(ConcatDataset):
+    """Reads sample ``index`` of several datasets with all random generators seeded by the pair's second half,
+    and notes what to call it in messages: ``sample_id``."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    def __init__(self, datasets: Mapping[str, Dataset]) -> None:
+        super().__init__(datasets.values())
+        self.names = list(datasets)
 
     def __getitem__(self, pair: tuple[int, int]):
         index, seed = pair
+        which = bisect.bisect_right(self.cumulative_sizes, index)
+        index -= self.cumulative_sizes[which - 1] if which else 0
+        dataset = self.datasets[which]
         with seeded(seed):
-            return self.dataset[index]
+            sample = dataset[index]
+        if isinstance(sample, dict):
+            own = dataset.sample_id(index)
+            sample["sample_id"] = own if len(self.names) == 1 else f"{self.names[which]}: {own}"
+        return sample
 
 
 def train_loader(
-    datasets: Sequence[Dataset], plan: BatchPlan, num_workers: int, pin_memory: bool
+    datasets: Mapping[str, Dataset], plan: BatchPlan, num_workers: int, pin_memory: bool
 ) -> DataLoader:
-    """An endless loader over the datasets in the plan's order."""
+    """An endless loader over the datasets, by name, in the plan's order."""
     return DataLoader(
-        _SeededDataset(ConcatDataset(datasets)),
+        _SeededDataset(datasets),
         batch_sampler=plan,
-        collate_fn=datasets[0].collater,
+        collate_fn=next(iter(datasets.values())).collater,
         num_workers=_workers(num_workers),
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),  # else each new iterator would draw from the generator dropout uses
     )
 
@@ -147,7 +159,7 @@ def eval_loader(
         collate_fn=dataset.collater,
         num_workers=_workers(num_workers, len(dataset) // (batch_size * world_size)),
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),  # else each new iterator would draw from the generator dropout uses
     )
 
@@ -158,5 +170,18 @@ def _workers(wanted: int, batches: int | None = None) -> int:
     return min(wanted, cores, wanted if batches is None else batches)
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    leave_to_parent()
+
+
+def to_device(samples: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Moves the tensors of a batch."""
+    return {
+        k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in samples.items()
+    }
+
+
+def batch_size(samples: Mapping[str, Any]) -> int:
+    """The number of samples in a batch."""
+    return max((len(v) for v in samples.values() if hasattr(v, "__len__")), default=0)

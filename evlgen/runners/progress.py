@@ -13,6 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 from evlgen.common.errors import TrainingError
+from evlgen.common.io import write_atomically
+from evlgen.runners.data import batch_size
 from evlgen.runners.run_config import RunConfig
 from evlgen.runners.training_state import TrainingState
 
@@ -29,57 +31,72 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, run: RunConfig, enabled: bool) -> None:
-        self.folder, self.enabled, self.log_freq = folder, enabled, run.log_freq
+        self.folder, self.run, self.enabled = folder, run, enabled
         self.terminal = enabled and sys.stderr.isatty()
         self._bar: tqdm | None = None
         self._board = None
         if enabled:
             folder.mkdir(parents=True, exist_ok=True)
-            if run.tensorboard and not run.evaluate:
-                from torch.utils.tensorboard import SummaryWriter
 
-                self._board = SummaryWriter(str(folder / "tensorboard"))
-
-    def start_training(self, total_iters: int, done: int) -> None:
-        """Begins the bar and the clock."""
+    def start_training(self, total_iters: int, state: TrainingState) -> None:
+        """Begins the bar and the clock. What the log says of later than ``state`` is taken out of it: that is
+        trained again."""
         if not self.enabled:
             return
-        self._total, self._last = total_iters, time.perf_counter()
-        self._samples, self._losses = 0, []
-        self._iterations_since = 0
+        self._total = total_iters
+        if self.run.resume:
+            for name in ("log.jsonl", "skipped.jsonl", "spikes.jsonl", "not_finite.jsonl"):
+                _forget_later(self.folder / name, state)
+        self._open_board(state.iteration + 1)
+        self.resume_clock(state)
         if self.terminal:
-            self._bar = tqdm(total=total_iters, initial=done, desc="training", unit="it", dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total_iters, initial=state.iteration, desc="training", unit="it", dynamic_ncols=True
+            )
 
-    def resume_clock(self) -> None:
+    def resume_clock(self, state: TrainingState) -> None:
         """Leaves what happened since the last line (a validation) out of the next one's speed."""
-        if self.enabled:
-            self._last, self._samples, self._iterations_since, self._losses = time.perf_counter(), 0, 0, []
+        self._last, self._samples, self._from = time.perf_counter(), 0, state.iteration
 
-    def train_step(self, state: TrainingState, losses: dict[str, float], lr: float, samples: int) -> None:
-        """Notes an iteration; every ``log_freq`` iterations writes the mean loss since the last line."""
+    def train_step(
+        self,
+        state: TrainingState,
+        losses: dict[str, float],
+        numbers: dict[str, float],
+        samples: int,
+        iterations: int,
+    ) -> None:
+        """Notes an optimizer step of some iterations; every ``log_freq`` of them writes the mean loss since
+        the last line.
+
+        Args:
+            losses: ``loss`` and whatever else the task gives.
+            numbers: what else is worth a line (learning rate, norm of the gradient).
+            samples: how many were trained on, on all processes.
+        """
         if not self.enabled:
             return
+        state.logged_sum += losses["loss"]
+        state.logged_steps += 1
         self._samples += samples
-        self._losses.append(losses["loss"])
-        self._iterations_since += 1
         if self._bar is not None:
             self._bar.update(state.iteration - self._bar.n)
-        if state.iteration % self.log_freq and state.iteration != self._total:
+        if state.iteration % self.run.log_freq >= iterations and state.iteration != self._total:
             return
-        now = time.perf_counter()
-        seconds = now - self._last
+        seconds = time.perf_counter() - self._last
         record = {
             "type": "train",
             "iteration": state.iteration,
             "epoch": state.epoch,
-            "loss": sum(self._losses) / len(self._losses),
+            "loss": state.logged_sum / state.logged_steps,
             **{name: value for name, value in losses.items() if name != "loss"},
-            "lr": lr,
+            **numbers,
             "samples_per_s": self._samples / seconds,
         }
         self._write(record)
         self._show_step(record, seconds)
-        self._last, self._samples, self._losses, self._iterations_since = now, 0, [], 0
+        state.logged_sum, state.logged_steps = 0.0, 0
+        self.resume_clock(state)
 
     def end_training(self) -> None:
         """Closes the bar."""
@@ -90,16 +107,28 @@ class RunLog:
             self._board.flush()
 
     def evaluation(
-        self, key: str, label: str, metrics: dict[str, float], count: int, skipped: int, seconds: float
+        self,
+        key: str,
+        state: TrainingState | None,
+        metrics: dict[str, float],
+        count: int,
+        skipped: int,
+        seconds: float,
     ) -> None:
-        """Notes the metrics of an evaluated split, the samples scored and those that could not be read."""
+        """Notes the metrics of an evaluated split, the samples scored and those that could not be read.
+
+        Args:
+            state: of the run that is being validated; None for a test.
+        """
         if not self.enabled:
             return
+        label = validation_label(state)
         self._write(
             {
                 "type": "evaluation",
                 "split": key,
                 "label": label,
+                "iteration": None if state is None else state.iteration,
                 "samples": count,
                 "skipped": skipped,
                 "seconds": seconds,
@@ -121,7 +150,8 @@ class RunLog:
         if self._bar is not None:
             self._bar.set_postfix_str(numbers)
             return
-        left = (self._total - record["iteration"]) * seconds / max(1, self._iterations_since)
+        done = max(1, record["iteration"] - self._from)
+        left = (self._total - record["iteration"]) * seconds / done
         minutes, rest = divmod(int(left), 60)
         logger.info(
             "iteration %d/%d  %s  %d:%02d left", record["iteration"], self._total, numbers, minutes, rest
@@ -132,18 +162,46 @@ class RunLog:
             self._bar.clear()
         logger.info(line)
 
+    def _open_board(self, first_step: int) -> None:
+        if self.run.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)
+
     def _write(self, record: dict[str, Any]) -> None:
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
         if self._board is not None:
-            step = record.get("iteration", self._step)
-            self._step = step
+            step = record["iteration"] or self._total
             prefix = record["type"] if record["type"] == "train" else record["split"]
             for name, value in record.items():
                 if isinstance(value, float):
                     self._board.add_scalar(f"{prefix}/{name}", value, step)
 
-    _step = 0
+
+def validation_label(state: TrainingState | None) -> str:
+    """What the validation after an epoch is called in folders and logs; empty for a test."""
+    return "" if state is None else f"epoch{state.epoch + 1}"
+
+
+def _forget_later(path: Path, state: TrainingState) -> None:
+    """Takes the lines after a state out of a file of JSON lines, and a last one that was not written out."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record.get("type") == "evaluation":
+            epoch = record["label"].removeprefix("epoch")
+            is_past = epoch.isdigit() and int(epoch) <= state.epoch
+        else:
+            is_past = (record.get("iteration") or 0) <= state.iteration
+        if is_past:
+            kept.append(line + "\n")
+    write_atomically(path, "".join(kept))
 
 
 class SkippedSamples:
@@ -165,7 +223,7 @@ class SkippedSamples:
     def take_out(self, batch: dict[str, Any], iteration: int | None) -> dict[str, Any] | None:
         """The batch without its list of skipped samples; None where nothing is left."""
         skipped = batch.pop("skipped", [])
-        self.seen += len(skipped) + _size(batch)
+        self.seen += len(skipped) + batch_size(batch)
         self.broken += len(skipped)
         for sample in skipped:
             self._note(sample, iteration)
@@ -182,6 +240,14 @@ class SkippedSamples:
                 "them or raise the share."
             )
 
+    def to_json(self) -> dict[str, int]:
+        """What a resumed run needs to go on counting."""
+        return {"seen": self.seen, "broken": self.broken}
+
+    def restore(self, values: dict[str, int]) -> None:
+        """Takes over what `to_json` gave."""
+        self.seen, self.broken = int(values.get("seen", 0)), int(values.get("broken", 0))
+
     def _note(self, sample: Any, iteration: int | None) -> None:
         key = f"{sample.id}: {sample.reason}"
         if key in self._named:
@@ -192,7 +258,3 @@ class SkippedSamples:
         record = {"index": sample.index, "id": sample.id, "reason": sample.reason, "iteration": iteration}
         with open(self.folder / "skipped.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record, default=str) + "\n")
-
-
-def _size(batch: dict[str, Any]) -> int:
-    return max((len(v) for v in batch.values() if hasattr(v, "__len__")), default=0)

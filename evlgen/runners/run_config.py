@@ -107,8 +107,15 @@ class RunConfig:
 
     #: A checkpoint folder to go on from; ``auto``: the latest one in ``output_dir``, if any.
     resume: str | None = None
+    #: Iterations between two checkpoints, besides those at the end of every (inner) epoch; None: only those.
+    save_every: PositiveInt | None = 1000
     #: How many of the latest checkpoints are kept; the best one is kept besides.
-    keep_last: PositiveInt = 1
+    keep_last: PositiveInt = 2
+    #: In bf16 and fp16 a step with a loss or gradient that is not finite is left out; so many in a row stop
+    #: the run. In fp32 the first one does.
+    max_nonfinite_steps: PositiveInt = 20
+    #: A loss so many standard deviations above the recent ones is noted with its samples; None: never.
+    spike_sigmas: PositiveFloat | None = 6.0
     #: Iterations between two log lines.
     log_freq: PositiveInt = 50
     #: Whether to write TensorBoard files.

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from evlgen.common.errors import ConfigError, TrainingError, did_you_mean
-from evlgen.common.precision import resolve_precision
 from evlgen.common.registry import registry
 from evlgen.models.base_model import BaseModel
-from evlgen.runners.data import BatchPlan, eval_loader, seeded, train_loader
+from evlgen.runners.checkpointer import Checkpointer
+from evlgen.runners.data import BatchPlan, batch_size, eval_loader, seeded, to_device, train_loader
+from evlgen.runners.distribution import WeightedMeans, make_accelerator, prepare, total_norm
+from evlgen.runners.interruption import StopRequest
+from evlgen.runners.loss_watch import LossWatch
 from evlgen.runners.optimizer import build_optimizer
-from evlgen.runners.progress import RunLog, SkippedSamples
+from evlgen.runners.progress import RunLog, SkippedSamples, validation_label
 from evlgen.runners.run_config import RunConfig
-from evlgen.runners.training_state import Checkpointer, TrainingState
+from evlgen.runners.training_state import TrainingState, kept_random_state
 from evlgen.tasks.base_task import BaseTask
 
 logger = logging.getLogger(__name__)
-
-_PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 @registry.register_runner("runner_base")
@@ -64,7 +66,11 @@ class Runner:
         self.model = model.to(self.accelerator.device)
         self.log = RunLog(folder, run, enabled=self.accelerator.is_main_process)
         self.skipped = SkippedSamples(folder, run.max_skipped_share)
-        self.checkpointer = Checkpointer(folder / "checkpoints", run.keep_last, config or {})
+        self.watch = LossWatch(folder, run, self.accelerator)
+        self.checkpointer = Checkpointer(
+            folder / "checkpoints", run.keep_last, config or {}, self.accelerator
+        )
+        self.stop = StopRequest(distributed=self.accelerator.num_processes > 1)
 
     # ---- training ----
 
@@ -75,38 +81,39 @@ class Runner:
             split name -> metrics, of the test splits.
 
         Raises:
-            TrainingError: a loss that is not finite; too many broken samples.
+            TrainingError: a loss that is not finite; too many broken samples; the last checkpoint could not
+                be saved. Interrupted: Ctrl-C or SIGTERM, after saving.
         """
-        self._set_up_training()
-        state = self.state
-        if state.iteration:
-            logger.info("resuming after iteration %d of %d", state.iteration, self.total_iters)
-        batches = iter(self._loader)
-        self.log.start_training(self.total_iters, state.iteration)
-        while state.iteration < self.total_iters:
-            self._train_epoch(batches)
-            state.epoch += 1
-            self._validate_and_save()
-        self.log.end_training()
-        if not self.run.test_splits:
-            return {}
-        self.model.load_checkpoint(self.checkpointer.best_or_latest())
-        return self.evaluate(self.run.test_splits)
+        with self.stop, self.checkpointer:
+            self._set_up_training()
+            state, batches = self.state, iter(self._loader)
+            while state.epoch * self.iters_per_epoch < self.total_iters:
+                self._train_epoch(batches)
+                self._save()
+                is_best = self._validate()
+                state.epoch += 1
+                self.checkpointer.end_epoch(state, is_best)
+            self.log.end_training()
+            self.checkpointer.raise_problem()
+            if not self.run.test_splits:
+                return {}
+            self.model.load_checkpoint(self.checkpointer.best_or_latest())
+            return self.evaluate(self.run.test_splits)
 
     def _set_up_training(self) -> None:
         run, accelerator = self.run, self.accelerator
-        named = [
-            (name, dataset)
+        trained = {
+            (name if len(run.train_splits) == 1 else f"{name}/{split}"): (name, dataset)
             for name, splits in self.datasets.items()
             for split, dataset in splits.items()
             if split in run.train_splits
-        ]
-        trained = self._trained = [dataset for _, dataset in named]
+        }
+        self._trained = {key: dataset for key, (_, dataset) in trained.items()}
         self.plan = BatchPlan(
-            [len(d) for d in trained],
+            [len(d) for d in self._trained.values()],
             run.batch_size_train,
             run.seed,
-            ratios=self._ratios(named),
+            ratios=self._ratios(list(trained.values())),
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
@@ -121,44 +128,118 @@ class Runner:
             decay_rate=run.lr_decay_rate or 1.0,
         )
         optimizer = build_optimizer(self.model, run.init_lr, run.weight_decay, run.beta2)
-        self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
-        self.state = TrainingState()
+        self.wrapped, self.optimizer = prepare(accelerator, self.model, optimizer)
+        self.state = TrainingState(
+            data={
+                "samples": self.plan.lengths,
+                "batch_size": run.batch_size_train,
+                "processes": accelerator.num_processes,
+            }
+        )
         self._last_samples: dict[str, Any] | None = None
         if run.resume:
-            self.checkpointer.resume(run.resume, self.model, self.optimizer, self.state, accelerator)
+            own = self.checkpointer.resume(run.resume, self.model, self.optimizer, self.state)
+            self.skipped.restore((own or {}).get("skipped", {}))
+            if self.state.iteration:
+                logger.info("resuming after iteration %d of %d", self.state.iteration, self.total_iters)
         self.plan.start = self.state.iteration
-        self._loader = train_loader(trained, self.plan, run.num_workers, accelerator.device.type == "cuda")
+        self._loader = train_loader(
+            self._trained, self.plan, run.num_workers, accelerator.device.type == "cuda"
+        )
+        self.log.start_training(self.total_iters, self.state)
 
     def length(self) -> tuple[int, int]:
         """Iterations of an epoch and of the whole run."""
         return self.plan.batches_per_epoch, self.plan.batches_per_epoch * self.run.max_epoch
 
     def _train_epoch(self, batches: Iterator[dict[str, Any]]) -> None:
-        end = min(self.total_iters, (self.state.epoch + 1) * self.iters_per_epoch)
+        """The rest of the epoch that ``state`` is in."""
+        state = self.state
+        end = min(self.total_iters, (state.epoch + 1) * self.iters_per_epoch)
         self.wrapped.train()
-        self.log.resume_clock()
-        while self.state.iteration < end:
-            group = min(self.run.accum_grad_iters, end - self.state.iteration)
-            self._train_group(batches, group)
+        self.log.resume_clock(state)
+        while state.iteration < end:
+            group = min(self.run.accum_grad_iters, end - state.iteration)
+            asked_to_stop = self._train_group(batches, group)
+            if asked_to_stop:
+                self._save_and_stop()
+            if self.run.save_every and state.iteration % self.run.save_every < group:
+                self._save()
 
-    def _train_group(self, batches: Iterator[dict[str, Any]], group: int) -> None:
-        """One optimizer step over ``group`` batches."""
-        learning_rate = self.schedule(self.state.iteration)
+    def _train_group(self, batches: Iterator[dict[str, Any]], group: int) -> bool:
+        """One optimizer step over ``group`` batches; true where some process was asked to stop.
+
+        The gradient is that of the mean over all tokens of all these batches on all processes, as if they
+        were one batch: each batch's mean loss weighs by its tokens.
+        """
+        state, processes = self.state, self.accelerator.num_processes
+        learning_rate = self.schedule(state.iteration)
         for params in self.optimizer.param_groups:
             params["lr"] = learning_rate
+        is_one_batch = group * processes == 1
+        means = WeightedMeans()
+        seen: list[tuple[Tensor, list[str]]] = []  # each batch's loss and sample ids
         for position in range(group):
-            samples = self.skipped.take_out(next(batches), self.state.iteration)
-            self.state.iteration += 1
-            weight = 1.0
-            if samples is None:  # all broken: every process must still take part in the step, with no weight
-                samples, weight = self._stand_in(), 0.0
+            samples = self.skipped.take_out(self._next(batches), state.iteration)
+            state.iteration += 1
+            is_empty = samples is None
+            if is_empty:
+                if processes == 1:
+                    continue
+                samples = self._stand_in()  # every process must take part in the step, here with no weight
             self._last_samples = samples
-            losses = self._backward(samples, weight / group, last=position == group - 1)
-            self.log.train_step(self.state, losses, learning_rate, self._global_batch(samples))
-        if self.run.max_grad_norm:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.max_grad_norm)
-        self.optimizer.step()
+            with self._synchronised(position == group - 1):
+                losses = self.task.train_step(self.wrapped, to_device(samples, self.accelerator.device))
+                count = 0 if is_empty else batch_size(samples)
+                weight = float(losses.pop("num_tokens", count)) * (count > 0)
+                share = 1.0 if is_one_batch else weight / self.run.batch_size_train
+                self.accelerator.backward(losses["loss"] * share)
+            means.add(losses, weight, count)
+            seen.append((losses["loss"].detach(), samples.get("sample_id", []) if count else []))
+        losses, weight, count, asked_to_stop = means.over_processes(self.accelerator, self.stop.requested)
+        if weight:
+            scale = 1.0 if is_one_batch else self.run.batch_size_train * processes / weight
+            norm = self._step(scale, losses["loss"])
+            if math.isfinite(norm) and math.isfinite(losses["loss"]):
+                self.watch.finite(state, losses["loss"], seen)
+                numbers = {"lr": learning_rate, "grad_norm": norm}
+                self.log.train_step(state, losses, numbers, count, group)
+            else:
+                self.watch.not_finite(state, losses["loss"], norm, seen, self.checkpointer.latest())
         self.optimizer.zero_grad(set_to_none=True)
+        return asked_to_stop
+
+    def _step(self, scale: float, loss: float) -> float:
+        """Scales and clips the gradient and moves the weights, unless a number is not finite. Returns the
+        gradient's norm before clipping."""
+        self.accelerator.unscale_gradients()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = scale * total_norm(gradients)
+        factor = scale
+        if self.run.max_grad_norm and norm > self.run.max_grad_norm:
+            factor *= self.run.max_grad_norm / (norm + 1e-6)
+        if factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
+        self.checkpointer.wait_for_copy()
+        # fp16's scaler leaves such a step out itself, and learns from it
+        if (math.isfinite(norm) and math.isfinite(loss)) or self.accelerator.scaler is not None:
+            self.optimizer.step()
+        return norm
+
+    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager:
+        """Gradients are exchanged after the last batch of a step only."""
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped)
+
+    def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return next(batches)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error) or "exited" not in str(error):
+                raise
+            raise TrainingError(
+                f"a data-loading process died ({str(error).splitlines()[0]}), often for want of memory. "
+                "Lower run.num_workers or run.batch_size_train."
+            ) from error
 
     def _stand_in(self) -> dict[str, Any]:
         """The batch before, where nothing of one could be read; for a run's first, any readable sample."""
@@ -166,51 +247,48 @@ class Runner:
             return self._last_samples
         self.skipped.check()
         with seeded(self.run.seed):
-            for dataset in self._trained:
+            for dataset in self._trained.values():
                 for index in range(len(dataset)):
                     batch = dataset.collater([dataset[index]])
                     if not batch.pop("skipped", None):
                         return batch
         raise TrainingError(f"no training sample can be read; see {self.folder / 'skipped.jsonl'}.")
 
-    def _backward(self, samples: dict[str, Any], weight: float, last: bool) -> dict[str, float]:
-        """Adds a batch's gradients times a weight, and returns its losses as numbers."""
-        samples = to_device(samples, self.accelerator.device)
-        if last:
-            losses = self.task.train_step(self.wrapped, samples)
-            self.accelerator.backward(losses["loss"] * weight)
-        else:
-            with self.accelerator.no_sync(self.wrapped):
-                losses = self.task.train_step(self.wrapped, samples)
-                self.accelerator.backward(losses["loss"] * weight)
-        numbers = {name: float(value.detach()) for name, value in losses.items()}
-        if not torch.isfinite(torch.tensor(numbers["loss"])):
-            raise TrainingError(
-                f"the loss became {numbers['loss']} at iteration {self.state.iteration}, with samples "
-                f"{samples.get('instance_id', samples.get('image_id', '?'))}. The last good checkpoint is "
-                f"{self.checkpointer.latest() or 'none yet'}. Lower run.init_lr, set run.max_grad_norm, or "
-                "look at these samples."
-            )
-        return numbers
+    def _save(self) -> None:
+        if self.checkpointer.saved_iteration != self.state.iteration:
+            own = {"skipped": self.skipped.to_json()}
+            self.checkpointer.save(self.model, self.optimizer, self.state, own)
 
-    def _validate_and_save(self) -> None:
+    def _save_and_stop(self) -> None:
+        self.stop.in_time()
+        self._save()
+        self.checkpointer.wait()
+        self.checkpointer.raise_problem()
+        done = f"after iteration {self.state.iteration} of {self.total_iters}"
+        raise self.stop.interrupted(f"{done}; saved in {self.checkpointer.folder}")
+
+    def _validate(self) -> bool:
+        """Scores the validation splits where it is their turn; true for the best checkpoint so far."""
         state, run = self.state, self.run
-        is_best = not run.valid_splits  # where nothing is validated, the newest is the best known
+        if not run.valid_splits:
+            return True  # the newest is the best known
         is_last = state.iteration >= self.total_iters
-        if run.valid_splits and (state.epoch % run.valid_freq == 0 or is_last):
-            scores = self.evaluate(run.valid_splits, f"epoch{state.epoch}")
-            # the first split decides; of several datasets that have it, their mean
-            deciding = [m for key, m in scores.items() if key.rpartition("/")[2] == run.valid_splits[0]]
-            if not all("agg_metrics" in m for m in deciding):
-                logger.warning(
-                    "no best checkpoint is chosen: that takes `agg_metrics` (of captions: cider and bleu)"
-                )
-            else:
-                metric = sum(m["agg_metrics"] for m in deciding) / len(deciding)
-                is_best = state.best_metric is None or metric > state.best_metric
-                if is_best:
-                    state.best_metric, state.best_epoch = metric, state.epoch
-        self.checkpointer.save(self.accelerator, self.model, self.optimizer, state, is_best)
+        if (state.epoch + 1) % run.valid_freq and not is_last:
+            return False
+        with kept_random_state():
+            scores = self.evaluate(run.valid_splits, state)
+        # the first split decides; of several datasets that have it, their mean
+        deciding = [m for key, m in scores.items() if key.rpartition("/")[2] == run.valid_splits[0]]
+        if not all("agg_metrics" in m for m in deciding):
+            logger.warning(
+                "no best checkpoint is chosen: that takes `agg_metrics` (of captions: cider and bleu)"
+            )
+            return False
+        metric = sum(m["agg_metrics"] for m in deciding) / len(deciding)
+        is_best = state.best_metric is None or metric > state.best_metric
+        if is_best:
+            state.best_metric, state.best_epoch = metric, state.epoch + 1
+        return is_best
 
     def _ratios(self, named: list[tuple[str, Dataset]]) -> list[float] | None:
         """The weight of each training split: its dataset's ratio, shared by size among its splits."""
@@ -231,18 +309,24 @@ class Runner:
     # ---- evaluation ----
 
     @torch.no_grad()
-    def evaluate(self, splits: list[str], label: str = "") -> dict[str, dict[str, float]]:
+    def evaluate(self, splits: list[str], state: TrainingState | None = None) -> dict[str, dict[str, float]]:
         """Generates for every sample of the splits and scores: split name -> metrics (``dataset/split`` with
-        several)."""
+        several).
+
+        Args:
+            state: of the run that is being validated; None for a test.
+        """
         scores = {}
         for name, by_split in self.datasets.items():
             for split in splits:
                 if split in by_split:
                     key = split if len(self.datasets) == 1 else f"{name}/{split}"
-                    scores[key] = self._evaluate_split(by_split[split], split, key, label)
+                    scores[key] = self._evaluate_split(by_split[split], split, key, state)
         return scores
 
-    def _evaluate_split(self, dataset: Dataset, split: str, key: str, label: str) -> dict[str, float]:
+    def _evaluate_split(
+        self, dataset: Dataset, split: str, key: str, state: TrainingState | None
+    ) -> dict[str, float]:
         accelerator, run = self.accelerator, self.run
         loader = eval_loader(
             dataset,
@@ -257,6 +341,8 @@ class Runner:
         results: list[dict[str, Any]] = []
         started, broken_before = time.perf_counter(), self.skipped.broken
         for batch in self.log.progress(loader, f"evaluating {key}"):
+            if self.stop.requested:  # what was trained is saved
+                raise self.stop.interrupted(f"while evaluating {key}; saved in {self.checkpointer.folder}")
             samples = self.skipped.take_out(batch, None)
             if samples is not None:
                 with accelerator.autocast():
@@ -267,16 +353,12 @@ class Runner:
         self.model.train(was_training)
         metrics: dict[str, float] = {}
         if accelerator.is_main_process:
+            label = validation_label(state)
             folder = self.folder / "result" / "_".join(x for x in (key.replace("/", "_"), label) if x)
             metrics = self.task.after_evaluation(results, dataset, split, folder)
-            self.log.evaluation(key, label, metrics, len(results), skipped, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self.log.evaluation(key, state, metrics, len(results), skipped, seconds)
         return gather_object([metrics])[0]
-
-    # ---- helpers ----
-
-    def _global_batch(self, samples: dict[str, Any]) -> int:
-        first = samples.get("image", samples.get("text_input"))
-        return len(first) * self.accelerator.num_processes
 
 
 @registry.register_runner("runner_iter")
@@ -288,25 +370,3 @@ class IterRunner(Runner):
         """Iterations of an inner epoch and of the whole run."""
         inner = self.run.iters_per_inner_epoch or self.run.max_iters
         return min(inner, self.run.max_iters), self.run.max_iters
-
-
-def make_accelerator(run: RunConfig) -> Accelerator:
-    """The accelerator of a run, its precision as the device computes it."""
-    cpu = not torch.accelerator.is_available()  # said outright, or accelerate would not distribute on CPUs
-    # the others wait while the first process scores, and METEOR and SPICE may take long
-    state = PartialState(cpu=cpu, timeout=datetime.timedelta(hours=6))
-    if not state.is_main_process:
-        logging.getLogger("evlgen").setLevel(logging.WARNING)
-    precision = resolve_precision(run.precision, state.device)
-    torch.backends.cuda.matmul.allow_tf32 = run.allow_tf32
-    torch.backends.cudnn.allow_tf32 = run.allow_tf32
-    torch.use_deterministic_algorithms(run.deterministic, warn_only=True)
-    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
-    return Accelerator(mixed_precision=_PRECISIONS[precision], cpu=cpu)
-
-
-def to_device(samples: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Moves the tensors of a batch."""
-    return {
-        k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in samples.items()
-    }

@@ -1,173 +1,155 @@
-"""Where a run stands, and how that is saved and found again."""
+"""Where a run stands: what a checkpoint's ``training_state/`` folder holds, as plain values and tensors.
+
+``progress.json`` has the counters, ``optimizer.safetensors`` the optimizer's tensors by weight, and
+``random.safetensors`` every process's random states. Nothing in it is a pickle.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import logging
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from omegaconf import OmegaConf
+from torch import Tensor, nn
 
-from evlgen.common.checkpoints import (
-    CONFIG_FILE,
-    STATE_FOLDER,
-    is_checkpoint,
-    point,
-    remove_old,
-    write_folder,
-)
 from evlgen.common.errors import CheckpointError
-from evlgen.common.io import write_atomically
-from evlgen.common.weights import read_pickle
-from evlgen.models.base_model import BaseModel
 
-logger = logging.getLogger(__name__)
+PROGRESS_FILE = "progress.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+RANDOM_FILE = "random.safetensors"
 
 
 @dataclasses.dataclass
 class TrainingState:
-    """How far a run is: batches and (inner) epochs done, and the best validation so far."""
+    """How far a run is, and what its log and its watch over the loss remember."""
 
+    #: Batches trained on, of one process.
     iteration: int = 0
+    #: (Inner) epochs trained and validated.
     epoch: int = 0
     best_metric: float | None = None
     best_epoch: int | None = None
+    #: Optimizer steps left out because a number was not finite: in all, and just before now.
+    nonfinite_steps: int = 0
+    nonfinite_in_row: int = 0
+    #: Running mean and variance of the loss, over so many optimizer steps.
+    loss_mean: float = 0.0
+    loss_variance: float = 0.0
+    loss_steps: int = 0
+    #: Sum and number of the losses since the last log line.
+    logged_sum: float = 0.0
+    logged_steps: int = 0
+    #: What the order of the data depends on: samples of each dataset, processes, batch size.
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self)
+
+    def restore(self, values: dict[str, Any]) -> None:
+        """Takes over what `to_json` gave. Raises `CheckpointError` for a value of another type."""
+        for field in dataclasses.fields(self):
+            value = values.get(field.name)
+            own = getattr(self, field.name)
+            kind = float if own is None else type(own)
+            if own is None and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+                raise CheckpointError(f"its {PROGRESS_FILE} gives {field.name} as {value!r}")
+            if kind is int and value < 0:
+                raise CheckpointError(f"its {PROGRESS_FILE} gives {field.name} as {value!r}")
+            setattr(self, field.name, value)
 
 
-class Checkpointer:
-    """Saves and finds the checkpoints of a run.
-
-    Args:
-        folder: the run's ``checkpoints`` folder.
-        keep_last: how many are kept besides those ``latest`` and ``best`` point at.
-        config: the whole configuration, saved with each.
-    """
-
-    def __init__(self, folder: Path, keep_last: int, config: dict[str, Any]) -> None:
-        self.folder, self.keep_last, self.config = folder, keep_last, config
-
-    def save(
-        self,
-        accelerator: Accelerator,
-        model: BaseModel,
-        optimizer: torch.optim.Optimizer,
-        state: TrainingState,
-        is_best: bool,
-    ) -> None:
-        """Writes ``step_<iteration>`` and points ``latest`` (and ``best``) at it."""
-        accelerator.wait_for_everyone()
-        random_states = _gather_random_states(accelerator)
-        if accelerator.is_main_process:
-
-            def write(folder: Path) -> None:
-                model.save_weights(folder)
-                write_atomically(
-                    folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(self._config_for(model)))
-                )
-                (folder / STATE_FOLDER).mkdir()
-                write_atomically(
-                    folder / STATE_FOLDER / "progress.json", json.dumps(dataclasses.asdict(state), indent=1)
-                )
-                torch.save(optimizer.state_dict(), folder / STATE_FOLDER / "optimizer.pt")
-                torch.save(random_states, folder / STATE_FOLDER / "random.pt")
-                if accelerator.scaler is not None:
-                    torch.save(accelerator.scaler.state_dict(), folder / STATE_FOLDER / "scaler.pt")
-
-            target = write_folder(self.folder / f"step_{state.iteration:08d}", write)
-            point(self.folder / "latest", target)
-            if is_best:
-                point(self.folder / "best", target)
-            remove_old(self.folder, self.keep_last)
-        accelerator.wait_for_everyone()
-
-    def resume(
-        self,
-        source: str,
-        model: BaseModel,
-        optimizer: torch.optim.Optimizer,
-        state: TrainingState,
-        accelerator: Accelerator,
-    ) -> None:
-        """Puts everything back as it was at a checkpoint: ``auto`` for this run's newest, or a checkpoint's
-        folder."""
-        if source == "auto":
-            folder = self.latest()
-            if folder is None:
-                logger.info("nothing to resume in %s: starting from the beginning", self.folder)
-                return
-        else:
-            folder = Path(source).expanduser()
-        progress = folder / STATE_FOLDER / "progress.json"
-        if not progress.is_file():
-            raise CheckpointError(
-                f"run.resume: {folder} has no {STATE_FOLDER}/progress.json, so a run cannot go on from it. "
-                "Name a folder under a run's checkpoints/, or use model.checkpoint to start from its weights."
-            )
-        model.load_checkpoint(folder)
-        for key, value in json.loads(progress.read_text(encoding="utf-8")).items():
-            setattr(state, key, value)
-        try:
-            optimizer.load_state_dict(read_pickle(folder / STATE_FOLDER / "optimizer.pt"))
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"run.resume: the optimizer state in {folder} belongs to another model ({error}). Use the "
-                "run's own "
-                "config.yaml, or model.checkpoint to start from its weights."
-            ) from error
-        if accelerator.scaler is not None and (folder / STATE_FOLDER / "scaler.pt").is_file():
-            accelerator.scaler.load_state_dict(read_pickle(folder / STATE_FOLDER / "scaler.pt"))
-        states = read_pickle(folder / STATE_FOLDER / "random.pt")
-        if accelerator.process_index < len(states):
-            _set_random_state(states[accelerator.process_index])
-
-    def latest(self) -> Path | None:
-        """The newest whole checkpoint of this run, or None."""
-        link = self.folder / "latest"
-        if is_checkpoint(link):
-            return link.resolve()
-        found = (
-            sorted(p for p in self.folder.glob("step_*") if is_checkpoint(p)) if self.folder.is_dir() else []
-        )
-        return found[-1] if found else None
-
-    def best_or_latest(self) -> Path:
-        """The best checkpoint by validation; the newest where none was scored."""
-        best = self.folder / "best"
-        folder = best.resolve() if is_checkpoint(best) else self.latest()
-        if folder is None:
-            raise CheckpointError(f"{self.folder} holds no checkpoint.")
-        return folder
-
-    def _config_for(self, model: BaseModel) -> dict[str, Any]:
-        section = {**dataclasses.asdict(model.cfg), "checkpoint": None}
-        return {**self.config, "model": section}
-
-
-def _gather_random_states(accelerator: Accelerator) -> list[dict[str, Any]]:
-    from accelerate.utils import gather_object
-
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    own = {
-        "python": [version, list(internal), gauss],
-        "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as ``<weight>:<entry>``; the tensors themselves, not copies."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{names[id(p)]}:{entry}": torch.as_tensor(value)
+        for p, entries in optimizer.state.items()
+        for entry, value in entries.items()
     }
-    return gather_object([own])
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Gives the optimizer the state of `optimizer_tensors`; its settings stay those of the configuration.
+
+    Raises:
+        CheckpointError: a weight the model does not train, one that is missing, or another shape.
+    """
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    entries: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, entry = key.rpartition(":")
+        if name not in weights:
+            raise CheckpointError(f"its optimizer state is of another model: this one does not train {name}")
+        if value.ndim and value.shape != weights[name].shape:
+            raise CheckpointError(
+                f"its optimizer state is of another model: {name} has shape {tuple(value.shape)} there and "
+                f"{tuple(weights[name].shape)} here"
+            )
+        entries.setdefault(name, {})[entry] = value
+    missing = sorted(set(weights) - set(entries)) if entries else []
+    if missing:
+        raise CheckpointError(f"its optimizer state is of another model: it lacks {missing[0]}")
+    settings = optimizer.state_dict()["param_groups"]
+    names = {id(p): name for name, p in weights.items()}
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    state = {index: entries[name] for index, name in enumerate(order) if name in entries}
+    optimizer.load_state_dict({"state": state, "param_groups": settings})
+
+
+def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """This process's random states: tensors, and what is no tensor."""
+    version, internal, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    tensors = {
+        "python": torch.tensor(internal, dtype=torch.int64),
+        "numpy": torch.from_numpy(keys.astype(np.int64)),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    plain = {"python": [version, gauss], "numpy": [int(position), int(has_gauss), float(cached)]}
+    return tensors, plain
+
+
+def set_random_state(tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    """Puts back what `random_state` gave. Raises `CheckpointError` where that is damaged."""
+    try:
+        version, gauss = plain["python"]
+        random.setstate((version, tuple(tensors["python"].tolist()), gauss))
+        keys = tensors["numpy"].numpy().astype(np.uint32)
+        np.random.set_state(("MT19937", keys, *plain["numpy"]))
+        torch.set_rng_state(tensors["torch"])
+        if "cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["cuda"])
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"its {RANDOM_FILE} is damaged ({error})") from error
+
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Puts this process's random states back after the block."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(*state)
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """The content of a ``progress.json``. Raises `CheckpointError` where it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"its {path.name} cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"its {path.name} holds no counters")
+    return content

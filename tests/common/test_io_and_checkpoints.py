@@ -89,8 +89,12 @@ def test_a_folder_whose_writing_fails_keeps_what_was_there(tmp_path):
 
 
 def test_old_checkpoints_go_and_those_pointed_at_stay(tmp_path):
+    def fill(folder):
+        (folder / "model.safetensors").touch()
+        (folder / "config.yaml").touch()
+
     for step in range(1, 6):
-        write_folder(tmp_path / f"step_{step:08d}", lambda f: (f / "x").touch())
+        write_folder(tmp_path / f"step_{step:08d}", fill)
     point(tmp_path / "best", tmp_path / "step_00000002")
     point(tmp_path / "latest", tmp_path / "step_00000004")
     point(tmp_path / "latest", tmp_path / "step_00000005")
@@ -103,4 +107,4 @@ def test_old_checkpoints_go_and_those_pointed_at_stay(tmp_path):
         "step_00000005",
     ]
     assert (tmp_path / "latest").resolve().name == "step_00000005"
-    assert not is_checkpoint(tmp_path / "latest")
+    assert is_checkpoint(tmp_path / "latest") and not is_checkpoint(tmp_path)

@@ -58,7 +58,7 @@ class _Noise(BaseDataset):
 def test_random_choices_do_not_depend_on_workers_or_on_where_the_run_began():
     def read(num_workers, start, count):
         loader = train_loader(
-            [_Noise()], BatchPlan([12], 3, seed=5, start=start), num_workers, pin_memory=False
+            {"noise": _Noise()}, BatchPlan([12], 3, seed=5, start=start), num_workers, pin_memory=False
         )
         return torch.stack([b["image"] for b in islice(loader, count)])
 

@@ -55,7 +55,7 @@ def test_a_resumed_run_gives_the_losses_and_weights_of_one_never_interrupted(tin
     whole = load_file(folder / "checkpoints" / "latest" / "model.safetensors")
     resumed_folder, resumed = train(path, f"run.resume={folder / 'checkpoints' / 'step_00000006'}")
     assert resumed_folder == folder
-    assert losses(resumed)[len(losses(records)) :] == losses(records)[6:]
+    assert losses(resumed) == losses(records)  # the log's lines after the checkpoint are written anew
     again = load_file(folder / "checkpoints" / "latest" / "model.safetensors")
     assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
 
@@ -103,10 +103,23 @@ def test_accumulating_two_batches_is_one_batch_of_twice_the_size(tiny_project):
     assert apart < 0.35 * moved
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(tiny_project):
-    path = tiny_project(run={"max_epoch": 3, "valid_splits": [], "init_lr": 1e30, "min_lr": 0.0})
+def test_a_loss_that_is_not_finite_stops_a_run_in_fp32_at_once_and_names_the_samples(tiny_project):
+    settings = {"max_epoch": 3, "valid_splits": [], "init_lr": 1e30, "min_lr": 0.0, "precision": "fp32"}
     with pytest.raises(TrainingError, match=r"loss became (nan|inf).*samples \['\d+'"):
-        train(path)
+        train(tiny_project(run=settings))
+
+
+def test_in_bf16_steps_that_are_not_finite_are_left_out_and_too_many_in_a_row_stop_the_run(
+    tiny_project, tmp_path
+):
+    settings = {"max_epoch": 3, "valid_splits": [], "init_lr": 1e30, "min_lr": 0.0, "precision": "bf16"}
+    with pytest.raises(TrainingError, match=r"\(3 such steps in a row\), with samples \['\d+'"):
+        train(tiny_project(run={**settings, "max_nonfinite_steps": 3}))
+    lines = (tmp_path / "output" / "latest" / "not_finite.jsonl").read_text().splitlines()
+    left_out = [json.loads(line) for line in lines]
+    first = left_out[0]["iteration"]
+    assert [r["iteration"] for r in left_out] == [first, first + 1, first + 2]
+    assert all(len(r["batches"][0]["samples"]) == 4 for r in left_out)
 
 
 def test_an_output_folder_that_takes_no_files_is_named(tiny_project, tmp_path):

@@ -1,0 +1,342 @@
+"""Saves a run's checkpoints while it goes on, and finds the newest good one.
+
+The weights and the optimizer's state change in `optimizer.step` only. A save therefore copies them in a
+thread of its own while the next batch's gradient is computed, and writes the copies after that; training
+waits only where a step comes before the copying is done (`Checkpointer.wait_for_copy`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from evlgen.common.checkpoints import (
+    CONFIG_FILE,
+    STATE_FOLDER,
+    clear_unfinished,
+    found_checkpoints,
+    is_checkpoint,
+    point,
+    remove_old,
+    write_folder,
+)
+from evlgen.common.config import changed_keys
+from evlgen.common.errors import CheckpointError, ConfigError, TrainingError
+from evlgen.common.io import write_atomically
+from evlgen.common.weights import read_weights
+from evlgen.common.yaml_io import read_yaml
+from evlgen.models.base_model import BaseModel
+from evlgen.runners.training_state import (
+    OPTIMIZER_FILE,
+    PROGRESS_FILE,
+    RANDOM_FILE,
+    TrainingState,
+    load_optimizer,
+    optimizer_tensors,
+    random_state,
+    read_progress,
+    set_random_state,
+)
+
+logger = logging.getLogger(__name__)
+
+_OF_THIS_RUN = ("run.resume", "run.output_dir", "model.checkpoint")  # not worth a word when they differ
+
+
+class Checkpointer:
+    """Saves, names and restores the checkpoints of a run. Leaving its block waits for the last write.
+
+    Args:
+        folder: the run's ``checkpoints`` folder.
+        keep_last: how many are kept besides those ``latest`` and ``best`` point at.
+        config: the whole configuration, saved with each.
+        accelerator: says which process writes; all of them call `save`.
+    """
+
+    def __init__(
+        self, folder: Path, keep_last: int, config: dict[str, Any], accelerator: Accelerator
+    ) -> None:
+        self.folder, self.keep_last, self.config, self.accelerator = folder, keep_last, config, accelerator
+        self.saved_iteration: int | None = None
+        self._job: _SaveJob | None = None
+        self._problem: str | None = None  # why the last write failed
+
+    def __enter__(self) -> Checkpointer:
+        if self.accelerator.is_main_process:
+            clear_unfinished(self.folder)
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        self.wait()
+        if kind is None:
+            self.raise_problem()
+
+    # ---- saving ----
+
+    def save(
+        self,
+        model: BaseModel,
+        optimizer: torch.optim.Optimizer,
+        state: TrainingState,
+        process_state: dict[str, Any],
+    ) -> None:
+        """Begins to write ``step_<iteration>``, to which ``latest`` points once it is whole.
+
+        Args:
+            process_state: JSON-able values of this process, returned to it by `resume`.
+        """
+        self.wait()
+        self.saved_iteration = state.iteration
+        tensors, plain = random_state()
+        processes = gather_object([(tensors, {"random": plain, "own": process_state})])
+        if not self.accelerator.is_main_process:
+            return
+        scaler = self.accelerator.scaler
+        progress = {
+            **state.to_json(),
+            "processes": [own for _, own in processes],
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        buffers = dict(model.named_buffers())
+        # buffers may change before the next step: they are copied here
+        weights = {k: v.clone() if k in buffers else v for k, v in model.trained_state_dict().items()}
+        moments = optimizer_tensors(model, optimizer)
+        drawn = {f"{rank}.{k}": v for rank, (own, _) in enumerate(processes) for k, v in own.items()}
+        config = OmegaConf.to_yaml(OmegaConf.create(self._config_for(model)))
+
+        def write(folder: Path, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+            model.save_weights(folder, weights)
+            write_atomically(folder / CONFIG_FILE, config)
+            (folder / STATE_FOLDER).mkdir()
+            write_atomically(folder / STATE_FOLDER / PROGRESS_FILE, json.dumps(progress, indent=1))
+            save_file(moments, folder / STATE_FOLDER / OPTIMIZER_FILE)
+            save_file(drawn, folder / STATE_FOLDER / RANDOM_FILE)
+
+        self._job = _SaveJob(
+            self.folder / f"step_{state.iteration:08d}", weights, moments, write, self.keep_last
+        )
+        self._job.start()
+
+    def wait_for_copy(self) -> None:
+        """To be called before weights change: returns once a save that is going on has its copy of them."""
+        if self._job is not None:
+            self._job.copied.wait()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written; says in the log where a write failed."""
+        if self._job is None:
+            return
+        self._job.join()
+        target, error, self._job = self._job.target, self._job.error, None
+        self._problem = None
+        if error is not None:
+            self.saved_iteration = None
+            last = self.latest()
+            self._problem = (
+                f"{target} could not be saved ({error}). The last whole checkpoint is "
+                f"{last or 'none yet'}. Free space or rights there; the next save tries again."
+            )
+            logger.error("%s", self._problem)
+
+    def raise_problem(self) -> None:
+        """Raises `TrainingError` where the last write failed: for when there is no next one."""
+        if self._problem:
+            raise TrainingError(
+                self._problem.removesuffix(" Free space or rights there; the next save tries again.")
+            )
+
+    def end_epoch(self, state: TrainingState, is_best: bool) -> None:
+        """Adds to the checkpoint just saved that its epoch is validated, and with what result."""
+        self.wait()
+        folder = self.folder / f"step_{state.iteration:08d}"
+        if not self.accelerator.is_main_process or not is_checkpoint(folder):
+            return
+        progress = folder / STATE_FOLDER / PROGRESS_FILE
+        write_atomically(progress, json.dumps({**read_progress(progress), **state.to_json()}, indent=1))
+        if is_best:
+            point(self.folder / "best", folder)
+
+    # ---- finding and restoring ----
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint of this run, or None."""
+        return next(iter(found_checkpoints(self.folder)), None)
+
+    def best_or_latest(self) -> Path:
+        """The best checkpoint by validation; the newest where none was scored."""
+        best = self.folder / "best"
+        folder = best.resolve() if is_checkpoint(best) else self.latest()
+        if folder is None:
+            raise CheckpointError(f"{self.folder} holds no checkpoint.")
+        return folder
+
+    def resume(
+        self, source: str, model: BaseModel, optimizer: torch.optim.Optimizer, state: TrainingState
+    ) -> dict[str, Any] | None:
+        """Puts everything back as it was at a checkpoint.
+
+        Args:
+            source: a checkpoint's folder, or ``auto``: this run's newest one that can be read, if any.
+
+        Returns:
+            What this process gave `save` as its state; None where nothing was resumed.
+
+        Raises:
+            CheckpointError: the named checkpoint is damaged or of another model.
+        """
+        if source != "auto":
+            folder = Path(source).expanduser()
+            try:
+                return self._restore(folder, model, optimizer, state)
+            except CheckpointError as error:
+                raise CheckpointError(f"run.resume: {folder} cannot be continued: {error}") from error
+        for folder in found_checkpoints(self.folder):
+            try:
+                content = _Saved.read(folder)
+            except CheckpointError as error:
+                logger.warning("%s is left aside: %s", folder, error)
+                continue
+            return self._restore(folder, model, optimizer, state, content)
+        logger.info("nothing to resume in %s: starting from the beginning", self.folder)
+        return None
+
+    def _restore(
+        self,
+        folder: Path,
+        model: BaseModel,
+        optimizer: torch.optim.Optimizer,
+        state: TrainingState,
+        content: _Saved | None = None,
+    ) -> dict[str, Any]:
+        saved = content or _Saved.read(folder)
+        for line in changed_keys(saved.config, self._config_for(model), _OF_THIS_RUN):
+            logger.warning("changed since %s was saved: %s", folder.name, line)
+        data = state.data
+        state.restore(saved.progress)
+        if state.data != data:
+            logger.warning(
+                "the data is not that of %s (%s there, %s here): its order differs from here on",
+                folder.name,
+                state.data,
+                data,
+            )
+            state.data = data
+        model.load_checkpoint(folder)
+        load_optimizer(model, optimizer, saved.moments)
+        scaler = self.accelerator.scaler
+        if scaler is not None and saved.progress.get("scaler"):
+            scaler.load_state_dict(saved.progress["scaler"])
+        self.saved_iteration = state.iteration
+        rank, processes = self.accelerator.process_index, saved.progress["processes"]
+        if rank >= len(processes):
+            return {}
+        drawn = {k.partition(".")[2]: v for k, v in saved.drawn.items() if k.partition(".")[0] == str(rank)}
+        set_random_state(drawn, processes[rank].get("random", {}))
+        return processes[rank].get("own", {})
+
+    def _config_for(self, model: BaseModel) -> dict[str, Any]:
+        section = {**dataclasses.asdict(model.cfg), "checkpoint": None}
+        return {**self.config, "model": section}
+
+
+@dataclasses.dataclass
+class _Saved:
+    """What a checkpoint holds besides the weights; read whole before anything of it is used."""
+
+    config: dict[str, Any]
+    progress: dict[str, Any]
+    moments: dict[str, Tensor]
+    drawn: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, folder: Path) -> _Saved:
+        state = folder / STATE_FOLDER
+        if not state.is_dir():
+            raise CheckpointError(
+                f"it has no {STATE_FOLDER}/. Name a folder under a run's checkpoints/, or use "
+                "model.checkpoint to start from its weights."
+            )
+        if not is_checkpoint(folder):
+            raise CheckpointError("it is no whole checkpoint. Name another one.")
+        progress = read_progress(state / PROGRESS_FILE)
+        processes = progress.get("processes")
+        if not isinstance(processes, list) or not all(isinstance(own, dict) for own in processes):
+            raise CheckpointError(f"its {PROGRESS_FILE} is damaged")
+        read_weights(folder)  # memory-mapped: this only finds out whether it is whole
+        try:
+            config = read_yaml(folder / CONFIG_FILE)
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from error
+        return cls(config, progress, read_weights(state / OPTIMIZER_FILE), read_weights(state / RANDOM_FILE))
+
+
+class _SaveJob(threading.Thread):
+    """Copies tensors to memory, then writes and names a checkpoint. ``error`` says why that failed."""
+
+    def __init__(
+        self,
+        target: Path,
+        weights: dict[str, Tensor],
+        moments: dict[str, Tensor],
+        write: Callable[[Path, dict[str, Tensor], dict[str, Tensor]], None],
+        keep_last: int,
+    ) -> None:
+        super().__init__(name=f"save {target.name}")
+        self.target, self.keep_last = target, keep_last
+        self.copied = threading.Event()
+        self.error: str | None = None
+        self._tensors, self._write = (weights, moments), write
+        self._copying = _copying_stream(weights)
+
+    def run(self) -> None:
+        try:
+            try:
+                with self._copying:
+                    weights, moments = (_copy(tensors) for tensors in self._tensors)
+            finally:
+                self._tensors = ()
+                self.copied.set()
+            bad = next((k for k, v in weights.items() if not torch.isfinite(v).all()), None)
+            if bad is not None:
+                raise TrainingError(f"{bad} is not finite")
+            write_folder(self.target, lambda folder: self._write(folder, weights, moments))
+            point(self.target.parent / "latest", self.target)
+            remove_old(self.target.parent, self.keep_last)
+        except (OSError, SafetensorError, TrainingError) as error:
+            self.error = (
+                os.strerror(error.errno) if isinstance(error, OSError) and error.errno else None
+            ) or str(error)
+        except BaseException as error:  # whatever it is, training must hear of it
+            self.error = repr(error)
+
+
+def _copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in tensors.items()
+    }
+
+
+def _copying_stream(tensors: dict[str, Tensor]) -> contextlib.AbstractContextManager:
+    """On a GPU a stream of its own, which starts after what is queued now and does not wait for what comes
+    later."""
+    device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(stream)
