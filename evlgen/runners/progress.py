@@ -220,6 +220,12 @@ class SkippedSamples:
         self.seen = self.broken = 0
         self._named: set[str] = set()
 
+    def anew(self) -> SkippedSamples:
+        """A counter from zero, that does not list again what this one did."""
+        other = SkippedSamples(self.folder, self.max_share)
+        other._named = self._named
+        return other
+
     def take_out(self, batch: dict[str, Any], iteration: int | None) -> dict[str, Any] | None:
         """The batch without its list of skipped samples; None where nothing is left."""
         skipped = batch.pop("skipped", [])

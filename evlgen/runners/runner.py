@@ -339,17 +339,17 @@ class Runner:
         was_training = self.model.training
         self.model.eval()
         results: list[dict[str, Any]] = []
-        started, broken_before = time.perf_counter(), self.skipped.broken
+        started, broken = time.perf_counter(), self.skipped.anew()
         for batch in self.log.progress(loader, f"evaluating {key}"):
             if self.stop.requested:  # what was trained is saved
                 raise self.stop.interrupted(f"while evaluating {key}; saved in {self.checkpointer.folder}")
-            samples = self.skipped.take_out(batch, None)
+            samples = broken.take_out(batch, None)
             if samples is not None:
                 with accelerator.autocast():
                     results += self.task.valid_step(self.model, to_device(samples, accelerator.device))
-        self.skipped.check()
+        broken.check()
         results = gather_object(results)
-        skipped = sum(gather_object([self.skipped.broken - broken_before]))
+        skipped = sum(gather_object([broken.broken]))
         self.model.train(was_training)
         metrics: dict[str, float] = {}
         if accelerator.is_main_process:

@@ -1,0 +1,103 @@
+"""A run killed with SIGKILL again and again ends as one that was never interrupted, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+KILLER = Path(__file__).with_name("killer.py")
+
+PLACES = [
+    "before a batch",
+    "before a backward pass",  # with accumulation: of the first or the second batch of a step
+    "validation",
+    "scoring",
+    "scored",
+    "copying",
+    "before writing",
+    "half a file",
+    "before renaming",
+    "before latest",
+    "before removing old ones",
+]
+
+
+def launch(project: Path, *options: str, kill_at: str = "nowhere:0") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "train.py"), "--cfg-path", str(project)),
+            *("--plugins", str(KILLER), "--options", *options),
+        ],
+        env={**os.environ, "KILL_AT": kill_at, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def outcome(folder: Path) -> dict[str, object]:
+    """Everything a run gives, but times."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for record in records:
+        for key in ("time", "seconds", "samples_per_s"):
+            record.pop(key, None)
+    files = {
+        name: (folder / "checkpoints" / "latest" / name).read_bytes()
+        for name in (
+            "model.safetensors",
+            "training_state/optimizer.safetensors",
+            "training_state/random.safetensors",
+            "training_state/progress.json",
+        )
+    }
+    links = {name: os.readlink(folder / "checkpoints" / name) for name in ("latest", "best")}
+    return {"records": records, "files": files, "links": links}
+
+
+def test_a_run_killed_at_any_moment_ends_as_one_never_interrupted(tiny_project, tmp_path):
+    settings = {
+        "task": "killable",
+        "max_epoch": 6,
+        "accum_grad_iters": 2,
+        "num_workers": 2,
+        "save_every": 3,
+        "metrics": ["bleu", "cider"],
+        "test_splits": ["test"],
+    }
+    project = tiny_project(
+        model={"connector": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}},
+        datasets={"shapes_caption": {"train_size": 40}},
+        run=settings,
+    )
+    whole = launch(project, f"run.output_dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    expected = outcome(tmp_path / "whole" / "latest")
+    assert len([r for r in expected["records"] if r["type"] == "train"]) == 30
+
+    choice = random.Random(1)
+    killed = tmp_path / "killed"
+    options = [f"run.output_dir={killed}", "run.resume=auto"]
+    for place in PLACES:
+        times = choice.randint(2, 6) if place.startswith("before a b") else choice.randint(1, 2)
+        done = launch(project, *options, kill_at=f"{place}:{times}")
+        assert done.returncode == -signal.SIGKILL, f"{place}:{times}\n{done.stderr[-2000:]}"
+    for _ in range(3):
+        done = launch(project, *options, kill_at=f"seconds:{choice.uniform(0, 0.5)}")
+        assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    done = launch(project, *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    runs = [p for p in killed.iterdir() if not p.is_symlink()]
+    ended = outcome(killed / "latest")
+    assert ended["records"] == expected["records"]
+    assert ended["links"] == expected["links"]
+    for name, content in expected["files"].items():
+        assert ended["files"][name] == content, name
+    checkpoints = {p.name for run in runs for p in (run / "checkpoints").glob("*")}
+    assert not [name for name in checkpoints if name.startswith(".step")]

@@ -1,0 +1,245 @@
+"""Saving while a run goes on: what is saved, what stays when it fails, and what stops a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from evlgen.assemble import run
+from evlgen.common.config import Config
+from evlgen.common.errors import CheckpointError, TrainingError
+from evlgen.common.registry import registry
+from evlgen.runners.checkpointer import Checkpointer
+from evlgen.runners.optimizer import build_optimizer
+from evlgen.runners.training_state import TrainingState
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = {"valid_splits": [], "max_epoch": 3, "precision": "fp32"}
+
+
+def train(path, *options) -> Path:
+    run(Config.load(path, options))
+    return (path.parent / "output" / "latest").resolve()
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def training(tiny_project, tmp_path):
+    """A checkpointer with a model whose optimizer has made one step."""
+    cfg = Config.load(tiny_project())
+    model = registry.get_model_class("evlgen_opt").from_config(cfg.model)
+    optimizer = build_optimizer(model, 1e-3, 0.0)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    optimizer.step()
+    checkpointer = Checkpointer(tmp_path / "checkpoints", 2, cfg.to_dict(), Accelerator(cpu=True))
+    return checkpointer, model, optimizer
+
+
+def test_a_checkpoint_holds_the_weights_of_its_moment_whatever_training_does_while_it_is_written(training):
+    checkpointer, model, optimizer = training
+    for iteration in range(1, 6):
+        before = {k: v.clone() for k, v in model.trained_state_dict().items()}
+        checkpointer.save(model, optimizer, TrainingState(iteration=iteration), {})
+        checkpointer.wait_for_copy()
+        optimizer.step()  # while the copies are being written
+        checkpointer.wait()
+        folder = checkpointer.latest()
+        assert folder.name == f"step_{iteration:08d}"
+        saved = load_file(folder / "model.safetensors")
+        assert all(torch.equal(saved[k], before[k]) for k in before)
+        steps = load_file(folder / "training_state" / "optimizer.safetensors")["ln_vision.weight:step"]
+        assert steps.item() == iteration
+
+
+def test_weights_that_are_not_finite_are_not_saved(training):
+    checkpointer, model, optimizer = training
+    checkpointer.save(model, optimizer, TrainingState(iteration=1), {})
+    checkpointer.wait()
+    with torch.no_grad():
+        model.ln_vision.bias[3] = float("nan")
+    checkpointer.save(model, optimizer, TrainingState(iteration=2), {})
+    checkpointer.wait()
+    assert checkpointer.latest().name == "step_00000001"
+    with pytest.raises(TrainingError, match="step_00000002 could not be saved .ln_vision.bias is not finite"):
+        checkpointer.raise_problem()
+
+
+def in_process(training_folder: Path, lines: str, **popen) -> subprocess.CompletedProcess:
+    """Saves twice in a process of its own, with something in the way of the second save."""
+    program = f"""
+import os, resource, sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+from evlgen.common.config import Config
+from evlgen.common.registry import registry
+from evlgen.runners.checkpointer import Checkpointer
+from evlgen.runners.optimizer import build_optimizer
+from evlgen.runners.training_state import TrainingState
+folder = Path({str(training_folder)!r})
+cfg = Config.load(folder / "project.yaml")
+model = registry.get_model_class("evlgen_opt").from_config(cfg.model)
+optimizer = build_optimizer(model, 1e-3, 0.0)
+checkpointer = Checkpointer(folder / "checkpoints", 2, cfg.to_dict(), Accelerator(cpu=True))
+checkpointer.save(model, optimizer, TrainingState(iteration=1), {{}})
+checkpointer.wait()
+{lines}
+checkpointer.save(model, optimizer, TrainingState(iteration=2), {{}})
+checkpointer.wait()
+print("latest", checkpointer.latest().name)
+print([p.name for p in checkpointer.folder.iterdir()])
+checkpointer.raise_problem()
+"""
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, **popen
+    )
+
+
+OBSTACLES = {
+    # every file may have this many bytes at most: the weights have more
+    "full": ("resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))", "too large"),
+    "no rights": (
+        "os.chmod(checkpointer.folder, 0o555); os.seteuid(65534) if os.geteuid() == 0 else None",
+        "denied",
+    ),
+}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_a_save_that_fails_leaves_the_one_before_whole_and_names_it(tiny_project, tmp_path, obstacle):
+    tiny_project()
+    for folder in (tmp_path, *tmp_path.parents):  # another user may look in
+        if folder.owner() == tmp_path.owner() and folder != Path("/") and os.geteuid() == 0:
+            folder.chmod(folder.stat().st_mode | 0o055)
+    lines, cause = OBSTACLES[obstacle]
+    done = in_process(tmp_path, lines)
+    assert "latest step_00000001\n" in done.stdout, done.stderr
+    assert ".step" not in done.stdout
+    assert done.returncode != 0
+    message = done.stderr.splitlines()[-1]
+    assert "step_00000002 could not be saved" in message and cause in message, message
+    assert "The last whole checkpoint is" in message and "step_00000001" in message
+    load_file(tmp_path / "checkpoints" / "step_00000001" / "model.safetensors")
+
+
+def test_only_the_last_checkpoints_are_kept_and_every_save_is_there_in_time(tiny_project):
+    folder = train(tiny_project(run={**SHORT, "save_every": 4, "keep_last": 3}))
+    steps = sorted(p.name for p in (folder / "checkpoints").glob("step_*"))
+    assert steps == ["step_00000012", "step_00000016", "step_00000018"]  # epochs end at 6, 12, 18
+
+
+def test_resume_auto_passes_over_a_damaged_checkpoint_to_the_newest_good_one(tiny_project, caplog):
+    path = tiny_project(run={**SHORT, "keep_last": 9})
+    folder = train(path)
+    whole = records(folder)
+    state = folder / "checkpoints" / "step_00000018" / "training_state" / "optimizer.safetensors"
+    os.truncate(state, 1000)
+    with caplog.at_level(logging.WARNING):
+        assert train(path, "run.resume=auto") == folder
+    assert "step_00000018 is left aside" in caplog.text
+    assert [r["loss"] for r in records(folder)] == [r["loss"] for r in whole]
+    assert load_file(state)
+
+
+def test_a_named_checkpoint_that_is_damaged_is_refused_with_its_name(tiny_project):
+    path = tiny_project(run=SHORT)
+    folder = train(path) / "checkpoints" / "step_00000018"
+    (folder / "training_state" / "progress.json").write_text('{"iteration": "many"}')
+    with pytest.raises(CheckpointError, match=r"step_00000018 cannot be continued: its progress.json"):
+        train(path, f"run.resume={folder}")
+
+
+def test_settings_that_changed_since_the_checkpoint_are_reported_key_by_key(tiny_project, caplog):
+    path = tiny_project(run={**SHORT, "max_epoch": 1})
+    train(path)
+    options = ["run.init_lr=5e-4", "run.max_epoch=2", "datasets.shapes_caption.train_size=30"]
+    with caplog.at_level(logging.WARNING):
+        train(path, "run.resume=auto", *options)
+    reported = [line.partition("was saved: ")[2] for line in caplog.messages if "changed since" in line]
+    assert reported == [
+        "datasets.shapes_caption.train_size was 24, is 30",
+        "run.init_lr was 0.001, is 0.0005",
+        "run.max_epoch was 1, is 2",
+    ]
+    assert any("the data is not that of step_00000006" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(tiny_project, tmp_path, name):
+    path = tiny_project(run={**SHORT, "max_epoch": 60, "num_workers": 2, "save_every": None})
+    command = [sys.executable, str(ROOT / "train.py"), "--cfg-path", str(path)]
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    log = tmp_path / "output" / "latest" / "log.jsonl"
+    for _ in range(600):
+        if log.is_file() and len(log.read_text().splitlines()) >= 3:
+            break
+        time.sleep(0.1)
+    # as a terminal does it: to the data-loading processes as well
+    os.killpg(process.pid, getattr(signal, name)) if name == "SIGINT" else process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    last = errors.splitlines()[-1]
+    shown = "Ctrl-C" if name == "SIGINT" else name
+    assert last.startswith(f"stopped by {shown} after iteration "), errors[-2000:]
+    assert "run.resume=auto" in last and "Traceback" not in errors
+    assert process.returncode == 128 + getattr(signal, name)
+    folder = (tmp_path / "output" / "latest").resolve()
+    trained = [r["iteration"] for r in records(folder) if r["type"] == "train"]
+    assert (folder / "checkpoints" / f"step_{trained[-1]:08d}" / "config.yaml").is_file()
+    assert train(path, "run.resume=auto", "run.max_epoch=60") == folder
+    assert [r["iteration"] for r in records(folder)] == list(range(1, 361))
+
+
+def test_a_deterministic_run_gives_equal_results_run_after_run(tiny_project):
+    path = tiny_project(run={**SHORT, "deterministic": True, "num_workers": 2})
+    first, second = train(path), train(path)
+    assert first != second
+    assert [r["loss"] for r in records(first)] == [r["loss"] for r in records(second)]
+    one, two = (load_file(f / "checkpoints" / "latest" / "model.safetensors") for f in (first, second))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_jump_of_the_loss_is_noted_with_its_samples(tiny_project, tmp_path):
+    plugin = tmp_path / "jump.py"
+    plugin.write_text(
+        "from evlgen import registry\n"
+        "from evlgen.tasks.captioning import CaptioningTask\n"
+        "@registry.register_task('jumping')\n"
+        "class Jumping(CaptioningTask):\n"
+        "    count = 0\n"
+        "    def train_step(self, model, samples):\n"
+        "        losses = super().train_step(model, samples)\n"
+        "        self.count += 1\n"
+        "        if self.count == 110:\n"
+        "            losses['loss'] = losses['loss'] * 3\n"
+        "        return losses\n"
+    )
+    settings = {**SHORT, "task": "jumping", "max_epoch": None, "max_iters": 120, "log_freq": 10}
+    path = tiny_project(run=settings, plugins=[str(plugin)])
+    folder = train(path)
+    (spike,) = [json.loads(line) for line in (folder / "spikes.jsonl").read_text().splitlines()]
+    assert spike["iteration"] == 110 and spike["loss"] > spike["mean"] + 6 * spike["deviation"]
+    assert len(spike["batches"][0]["samples"]) == 4
+    saved = OmegaConf.load(folder / "config.yaml")
+    assert saved.run.spike_sigmas == 6.0
