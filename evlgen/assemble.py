@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -42,6 +43,8 @@ def run(cfg: Config) -> dict[str, dict[str, float]]:
             "model.checkpoint: evaluating needs the trained weights, such as --options "
             "model.checkpoint=output/coco_ft/latest/checkpoints/best"
         )
+    for key, problem in cfg.run.problems(list(cfg.datasets)):  # a file without a `run` section gets this far
+        raise ConfigError(f"run.{key}: {problem}.")
     follow_model(cfg)
     drop_foreign_sources(cfg)
     if cfg.env.get("cache_root"):  # downloads and worker processes look there too
@@ -56,8 +59,10 @@ def run(cfg: Config) -> dict[str, dict[str, float]]:
     from evlgen.runners.distribution import make_accelerator, peers_named
 
     accelerator = make_accelerator(cfg.run)
-    folder = run_folder(cfg, accelerator)
-    with log_to_file(folder / "log.txt", enabled=accelerator.is_main_process), peers_named():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(peers_named())
+        folder = run_folder(cfg, accelerator)
+        stack.enter_context(log_to_file(folder / "log.txt", enabled=accelerator.is_main_process))
         if accelerator.is_main_process:
             logger.info("this run writes to %s", folder)
             write_atomically(folder / "config.yaml", cfg.to_yaml())
@@ -215,7 +220,9 @@ def _choose_folder(cfg: Config) -> Path:
     if was_restarted() and (parent / "latest").is_dir():
         return (parent / "latest").resolve()  # what this command made, with or without a checkpoint
     if cfg.run.resume == "auto":
-        runs = [p for p in parent.glob("*") if not p.is_symlink() and found_checkpoints(p / "checkpoints")]
+        runs = [p for p in parent.glob("*/") if not p.is_symlink() and (p / "checkpoints").is_dir()]
+        # one that was stopped during its first save has none that is whole: it starts again, in its place
+        runs = [p for p in runs if found_checkpoints(p / "checkpoints")] or runs
         if runs:
             return _current(max(runs))
     elif cfg.run.resume:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
-from evlgen.common.errors import EVLGenError, Interrupted
+from evlgen.common.errors import EVLGenError, Interrupted, ProcessLost
+from evlgen.common.launcher import is_first, tell_launcher
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -73,13 +75,18 @@ def guarded(action: Callable[[argparse.Namespace], int | None], parser: argparse
     try:
         return action(args) or 0
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        if is_first():
+            print(stop, file=sys.stderr)
         return stop.exit_code
     except EVLGenError as error:
+        tell_launcher(str(error), follows_another=isinstance(error, ProcessLost))
         if args.debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Exception:
+        tell_launcher(traceback.format_exc())
+        raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -22,6 +22,7 @@ from evlgen.common.config_checks import (
     check_model,
     check_run,
     check_structure,
+    check_together,
     warn_of_ignored_run_keys,
 )
 from evlgen.common.errors import ConfigError, did_you_mean
@@ -102,6 +103,7 @@ class Config:
         datasets = check_datasets(merged.get("datasets", {}), problems)
         env = check_env(merged.get("env"), problems)
         run = check_run(merged.get("run", {}), problems, list(datasets))
+        check_together(model, run, problems)
         problems.raise_any()
         warn_of_ignored_run_keys(merged.get("run", {}), logger)
         sections = (OmegaConf.create(model), OmegaConf.create(datasets), run, OmegaConf.create(env))
@@ -149,7 +151,8 @@ def validate(config: Config) -> None:
     check_model(content["model"], problems)
     check_datasets(content["datasets"], problems)
     check_env(content["env"], problems)
-    check_run(content["run"], problems, list(content["datasets"]))
+    run = check_run(content["run"], problems, list(content["datasets"]))
+    check_together(content["model"], run, problems)
     problems.raise_any()
 
 
@@ -197,7 +200,8 @@ def load_model_file(path: str | os.PathLike) -> DictConfig:
     """The ``model`` section of a YAML file, checked, its relative paths looked up beside the file.
 
     What the file leaves out comes from its ``model_type``; or from the architecture's default type, where
-    the file does not name all three parts itself.
+    the file does not name all three parts itself. It may come from somebody else, with weights: only its
+    ``model`` section is read, no plugin of it is imported, and no ``${oc.env:NAME}`` in it is resolved.
 
     Raises:
         ConfigError: no such file, no ``model`` section, or problems in it.
@@ -207,7 +211,7 @@ def load_model_file(path: str | os.PathLike) -> DictConfig:
     if not isinstance(layer.content.get("model"), Mapping):
         raise ConfigError(f"{display(file)} has no `model:` section.")
     load_entry_points()
-    return _model_section(Layers([Layer(layer.source, {"model": layer.content["model"]})]))
+    return _model_section(Layers([Layer(layer.source, {"model": layer.content["model"]})], resolvers=False))
 
 
 def _model_section(layers: Layers) -> DictConfig:
@@ -245,7 +249,7 @@ def _with_model_type(layers: Layers) -> Layers:
         return layers
     layer = _default_layer(cls.MODEL_TYPES[model_type], f"type '{model_type}' of {arch}", "model")
     layer.content["model"].update(arch=arch, model_type=model_type)
-    return Layers([layer, *layers.layers])
+    return Layers([layer, *layers.layers], layers.resolvers)
 
 
 def _model_type(layers: Layers, cls: type) -> str | None:
@@ -270,7 +274,7 @@ def _with_dataset_defaults(layers: Layers) -> Layers:
             raise ConfigError(f"{layer.source}, the defaults of '{name}', has no `{name}` under `datasets:`.")
         layer.content["datasets"] = {name: layer.content["datasets"][name]}
         defaults.append(layer)
-    return Layers([*defaults, *layers.layers])
+    return Layers([*defaults, *layers.layers], layers.resolvers)
 
 
 def _default_layer(path: str, what: str, section: str) -> Layer:

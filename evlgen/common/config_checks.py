@@ -100,6 +100,15 @@ def check_model(section: Mapping[str, Any], problems: Problems) -> dict[str, Any
     return values
 
 
+def check_together(model: Mapping[str, Any], run: RunConfig | None, problems: Problems) -> None:
+    """What a ``model`` and a ``run`` section, each right in itself, ask for that cannot be together."""
+    vision = model.get("vision")
+    is_trained = isinstance(vision, Mapping) and vision.get("freeze") is False
+    if run is not None and run.cache_vision and is_trained and not run.evaluate:
+        why = "a trained vision encoder gives other tokens at every step: nothing can be kept"
+        problems.add("run.cache_vision", f"{why}. Set model.vision.freeze: true, or this to false")
+
+
 def check_datasets(section: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
     """The ``datasets`` section: each builder's parameters, and the processors' parameters."""
     out = {}

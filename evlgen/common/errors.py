@@ -33,6 +33,10 @@ class TrainingError(EVLGenError):
     files."""
 
 
+class ProcessLost(TrainingError):
+    """Another process of the run ended, so this one cannot go on."""
+
+
 class Interrupted(EVLGenError):
     """Somebody asked a run to stop, and it did after saving.
 

@@ -4,10 +4,29 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from evlgen.common.errors import CheckpointError
 from evlgen.common.io import PACKAGE_PREFIX, resolve
+from evlgen.common.json_io import read_json
 
+# Keys of a config.json through which transformers loads attention kernels, or weights under another name.
+_REFUSED_KEYS = (
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+    "transformers_weights",
+)
+_SETTINGS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "vocab.json",
+)
+_LEARNED_POSITIONS = ("opt", "bert")
 _TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 
@@ -35,15 +54,87 @@ def local_model_folder(name: str) -> Path:
     """The folder of a model: as given, from the Hugging Face cache, or downloaded into it.
 
     Raises:
-        CheckpointError: it is nowhere and cannot be downloaded; says how to get it.
+        CheckpointError: it is nowhere and cannot be downloaded (says how to get it), or is refused by
+            `check_model_folder`.
     """
     reason = missing_model(name)
     if reason is None:
         path = Path(resolve(name)) if looks_like_path(name) else Path(name)
-        return path if path.is_dir() else _cached_folder(name)
-    if looks_like_path(name):
+        folder = path if path.is_dir() else _cached_folder(name)
+    elif looks_like_path(name):
         raise CheckpointError(f"'{name}': {reason}.")
-    return _download(name, reason)
+    else:
+        folder = _download(name, reason)
+    try:
+        check_model_folder(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"'{name}': {error}") from error
+    return folder
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """The content of a model folder's ``config.json``. Raises `CheckpointError` where it is damaged."""
+    config = read_json(folder / "config.json", CheckpointError, "model configuration")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"model configuration {folder / 'config.json'} is no mapping. Get it again.")
+    return config
+
+
+def check_model_folder(folder: Path) -> None:
+    """Looks through a model folder before transformers reads it.
+
+    Raises:
+        CheckpointError: its weights are damaged, or their pickle wants to run code; its settings are no JSON,
+            ask for code or for files from elsewhere, or describe a model larger than its weights.
+    """
+    from evlgen.common.weights import check_weights_file, shards_of
+
+    config = read_model_config(folder)
+    for key in _REFUSED_KEYS:
+        if config.get(key) not in (None, "eager", "sdpa"):
+            raise CheckpointError(
+                f"{folder} is refused: its config.json sets {key}, which could load code or files from "
+                "elsewhere. Delete the key where you trust the folder."
+            )
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder} is refused: it holds an adapter (adapter_config.json), which names its model by "
+            "itself. Name a folder with the whole model."
+        )
+    for name in _SETTINGS:
+        if (folder / name).exists():
+            read_json(folder / name, CheckpointError, "model setting")
+    for index in folder.glob("*.index.json"):
+        shards_of(index)
+    weights = [p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") and p.is_file()]
+    for file in weights:
+        if file.suffix == ".safetensors" or file.name.startswith("pytorch_model"):
+            check_weights_file(file)
+    if weights:
+        _check_size(folder, config, sum(file.stat().st_size for file in weights))
+
+
+def _check_size(folder: Path, config: dict[str, Any], num_bytes: int) -> None:
+    """A configuration whose largest parts alone have more weights than there are bytes would fill the memory
+    before anybody saw that they do not fit."""
+
+    def size(*names: str) -> int:
+        values = [config[name] for name in names if type(config.get(name)) is int]
+        return values[0] if values else 0
+
+    layers, width = size("num_hidden_layers"), size("hidden_size")
+    inner = size("ffn_dim", "intermediate_size")
+    words = size("vocab_size") * size("word_embed_proj_dim", "hidden_size")
+    positions = (
+        size("max_position_embeddings") * width if config.get("model_type") in _LEARNED_POSITIONS else 0
+    )
+    smallest = max(layers, 1) * max(width * width // 2, width * inner) + words + positions
+    # two weights in a byte is the most that quantisation does
+    if smallest > 2 * num_bytes:
+        raise CheckpointError(
+            f"{folder} cannot be read: its config.json describes a model of at least {smallest} weights, and "
+            f"its weight files have {num_bytes} bytes. Get it again."
+        )
 
 
 def hub_reachable() -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import stat
 import struct
 import zlib
 from pathlib import Path
@@ -23,6 +25,9 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# The formats pictures come in. Pillow knows more, some of which start other programs (EPS) or have decoders
+# that nobody looks after.
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 _DEEP_MODES = ("I", "F")  # and every "I;16..."
 # What Pillow's decoders raise on damaged bytes besides OSError; they have no common base class.
 _DECODER_ERRORS = (
@@ -34,6 +39,7 @@ _DECODER_ERRORS = (
     ArithmeticError,
     EOFError,
     RuntimeError,
+    MemoryError,
     struct.error,
     zlib.error,
 )
@@ -46,7 +52,9 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         DataError: the file is missing, a folder, empty, truncated, too large or not an image.
     """
     try:
-        with Image.open(path) as image:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe or a device may never end
+            raise DataError("it is no regular file")
+        with Image.open(path, formats=_formats()) as image:
             return to_rgb(image)
     except Image.DecompressionBombError as error:
         raise DataError(
@@ -54,6 +62,13 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         ) from error
     except (*_DECODER_ERRORS, DataError) as error:
         raise DataError(f"cannot read image {path}: {_cause(path, error)}") from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow reads."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -137,5 +152,5 @@ def _cause(path: str | os.PathLike, error: Exception) -> str:
     if path.is_file() and path.stat().st_size == 0:
         return "the file is empty."
     if isinstance(error, UnidentifiedImageError):
-        return "it is not an image of a format Pillow knows."
+        return f"it is not an image of a format that is read here ({', '.join(FORMATS)})."
     return f"{str(error).rstrip('.') or type(error).__name__}."

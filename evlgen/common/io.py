@@ -4,9 +4,12 @@ any handler registered with iopath."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
-import logging
+import hashlib
 import os
+import re
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +22,7 @@ if TYPE_CHECKING:
 
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 PACKAGE_PREFIX = "evlgen://"
-
-logger = logging.getLogger(__name__)
+_LONGEST_NAME = 150  # of a downloaded file, in bytes; the name of its temporary file is longer
 
 
 def cache_root(configured: str | os.PathLike | None = None) -> Path:
@@ -39,51 +41,94 @@ def path_manager() -> PathManager:
             return [PACKAGE_PREFIX]
 
         def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
-            return str(PACKAGE_ROOT / path[len(PACKAGE_PREFIX) :])
+            local = os.path.normpath(PACKAGE_ROOT / path[len(PACKAGE_PREFIX) :])
+            if not Path(local).is_relative_to(PACKAGE_ROOT):
+                raise DataError(f"{path} leads out of the package.")
+            return local
 
     manager = PathManager()
     manager.register_handler(PackagePathHandler())
     return manager
 
 
-def resolve(path: str | os.PathLike) -> str:
+def resolve(path: str | os.PathLike, md5: str | None = None) -> str:
     """A local path for anything iopath knows; http(s) files are fetched once into the cache.
+
+    Args:
+        md5: the published sum of what is downloaded.
 
     Raises:
         DataError: the download failed; names the address and where the file may be put by hand.
     """
     text = str(path)
     if text.startswith(("http://", "https://")):
-        return str(download(text))
+        return str(download(text, md5))
     return path_manager().get_local_path(os.path.expanduser(text))
 
 
 def download_target(url: str) -> Path:
-    """Where `download` keeps the file of an address."""
+    """Where `download` keeps the file of an address: one path for each, always inside the cache.
+
+    Raises:
+        DataError: this is no address.
+    """
     from urllib.parse import unquote, urlparse
 
-    parsed = urlparse(url)
-    name = unquote(parsed.path).strip("/").replace("/", "_").replace("..", "_") or "index"
-    return cache_root() / "downloads" / parsed.netloc.replace(":", "_") / name
+    try:
+        parsed = urlparse(url)
+        host, port = parsed.hostname or "", parsed.port
+    except ValueError as error:
+        raise DataError(f"{url} is no address ({error}).") from error
+    if not host.strip("."):
+        raise DataError(f"{url} is no address: it names no host.")
+    folder = re.sub(r"[^A-Za-z0-9.-]", "_", host) + (f"_{port}" if port else "")
+    path = unquote(parsed.path).strip("/").replace("/", "_").replace("..", "_")
+    name = re.sub(r"[\x00-\x1f\x7f\\\ud800-\udfff]", "_", path) or "index"
+    if parsed.query or len(name.encode()) > _LONGEST_NAME:
+        # files that differ in the query only are not the same; the suffix stays, readers go by it
+        stem, suffix = os.path.splitext(name)
+        mark = hashlib.sha256(f"{parsed.path}?{parsed.query}".encode(errors="replace")).hexdigest()[:8]
+        name = f"{stem.encode()[:100].decode(errors='ignore')}-{mark}{suffix if len(suffix) < 20 else ''}"
+    return cache_root() / "downloads" / folder / name
 
 
-def download(url: str) -> Path:
-    """Fetches a file into the cache once, with a progress bar; it lands there only when whole."""
+def download(url: str, md5: str | None = None) -> Path:
+    """Fetches a file into the cache once, with a progress bar; it lands there only when whole.
+
+    Args:
+        url: an http(s) address.
+        md5: the published sum, which a new download must have.
+
+    Raises:
+        DataError: see `evlgen.common.downloads.fetch`.
+    """
     target = download_target(url)
     if target.is_file():
         return target
-    import torch
+    from evlgen.common.downloads import fetch
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    logger.info("downloading %s to %s", url, target)
+    return fetch(url, target, md5)
+
+
+def read_bytes(path: str | os.PathLike, max_bytes: int | None = None) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        OSError: not there, not readable, no regular file (reading a pipe or a device may never end), or
+            larger than ``max_bytes``; ``strerror`` says which.
+    """
     try:
-        torch.hub.download_url_to_file(url, str(target))
-    except OSError as error:
-        raise DataError(
-            f"{url} could not be downloaded ({error}). Fetch it on a machine with a connection and put it "
-            f"at {target}."
-        ) from error
-    return target
+        found = os.stat(path)
+    except ValueError as error:  # a null byte or half a surrogate pair: no file has such a name
+        raise OSError(errno.EINVAL, f"no file can have this name ({error})", str(path)) from error
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    if max_bytes is not None and found.st_size > max_bytes:
+        raise OSError(errno.EFBIG, f"its {found.st_size} bytes are more than {max_bytes}", str(path))
+    with open(path, "rb") as file:
+        return file.read()
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evlgen.common.errors import ConfigError
+from evlgen.common.interpolation import check_interpolations, check_resolved
 from evlgen.common.io import PACKAGE_ROOT
 from evlgen.common.yaml_io import parse_options, read_yaml
 
@@ -71,9 +72,16 @@ def display(path: Path) -> str:
 
 
 class Layers:
-    """Layers from the weakest to the strongest. Where one names another part, the old part's keys go."""
+    """Layers from the weakest to the strongest. Where one names another part, the old part's keys go.
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    Args:
+        layers: the weakest first.
+        resolvers: whether ``${oc.env:NAME}`` and its like are resolved, or refused: keys that come with
+            weights may ask for nothing of this machine.
+    """
+
+    def __init__(self, layers: Sequence[Layer], resolvers: bool = True) -> None:
+        self.resolvers = resolvers
         self.layers = [Layer(layer.source, _without_empty(copy.deepcopy(layer.content))) for layer in layers]
         for path, keys in self._parts():
             _drop_replaced(self.layers, path, keys)
@@ -82,10 +90,13 @@ class Layers:
         """All layers as one plain dict, interpolations resolved.
 
         Raises:
-            ConfigError: an interpolation leads nowhere, a value is no plain YAML value, or a ``???`` is left.
+            ConfigError: an interpolation leads nowhere or is refused (`check_interpolations`), a value is no
+                plain YAML value, or a ``???`` is left.
         """
         with self._named_errors():
-            return OmegaConf.to_container(self._merge(), resolve=True, throw_on_missing=True)
+            content = OmegaConf.to_container(self._merge(), resolve=True, throw_on_missing=True)
+        check_resolved(content)
+        return content
 
     def has(self, key_path: str) -> bool:
         """Whether any layer has the key, be it null."""
@@ -119,6 +130,11 @@ class Layers:
         return list(names)
 
     def _merge(self) -> DictConfig:
+        plain: dict[str, Any] = {}
+        for layer in self.layers:  # each alone, too: merging may resolve what a stronger layer hides
+            check_interpolations(layer.content, self.resolvers)
+            plain = _overlaid(plain, layer.content)
+        check_interpolations(plain, self.resolvers)
         return OmegaConf.merge(*(OmegaConf.create(layer.content) for layer in self.layers))
 
     @contextlib.contextmanager
@@ -136,6 +152,13 @@ class Layers:
             for section in PROCESSOR_SECTIONS:
                 for split in ("train", "eval"):
                     yield ("datasets", dataset, section, split), None
+
+
+def _overlaid(lower: Any, upper: Any) -> Any:
+    """Two plain values merged as OmegaConf merges them, interpolations left as they are."""
+    if not isinstance(lower, dict) or not isinstance(upper, dict):
+        return upper
+    return {**lower, **{key: _overlaid(lower.get(key), value) for key, value in upper.items()}}
 
 
 def _without_empty(content: dict[str, Any]) -> dict[str, Any]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import pickle
+import contextlib
+import os
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from evlgen.common.errors import CheckpointError
+from evlgen.common.json_io import read_json
+from evlgen.common.pickle_check import DamagedPickle, RefusedPickle, check_pickles
 
 _FOLDER_FILES = (
     "model.safetensors",
@@ -18,6 +21,8 @@ _FOLDER_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# The names and shapes of 50,000 tensors take 5 MB.
+_MAX_HEADER_BYTES = 32 << 20
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -41,42 +46,110 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_pickle(path: str | Path) -> object:
-    """A PyTorch file's content, tensors and plain values only (``weights_only``).
+    """A PyTorch file's content, tensors and plain values only.
+
+    Its instructions are looked through first (`evlgen.common.pickle_check`), then it is read with
+    ``weights_only``.
 
     Raises:
         CheckpointError: the file is damaged, or its pickle wants to run code: refused.
     """
     try:
+        check_pickles(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
-            raise CheckpointError(
-                f"{path} is refused: its pickle asks for more than tensors and plain values, and loading it "
-                "could run "
-                "code. Convert it to safetensors where you trust it."
-            ) from error
+    except RefusedPickle as error:
+        raise CheckpointError(
+            f"{path} is refused: {error}. Only tensors and plain values are read, since loading more could "
+            "run code. Convert it to safetensors where you trust it."
+        ) from error
+    except Exception as error:  # damaged files make torch raise whatever Python has
         raise CheckpointError(_damaged(path, error)) from error
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        IndexError,
-        TypeError,
-    ) as error:
+
+
+@contextlib.contextmanager
+def weights_only() -> Iterator[None]:
+    """Within the block every ``torch.load`` of other libraries is one with ``weights_only=True``, whatever it
+    asks for."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def check_weights_file(path: str | Path) -> None:
+    """Raises `CheckpointError` for a file that `read_weights` would refuse unseen: for those that another
+    library is going to read."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        _check_header(path)
+        return
+    try:
+        check_pickles(path)
+    except RefusedPickle as error:
+        raise CheckpointError(f"{path} is refused: {error}.") from error
+    except (DamagedPickle, OSError) as error:
         raise CheckpointError(_damaged(path, error)) from error
+
+
+def shards_of(index: str | Path) -> list[Path]:
+    """The weight files that a ``*.index.json`` names, all of them beside it.
+
+    Raises:
+        CheckpointError: the index is damaged, or names a file elsewhere or one that is not there.
+    """
+    index = Path(index)
+    content = read_json(index, CheckpointError, "index of weights")
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(f"{index} has no weight_map. Get it again.")
+    shards = set(names.values()) if all(isinstance(n, str) for n in names.values()) else {""}
+    for name in sorted(shards):
+        if not name or name != os.path.basename(name) or "\\" in name or not (index.parent / name).is_file():
+            raise CheckpointError(f"{index} names the file {name!r}, and there is none beside it.")
+    return [index.parent / name for name in sorted(shards)]
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    _check_header(path)
+    with reading(path):
         return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Whatever another library raises while it reads a file, as a `CheckpointError` that names it.
+
+    Libraries answer damaged files with errors of every kind, and those written in Rust with panics.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
         raise CheckpointError(_damaged(path, error)) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # pyo3's, which no module exports
+            raise
+        raise CheckpointError(_damaged(path, error)) from error
+
+
+def _check_header(path: Path) -> None:
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise CheckpointError(_damaged(path, error)) from error
+    if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        raise CheckpointError(_damaged(path, ValueError(f"it has no header of {length} bytes")))
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
@@ -86,8 +159,7 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
             continue
         if not name.endswith(".index.json"):
             return read_weights(file)
-        shards = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
-        return {key: value for shard in shards for key, value in read_weights(folder / shard).items()}
+        return {key: value for shard in shards_of(file) for key, value in read_weights(shard).items()}
     raise CheckpointError(f"the folder {folder} holds no weights; looked for {', '.join(_FOLDER_FILES)}.")
 
 
@@ -96,12 +168,27 @@ def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
-    state = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    items = content.items() if isinstance(content, dict) else ()
+    state = {k: v for k, v in items if isinstance(v, Tensor) and isinstance(k, str)}
     if not state:
         raise CheckpointError(f"{path} holds no named tensors: it is no checkpoint of a model.")
+    for name, value in state.items():
+        if not _is_whole(value):
+            raise CheckpointError(
+                f"{path} is refused: its tensor {name[:200]} is no plain one, or claims more numbers than "
+                "the file holds."
+            )
     return state
 
 
-def _damaged(path: str | Path, error: Exception) -> str:
-    cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+def _is_whole(value: Tensor) -> bool:
+    """Whether a tensor is a plain one of as many numbers as it has in memory."""
+    if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
+def _damaged(path: str | Path, error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    cause = lines[0][:200] if lines else type(error).__name__
     return f"{path} cannot be read: truncated or no checkpoint ({cause}). Get it again, or take an older one."

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from evlgen.common.archives import fetch_archive, is_archive
 from evlgen.common.errors import ConfigError, DataError, did_you_mean
 from evlgen.common.io import resolve
 from evlgen.common.schema import unknown_key
@@ -93,10 +94,15 @@ class BaseDatasetBuilder:
         """The text processor of a split; see `vis_processor`."""
         return self._processor_of("text_processor", self.text_processors, split)
 
-    def storage_path(self, storage: str) -> Path:
-        """Where a ``storage`` is: absolute, relative to the data root, or with a scheme that iopath knows."""
+    def storage_path(self, storage: str, md5: str | None = None) -> Path:
+        """Where a ``storage`` is: absolute, relative to the data root, or with a scheme that iopath knows.
+
+        An address is fetched now, with ``md5`` as its published sum; that of an archive is unpacked too.
+        """
+        if storage.startswith(("http://", "https://")) and is_archive(storage):
+            return fetch_archive(storage, md5)
         if "://" in storage:
-            return Path(resolve(storage))
+            return Path(resolve(storage, md5))
         return self.cache_root / Path(storage).expanduser()
 
     def _build_processors(self, key: str, sections: Mapping[str, Any]) -> dict[str, BaseProcessor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,11 @@ class Skipped:
 class BaseDataset(Dataset):
     """Records, and how one of them becomes a sample.
 
-    A subclass defines `load_sample` and, where captions are scored, `references`. A sample that cannot be
-    read comes out as `Skipped` in its own place: no other sample is moved or put in its stead. Randomness
-    comes from the global generators of Python, numpy and torch alone, so that whoever seeds them decides what
-    a sample looks like.
+    A subclass defines `load_sample`, or its two halves `load_visual` and `load_text`, and, where captions are
+    scored, `references`. With the halves and `visual_source`, ``run.cache_vision`` can keep what a frozen
+    encoder makes of the visuals. A sample that cannot be read comes out as `Skipped` in its own place: no
+    other sample is moved or put in its stead. Randomness comes from the global generators of Python, numpy
+    and torch alone, so that whoever seeds them decides what a sample looks like.
 
     Args:
         records: one entry per sample.
@@ -63,7 +64,26 @@ class BaseDataset(Dataset):
 
     def load_sample(self, index: int) -> dict[str, Any]:
         """The sample of a record. Raises `DataError` or `OSError` where it cannot be read."""
-        raise NotImplementedError(f"{type(self).__name__} must define load_sample(index)")
+        return {"image": self.load_visual(index), **self.load_text(index)}
+
+    def load_visual(self, index: int) -> torch.Tensor:
+        """The pixels of a sample, [3, H, W] or, for a clip, [3, T, H, W]. Raises as `load_sample`."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define load_sample(index), or load_visual(index) and "
+            "load_text(index)"
+        )
+
+    def load_text(self, index: int) -> dict[str, Any]:
+        """What a sample holds besides its pixels: texts and ids. Raises as `load_sample`."""
+        raise NotImplementedError(f"{type(self).__name__} must define load_text(index) beside load_visual")
+
+    def visual_source(self, index: int) -> Hashable:
+        """What the pixels of a sample are made from, equal for samples that show the same.
+
+        Either the `pathlib.Path` of a file, whose size and time tell when it changed, or any value whose text
+        is another one when the picture is another one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define visual_source(index)")
 
     def sample_id(self, index: int) -> str:
         """What a report calls the sample; by default its index."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
 from evlgen.common.schema import build_dataclass
-from evlgen.datasets.annotations import check_image_folders
+from evlgen.datasets.annotations import check_image_folders, check_inside
 from evlgen.datasets.base_builder import BaseDatasetBuilder, role_of
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.datasets.caption_dataset import (
@@ -93,7 +93,7 @@ class CaptionBuilder(BaseDatasetBuilder):
 
     def build_split(self, split: str) -> BaseDataset:
         records = self._records(split)
-        root = self.storage_path(self.build_info.images.storage)
+        root = self._path(self.build_info.images)
         check_image_folders((record["image"] for record in records), root, self._image_remedy())
         vis_processor = self.vis_processor(split)
         if role_of(split) == "train":
@@ -116,13 +116,25 @@ class CaptionBuilder(BaseDatasetBuilder):
         return lines
 
     def _records(self, split: str) -> list[dict[str, Any]]:
-        files = map(self.storage_path, _as_list(self.build_info.annotations[split].storage))
-        return [record for file in files for record in read_caption_records(file)]
+        source = self.build_info.annotations[split]
+        found = []
+        for i, storage in enumerate(_as_list(source.storage)):
+            file = self._path(source, i)
+            records = read_caption_records(file)
+            if source.url or storage.startswith(("http://", "https://")):
+                check_inside((record["image"] for record in records), file)
+            found += records
+        return found
 
     def _ground_truth(self, split: str) -> dict[int | str, list[str]] | None:
         source = self.build_info.ground_truth.get(split)
-        path = self.storage_path(source.storage) if source else None
+        path = self._path(source) if source else None
         return read_ground_truth(path) if path is not None and path.is_file() else None
+
+    def _path(self, source: Source, index: int = 0) -> Path:
+        """Where a source's file is; an address is fetched, and must have the source's sum."""
+        sums = _as_list(source.md5)
+        return self.storage_path(_as_list(source.storage)[index], sums[index] if index < len(sums) else None)
 
     def _local(self, storage: str) -> Path | None:
         """The path a storage must be at; None for addresses, which are fetched when they are read."""

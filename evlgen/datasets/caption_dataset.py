@@ -9,21 +9,40 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
+import torch
 from PIL import Image
 
 from evlgen.common.errors import DataError
 from evlgen.common.images import open_image
-from evlgen.datasets.annotations import describe, read_json, read_records
+from evlgen.datasets.annotations import describe, read_annotation, read_records, text_problem
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.processors.base_processor import BaseProcessor
 
 References = dict[int | str, list[str]]
 
 
-class CaptionDataset(BaseDataset):
+class _PictureFiles(BaseDataset):
+    """Records whose ``image`` is a file name relative to ``image_root``."""
+
+    image_root: str | os.PathLike
+
+    def picture(self, index: int) -> Image.Image:
+        return open_image(self.visual_source(index))
+
+    def load_visual(self, index: int) -> torch.Tensor:
+        return self.vis_processor(self.picture(index))
+
+    def visual_source(self, index: int) -> Path:
+        return Path(self.image_root, self.records[index]["image"])
+
+    def sample_id(self, index: int) -> str:
+        return self.records[index]["image"]
+
+
+class CaptionDataset(_PictureFiles):
     """One sample per caption: ``image`` float32 [3, H, W], ``text_input``, ``image_id``, ``instance_id``.
 
     Args:
@@ -43,18 +62,13 @@ class CaptionDataset(BaseDataset):
         super().__init__(one_per_caption(records), vis_processor, text_processor)
         self.image_root = image_root
 
-    def load_sample(self, index: int) -> dict[str, Any]:
+    def load_text(self, index: int) -> dict[str, Any]:
         record = self.records[index]
-        image = open_image(os.path.join(self.image_root, record["image"]))
         return {
-            "image": self.vis_processor(image),
             "text_input": self.text_processor(record["caption"]),
             "image_id": record["image_id"],
             "instance_id": str(index),
         }
-
-    def sample_id(self, index: int) -> str:
-        return self.records[index]["image"]
 
     def references(self) -> References:
         found: References = {}
@@ -63,7 +77,7 @@ class CaptionDataset(BaseDataset):
         return found
 
 
-class CaptionEvalDataset(BaseDataset):
+class CaptionEvalDataset(_PictureFiles):
     """One sample per picture: ``image`` float32 [3, H, W], ``image_id``, ``instance_id``.
 
     Args:
@@ -95,16 +109,8 @@ class CaptionEvalDataset(BaseDataset):
                     f"({record['image']}). Take another file, or none: the annotation's captions serve then."
                 )
 
-    def picture(self, index: int) -> Image.Image:
-        return open_image(os.path.join(self.image_root, self.records[index]["image"]))
-
-    def load_sample(self, index: int) -> dict[str, Any]:
-        record = self.records[index]
-        image = self.picture(index)
-        return {"image": self.vis_processor(image), "image_id": record["image_id"], "instance_id": str(index)}
-
-    def sample_id(self, index: int) -> str:
-        return self.records[index]["image"]
+    def load_text(self, index: int) -> dict[str, Any]:
+        return {"image_id": self.records[index]["image_id"], "instance_id": str(index)}
 
     def references(self) -> References:
         if self._ground_truth is None:
@@ -121,14 +127,17 @@ def read_caption_records(path: str | os.PathLike) -> list[dict[str, Any]]:
     records = read_records(path, ("image", "caption"))
     for index, record in enumerate(records):
         image, caption, image_id = record["image"], record["caption"], record.get("image_id", 0)
-        if not isinstance(image, str) or not image:
+        if not isinstance(image, str) or not image or text_problem(image):
             raise DataError(f"record {index} of {path}: 'image' must be a file name, not {describe(image)}.")
         texts = caption if isinstance(caption, list) else [caption]
         if not texts or not all(isinstance(text, str) for text in texts):
             raise DataError(
                 f"record {index} of {path}: 'caption' must be text or a list of it, not {describe(caption)}."
             )
-        if not isinstance(image_id, int | str):
+        for text in texts:
+            if problem := text_problem(text):
+                raise DataError(f"record {index} of {path}: 'caption' holds {problem}: {describe(text)}.")
+        if not _is_id(image_id):
             raise DataError(
                 f"record {index} of {path}: 'image_id' must be a number or text, not {describe(image_id)}."
             )
@@ -141,11 +150,14 @@ def read_ground_truth(path: str | os.PathLike) -> References:
     Raises:
         DataError: the file has another layout.
     """
-    content = read_json(path)
+    content = read_annotation(path)
     found: References = {}
     try:
         for annotation in content["annotations"]:
-            found.setdefault(annotation["image_id"], []).append(annotation["caption"])
+            image_id, caption = annotation["image_id"], annotation["caption"]
+            if not _is_id(image_id) or not isinstance(caption, str) or text_problem(caption):
+                raise TypeError(f"{image_id!r:.40}: {caption!r:.40}")
+            found.setdefault(image_id, []).append(caption)
     except (KeyError, TypeError) as error:
         raise DataError(
             f"ground truth {path} must be {{'annotations': [{{'image_id', 'caption'}}, ..]}}; "
@@ -203,9 +215,16 @@ def _check_distinct(ids: Mapping[str, int | str]) -> None:
         owners[image_id] = image
 
 
+def _is_id(value: Any) -> bool:
+    """Whether an image id is a number or a text, such as they are written: no null byte, no 4,000 digits."""
+    if isinstance(value, str):
+        return text_problem(value) is None
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
 def _number_at_end(image: str) -> int | None:
     digits = re.search(r"[0-9]+$", PurePath(image).stem)
-    return int(digits.group()) if digits else None
+    return int(digits.group()) if digits and len(digits.group()) <= 18 else None
 
 
 def _texts(record: Mapping[str, Any]) -> list[str]:

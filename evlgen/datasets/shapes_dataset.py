@@ -43,18 +43,19 @@ class ShapesCaptionDataset(BaseDataset):
         self.split = split
         self.seed = seed
 
-    def load_sample(self, index: int) -> dict[str, Any]:
+    def load_visual(self, index: int) -> torch.Tensor:
+        return self.vis_processor(self.picture(index))
+
+    def load_text(self, index: int) -> dict[str, Any]:
         number = self.records[index]
-        drawn = scene(self.split, number, self.seed)
-        sample = {
-            "image": self.vis_processor(Image.fromarray(draw(drawn))),
-            "image_id": number,
-            "instance_id": str(number),
-        }
+        sample = {"image_id": number, "instance_id": str(number)}
         if self.text_processor is not None:
-            texts = write_captions(drawn)
+            texts = write_captions(scene(self.split, number, self.seed))
             sample["text_input"] = self.text_processor(texts[int(torch.randint(len(texts), ()))])
         return sample
+
+    def visual_source(self, index: int) -> str:
+        return f"shapes/{self.seed}/{self.split}/{self.records[index]}"
 
     def picture(self, index: int) -> Image.Image:
         return Image.fromarray(draw(scene(self.split, self.records[index], self.seed)))

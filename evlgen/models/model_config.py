@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from evlgen.common.schema import PositiveInt, Registered, Share
+from evlgen.common.schema import AtLeast, AtMost, PositiveInt, Registered, Share
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -26,7 +26,7 @@ class VisionConfig:
     """
 
     name: str = "eva_clip_g"
-    image_size: PositiveInt = 224
+    image_size: Annotated[int, AtLeast(1), AtMost(4096)] = 224
     pretrained: bool | str = True
     freeze: bool = True
     precision: Precision = "auto"

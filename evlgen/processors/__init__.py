@@ -32,4 +32,6 @@ def build_processor(section: Mapping[str, Any], path: str = "processor") -> Base
         )
     parameters = {key: value for key, value in section.items() if key != "name"}
     cls = registry.get_processor_class(section["name"])
-    return cls(**check_section(parameters, cls, path))
+    processor = cls(**check_section(parameters, cls, path))
+    processor.section = section
+    return processor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 
@@ -9,7 +11,12 @@ class BaseProcessor:
     """Turns one item (a Pillow image, a video, a string) into what a model reads.
 
     A subclass's constructor parameters are the keys its YAML section may have.
+
+    Attributes:
+        section: the section it was built from, ``name`` included; empty where it was built in Python.
     """
+
+    section: Mapping[str, Any] = MappingProxyType({})
 
     def __call__(self, item: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} must define __call__(item)")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from evlgen.common.errors import CheckpointError
-from evlgen.common.hub import local_model_folder
+from evlgen.common.hub import local_model_folder, read_model_config
 from evlgen.common.weights import read_weights
 
 
@@ -26,6 +26,11 @@ class BertSizes:
     attention_probs_dropout_prob: float = 0.1
     layer_norm_eps: float = 1e-12
 
+    def num_weights(self, num_layers: int) -> int:
+        """Weights of so many layers and the position table; biases and norms, a thousandth, do not count."""
+        layer = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
+        return num_layers * layer + self.max_position_embeddings * self.hidden_size
+
 
 def bert_sizes(init: str | None, num_layers: int, **given: float | None) -> BertSizes:
     """The sizes of ``init`` (BERT-base's without one), changed by what is given and not None.
@@ -36,11 +41,12 @@ def bert_sizes(init: str | None, num_layers: int, **given: float | None) -> Bert
     """
     known: dict = {}
     if init is not None:
-        config = json.loads((local_model_folder(init) / "config.json").read_text(encoding="utf-8"))
-        known = {f.name: config[f.name] for f in dataclasses.fields(BertSizes) if f.name in config}
-        if config.get("num_hidden_layers", 0) < num_layers:
+        config = read_model_config(_folder_of(init))
+        known = {f.name: _number(config, f, init) for f in dataclasses.fields(BertSizes) if f.name in config}
+        layers = config.get("num_hidden_layers", 0)
+        if not isinstance(layers, int) or layers < num_layers:
             raise CheckpointError(
-                f"model.connector.init '{init}' has {config.get('num_hidden_layers')} layers, fewer than "
+                f"model.connector.init '{init}' has {layers} layers, fewer than "
                 f"model.connector.num_layers {num_layers}. Lower num_layers or start from another BERT."
             )
     for name in ("hidden_size", "intermediate_size", "max_position_embeddings"):
@@ -56,6 +62,25 @@ def bert_sizes(init: str | None, num_layers: int, **given: float | None) -> Bert
             f"num_attention_heads {sizes.num_attention_heads}"
         )
     return sizes
+
+
+def _folder_of(init: str) -> Path:
+    try:
+        return local_model_folder(init)
+    except CheckpointError as error:
+        raise CheckpointError(f"model.connector.init {error}") from error
+
+
+def _number(config: dict[str, Any], field: dataclasses.Field, init: str) -> float:
+    """A size out of a ``config.json``: of the default's type, and of a value that a size can have."""
+    value = config[field.name]
+    is_size = isinstance(field.default, int)
+    right = isinstance(value, int if is_size else int | float) and not isinstance(value, bool)
+    if not right or not (1 if is_size else 0) <= value <= (2**31 if is_size else 1):
+        raise CheckpointError(
+            f"model.connector.init '{init}': its config.json gives {field.name} as {value!r:.60}."
+        )
+    return value
 
 
 _LAYER_NAMES = {
@@ -93,7 +118,11 @@ def bert_to_tomeformer(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if name in _LAYER_NAMES:
             out[f"layers.{index}.{_LAYER_NAMES[name]}.{kind}"] = value
         elif name == "attention.self.query":
-            parts = [state[key.replace("query", part)] for part in ("query", "key", "value")]
+            parts = [state.get(key.replace("query", part)) for part in ("query", "key", "value")]
+            if any(part is None or part.shape[1:] != value.shape[1:] for part in parts):
+                raise CheckpointError(
+                    f"{key} has no key or value weights of its shape beside it. Get the file again."
+                )
             out[f"layers.{index}.qkv.{kind}"] = torch.cat(parts)
     return out
 
@@ -127,7 +156,7 @@ def load_bert_layers(connector: nn.Module, init: str) -> None:
     Raises:
         CheckpointError: the folder holds no BERT, or one of other sizes.
     """
-    folder: Path = local_model_folder(init)
+    folder = _folder_of(init)
     raw = read_weights(folder)
     # old BERT files carry a "bert." prefix and LayerNorm's gamma and beta
     raw = {

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evlgen.common.memory import check_fits
 from evlgen.common.registry import registry
 from evlgen.common.schema import AtLeast, NonNegativeInt, PositiveFloat, PositiveInt, Share
 from evlgen.models.connectors.base import Connector
@@ -107,6 +108,7 @@ class TomeFormer(Connector):
             layer_norm_eps=layer_norm_eps,
         )
         width = sizes.hidden_size
+        check_fits(sizes.num_weights(num_layers) + width * (vision_dim + language_dim), "model.connector")
         self.r = merge_schedule(r, num_layers)
         self.num_protected = min(num_prefix_tokens, 1)
         self.proj_in = nn.Linear(vision_dim, width)

@@ -7,19 +7,18 @@ Zhang et al., *OPT: Open Pre-trained Transformer Language Models*, 2022. A text 
 from __future__ import annotations
 
 import contextlib
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from evlgen.common.errors import CheckpointError, ConfigError
 from evlgen.common.hub import local_model_folder
 from evlgen.common.registry import registry
+from evlgen.common.weights import reading, weights_only
 from evlgen.models.language.base import LanguageModel
 
 IGNORED = -100  # label of positions that are not learned
@@ -29,12 +28,10 @@ IGNORED = -100  # label of positions that are not learned
 def _named_errors(name: str, folder: Path) -> Iterator[None]:
     """Whatever transformers says of a damaged or incomplete folder, as a `CheckpointError`."""
     try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"model.language.name '{name}' cannot be read from {folder} ({cause}). Get it again."
-        ) from error
+        with reading(folder), weights_only():
+            yield
+    except CheckpointError as error:
+        raise CheckpointError(f"model.language.name '{name}': {error}") from error
 
 
 @registry.register_language_model("opt")
@@ -58,18 +55,30 @@ class OPTLanguageModel(LanguageModel):
         self, name: str, dtype: torch.dtype = torch.float32, prompt: str = "", max_txt_len: int = 32
     ) -> None:
         super().__init__()
-        folder = local_model_folder(name)
+        try:
+            folder = local_model_folder(name)
+        except CheckpointError as error:
+            raise CheckpointError(f"model.language.name {error}") from error
         with _named_errors(name, folder):
-            kind = AutoConfig.from_pretrained(folder).model_type
+            kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
         if kind != "opt":
             raise CheckpointError(f"model.language.name '{name}' is a {kind} model, not an OPT.")
         with _named_errors(name, folder):
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, clean_up_tokenization_spaces=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                folder, clean_up_tokenization_spaces=False, trust_remote_code=False
+            )
         self.prompt = prompt
         self.max_txt_len = max_txt_len
         self._check_tokenizer(name)
         with _named_errors(name, folder):
-            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            self.model, report = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            )
+        if missing := sorted(report["missing_keys"]):  # transformers would draw them at random
+            raise CheckpointError(
+                f"model.language.name '{name}': {folder} lacks {len(missing)} of its weights, such as "
+                f"{missing[0]}. Get it again."
+            )
         self.embed_dim = self.model.get_input_embeddings().embedding_dim
 
     @property

@@ -11,11 +11,14 @@ from accelerate import init_empty_weights
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from evlgen.common.errors import CheckpointError, ConfigError, did_you_mean
+from evlgen.common.errors import CheckpointError, ConfigError, EVLGenError, did_you_mean
 from evlgen.common.io import download_target, resolve
+from evlgen.common.memory import check_fits
 from evlgen.common.registry import registry
-from evlgen.common.weights import read_weights
+from evlgen.common.weights import read_weights, weights_only
 from evlgen.models.vision.base import VisionEncoder
+
+_MOST_LAYERS, _MOST = 512, 65536  # in kwargs
 
 
 @registry.register_vision_encoder("timm")
@@ -154,7 +157,7 @@ class TimmEncoder(VisionEncoder):
         state = {k.removeprefix("visual_encoder.").removeprefix("trunk."): v for k, v in state.items()}
         own = getattr(self.trunk, "pos_embed", None)
         given = state.get("pos_embed")
-        if own is not None and given is not None and given.shape[1] != own.shape[1]:
+        if own is not None and given is not None and _is_other_grid(given, own):
             state["pos_embed"] = resample_abs_pos_embed(
                 given,
                 new_size=list(self.trunk.patch_embed.grid_size),
@@ -175,6 +178,13 @@ class EvaClipG(TimmEncoder):
     )
 
 
+def _is_other_grid(given: Tensor, own: Tensor) -> bool:
+    """Whether a position table differs from the model's in its number of tokens alone, so that it can be
+    resampled."""
+    alike = given.ndim == own.ndim == 3 and given.shape[0] == 1 and given.shape[2] == own.shape[2]
+    return alike and given.shape[1] != own.shape[1]
+
+
 def _create(name: str, pretrained: bool, empty: bool, **kwargs: Any) -> nn.Module:
     if not timm.is_model(name):
         registered = registry.list_vision_encoders()
@@ -183,22 +193,55 @@ def _create(name: str, pretrained: bool, empty: bool, **kwargs: Any) -> nn.Modul
             f"model.vision.name '{name}' is neither a registered vision encoder "
             f"({', '.join(registered)}) nor a timm model.{did_you_mean(name, known)}"
         )
+    _check_kwargs(kwargs)
     try:
-        with init_empty_weights(include_buffers=False) if empty else torch.no_grad():
-            try:
-                return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
-            except TypeError as error:
-                if "'img_size'" not in str(error):
-                    raise
-                kwargs.pop("img_size")  # convolutional nets read any size
-                return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+        with init_empty_weights(include_buffers=False):
+            model, kwargs = _build(name, kwargs)
+        if empty:
+            return model
+        check_fits(sum(p.numel() for p in model.parameters()), f"model.vision ({name})")
+        with torch.no_grad(), weights_only():
+            return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+    except EVLGenError:
+        raise
     except TypeError as error:
         raise ConfigError(f"model.vision.kwargs do not fit timm's {name}: {error}") from error
-    except (OSError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # timm's models check little of what they are given
+        cause = (str(error).splitlines() or [""])[0] or type(error).__name__
         if pretrained:
             raise CheckpointError(
-                f"timm could not get the weights of {name} ({str(error).splitlines()[0]}). Download them "
-                "where there is a "
+                f"timm could not get the weights of {name} ({cause}). Download them where there is a "
                 "connection and set model.vision.pretrained to the file, or to false for random weights."
             ) from error
-        raise ConfigError(f"model.vision: timm cannot build {name} ({str(error).splitlines()[0]})") from error
+        raise ConfigError(f"model.vision: timm cannot build {name} ({cause})") from error
+
+
+def _build(name: str, kwargs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, and the arguments it takes: convolutional nets read any size and are told none."""
+    try:
+        return timm.create_model(name, num_classes=0, **kwargs), kwargs
+    except TypeError as error:
+        if "'img_size'" not in str(error):
+            raise
+    kwargs = {key: value for key, value in kwargs.items() if key != "img_size"}
+    return timm.create_model(name, num_classes=0, **kwargs), kwargs
+
+
+def _check_kwargs(kwargs: dict[str, Any]) -> None:
+    """Raises `ConfigError` for arguments through which timm would read other files than
+    ``model.vision.pretrained``, and for numbers no model has."""
+    for key, value in kwargs.items():
+        if key.startswith("pretrained") or key == "checkpoint_path":
+            raise ConfigError(
+                f"model.vision.kwargs.{key} is refused: weights are named in model.vision.pretrained, and "
+                "read from there without running anything they hold."
+            )
+        most = _MOST_LAYERS if key.startswith("depth") else _MOST
+        if any(number > most for number in _whole_numbers(value)):
+            raise ConfigError(f"model.vision.kwargs.{key}: {value!r:.60} is more than {most}.")
+
+
+def _whole_numbers(value: Any) -> list[int]:
+    if isinstance(value, list | tuple):
+        return [number for item in value for number in _whole_numbers(item)]
+    return [value] if isinstance(value, int) else []

@@ -1,0 +1,256 @@
+"""Unpacking downloaded archives: nothing is written outside the folder, which appears only when it is whole.
+
+Zip and tar files (plain, gzip, bzip2, xz). Every member is judged before the first byte is written: absolute
+paths, ``..``, links that lead out, devices, names that no file can have, two members of one name, and sizes
+beyond the limits are refused with the archive, not passed over.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import dataclasses
+import gzip
+import lzma
+import os
+import shutil
+import stat
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import IO
+
+from evlgen.common.errors import DataError
+from evlgen.common.io import download, download_target
+
+_CHUNK = 1 << 20
+_LONGEST_NAME = 4096
+_TAR_HEADER = 512  # bytes that even an empty member takes
+_PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+# What zipfile and tarfile raise on damaged archives besides OSError; they have no common base class.
+_DAMAGED = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    ValueError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,  # a password
+    OverflowError,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What an archive may hold. The defaults have room for COCO's train2014 (83,000 pictures, 13 GB) several
+    times over.
+
+    Attributes:
+        files: members at most.
+        bytes: unpacked size of all members at most.
+        ratio: unpacked bytes for each byte of the archive at most, beyond the first megabyte. Pictures and
+            videos hardly shrink, text shrinks by ten; a bomb is made of thousands.
+    """
+
+    files: int = 500_000
+    bytes: int = 1 << 40
+    ratio: int = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class _Member:
+    name: str
+    path: PurePosixPath
+    is_folder: bool
+    size: int
+    content: zipfile.ZipInfo | tarfile.TarInfo
+
+
+def extract(archive: str | os.PathLike, folder: str | os.PathLike, limits: Limits | None = None) -> Path:
+    """Unpacks an archive into a folder that is not there yet, or is empty.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DataError: no such archive, a damaged one, or one with a member that is refused (see the top of the
+            file); the folder is there and has files. Then nothing was written.
+    """
+    archive, folder = Path(archive), Path(folder).expanduser().absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder} is there already: move it away to unpack {archive} anew.")
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:100]}."))
+        os.chmod(temporary, 0o755)
+        with _opened(archive) as opened:
+            members = _judged(opened, archive, limits or Limits())
+            _write(opened, members, temporary)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(temporary, folder)
+    except _DAMAGED as error:
+        raise DataError(f"{archive} cannot be unpacked: {_cause(error)}. Download it again.") from error
+    except OSError as error:
+        raise DataError(f"{archive} cannot be unpacked into {folder}: {_cause(error)}.") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def fetch_archive(url: str, md5: str | None = None) -> Path:
+    """The folder with what the archive at an address holds: downloaded and unpacked into the cache once.
+
+    Raises:
+        DataError: see `evlgen.common.downloads.fetch` and `extract`.
+    """
+    target = download_target(url)
+    folder = target.with_name(f"{target.name}.unpacked")
+    if not folder.is_dir():
+        extract(download(url, md5), folder)
+        target.unlink(missing_ok=True)  # its content is there now
+    return folder
+
+
+def is_archive(path: str | os.PathLike) -> bool:
+    """Whether a file's name says that it is an archive `extract` reads."""
+    return str(path).lower().endswith((".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"))
+
+
+@contextlib.contextmanager
+def _opened(archive: Path) -> Iterator[zipfile.ZipFile | tarfile.TarFile]:
+    if not archive.is_file():
+        raise DataError(f"there is no archive at {archive}.")
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as opened:
+            yield opened
+    else:
+        with open(archive, "rb") as file:
+            start = file.read(6)
+        unpack = next((unpack for magic, unpack in _PACKED.items() if start.startswith(magic)), open)
+        with unpack(archive, "rb") as file, tarfile.open(fileobj=_SmallReads(file), mode="r:") as opened:
+            yield opened
+
+
+class _SmallReads:
+    """A file that gives no large piece at once: tarfile reads a member's long names into memory, whatever
+    size their header claims."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= 2 * _CHUNK:
+            raise ValueError("a header is too large")
+        return self._read(size)
+
+
+def _judged(opened: zipfile.ZipFile | tarfile.TarFile, archive: Path, limits: Limits) -> list[_Member]:
+    """The members, all of them harmless. Raises `DataError` for the first that is not."""
+    room = min(limits.bytes, _CHUNK + limits.ratio * archive.stat().st_size)
+    members: list[_Member] = []
+    files: set[PurePosixPath] = set()
+    folders: set[PurePosixPath] = set()
+    for member in _members(opened):
+        if (reason := _objection(member, files, folders)) is not None:
+            raise DataError(f"{archive} is refused: its member '{member.name[:200]}' {reason}.")
+        room -= member.size + _TAR_HEADER
+        if room < 0:
+            raise DataError(
+                f"{archive} is refused: it claims to hold more than {limits.bytes} bytes, or more than "
+                f"{limits.ratio} times its own size."
+            )
+        if len(members) >= limits.files:
+            raise DataError(f"{archive} is refused: it has more than {limits.files} members.")
+        folders.update(member.path.parents)
+        (folders if member.is_folder else files).add(member.path)
+        members.append(member)
+    return members
+
+
+def _members(opened: zipfile.ZipFile | tarfile.TarFile) -> Iterator[_Member]:
+    if isinstance(opened, zipfile.ZipFile):
+        for info in opened.infolist():
+            yield _Member(info.filename, PurePosixPath(info.filename), info.is_dir(), info.file_size, info)
+        return
+    while (info := opened.next()) is not None:
+        opened.members.clear()  # tarfile would keep every header it has read: that is what a bomb is made of
+        yield _Member(info.name, PurePosixPath(info.name), info.isdir(), max(0, info.size), info)
+    # tarfile takes a file that ends between two members for a whole one
+    opened.fileobj.seek(opened.offset)
+    if opened.fileobj.read(_TAR_HEADER) != bytes(_TAR_HEADER):
+        raise EOFError("it is cut off")
+
+
+def _objection(member: _Member, files: set[PurePosixPath], folders: set[PurePosixPath]) -> str | None:
+    """Why a member is refused; None where it is harmless."""
+    windows = PureWindowsPath(member.name)
+    if member.path.is_absolute() or windows.drive or windows.root:
+        return "has an absolute path"
+    if ".." in windows.parts or ".." in member.path.parts:
+        return "leads out of the folder"
+    if len(member.name) > _LONGEST_NAME or any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in member.name):
+        return "has a name that no file should have"
+    if (kind := _kind(member.content)) is not None:
+        return f"is {kind}"
+    if not member.path.parts and not member.is_folder:
+        return "has no name"
+    if member.path in files or (not member.is_folder and member.path in folders):
+        return "is there twice"
+    if any(parent in files for parent in member.path.parents):
+        return "lies inside another file"
+    return None
+
+
+def _kind(content: zipfile.ZipInfo | tarfile.TarInfo) -> str | None:
+    """What a member is, where it is neither a file nor a folder. Links are refused whatever they lead to: no
+    data set needs them."""
+    if isinstance(content, tarfile.TarInfo):
+        if content.isreg() and not content.issparse() or content.isdir():
+            return None
+        return "a link" if content.islnk() or content.issym() else "no plain file"
+    kind = stat.S_IFMT(content.external_attr >> 16)
+    if content.flag_bits & 1:
+        return "encrypted"
+    if stat.S_ISLNK(kind):
+        return "a link"
+    return None if kind in (0, stat.S_IFREG, stat.S_IFDIR) else "no plain file"
+
+
+def _write(opened: zipfile.ZipFile | tarfile.TarFile, members: list[_Member], folder: Path) -> None:
+    for member in members:
+        path = folder / member.path
+        if member.is_folder:
+            path.mkdir(parents=True, exist_ok=True)
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        source = (
+            opened.open(member.content)
+            if isinstance(opened, zipfile.ZipFile)
+            else opened.extractfile(member.content)
+        )
+        with source, open(path, "xb") as file:
+            _copy(source, file, member)
+
+
+def _copy(source: IO[bytes], file: IO[bytes], member: _Member) -> None:
+    """Copies what the member said it holds, and not a byte more."""
+    left = member.size
+    while chunk := source.read(min(_CHUNK, left + 1)):
+        left -= len(chunk)
+        if left < 0:
+            raise ValueError(f"'{member.name}' holds more than the {member.size} bytes it names")
+        file.write(chunk)
+    if left:
+        raise ValueError(f"'{member.name}' is cut off")
+
+
+def _cause(error: Exception) -> str:
+    return str(error).strip().rstrip(".") or type(error).__name__

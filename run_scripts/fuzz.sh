@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Reads 10,000 damaged configurations, annotations and checkpoints each; 1 where anything but our own errors came out.
+# Usage: bash run_scripts/fuzz.sh [--inputs 10000] [--kinds configs annotations checkpoints]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash run_scripts/install.sh tests
+export PYTHONPATH=tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES=
+exec .venv/bin/python -m fuzzing "$@"
