@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from evlgen.common.hub import looks_like_path, missing_model
 from evlgen.common.io import resolve
 from evlgen.common.precision import dtype_of
+from evlgen.common.products import quicken
 from evlgen.common.registry import registry
 from evlgen.models.base_model import BaseModel, Missing
 from evlgen.models.connectors.base import Connector
@@ -58,6 +59,7 @@ class VLM(BaseModel):
         ]
         for module in self.frozen_modules():
             module.requires_grad_(False)
+        quicken(self)
 
     @classmethod
     def from_parts_config(cls, cfg: ModelConfig, device: torch.device) -> VLM:
@@ -108,8 +110,9 @@ class VLM(BaseModel):
         """The next-token loss of a batch.
 
         Args:
-            samples: ``image`` [B, 3, H, W], ``text_input`` list[str] to learn; with ``text_output`` list[str]
-                that is learned and ``text_input`` only read.
+            samples: ``image`` [B, 3, H, W] (or ``visual_tokens``, see `soft_prompts`), ``text_input``
+                list[str] to learn; with ``text_output`` list[str] that is learned and ``text_input`` only
+                read.
 
         Returns:
             ``loss``: scalar, float32; ``num_tokens``: how many tokens it is the mean of.
@@ -122,17 +125,29 @@ class VLM(BaseModel):
         return {"loss": loss, "num_tokens": num_tokens}
 
     def soft_prompts(self, samples: dict[str, Any]) -> Tensor:
-        """``image`` [B, 3, H, W] -> soft prompts [B, M, C_language]."""
-        return self.connector(self.visual_tokens(samples["image"]))
+        """``image`` [B, 3, H, W], or in its place ``visual_tokens`` [B, N, C_vision] that `encode` gave
+        earlier -> soft prompts [B, M, C_language]."""
+        tokens = samples.get("visual_tokens")
+        tokens = self.encode(samples["image"]) if tokens is None else tokens.to(self.device)
+        return self.connector(self._normed(tokens))
 
     def visual_tokens(self, image: Tensor) -> Tensor:
         """[B, 3, H, W] -> the encoder's tokens after ``ln_vision``, [B, N, C_vision]."""
+        return self._normed(self.encode(image))
+
+    def encode(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W] -> the encoder's own tokens [B, N, C_vision], in the type its weights are kept in.
+
+        Where the encoder is frozen they are the same at every step, and may be kept: see
+        `evlgen.runners.vision_cache`.
+        """
         image = image.to(self.device, next(self.vision.parameters()).dtype)
-        if "vision" in self._frozen:
-            with torch.no_grad(), self._own_precision(image.device):
-                tokens = self.vision(image)
-        else:
-            tokens = self.vision(image)
+        if "vision" not in self._frozen:
+            return self.vision(image)
+        with torch.no_grad(), self._own_precision(image.device):
+            return self.vision(image)
+
+    def _normed(self, tokens: Tensor) -> Tensor:
         return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
 
     @torch.no_grad()
@@ -165,7 +180,7 @@ class VLM(BaseModel):
         """
         prompts = samples.get("prompt", self.prompt)
         if isinstance(prompts, str):
-            prompts = [prompts] * len(samples["image"])
+            prompts = [prompts] * _count(samples)
         return self._continue(
             samples,
             prompts,
@@ -200,7 +215,7 @@ class VLM(BaseModel):
         """
         questions = samples["text_input"]
         if isinstance(questions, str):
-            questions = [questions] * len(samples["image"])
+            questions = [questions] * _count(samples)
         prompts = [prompt.format(q) for q in questions] if prompt else list(questions)
         return self._continue(
             samples,
@@ -236,3 +251,8 @@ class VLM(BaseModel):
                 "frozen" if name in self._frozen else "trained",
                 str(weights[0].dtype).removeprefix("torch."),
             )
+
+
+def _count(samples: dict[str, Any]) -> int:
+    """The number of pictures in a batch."""
+    return len(samples["visual_tokens"] if "visual_tokens" in samples else samples["image"])

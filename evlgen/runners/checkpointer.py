@@ -41,6 +41,7 @@ from evlgen.common.io import write_atomically
 from evlgen.common.weights import read_weights
 from evlgen.common.yaml_io import read_yaml
 from evlgen.models.base_model import BaseModel
+from evlgen.runners.spread import gathered
 from evlgen.runners.training_state import (
     OPTIMIZER_FILE,
     PROGRESS_FILE,
@@ -104,7 +105,10 @@ class Checkpointer:
         self.saved_iteration = state.iteration
         tensors, plain = random_state()
         processes = gather_object([(tensors, {"random": plain, "own": process_state})])
-        if not self.accelerator.is_main_process:
+        is_main = self.accelerator.is_main_process
+        weights = gathered(model.trained_state_dict(), keep=is_main)
+        moments = gathered(optimizer_tensors(model, optimizer), keep=is_main)
+        if not is_main:
             return
         scaler = self.accelerator.scaler
         progress = {
@@ -114,8 +118,7 @@ class Checkpointer:
         }
         buffers = dict(model.named_buffers())
         # buffers may change before the next step: they are copied here
-        weights = {k: v.clone() if k in buffers else v for k, v in model.trained_state_dict().items()}
-        moments = optimizer_tensors(model, optimizer)
+        weights = {k: v.clone() if k in buffers else v for k, v in weights.items()}
         drawn = {f"{rank}.{k}": v for rank, (own, _) in enumerate(processes) for k, v in own.items()}
         config = OmegaConf.to_yaml(OmegaConf.create(self._config_for(model)))
 

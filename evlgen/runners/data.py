@@ -150,12 +150,13 @@ def train_loader(
 def eval_loader(
     dataset: Dataset, batch_size: int, num_workers: int, pin_memory: bool, rank: int = 0, world_size: int = 1
 ) -> DataLoader:
-    """A loader over every ``world_size``-th sample from ``rank`` on, in order: all ranks together see each
-    sample once."""
+    """A loader over a rank's share of the samples, in order: what the ranks see, one after the other, is the
+    dataset, each sample once."""
+    first, end = (len(dataset) * r // world_size for r in (rank, rank + 1))
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=range(rank, len(dataset), world_size),
+        sampler=range(first, end),
         collate_fn=dataset.collater,
         num_workers=_workers(num_workers, len(dataset) // (batch_size * world_size)),
         pin_memory=pin_memory,

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from evlgen.common.errors import TrainingError
+from evlgen.common.errors import ProcessLost
 from evlgen.common.precision import resolve_precision
 from evlgen.models.base_model import BaseModel
 from evlgen.runners.run_config import RunConfig
@@ -42,15 +42,71 @@ def make_accelerator(run: RunConfig) -> Accelerator:
     return Accelerator(mixed_precision=_PRECISIONS[precision], cpu=cpu, kwargs_handlers=[exchange])
 
 
-def prepare(
-    accelerator: Accelerator, model: BaseModel, optimizer: torch.optim.Optimizer
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The model to call in training and its optimizer. Of several processes only what is trained is made and
-    kept equal: frozen parts are read by each from the same files, and never sent."""
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    frozen += [name for name, _ in model.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
-    return accelerator.prepare(model, optimizer)
+class Distribution:
+    """A model on this process's device, and how it is trained together with the other processes.
+
+    What is trained is made equal on all processes and kept so by DDP, which accelerate wraps around the
+    model. What is frozen is read by each process from the same files, and never sent.
+
+    Args:
+        model: moved to the device here.
+        run: ``shard_language``: whether the layers of its language model are spread over the processes;
+            ``evaluate``: nothing is trained, so there is nothing to keep equal.
+
+    Attributes:
+        wrapped: the model to call in training.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: BaseModel, run: RunConfig) -> None:
+        self.accelerator = accelerator
+        self.sharding = None
+        if run.shard_language and accelerator.num_processes > 1:
+            from evlgen.runners.sharding import Sharding
+
+            self.sharding = Sharding(model.language, accelerator.device)
+        apart = self.sharding.weights() if self.sharding else set()
+        _move(model, accelerator.device, apart)
+        _exchange_only_trained(model, apart)
+        # accelerate wraps no model that is sharded already: sharding comes after
+        self.wrapped: nn.Module = accelerator.prepare_model(
+            model, device_placement=False, evaluation_mode=run.evaluate
+        )
+        if self.sharding:
+            self.sharding.apply()
+
+    @contextlib.contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Gradients are summed here; the next backward pass outside of the block exchanges them."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.accelerator.no_sync(self.wrapped))
+            if self.sharding:
+                stack.enter_context(self.sharding.no_sync())
+            yield
+
+    def generating(self) -> contextlib.AbstractContextManager:
+        """Inside, each process may generate as often as it likes."""
+        return self.sharding.in_step() if self.sharding else contextlib.nullcontext()
+
+
+def _move(model: nn.Module, device: torch.device, apart: set[nn.Parameter]) -> None:
+    """`nn.Module.to` for all but some weights."""
+    if not apart:
+        model.to(device)
+        return
+    for p in model.parameters():
+        if p not in apart:
+            p.data = p.data.to(device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+
+
+def _exchange_only_trained(model: BaseModel, apart: set[nn.Parameter]) -> None:
+    """Of several processes DDP makes and keeps equal only what a checkpoint holds, but for some weights."""
+    kept = set(model.trained_state_dict())
+    left_out = [name for name, p in model.named_parameters() if not p.requires_grad or p in apart]
+    left_out += [name for name, _ in model.named_buffers() if name not in kept]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, left_out)
 
 
 @contextlib.contextmanager
@@ -58,7 +114,7 @@ def peers_named() -> Iterator[None]:
     """Says plainly when an exchange failed because another process is gone; that one says why.
 
     Raises:
-        TrainingError: instead of the backend's error.
+        ProcessLost: instead of the backend's error.
     """
     try:
         yield
@@ -66,7 +122,7 @@ def peers_named() -> Iterator[None]:
         if not isinstance(error, dist.DistBackendError) and "by peer" not in str(error):
             raise
         cause = str(error).splitlines()[0]
-        raise TrainingError(
+        raise ProcessLost(
             f"another process of this run ended, so this one stops; its own message says why ({cause})."
         ) from error
 
@@ -100,8 +156,3 @@ class WeightedMeans:
             {name: value / weight for name, value in zip(self._sums, values, strict=True)} if weight else {}
         )
         return means, weight, int(count), flags > 0
-
-
-def total_norm(gradients: list[Tensor]) -> float:
-    """The norm of all gradients as one vector."""
-    return torch.nn.utils.get_total_norm(gradients).item()

@@ -70,6 +70,16 @@ class StopRequest:
 
 
 def leave_to_parent() -> None:
-    """For data-loading processes: Ctrl-C is the parent's to act on, and its SIGTERM ends them."""
+    """For data-loading processes: Ctrl-C and SIGTERM, which torchrun and Slurm send to every process of a
+    run, are the parent's to act on, and it needs their data until it has. Its own SIGTERM ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "sigwaitinfo"):  # else (macOS) nobody can tell who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from evlgen.common.errors import TrainingError
@@ -221,10 +223,17 @@ class SkippedSamples:
         self._named: set[str] = set()
 
     def anew(self) -> SkippedSamples:
-        """A counter from zero, that does not list again what this one did."""
+        """A counter from zero, that does not list again what this one did, and judges when `check` is
+        called."""
         other = SkippedSamples(self.folder, self.max_share)
         other._named = self._named
+        other.MIN_SEEN = math.inf
         return other
+
+    def add_up(self) -> None:
+        """Makes the counts those of all processes together; all of them call it."""
+        counts = gather_object([(self.seen, self.broken)])
+        self.seen, self.broken = (sum(numbers) for numbers in zip(*counts, strict=True))
 
     def take_out(self, batch: dict[str, Any], iteration: int | None) -> dict[str, Any] | None:
         """The batch without its list of skipped samples; None where nothing is left."""

@@ -100,10 +100,19 @@ class RunConfig:
 
     #: What the trained parts compute in; ``auto``: bf16 where the device has it, else fp32. Losses are fp32.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    #: Spread the language model's layers over the processes of a machine, for one that does not fit on each.
+    #: Slower: every layer is gathered each time it is used. Checkpoints are the same.
+    shard_language: bool = False
     #: TF32 for float32 matrix products on CUDA.
     allow_tf32: bool = True
     #: Only algorithms that give the same numbers every time; slower.
     deterministic: bool = False
+
+    #: Keep what the frozen vision encoder makes of the training pictures in a file, and train from that: the
+    #: encoder runs once per picture. Takes pictures x views x tokens x channels x 2 bytes of disk.
+    cache_vision: bool = False
+    #: How many random views of a picture are kept where the training transform augments.
+    cache_vision_views: PositiveInt = 1
 
     #: A checkpoint folder to go on from; ``auto``: the latest one in ``output_dir``, if any.
     resume: str | None = None
@@ -146,6 +155,8 @@ class RunConfig:
             found.append(("min_lr", f"is {self.min_lr:g}, more than init_lr, {self.init_lr:g}"))
         if self.lr_sched == "linear_warmup_step_lr" and self.lr_decay_rate is None:
             found.append(("lr_decay_rate", "linear_warmup_step_lr needs this factor per epoch, such as 0.9"))
+        if self.cache_vision_views > 1 and not self.cache_vision:
+            found.append(("cache_vision_views", "has a meaning with cache_vision: true only"))
         for name in self.train_dataset_ratios or () if datasets is not None else ():
             if name not in datasets:
                 hint = did_you_mean(name, datasets)

@@ -21,13 +21,15 @@ from evlgen.common.registry import registry
 from evlgen.models.base_model import BaseModel
 from evlgen.runners.checkpointer import Checkpointer
 from evlgen.runners.data import BatchPlan, batch_size, eval_loader, seeded, to_device, train_loader
-from evlgen.runners.distribution import WeightedMeans, make_accelerator, prepare, total_norm
+from evlgen.runners.distribution import Distribution, WeightedMeans, make_accelerator
 from evlgen.runners.interruption import StopRequest
 from evlgen.runners.loss_watch import LossWatch
 from evlgen.runners.optimizer import build_optimizer
 from evlgen.runners.progress import RunLog, SkippedSamples, validation_label
 from evlgen.runners.run_config import RunConfig
+from evlgen.runners.spread import multiply, total_norm
 from evlgen.runners.training_state import TrainingState, kept_random_state
+from evlgen.runners.vision_cache import cached
 from evlgen.tasks.base_task import BaseTask
 
 logger = logging.getLogger(__name__)
@@ -63,7 +65,8 @@ class Runner:
         self.accelerator = accelerator or make_accelerator(run)
         self.datasets = datasets
         set_seed(run.seed + self.accelerator.process_index)
-        self.model = model.to(self.accelerator.device)
+        self.model = model
+        self.distribution = Distribution(self.accelerator, model, run)
         self.log = RunLog(folder, run, enabled=self.accelerator.is_main_process)
         self.skipped = SkippedSamples(folder, run.max_skipped_share)
         self.watch = LossWatch(folder, run, self.accelerator)
@@ -128,7 +131,7 @@ class Runner:
             decay_rate=run.lr_decay_rate or 1.0,
         )
         optimizer = build_optimizer(self.model, run.init_lr, run.weight_decay, run.beta2)
-        self.wrapped, self.optimizer = prepare(accelerator, self.model, optimizer)
+        self.optimizer = accelerator.prepare(optimizer)
         self.state = TrainingState(
             data={
                 "samples": self.plan.lengths,
@@ -143,6 +146,8 @@ class Runner:
             if self.state.iteration:
                 logger.info("resuming after iteration %d of %d", self.state.iteration, self.total_iters)
         self.plan.start = self.state.iteration
+        if run.cache_vision:
+            self._trained = cached(self._trained, self.model, run, accelerator, self.stop)
         self._loader = train_loader(
             self._trained, self.plan, run.num_workers, accelerator.device.type == "cuda"
         )
@@ -156,7 +161,7 @@ class Runner:
         """The rest of the epoch that ``state`` is in."""
         state = self.state
         end = min(self.total_iters, (state.epoch + 1) * self.iters_per_epoch)
-        self.wrapped.train()
+        self.distribution.wrapped.train()
         self.log.resume_clock(state)
         while state.iteration < end:
             group = min(self.run.accum_grad_iters, end - state.iteration)
@@ -189,7 +194,9 @@ class Runner:
                 samples = self._stand_in()  # every process must take part in the step, here with no weight
             self._last_samples = samples
             with self._synchronised(position == group - 1):
-                losses = self.task.train_step(self.wrapped, to_device(samples, self.accelerator.device))
+                losses = self.task.train_step(
+                    self.distribution.wrapped, to_device(samples, self.accelerator.device)
+                )
                 count = 0 if is_empty else batch_size(samples)
                 weight = float(losses.pop("num_tokens", count)) * (count > 0)
                 share = 1.0 if is_one_batch else weight / self.run.batch_size_train
@@ -219,7 +226,7 @@ class Runner:
         if self.run.max_grad_norm and norm > self.run.max_grad_norm:
             factor *= self.run.max_grad_norm / (norm + 1e-6)
         if factor != 1.0:
-            torch._foreach_mul_(gradients, factor)
+            multiply(gradients, factor)
         self.checkpointer.wait_for_copy()
         # fp16's scaler leaves such a step out itself, and learns from it
         if (math.isfinite(norm) and math.isfinite(loss)) or self.accelerator.scaler is not None:
@@ -228,7 +235,7 @@ class Runner:
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager:
         """Gradients are exchanged after the last batch of a step only."""
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped)
+        return contextlib.nullcontext() if last else self.distribution.accumulating()
 
     def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
         try:
@@ -340,16 +347,18 @@ class Runner:
         self.model.eval()
         results: list[dict[str, Any]] = []
         started, broken = time.perf_counter(), self.skipped.anew()
-        for batch in self.log.progress(loader, f"evaluating {key}"):
-            if self.stop.requested:  # what was trained is saved
-                raise self.stop.interrupted(f"while evaluating {key}; saved in {self.checkpointer.folder}")
-            samples = broken.take_out(batch, None)
-            if samples is not None:
-                with accelerator.autocast():
-                    results += self.task.valid_step(self.model, to_device(samples, accelerator.device))
+        with self.distribution.generating():
+            for batch in self.log.progress(loader, f"evaluating {key}"):
+                if self.stop.requested:  # what was trained is saved
+                    where = f"while evaluating {key}; saved in {self.checkpointer.folder}"
+                    raise self.stop.interrupted(where)
+                samples = broken.take_out(batch, None)
+                if samples is not None:
+                    with accelerator.autocast():
+                        results += self.task.valid_step(self.model, to_device(samples, accelerator.device))
+        broken.add_up()
         broken.check()
         results = gather_object(results)
-        skipped = sum(gather_object([broken.broken]))
         self.model.train(was_training)
         metrics: dict[str, float] = {}
         if accelerator.is_main_process:
@@ -357,7 +366,7 @@ class Runner:
             folder = self.folder / "result" / "_".join(x for x in (key.replace("/", "_"), label) if x)
             metrics = self.task.after_evaluation(results, dataset, split, folder)
             seconds = time.perf_counter() - started
-            self.log.evaluation(key, state, metrics, len(results), skipped, seconds)
+            self.log.evaluation(key, state, metrics, len(results), broken.broken, seconds)
         return gather_object([metrics])[0]
 
 

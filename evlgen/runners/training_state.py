@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from evlgen.common.errors import CheckpointError
+from evlgen.runners.spread import part_of
 
 PROGRESS_FILE = "progress.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -94,7 +95,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
                 f"its optimizer state is of another model: {name} has shape {tuple(value.shape)} there and "
                 f"{tuple(weights[name].shape)} here"
             )
-        entries.setdefault(name, {})[entry] = value
+        entries.setdefault(name, {})[entry] = part_of(value, weights[name])
     missing = sorted(set(weights) - set(entries)) if entries else []
     if missing:
         raise CheckpointError(f"its optimizer state is of another model: it lacks {missing[0]}")

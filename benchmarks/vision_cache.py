@@ -1,0 +1,194 @@
+"""Training from kept visual tokens against training from pixels: samples/s and epochs per hour.
+
+    python benchmarks/vision_cache.py [shapes | textbook] [--precision fp32|bf16] [--rounds 5]
+
+``shapes``: the bundled model at the Shapes project's batch of 64. ``textbook``: ViT 384 x 12 at 224/14 px
+(257 tokens), BERT-base TomeFormer with r = 19, OPT-125m's shape, batch 4, random weights. The pictures are
+those of the Shapes world, and both ways do the same steps with the same optimizer, in turn. A step is all a
+run does: reading, encoding, loss, backward, optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from evlgen.common.io import PACKAGE_ROOT
+from evlgen.common.logs import quiet_libraries
+from evlgen.common.registry import registry
+from evlgen.datasets.shapes_dataset import ShapesCaptionDataset
+from evlgen.processors import build_processor
+from evlgen.runners.data import BatchPlan, to_device, train_loader
+from evlgen.runners.distribution import make_accelerator
+from evlgen.runners.optimizer import build_optimizer
+from evlgen.runners.run_config import RunConfig
+from evlgen.runners.token_store import store_bytes
+from evlgen.runners.vision_cache import cached, shown_bytes
+
+EPOCH = 20_000  # pictures of the Shapes project
+# batch, pictures to encode for this benchmark, steps in a round, pixels
+SETTINGS = {"shapes": (64, 2048, 8, 64), "textbook": (4, 64, 2, 224)}
+ALLOWED = 2e-2  # share by which the losses may differ: tokens rounded to bf16, other tokens merged
+
+
+def shapes_section(precision: str) -> dict[str, Any]:
+    """The bundled model with an untrained connector."""
+    section = OmegaConf.load(PACKAGE_ROOT / "configs/models/evlgen_opt/shapes.yaml").model
+    return {**with_precision(OmegaConf.to_container(section), precision), "checkpoint": None}
+
+
+def textbook_section(folder: Path, precision: str) -> dict[str, Any]:
+    """Sizes of the textbook step; OPT's random weights are written to the folder."""
+    from transformers import AutoModelForCausalLM, OPTConfig
+
+    torch.manual_seed(0)
+    bundled = PACKAGE_ROOT / "assets/shapes/language"
+    AutoModelForCausalLM.from_config(OPTConfig()).save_pretrained(folder)  # OPTConfig() is OPT-125m's
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bundled / name, folder / name)
+    section = {
+        "vision": {
+            "name": "vit_small_patch16_224",
+            "image_size": 224,
+            "pretrained": False,
+            "kwargs": {"patch_size": 14},
+        },
+        "connector": {"name": "tomeformer", "num_layers": 12, "r": 19},
+        "language": {"name": str(folder)},
+    }
+    return with_precision({"arch": "evlgen_opt", **section}, precision)
+
+
+def with_precision(section: dict[str, Any], precision: str) -> dict[str, Any]:
+    """The section with its frozen parts in a precision."""
+    for part in ("vision", "language"):
+        section[part]["precision"] = precision
+    return section
+
+
+def measure(what: str, precision: str, rounds: int, folder: Path) -> None:
+    """Fills a cache, runs both ways in turn and prints what came of it."""
+    batch, pictures, steps, side = SETTINGS[what]
+    settings = {"precision": precision, "batch_size_train": batch, "batch_size_eval": batch, "num_workers": 0}
+    run = RunConfig(max_epoch=1, cache_vision=True, **settings)
+    accelerator = make_accelerator(run)
+    section = shapes_section(precision) if what == "shapes" else textbook_section(folder / "opt", precision)
+    torch.manual_seed(0)
+    model = registry.get_model_class("evlgen_opt").from_config(section, accelerator.device)
+    model.to(accelerator.device)
+    image = build_processor({"name": "blip_image_eval", "image_size": side, **pixel_range(model)})
+    dataset = ShapesCaptionDataset("train", pictures, 0, image, build_processor({"name": "blip_caption"}))
+    started = time.perf_counter()
+    kept = cached({"shapes": dataset}, model, run, accelerator)["shapes"]
+    filling = time.perf_counter() - started
+
+    model.train()
+    optimizer = build_optimizer(model, 1e-5, 0.05, 0.999)
+    batches = {
+        name: iter(train_loader({"shapes": data}, BatchPlan([pictures], batch, 0), 0, pin_memory=False))
+        for name, data in (("tokens", kept), ("pixels", dataset))
+    }
+
+    def step(name: str, learn: bool = True) -> float:
+        samples = to_device(next(batches[name]), accelerator.device)
+        samples.pop("skipped")
+        with accelerator.autocast():
+            loss = model(samples)["loss"]
+        if learn:
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item()
+
+    check_equal_work(step)
+    rates = in_turn(step, steps, batch, rounds)
+    report(what, precision, rates, filling / pictures)
+    size = store_bytes(EPOCH, 1, kept.store.shape)
+    print(f"  {kept.store.shape[0]} tokens x {kept.store.shape[1]}: {shown_bytes(size)} for {EPOCH} pictures")
+
+
+def pixel_range(model: Any) -> dict[str, list[float]]:
+    return {"mean": list(model.vision.image_mean), "std": list(model.vision.image_std)}
+
+
+def check_equal_work(step: Callable[..., float]) -> None:
+    """Refuses to compare ways that do not have the same losses on the same batches."""
+    with torch.no_grad():
+        for _ in range(2):
+            tokens, pixels = step("tokens", learn=False), step("pixels", learn=False)
+            if abs(tokens - pixels) > ALLOWED * pixels:
+                raise SystemExit(f"losses differ, {tokens:.4f} and {pixels:.4f}: no figure")
+    print(f"losses on the same batch: tokens {tokens:.5f}, pixels {pixels:.5f}")
+
+
+def in_turn(
+    step: Callable[..., float], steps: int, batch: int, rounds: int, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Samples per second of each round of some steps, by way."""
+    rates: dict[str, list[float]] = {"tokens": [], "pixels": []}
+    for number in range(warm_up + rounds):
+        for name, found in rates.items():
+            started = time.perf_counter()
+            for _ in range(steps):
+                step(name)
+            if number >= warm_up:
+                found.append(batch * steps / (time.perf_counter() - started))
+    return rates
+
+
+def report(what: str, precision: str, rates: dict[str, list[float]], fill_seconds: float) -> None:
+    """Prints the medians, their spread, the ratio, and after how many epochs filling has paid."""
+    print(f"{what}, {precision}, {torch.get_num_threads()} threads; an epoch is {EPOCH} pictures")
+    median = {name: statistics.median(found) for name, found in rates.items()}
+    for name, found in rates.items():
+        print(
+            f"  from {name}  {median[name]:8.1f} samples/s ({min(found):.1f} to {max(found):.1f})  "
+            f"{3600 * median[name] / EPOCH:7.2f} epochs/h"
+        )
+    saved = 1 / median["pixels"] - 1 / median["tokens"]  # seconds per sample
+    print(f"  ratio {median['tokens'] / median['pixels']:.2f} times faster")
+    print(
+        f"  filling, once: {1 / fill_seconds:.1f} pictures/s, {EPOCH * fill_seconds / 60:.1f} minutes; "
+        f"paid back after {fill_seconds / saved:.1f} epochs"
+    )
+
+
+@contextmanager
+def data_root():
+    """A folder of its own as data root."""
+    before = os.environ.get("EVLGEN_CACHE")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["EVLGEN_CACHE"] = folder
+        yield Path(folder)
+    if before is None:
+        del os.environ["EVLGEN_CACHE"]
+    else:
+        os.environ["EVLGEN_CACHE"] = before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="*", choices=[[], *SETTINGS], help="default: both")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), action="append", help="default: both")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    quiet_libraries()
+    for what in args.what or SETTINGS:
+        for precision in args.precision or ("fp32", "bf16"):
+            with data_root() as folder:
+                measure(what, precision, args.rounds, folder)
+
+
+if __name__ == "__main__":
+    main()

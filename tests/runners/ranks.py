@@ -1,0 +1,106 @@
+"""A plugin for runs of several processes: splits of several sizes, broken samples, weights that differ between
+processes, and errors on one of them, as the environment says. Everything else is the real thing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import torch
+
+from evlgen import registry
+from evlgen.common.errors import DataError, TrainingError
+from evlgen.datasets.shapes_dataset import ShapesCaptionBuilder, ShapesCaptionDataset
+from evlgen.models.architectures import EvlgenOPT
+from evlgen.tasks.captioning import CaptioningTask
+
+RANK = int(os.environ.get("RANK", "0"))
+ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+SIZES = {"one": 1, "two": 2, "five": 5, "seven": 7}
+# "<attempt>:<rank>:<place>:<n>:<what>", several apart by blanks: at the n-th time a process comes to a place
+FAILURES = [entry.split(":") for entry in os.environ.get("FAILURES", "").split()]
+times: dict[str, int] = {}
+
+
+def here(place: str) -> None:
+    times[place] = times.get(place, 0) + 1
+    for attempt, rank, where, number, what in FAILURES:
+        if (int(attempt), int(rank), where, int(number)) != (ATTEMPT, RANK, place, times[place]):
+            continue
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "train":
+            raise TrainingError("this run cannot go on")
+        raise ValueError("a mistake in somebody's task")
+
+
+class PartlyBroken(ShapesCaptionDataset):
+    broken: tuple[int, ...] = ()
+
+    def load_sample(self, index):
+        if index in self.broken:
+            raise DataError("broken on purpose")
+        return super().load_sample(index)
+
+
+@registry.register_builder("sized_shapes")
+class SizedShapes(ShapesCaptionBuilder):
+    def __init__(self, broken: str = "", **options) -> None:
+        super().__init__(**options)
+        self.broken = tuple(int(index) for index in broken.split())
+
+    @property
+    def splits(self):
+        return ["train", *SIZES]
+
+    def build_split(self, split):
+        if split in SIZES:
+            return ShapesCaptionDataset("val", SIZES[split], self.seed, self.vis_processor(split))
+        processors = self.vis_processor(split), self.text_processor(split)
+        dataset = PartlyBroken("train", self.sizes["train"], self.seed, *processors)
+        dataset.broken = self.broken
+        return dataset
+
+
+@registry.register_model("uneven_opt")
+class UnevenOPT(EvlgenOPT):
+    """Starts with other weights on the second process: all that is trained, and a frozen one that no text is
+    long enough to need."""
+
+    @classmethod
+    def from_config(cls, *args, **kwargs):
+        model = super().from_config(*args, **kwargs)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(RANK)
+            model.unused_weight().add_(RANK)
+        return model
+
+    def unused_weight(self):
+        return self.language.model.model.decoder.embed_positions.weight[-1]
+
+
+@registry.register_task("ranked")
+class RankedTask(CaptioningTask):
+    def train_step(self, model, samples):
+        here("train")
+        folder = os.environ.get("WEIGHTS")
+        if folder:
+            own = getattr(model, "module", model)
+            sums = {n: p.detach().double().sum().item() for n, p in own.named_parameters() if p.requires_grad}
+            content = {"trained": sums, "frozen": own.unused_weight().tolist()}
+            Path(folder, f"weights{RANK}.json").write_text(json.dumps(content))
+        return super().train_step(model, samples)
+
+    def valid_step(self, model, samples):
+        here("valid")
+        return super().valid_step(model, samples)
+
+    def after_evaluation(self, results, *args):
+        here("scoring")
+        numbers = [int(r["instance_id"]) for r in results]
+        assert numbers == sorted(numbers), "results of several processes come in the dataset's order"
+        return super().after_evaluation(results, *args)

@@ -1,0 +1,483 @@
+"""The vision cache: the same training from kept tokens, a key for all they follow from, and no half work."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from omegaconf import OmegaConf
+from PIL import Image
+
+from evlgen.assemble import run as run_project
+from evlgen.common.config import Config
+from evlgen.common.errors import ConfigError, DataError, Interrupted, TrainingError
+from evlgen.common.registry import registry
+from evlgen.datasets.base_dataset import BaseDataset, Skipped
+from evlgen.datasets.caption_dataset import CaptionDataset
+from evlgen.datasets.shapes_dataset import ShapesCaptionDataset
+from evlgen.models.vision.timm_encoder import TimmEncoder
+from evlgen.processors import build_processor
+from evlgen.runners import token_store, vision_cache
+from evlgen.runners.cache_key import CacheKey, Pictures
+from evlgen.runners.data import mix_seed, seeded
+from evlgen.runners.interruption import StopRequest
+from evlgen.runners.run_config import RunConfig
+from evlgen.runners.token_store import BROKEN, DONE, TO_DO
+from evlgen.runners.vision_cache import cached
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZE, PICTURES = 56, 24
+TEXT = build_processor({"name": "blip_caption"})
+PLAIN = {"name": "blip_image_eval", "image_size": SIZE}
+RANDOM = {"name": "blip2_image_train", "image_size": SIZE}
+AUGMENTED = {"shapes_caption": {"vis_processor": {"train": {"name": "blip2_image_train"}}}}
+
+
+@pytest.fixture(autouse=True)
+def data_root(tmp_path, monkeypatch) -> Path:
+    """A data root of the test's own."""
+    monkeypatch.setenv("EVLGEN_CACHE", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def model(golden):
+    return build_model(golden)
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[int]:
+    """How many pictures each call of a vision encoder was given, real calls as they come."""
+    forward, calls = TimmEncoder.forward, []
+
+    def counted(self, pixels):
+        calls.append(len(pixels))
+        return forward(self, pixels)
+
+    monkeypatch.setattr(TimmEncoder, "forward", counted)
+    return calls
+
+
+def build_model(golden, **vision):
+    folder = golden / "evlgen_opt"
+    section = OmegaConf.to_container(OmegaConf.load(folder / "model.yaml").model)
+    section["vision"] |= {"pretrained": str(folder / section["vision"]["pretrained"]), **vision}
+    section["language"]["name"] = str(folder / "language")
+    section["checkpoint"] = None
+    return registry.get_model_class("evlgen_opt").from_config(section)
+
+
+def shapes(processor=PLAIN, size=PICTURES, seed=0):
+    return ShapesCaptionDataset("train", size, seed, build_processor(processor), TEXT)
+
+
+def settings(**changes) -> RunConfig:
+    return RunConfig(**{"max_epoch": 1, "batch_size_eval": 4, "num_workers": 0, "seed": 3, **changes})
+
+
+def fill(dataset, model, stop=None, **changes):
+    run = settings(cache_vision=True, **changes)
+    return cached({"data": dataset}, model, run, Accelerator(cpu=True), stop)["data"]
+
+
+def key(dataset, model, **changes) -> str:
+    return CacheKey.of(Pictures.of(dataset), model, settings(**changes)).digest
+
+
+def train(path, *options):
+    """Runs a project; returns the losses of its steps."""
+    run_project(Config.load(path, [*options, "run.valid_splits=[]"]))
+    lines = (path.parent / "output" / "latest" / "log.jsonl").read_text().splitlines()
+    return [r["loss"] for r in map(json.loads, lines) if r["type"] == "train"]
+
+
+def stores(data_root) -> list[Path]:
+    return sorted((data_root / "vision_tokens").glob("*"))
+
+
+def photographs(folder: Path, count=6, broken=(3,)) -> list[dict]:
+    """Pictures with two captions each, some of them broken; their records."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        noise = np.random.RandomState(number).randint(0, 255, (60, 70, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{number}.png")
+    for number in broken:
+        (folder / f"{number}.png").write_bytes(b"no picture")
+    return [{"image": f"{i}.png", "caption": c} for i in range(count) for c in ("grey noise", "a wall")]
+
+
+# ---- training ----
+
+
+def test_training_gives_the_losses_of_an_encoder_that_rounds_its_tokens_to_bf16(tiny_project, monkeypatch):
+    path = tiny_project()
+    exact, kept = train(path), train(path, "run.cache_vision=true")
+    assert kept[0] == pytest.approx(exact[0], rel=2e-3) and kept != exact
+    forward = TimmEncoder.forward
+    monkeypatch.setattr(TimmEncoder, "forward", lambda self, x: forward(self, x).bfloat16())
+    assert kept == train(path)
+
+
+def test_each_picture_is_encoded_once_and_never_in_training(tiny_project, encoded):
+    path = tiny_project()
+    first = train(path, "run.cache_vision=true")
+    assert sum(encoded) == PICTURES + 1  # one picture tells the tokens' shape
+    del encoded[:]
+    assert train(path, "run.cache_vision=true", "run.num_workers=2") == first
+    assert sum(encoded) == 5  # its shape, and four pictures that are compared with what is kept
+
+
+def test_a_resumed_run_gives_the_losses_of_one_never_interrupted(tiny_project, tmp_path):
+    dropout = {"connector": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}}
+    path = tiny_project(
+        model=dropout, run={"max_epoch": 3, "keep_last": 9, "cache_vision": True, "cache_vision_views": 2}
+    )
+    project = OmegaConf.merge(OmegaConf.load(path), {"datasets": AUGMENTED})
+    OmegaConf.save(project, path)
+    whole = train(path)
+    checkpoint = tmp_path / "output" / "latest" / "checkpoints" / "step_00000006"
+    assert train(path, f"run.resume={checkpoint.resolve()}") == whole
+    shutil.rmtree(tmp_path / "data")  # filled again: that moves no random generator
+    assert train(path, f"run.resume={checkpoint.resolve()}") == whole
+
+
+def test_two_processes_fill_and_train_and_leave_the_bytes_of_one(tiny_project, tmp_path, monkeypatch):
+    for name in ("two", "one"):
+        root = tmp_path / name / "coco"
+        records = photographs(root / "images")
+        (root / "annotations").mkdir()
+        (root / "annotations" / "coco_karpathy_train.json").write_text(json.dumps(records))
+        for picture in (root / "images").iterdir():
+            os.utime(picture, (1, 1))  # the same files in both data roots
+    path = tiny_project(run={"batch_size_train": 2, "batch_size_eval": 2, "max_skipped_share": 1.0})
+    project = OmegaConf.load(path)
+    project.datasets = {"coco_caption": {}}
+    OmegaConf.save(project, path)
+    options = ["run.cache_vision=true", "run.cache_vision_views=2", "run.valid_splits=[]"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [sys.executable, *torchrun, ROOT / "train.py", "--cfg-path", path, "--options", *options]
+    environment = {**os.environ, "EVLGEN_CACHE": str(tmp_path / "two"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    listed = (tmp_path / "output" / "latest" / "skipped.jsonl").read_text().splitlines()
+
+    monkeypatch.setenv("EVLGEN_CACHE", str(tmp_path / "one"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(path, *options)
+    torch.set_num_threads(threads)
+    (two,), (one,) = stores(tmp_path / "two"), stores(tmp_path / "one")
+    assert two.name == one.name  # the data root's own place is no part of the key
+    for name in ("tokens.bf16", "status"):
+        assert (two / name).read_bytes() == (one / name).read_bytes()
+    assert list((one / "status").read_bytes()) == [DONE, DONE, DONE, BROKEN, DONE, DONE]
+    assert {json.loads(line)["id"] for line in listed} == {"3.png"}
+
+
+# ---- what is kept ----
+
+
+def test_samples_hold_the_encoders_tokens_and_what_else_they_held(model):
+    dataset = shapes()
+    kept = fill(dataset, model)
+    for index in (0, 7, 23):
+        with seeded(index):
+            sample = kept[index]
+        with seeded(index):
+            expected = dataset[index]
+        tokens = model.encode(expected.pop("image")[None])[0]
+        assert sample["visual_tokens"].dtype == torch.bfloat16
+        torch.testing.assert_close(sample.pop("visual_tokens"), tokens.bfloat16(), rtol=2**-7, atol=1e-6)
+        assert sample == expected
+    batch = kept.collater([kept[0], kept[1]])
+    assert model.soft_prompts(batch).shape == model.soft_prompts({"image": torch.zeros(2, 3, 56, 56)}).shape
+    assert len(model.generate(batch, num_beams=1, max_length=3)) == 2
+
+
+def test_of_an_augmenting_transform_k_views_are_kept_each_with_a_seed_of_its_own(model, caplog):
+    dataset, views = shapes(RANDOM), 3
+    kept = fill(dataset, model, cache_vision_views=views)
+    for entry in (0, 11):
+        found = torch.stack([kept.store.read(entry, view) for view in range(views)])
+        for view in range(views):
+            with seeded(mix_seed(3, entry, view)):
+                tokens = model.encode(dataset.load_visual(entry)[None])[0]
+            torch.testing.assert_close(found[view], tokens.bfloat16(), rtol=2**-7, atol=1e-6)
+        assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+    chosen = []
+    for seed in range(60):
+        with seeded(seed):
+            tokens = kept[5]["visual_tokens"]
+        with seeded(seed):
+            assert torch.equal(tokens, kept[5]["visual_tokens"])
+        chosen.append([torch.equal(tokens, kept.store.read(5, view)) for view in range(views)].index(True))
+    assert min(chosen.count(view) for view in range(views)) > 8
+    assert "one random view" not in caplog.text
+    fill(dataset, model)
+    assert "run.cache_vision keeps one random view of each picture of 'data'" in caplog.text
+
+
+def test_filling_and_reading_leave_the_random_generators_where_they_were(model):
+    before = random.getstate(), np.random.get_state()[2], torch.get_rng_state()
+    for dataset in (shapes(RANDOM), shapes(RANDOM)):
+        fill(dataset, model, cache_vision_views=2)
+    assert (before[0], before[1]) == (random.getstate(), np.random.get_state()[2])
+    assert torch.equal(before[2], torch.get_rng_state())
+
+
+def test_of_a_transform_that_is_not_random_one_view_is_kept_whatever_the_seed(model):
+    first = fill(shapes(), model, cache_vision_views=5)
+    assert first.store.views == 1
+    assert fill(shapes(), model, seed=4).store.folder == first.store.folder
+    augmented = fill(shapes(RANDOM), model)
+    assert fill(shapes(RANDOM), model, seed=4).store.folder != augmented.store.folder
+
+
+def test_a_picture_with_several_captions_is_kept_once_and_a_broken_one_is_skipped(model, tmp_path):
+    records = photographs(tmp_path / "pictures")
+    dataset = CaptionDataset(records, tmp_path / "pictures", build_processor(PLAIN), TEXT)
+    kept = fill(dataset, model)
+    assert kept.store.entries == 6 and len(kept) == 12
+    assert [kept[i]["text_input"] for i in (0, 1)] == ["grey noise", "a wall"]
+    assert torch.equal(kept[0]["visual_tokens"], kept[1]["visual_tokens"])
+    assert isinstance(kept[6], Skipped) and kept[6] == dataset[6] and kept[7] == dataset[7]
+    assert "3.png" in kept[6].reason
+    (tmp_path / "pictures" / "3.png").write_bytes((tmp_path / "pictures" / "4.png").read_bytes())
+    mended = fill(dataset, model)
+    assert torch.equal(mended[6]["visual_tokens"], mended[8]["visual_tokens"])
+
+
+def test_the_card_says_what_a_store_is_of(model):
+    store = fill(shapes(), model).store
+    card = json.loads((store.folder / "card.json").read_text())
+    assert card["dataset"] == "data" and card["pictures"]["count"] == PICTURES
+    assert (card["encoder"]["name"], card["encoder"]["image_size"]) == ("eva_clip_g", SIZE)
+    assert card["transform"]["name"] == "blip_image_eval"
+    assert card["shape"] == [17, 48]
+    assert card["bytes"] == PICTURES * 17 * 48 * 2 == (store.folder / "tokens.bf16").stat().st_size
+
+
+# ---- the key ----
+
+
+def test_the_key_follows_weights_size_transform_world_and_views(golden, model):
+    wide = {**PLAIN, "image_size": 70}
+    plain, augmented = key(shapes(), model), key(shapes(RANDOM), model, cache_vision_views=2)
+    assert plain == key(shapes(), build_model(golden), batch_size_train=7, seed=9)
+    others = [
+        plain,
+        augmented,
+        key(shapes(wide), build_model(golden, image_size=70)),
+        key(shapes({**PLAIN, "mean": (0.5, 0.5, 0.5)}), model),
+        key(shapes(seed=1), model),
+        key(shapes(size=PICTURES - 1), model),
+        key(shapes({**RANDOM, "min_scale": 0.51}), model, cache_vision_views=2),
+        key(shapes(RANDOM), model, cache_vision_views=3),
+        key(shapes(RANDOM), model, cache_vision_views=2, seed=4),
+        key(shapes(), build_model(golden, precision="bf16")),
+    ]
+    with torch.no_grad():
+        model.vision.trunk.blocks[1].mlp.fc1.bias[5] += 1e-4
+    others.append(key(shapes(), model))
+    assert len(set(others)) == len(others)
+
+
+def test_the_key_follows_what_a_transform_does_where_no_setting_says_it(model, monkeypatch):
+    before = key(shapes(), model)
+    processor = type(build_processor(PLAIN))
+    call = processor.__call__
+    monkeypatch.setattr(processor, "__call__", lambda self, item: call(self, item) * 1.01)
+    assert key(shapes(), model) != before
+
+
+@pytest.mark.parametrize("change", ["time", "size", "name", "order"])
+def test_the_key_follows_the_files(model, tmp_path, change):
+    records = photographs(tmp_path / "pictures", count=20, broken=())
+    processor = build_processor(PLAIN)
+    before = key(CaptionDataset(records, tmp_path / "pictures", processor, TEXT), model)
+    again = key(CaptionDataset(records, tmp_path / "pictures", processor, TEXT), model)
+    picture = tmp_path / "pictures" / "13.png"  # none of those whose pixels are looked at
+    if change == "time":
+        os.utime(picture, ns=(1, 1))
+    elif change == "size":
+        stat = picture.stat()
+        picture.write_bytes(picture.read_bytes() + b"\0")
+        os.utime(picture, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    elif change == "name":
+        picture.rename(picture.with_name("thirteen.png"))
+        records = [{**r, "image": r["image"].replace("13.png", "thirteen.png")} for r in records]
+    else:
+        records = records[::-1]
+    after = key(CaptionDataset(records, tmp_path / "pictures", processor, TEXT), model)
+    assert before == again != after
+
+
+def test_a_changed_key_gives_another_cache_and_the_first_one_is_left_alone(tiny_project, data_root):
+    path = tiny_project(run={"cache_vision": True, "max_epoch": 1})
+    first = train(path)
+    (store,) = stores(data_root)
+    content = (store / "tokens.bf16").read_bytes()
+    assert train(path, "datasets.shapes_caption.seed=5") != first
+    assert len(stores(data_root)) == 2 and (store / "tokens.bf16").read_bytes() == content
+    assert train(path) == first
+
+
+# ---- interruptions and damage ----
+
+
+def test_a_killed_fill_goes_on_and_computes_nothing_twice(tiny_project, tmp_path, data_root, encoded):
+    plugin = tmp_path / "kill.py"
+    plugin.write_text(
+        "import os, signal\n"
+        "from evlgen.models.vision.timm_encoder import TimmEncoder\n"
+        "from evlgen.runners import vision_cache\n"
+        "vision_cache._FLUSH_SECONDS = 0.0\n"
+        "forward, calls = TimmEncoder.forward, []\n"
+        "def killing(self, pixels):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 5:\n"  # the first looks at a picture; each of the others encodes four
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return forward(self, pixels)\n"
+        "TimmEncoder.forward = killing\n"
+    )
+    path = tiny_project(run={"cache_vision": True, "max_epoch": 1})
+    command = [sys.executable, ROOT / "train.py", "--cfg-path", path, "--plugins", plugin]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    (store,) = stores(data_root)
+    assert list((store / "status").read_bytes()) == [DONE] * 12 + [TO_DO] * 12
+    losses = train(path)
+    assert sum(encoded) == 1 + 4 + 12  # the shape; four kept ones, compared; the other half
+    tokens = (store / "tokens.bf16").read_bytes()
+    shutil.rmtree(data_root)
+    assert train(path) == losses
+    assert (store / "tokens.bf16").read_bytes() == tokens
+
+
+def test_a_request_to_stop_is_met_between_batches_and_what_was_computed_is_kept(model, encoded):
+    stop = StopRequest()
+    stop.received = signal.SIGINT
+    with pytest.raises(Interrupted, match="stopped by Ctrl-C while filling the vision cache"):
+        fill(shapes(), model, stop)
+    del encoded[:]
+    fill(shapes(), model)
+    assert sum(encoded) == 1 + 2 + PICTURES - 4  # the shape; two kept ones, compared; the rest
+
+
+def test_a_run_waits_for_another_that_fills_the_same_cache(model):
+    import fcntl
+
+    stop = StopRequest()
+    stop.received = signal.SIGTERM
+    store = fill(shapes(), model).store
+    (store.folder / "status").write_bytes(bytes(PICTURES))
+    with open(store.folder / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(Interrupted):
+            fill(shapes(), model, stop)
+    assert (store.folder / "status").read_bytes() == bytes(PICTURES)  # not one batch was computed
+
+
+def test_a_picture_that_could_not_be_read_is_tried_again_in_the_next_run(model):
+    kept = fill(shapes(), model)
+    expected = kept[9]["visual_tokens"]
+    status = bytearray((kept.store.folder / "status").read_bytes())
+    status[9] = BROKEN
+    (kept.store.folder / "status").write_bytes(status)
+    kept.store.refresh()
+    assert isinstance(kept[9], Skipped)
+    assert torch.equal(fill(shapes(), model)[9]["visual_tokens"], expected)
+
+
+def test_too_little_disk_space_is_said_with_the_size_before_anything_is_written(
+    tiny_project, data_root, monkeypatch
+):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 5000, 5000))
+    with pytest.raises(
+        TrainingError, match=r"needs 39\.2 kB for 24 pictures .* has 5\.0 kB left.*EVLGEN_CACHE"
+    ):
+        train(tiny_project(), "run.cache_vision=true")
+    assert not stores(data_root)
+
+
+def test_a_full_disk_is_named_and_what_was_written_before_is_kept(model, monkeypatch, data_root):
+    fsync, calls = os.fsync, []
+
+    def full(handle):  # the third group's tokens do not reach the disk
+        calls.append(handle)
+        if len(calls) > 6:
+            raise OSError(28, "No space left on device")
+        fsync(handle)
+
+    monkeypatch.setattr(vision_cache, "_FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(token_store.os, "fsync", full)
+    with pytest.raises(TrainingError, match="is full before all 39.2 kB of 'data' are written"):
+        fill(shapes(), model)
+    (store,) = stores(data_root)
+    assert list((store / "status").read_bytes()) == [DONE] * 8 + [TO_DO] * 16
+
+
+@pytest.mark.parametrize("name", ["tokens.bf16", "status", "card.json"])
+def test_a_damaged_store_is_named_with_the_remedy(model, name):
+    folder = fill(shapes(), model).store.folder
+    (folder / name).write_bytes((folder / name).read_bytes()[:-3])
+    with pytest.raises(DataError, match=f"{name}.*damaged. Delete {folder}"):
+        fill(shapes(), model)
+
+
+def test_tokens_that_the_encoder_does_not_make_any_more_are_refused(model, monkeypatch):
+    fill(shapes(), model)
+    forward = TimmEncoder.forward
+    monkeypatch.setattr(TimmEncoder, "forward", lambda self, x: forward(self, x) * 1.2)
+    with pytest.raises(DataError, match=r"holds other tokens than this vision encoder makes.*\(17% apart\)"):
+        fill(shapes(), model)
+
+
+# ---- what cannot be cached ----
+
+
+def test_a_trained_encoder_is_refused_before_anything_is_loaded(tiny_project, golden):
+    path = tiny_project(model={"vision": {"freeze": False}}, run={"cache_vision": True})
+    with pytest.raises(ConfigError, match=r"run.cache_vision .*other tokens at every step.*freeze: true"):
+        Config.load(path)
+    assert Config.load(path, ["run.evaluate=true", "run.test_splits=[test]"])
+    with pytest.raises(ConfigError, match=r"the vision encoder is trained \(trunk"):
+        fill(shapes(), build_model(golden, freeze=False))
+
+
+def test_views_without_the_cache_are_refused(tiny_project):
+    with pytest.raises(ConfigError, match="run.cache_vision_views .*cache_vision: true only"):
+        Config.load(tiny_project(), ["run.cache_vision_views=4"])
+
+
+class _Whole(BaseDataset):
+    def load_sample(self, index):
+        return {"image": torch.zeros(3, SIZE, SIZE), "text_input": ""}
+
+
+class _Extended(ShapesCaptionDataset):
+    def load_sample(self, index):
+        return {**super().load_sample(index), "more": 1}
+
+
+def test_a_dataset_that_reads_a_sample_as_a_whole_trains_but_cannot_be_cached(model):
+    assert set(_Whole(range(3))[1]) == {"image", "text_input"}
+    with pytest.raises(ConfigError, match="_Whole of dataset 'data' does not define load_visual, load_text"):
+        fill(_Whole(range(3)), model)
+    extended = _Extended("train", 3, 0, build_processor(PLAIN), TEXT)
+    with pytest.raises(ConfigError, match="_Extended of dataset 'data' defines load_sample as well"):
+        fill(extended, model)
