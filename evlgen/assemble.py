@@ -199,14 +199,15 @@ def run_folder(cfg: Config, accelerator: Any) -> Path:
     Raises:
         TrainingError: it cannot be written to.
     """
-    from accelerate.utils import broadcast_object_list
+    from accelerate.utils import broadcast_object_list, gather_object
 
-    if was_restarted():
+    restarted = any(gather_object([was_restarted()]))  # each machine counts its own failures only
+    if restarted:
         cfg.run.resume = "auto"
     chosen = [None, None]
     if accelerator.is_main_process:
         try:
-            chosen[0] = str(_choose_folder(cfg))
+            chosen[0] = str(_choose_folder(cfg, restarted))
         except EVLGenError as error:
             chosen[1] = str(error)
     broadcast_object_list(chosen)
@@ -215,9 +216,9 @@ def run_folder(cfg: Config, accelerator: Any) -> Path:
     return Path(chosen[0])
 
 
-def _choose_folder(cfg: Config) -> Path:
+def _choose_folder(cfg: Config, restarted: bool) -> Path:
     parent = Path(cfg.run.output_dir).expanduser().absolute()
-    if was_restarted() and (parent / "latest").is_dir():
+    if restarted and (parent / "latest").is_dir():
         return (parent / "latest").resolve()  # what this command made, with or without a checkpoint
     if cfg.run.resume == "auto":
         runs = [p for p in parent.glob("*/") if not p.is_symlink() and (p / "checkpoints").is_dir()]

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from evlgen.common.errors import ProcessLost
 from evlgen.common.precision import resolve_precision
 from evlgen.models.base_model import BaseModel
+from evlgen.runners.meeting import meeting
 from evlgen.runners.run_config import RunConfig
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -29,7 +30,8 @@ def make_accelerator(run: RunConfig) -> Accelerator:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     cpu = not torch.accelerator.is_available()  # said outright, or accelerate would not distribute on CPUs
     # the others wait while the first process scores, and METEOR and SPICE may take long
-    state = PartialState(cpu=cpu, timeout=datetime.timedelta(hours=6))
+    timeout = datetime.timedelta(hours=6)
+    state = PartialState(cpu=cpu, timeout=timeout, **meeting(timeout))
     if not state.is_main_process:
         logging.getLogger("evlgen").setLevel(logging.WARNING)
     precision = resolve_precision(run.precision, state.device)
