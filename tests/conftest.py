@@ -3,6 +3,7 @@ present."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -26,16 +27,16 @@ def shared() -> Path:
     return folder
 
 
-@pytest.fixture
-def tiny_project(golden, tmp_path):
-    """Writes a project file around the golden model (a few thousand weights) and the Shapes world; returns
-    its path.
+@pytest.fixture(scope="session")
+def write_project(golden):
+    """Writes a project file around the golden model (a few thousand weights) and the Shapes world into a
+    folder, where the run's ``output`` goes too; returns its path.
 
-    Call it with changes: ``tiny_project(run={"max_iters": 3})``.
+    Call it with changes: ``write_project(folder, run={"max_iters": 3})``.
     """
     from omegaconf import OmegaConf
 
-    def write(**sections):
+    def write(into, **sections):
         model = OmegaConf.load(golden / "evlgen_opt" / "model.yaml").model
         folder = golden / "evlgen_opt"
         model.checkpoint = str(folder / model.checkpoint)
@@ -57,12 +58,18 @@ def tiny_project(golden, tmp_path):
                     "log_freq": 1,
                     "tensorboard": False,
                     "metrics": ["bleu", "cider"],
-                    "output_dir": str(tmp_path / "output"),
+                    "output_dir": str(into / "output"),
                 },
             }
         )
-        path = tmp_path / "project.yaml"
+        path = into / "project.yaml"
         OmegaConf.save(OmegaConf.merge(content, OmegaConf.create(sections)), path)
         return path
 
     return write
+
+
+@pytest.fixture
+def tiny_project(write_project, tmp_path):
+    """`write_project` into the test's own folder: ``tiny_project(run={"max_iters": 3})``."""
+    return functools.partial(write_project, tmp_path)

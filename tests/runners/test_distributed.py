@@ -1,58 +1,124 @@
-"""Two processes on CPUs: broken samples on one of them neither hang the other nor go unnoticed."""
+"""Two processes train, evaluate and save what one does, also with the language model spread over them."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import shutil
 
 import pytest
-from PIL import Image
+from runners.processes import alone, logged, read_lines, torchrun
+from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[2]
+SIZES = {"one": 1, "two": 2, "five": 5, "seven": 7}
+FINAL = "step_00000015"
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_batch_of_broken_samples_is_skipped_and_listed(tiny_project, tmp_path, processes):
-    images = tmp_path / "coco" / "images"
-    images.mkdir(parents=True)
-    (tmp_path / "coco" / "annotations").mkdir()
-    names = [f"{i}.png" for i in range(6)]
-    for i, name in enumerate(names):
-        Image.new("RGB", (60, 60), (40 * i, 0, 0)).save(images / name)
-    (images / "3.png").write_bytes(b"broken")
-    records = {
-        "train": [{"image": n, "caption": "a wall"} for n in names],
-        "val": [{"image": n, "caption": ["a wall"]} for n in names],
-    }
-    for split, content in records.items():
-        (tmp_path / "coco" / "annotations" / f"coco_karpathy_{split}.json").write_text(json.dumps(content))
-    path = tiny_project(
-        datasets={"coco_caption": {}},
-        run={"max_epoch": 2, "batch_size_train": 1, "max_skipped_share": 1.0, "valid_splits": ["val"]},
-    )
-    from omegaconf import OmegaConf
+def train_lines(folder):
+    return logged(folder, "train")
 
-    cfg = OmegaConf.load(path)
-    del cfg.datasets["shapes_caption"]
-    OmegaConf.save(cfg, path)
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    environment = {**os.environ, "EVLGEN_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *launch, str(ROOT / "train.py"), "--cfg-path", str(path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    folder = tmp_path / "output" / "latest"
-    listed = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
-    assert {entry["id"] for entry in listed} == {"3.png"}
-    captions = json.loads((folder / "result" / "val_epoch2" / "captions.json").read_text())
+
+def gradients(checkpoint):
+    """The running mean of the gradients, by weight: after the first step a multiple of its gradient."""
+    state = load_file(checkpoint / "training_state" / "optimizer.safetensors")
+    return {name: value for name, value in state.items() if name.endswith(":exp_avg")}
+
+
+def assert_same_curve(lines, expected):
+    assert [line["iteration"] for line in lines] == [line["iteration"] for line in expected]
+    for line, other in zip(lines, expected, strict=True):
+        assert line == pytest.approx(other, rel=2e-5), line["iteration"]
+
+
+def assert_same_tensors(tensors, expected):
+    """Equal but for rounding, measured by the largest number of each tensor."""
+    assert tensors.keys() == expected.keys()
+    for name, value in tensors.items():
+        assert (value - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max() + 1e-7, name
+
+
+@pytest.fixture(scope="module")
+def single(pair):
+    """The same run of one process with a batch of four, in a folder of its own."""
+    output = pair.project.parent / "single"
+    alone(pair.project, f"run.output_dir={output}", "run.batch_size_train=4", "run.valid_splits=[]")
+    return (output / "latest").resolve()
+
+
+def test_two_processes_with_batch_b_give_the_losses_and_gradients_of_one_with_2b(pair, single):
+    lines = train_lines(single)
+    assert [line["iteration"] for line in lines] == [2, 4, 5, 7, 9, 10, 12, 14, 15]
+    assert_same_curve(train_lines(pair.folder), lines)
+    for line in lines:
+        step = f"step_{line['iteration']:08d}"
+        ours, theirs = (gradients(folder / "checkpoints" / step) for folder in (pair.folder, single))
+        assert ours
+        assert_same_tensors(ours, theirs)
+
+
+def test_that_was_with_unequal_numbers_of_tokens_and_samples_on_the_processes(pair, single):
+    tokens = [[note["num_tokens"] for note in pair.ended.notes("step", rank)] for rank in (0, 1)]
+    assert sum(a != b for a, b in zip(*tokens, strict=True)) > 10
+    listed = [{line["id"] for line in read_lines(f / "skipped.jsonl")} for f in (pair.folder, single)]
+    assert len(listed[1]) == 2 and listed[1] < listed[0]
+
+
+def test_what_is_trained_is_made_and_kept_equal_and_what_is_frozen_is_never_sent(pair):
+    steps = [pair.ended.notes("step", rank) for rank in (0, 1)]
+    trained = [[note["trained"] for note in notes] for notes in steps]
+    assert trained[0] == trained[1]  # the second process started with other weights
+    assert len(set(trained[0])) == 9  # a new one after every step
+    frozen = [{note["frozen"] for note in notes} for notes in steps]
+    assert len(frozen[0]) == len(frozen[1]) == 1 and frozen[0] != frozen[1]
+
+
+def test_an_evaluation_has_every_sample_once_and_in_order_whatever_the_splits_size(pair):
+    assert_evaluated(pair.folder, epochs=(1, 2, 3))
+
+
+def assert_evaluated(folder, epochs):
+    for epoch in epochs:
+        for split, size in SIZES.items():
+            captions = folder / "result" / f"{split}_epoch{epoch}" / "captions.json"
+            assert [c["image_id"] for c in json.loads(captions.read_text())] == list(range(size))
+    lines = [line for line in logged(folder, "evaluation") if line["label"] == f"epoch{epochs[-1]}"]
+    assert {line["split"]: line["samples"] for line in lines} == SIZES
+
+
+def test_a_broken_sample_of_one_process_is_left_out_of_an_evaluation_and_counted(pair):
+    captions = json.loads((pair.folder / "result" / "damaged" / "captions.json").read_text())
     assert [c["image_id"] for c in captions] == [0, 1, 2, 4, 5]
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    scored = [r for r in records if r["type"] == "evaluation"]
-    assert [(r["samples"], r["skipped"]) for r in scored] == [(5, 1), (5, 1)]
+    (line,) = [line for line in logged(pair.folder, "evaluation") if line["split"] == "damaged"]
+    assert (line["samples"], line["skipped"]) == (5, 1)
+
+
+@pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "trained"])
+def test_a_spread_language_model_trains_like_a_whole_one_from_and_to_its_checkpoints(
+    write_pair_project, tmp_path, freeze
+):
+    project = write_pair_project(tmp_path)
+    whole, spread, back = (tmp_path / name for name in ("whole", "spread", "back"))
+    one_process = (f"model.language.freeze={freeze}", "run.batch_size_train=4", "run.valid_splits=[]")
+    alone(project, f"run.output_dir={whole}", *one_process)
+    expected = train_lines(whole / "latest")
+
+    shutil.copytree(whole / "latest", spread / "run", symlinks=True)
+    ended = torchrun(
+        project,
+        f"model.language.freeze={freeze}",
+        "run.shard_language=true",
+        f"run.resume={spread}/run/checkpoints/step_00000005",
+    )
+    assert ended.code == 0, ended.shown
+    assert_same_curve(train_lines(spread / "run"), expected)
+    assert_evaluated(spread / "run", epochs=(2, 3))
+    weights, others = (
+        load_file(f / "checkpoints" / FINAL / "model.safetensors") for f in (spread / "run", whole / "latest")
+    )
+    assert {k: (v.shape, v.dtype) for k, v in weights.items()} == {
+        k: (v.shape, v.dtype) for k, v in others.items()
+    }
+    assert any(name.startswith("language.") for name in weights) != freeze
+
+    shutil.copytree(spread / "run", back / "run", symlinks=True)
+    alone(project, *one_process, f"run.resume={back}/run/checkpoints/step_00000010")
+    assert_same_curve(train_lines(back / "run"), expected)
