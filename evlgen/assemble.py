@@ -114,6 +114,8 @@ def drop_foreign_sources(cfg: Config) -> None:
         parts |= {"images": info["images"]} if "images" in info else {}
         for key, part in parts.items():
             own = cfg.source(f"{path}.{key}.storage")
+            if part.get("storage") == part.get("url"):
+                continue  # the published file, fetched: its sum is the one that is known
             for field in ("url", "md5"):
                 if field in part and cfg.source(f"{path}.{key}.{field}") != own:
                     del part[field]
@@ -217,8 +219,8 @@ def run_folder(cfg: Config, accelerator: Any) -> Path:
 
 
 def _choose_folder(cfg: Config, restarted: bool) -> Path:
-    parent = Path(cfg.run.output_dir).expanduser().absolute()
-    if restarted and (parent / "latest").is_dir():
+    parent = Path(os.path.expanduser(cfg.run.output_dir)).absolute()
+    if restarted and os.path.isdir(parent / "latest"):
         return (parent / "latest").resolve()  # what this command made, with or without a checkpoint
     if cfg.run.resume == "auto":
         runs = [p for p in parent.glob("*/") if not p.is_symlink() and (p / "checkpoints").is_dir()]
@@ -227,8 +229,8 @@ def _choose_folder(cfg: Config, restarted: bool) -> Path:
         if runs:
             return _current(max(runs))
     elif cfg.run.resume:
-        checkpoint = Path(cfg.run.resume).expanduser().resolve()
-        if not (checkpoint / STATE_FOLDER).is_dir():
+        checkpoint = Path(os.path.expanduser(cfg.run.resume)).resolve()
+        if not os.path.isdir(checkpoint / STATE_FOLDER):
             raise CheckpointError(
                 f"run.resume: {checkpoint} has no {STATE_FOLDER}/, so a run cannot go on from it. Name a "
                 "folder under a run's "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -75,8 +76,8 @@ def load_for_captioning(
         return load_model("evlgen_opt", device=device)
     folder = Path(resolve(checkpoint))
     best = folder / "checkpoints" / "best"
-    file = (best if best.is_dir() else folder) / CONFIG_FILE
-    if not file.is_file():
+    file = (best if os.path.isdir(best) else folder) / CONFIG_FILE
+    if not os.path.isfile(file):
         raise DataError(
             f"{checkpoint} is no folder with a {CONFIG_FILE}, so the model it belongs to is not known: name "
             "it with --cfg-path."
@@ -87,7 +88,7 @@ def load_for_captioning(
 
 def _expand(image: str) -> list[str]:
     folder = Path(image)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return [str(p) for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES]
     return [image]
 

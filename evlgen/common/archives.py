@@ -81,7 +81,7 @@ def extract(archive: str | os.PathLike, folder: str | os.PathLike, limits: Limit
         DataError: no such archive, a damaged one, or one with a member that is refused (see the top of the
             file); the folder is there and has files. Then nothing was written.
     """
-    archive, folder = Path(archive), Path(folder).expanduser().absolute()
+    archive, folder = Path(archive), Path(os.path.expanduser(folder)).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder} is there already: move it away to unpack {archive} anew.")
     temporary = None
@@ -114,7 +114,11 @@ def fetch_archive(url: str, md5: str | None = None) -> Path:
     target = download_target(url)
     folder = target.with_name(f"{target.name}.unpacked")
     if not folder.is_dir():
-        extract(download(url, md5), folder)
+        try:
+            extract(download(url, md5), folder)
+        except DataError:
+            if not folder.is_dir():  # else another process of the run was the first
+                raise
         target.unlink(missing_ok=True)  # its content is there now
     return folder
 
@@ -126,7 +130,7 @@ def is_archive(path: str | os.PathLike) -> bool:
 
 @contextlib.contextmanager
 def _opened(archive: Path) -> Iterator[zipfile.ZipFile | tarfile.TarFile]:
-    if not archive.is_file():
+    if not os.path.isfile(archive):
         raise DataError(f"there is no archive at {archive}.")
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as opened:

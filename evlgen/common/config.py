@@ -27,7 +27,7 @@ from evlgen.common.config_checks import (
 )
 from evlgen.common.errors import ConfigError, did_you_mean
 from evlgen.common.io import PACKAGE_ROOT, write_atomically
-from evlgen.common.layers import Layer, Layers, display, options_layer, read_layer
+from evlgen.common.layers import MODEL_PARTS, Layer, Layers, display, options_layer, read_layer
 from evlgen.common.plugins import load_entry_points, load_plugins
 from evlgen.common.registry import registry
 from evlgen.common.schema import Problems
@@ -37,7 +37,6 @@ from evlgen.runners.run_config import RunConfig
 logger = logging.getLogger(__name__)
 
 DEFAULTS = PACKAGE_ROOT / "configs" / "default.yaml"
-_PARTS = ("vision", "connector", "language")
 
 
 class Config:
@@ -162,10 +161,10 @@ def find_config(path: str | os.PathLike) -> Path:
     Raises:
         ConfigError: it is in neither place; names both, and packaged project files with a name like it.
     """
-    given = Path(path).expanduser()
+    given = Path(os.path.expanduser(path))
     places = [given.absolute(), PACKAGE_ROOT / given]
     for place in places:
-        if place.is_file():
+        if os.path.isfile(place):
             return place
     packaged = [
         p.relative_to(PACKAGE_ROOT).as_posix() for p in sorted(PACKAGE_ROOT.glob("projects/**/*.yaml"))
@@ -245,7 +244,7 @@ def _with_model_type(layers: Layers) -> Layers:
         return layers
     cls = registry.get_model_class(arch)
     model_type = _model_type(layers, cls)
-    if model_type not in cls.MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in cls.MODEL_TYPES:
         return layers
     layer = _default_layer(cls.MODEL_TYPES[model_type], f"type '{model_type}' of {arch}", "model")
     layer.content["model"].update(arch=arch, model_type=model_type)
@@ -256,7 +255,7 @@ def _model_type(layers: Layers, cls: type) -> str | None:
     """The named type, else the default type; none where the section names all its parts and stands alone."""
     if layers.has("model.model_type"):
         return layers.get("model.model_type")
-    if all(layers.has(f"model.{part}.name") for part in _PARTS):
+    if all(layers.has(f"model.{part}.name") for part in MODEL_PARTS):
         return None
     return cls.DEFAULT_MODEL_TYPE
 

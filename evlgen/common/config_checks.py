@@ -89,7 +89,7 @@ def check_model(section: Mapping[str, Any], problems: Problems) -> dict[str, Any
         check_section({"arch": arch} if "arch" in section else {}, ModelConfig, "model", problems=problems)
         return dict(section)
     cls = registry.get_model_class(arch)
-    if model_type is not None and model_type not in cls.MODEL_TYPES:
+    if model_type is not None and (not isinstance(model_type, str) or model_type not in cls.MODEL_TYPES):
         hint = did_you_mean(str(model_type), cls.MODEL_TYPES)
         known = ", ".join(cls.MODEL_TYPES) or "none"
         problems.add("model.model_type", f"{arch} has no type {show(model_type)}.{hint} Known: {known}")

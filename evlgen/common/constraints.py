@@ -64,6 +64,8 @@ class Registered:
 
     def problem(self, value: Any) -> str | None:
         known = registry.names(self.kind)
+        if not isinstance(value, str):
+            return f"must be {self}, not {show(value)}"
         if value in known:
             return None
         hint = did_you_mean(value, known)

@@ -37,9 +37,11 @@ def looks_like_path(name: str) -> bool:
 
 def missing_model(name: str) -> str | None:
     """Why a model is not on this machine, with the remedy; None when it is."""
+    if name.startswith(("http://", "https://")):
+        return "it is an address, and a model is a folder here or a hub id"
     path = Path(resolve(name)) if looks_like_path(name) else Path(name)
-    if path.is_dir():
-        return None if (path / "config.json").is_file() else f"the folder {path} holds no config.json"
+    if os.path.isdir(path):
+        return None if os.path.isfile(path / "config.json") else f"the folder {path} holds no config.json"
     if looks_like_path(name):
         return f"there is no folder {path}"
     if _cached_folder(name) is not None:
@@ -60,7 +62,7 @@ def local_model_folder(name: str) -> Path:
     reason = missing_model(name)
     if reason is None:
         path = Path(resolve(name)) if looks_like_path(name) else Path(name)
-        folder = path if path.is_dir() else _cached_folder(name)
+        folder = path if os.path.isdir(path) else _cached_folder(name)
     elif looks_like_path(name):
         raise CheckpointError(f"'{name}': {reason}.")
     else:
@@ -95,6 +97,12 @@ def check_model_folder(folder: Path) -> None:
             raise CheckpointError(
                 f"{folder} is refused: its config.json sets {key}, which could load code or files from "
                 "elsewhere. Delete the key where you trust the folder."
+            )
+    for key, value in config.items():
+        if ("dropout" in key or key == "layerdrop") and value is not None and not _is_share(value):
+            raise CheckpointError(
+                f"{folder} cannot be read: its config.json gives {key} as {value!r:.60}, and a rate is "
+                "between 0 and 1. Get it again."
             )
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
@@ -135,6 +143,10 @@ def _check_size(folder: Path, config: dict[str, Any], num_bytes: int) -> None:
             f"{folder} cannot be read: its config.json describes a model of at least {smallest} weights, and "
             f"its weight files have {num_bytes} bytes. Get it again."
         )
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def hub_reachable() -> bool:

@@ -28,7 +28,8 @@ _LONGEST_NAME = 150  # of a downloaded file, in bytes; the name of its temporary
 def cache_root(configured: str | os.PathLike | None = None) -> Path:
     """Where data and downloads lie: ``EVLGEN_CACHE``, else what the config says (env.cache_root), else
     ~/.cache/evlgen."""
-    return Path(os.environ.get("EVLGEN_CACHE") or configured or "~/.cache/evlgen").expanduser().resolve()
+    root = os.environ.get("EVLGEN_CACHE") or configured or "~/.cache/evlgen"
+    return Path(os.path.expanduser(root)).resolve()
 
 
 @functools.cache
@@ -103,7 +104,7 @@ def download(url: str, md5: str | None = None) -> Path:
         DataError: see `evlgen.common.downloads.fetch`.
     """
     target = download_target(url)
-    if target.is_file():
+    if os.path.isfile(target):
         return target
     from evlgen.common.downloads import fetch
 

@@ -38,6 +38,7 @@ PART_KEYS: dict[tuple[str, ...], frozenset[str] | None] = {
     ("model", "vision"): frozenset({"kwargs", "pretrained"}),
     ("model", "language"): frozenset({"kwargs", "pretrained"}),
 }
+MODEL_PARTS = ("vision", "connector", "language")
 PROCESSOR_SECTIONS = ("vis_processor", "text_processor")
 
 KeyPath = tuple[str, ...]
@@ -131,11 +132,10 @@ class Layers:
 
     def _merge(self) -> DictConfig:
         plain: dict[str, Any] = {}
-        for layer in self.layers:  # each alone, too: merging may resolve what a stronger layer hides
-            check_interpolations(layer.content, self.resolvers)
+        for layer in self.layers:
             plain = _overlaid(plain, layer.content)
         check_interpolations(plain, self.resolvers)
-        return OmegaConf.merge(*(OmegaConf.create(layer.content) for layer in self.layers))
+        return OmegaConf.create(plain)
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -155,19 +155,25 @@ class Layers:
 
 
 def _overlaid(lower: Any, upper: Any) -> Any:
-    """Two plain values merged as OmegaConf merges them, interpolations left as they are."""
+    """Two plain values: mappings merged key by key, else the upper one. ``???`` hides nothing below it."""
     if not isinstance(lower, dict) or not isinstance(upper, dict):
         return upper
-    return {**lower, **{key: _overlaid(lower.get(key), value) for key, value in upper.items()}}
+    merged = dict(lower)
+    for key, value in upper.items():
+        if value != "???" or key not in merged:
+            merged[key] = _overlaid(merged.get(key), value)
+    return merged
 
 
 def _without_empty(content: dict[str, Any]) -> dict[str, Any]:
     """``coco_caption:`` with nothing after it is an empty section, not a null that hides the layers below."""
     content = {key: {} if value is None else value for key, value in content.items()}
-    if isinstance(content.get("datasets"), dict):
-        content["datasets"] = {
-            key: {} if value is None else value for key, value in content["datasets"].items()
-        }
+    for name, sections in (("datasets", None), ("model", MODEL_PARTS)):
+        if isinstance(content.get(name), dict):
+            content[name] = {
+                key: {} if value is None and (sections is None or key in sections) else value
+                for key, value in content[name].items()
+            }
     return content
 
 

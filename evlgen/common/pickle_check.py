@@ -65,7 +65,7 @@ def check_pickles(path: str | os.PathLike) -> None:
         DamagedPickle: it is cut off or no PyTorch file.
         OSError: it cannot be read.
     """
-    if zipfile.is_zipfile(path):
+    if _is_zip(path):
         for pickle in _pickles_in_zip(Path(path)):
             _walk(io.BytesIO(pickle))
         return
@@ -80,6 +80,13 @@ def check_pickles(path: str | os.PathLike) -> None:
     stream = io.BytesIO(start)
     for _ in range(_LEGACY_PICKLES):
         _walk(stream)
+
+
+def _is_zip(path: str | os.PathLike) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile as error:  # one in several volumes
+        raise DamagedPickle(str(error)) from error
 
 
 def _pickles_in_zip(path: Path) -> Iterator[bytes]:

@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -63,10 +64,10 @@ def load_entry_points() -> list[str]:
 
 
 def _find_file(name: str, base: Path | None) -> Path:
-    given = Path(name).expanduser()
+    given = Path(os.path.expanduser(name))
     places = list(dict.fromkeys(folder / given for folder in (base or Path.cwd(), Path.cwd())))
     for place in places:
-        if place.is_file():
+        if os.path.isfile(place):
             return place.resolve()
     looked = " nor at ".join(str(place.absolute()) for place in dict.fromkeys(places))
     raise EVLGenError(f"plugin '{name}': there is no file at {looked}.")

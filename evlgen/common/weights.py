@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evlgen.common.errors import CheckpointError
+from evlgen.common.errors import CheckpointError, EVLGenError
 from evlgen.common.json_io import read_json
 from evlgen.common.pickle_check import DamagedPickle, RefusedPickle, check_pickles
 
@@ -36,9 +36,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             code.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _read_folder(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"there is no checkpoint at {path}.")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
@@ -110,7 +110,8 @@ def shards_of(index: str | Path) -> list[Path]:
         raise CheckpointError(f"{index} has no weight_map. Get it again.")
     shards = set(names.values()) if all(isinstance(n, str) for n in names.values()) else {""}
     for name in sorted(shards):
-        if not name or name != os.path.basename(name) or "\\" in name or not (index.parent / name).is_file():
+        is_plain = name and name == os.path.basename(name) and "\\" not in name
+        if not is_plain or not os.path.isfile(index.parent / name):
             raise CheckpointError(f"{index} names the file {name!r}, and there is none beside it.")
     return [index.parent / name for name in sorted(shards)]
 
@@ -131,7 +132,7 @@ def reading(path: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except CheckpointError:
+    except EVLGenError:
         raise
     except Exception as error:
         raise CheckpointError(_damaged(path, error)) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ class BaseDatasetBuilder:
             return fetch_archive(storage, md5)
         if "://" in storage:
             return Path(resolve(storage, md5))
-        return self.cache_root / Path(storage).expanduser()
+        return self.cache_root / os.path.expanduser(storage)
 
     def _build_processors(self, key: str, sections: Mapping[str, Any]) -> dict[str, BaseProcessor]:
         path = f"datasets.{self.name}.{key}"

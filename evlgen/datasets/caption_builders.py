@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,11 +108,11 @@ class CaptionBuilder(BaseDatasetBuilder):
             source = self.build_info.annotations[split]
             for i, storage in enumerate(_as_list(source.storage)):
                 path = self._local(storage)
-                if path is not None and not path.is_file():
+                if path is not None and not os.path.isfile(path):
                     remedy = _remedy(source.downloads()[i : i + 1], "to that path")
                     lines.append(f"{self.name}: the {split} annotation is not at {path}. {remedy}")
         root = self._local(self.build_info.images.storage)
-        if root is not None and not root.is_dir():
+        if root is not None and not os.path.isdir(root):
             lines.append(f"{self.name}: the image folder is not at {root}. {self._image_remedy()}")
         return lines
 
@@ -129,7 +130,7 @@ class CaptionBuilder(BaseDatasetBuilder):
     def _ground_truth(self, split: str) -> dict[int | str, list[str]] | None:
         source = self.build_info.ground_truth.get(split)
         path = self._path(source) if source else None
-        return read_ground_truth(path) if path is not None and path.is_file() else None
+        return read_ground_truth(path) if path is not None and os.path.isfile(path) else None
 
     def _path(self, source: Source, index: int = 0) -> Path:
         """Where a source's file is; an address is fetched, and must have the source's sum."""

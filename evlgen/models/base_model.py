@@ -240,9 +240,9 @@ def _pretrained_folder(name: str, cls: type[BaseModel]) -> Path:
     from evlgen.common.hub import looks_like_path
 
     folder = Path(resolve(name))
-    if (folder / CONFIG_FILE).is_file():
+    if os.path.isfile(folder / CONFIG_FILE):
         return folder
-    if folder.exists() or looks_like_path(name):
+    if os.path.exists(folder) or looks_like_path(name):
         raise CheckpointError(f"{folder} holds no {CONFIG_FILE}: it was not written by save_pretrained.")
     try:
         from huggingface_hub import snapshot_download

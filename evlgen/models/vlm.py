@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from pathlib import Path
+import os
 from typing import Any, ClassVar
 
 import torch
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from evlgen.common.hub import looks_like_path, missing_model
 from evlgen.common.io import resolve
 from evlgen.common.precision import dtype_of
-from evlgen.common.products import quicken
 from evlgen.common.registry import registry
 from evlgen.models.base_model import BaseModel, Missing
 from evlgen.models.connectors.base import Connector
 from evlgen.models.language.base import LanguageModel
 from evlgen.models.model_config import ModelConfig
+from evlgen.models.ops import quicken
 from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
 
@@ -101,7 +101,7 @@ class VLM(BaseModel):
                 Missing(f"connector start {start}", missing_model(start), not looks_like_path(start))
             )
         if cfg.checkpoint and not cfg.checkpoint.startswith(("http://", "https://")):
-            if not Path(resolve(cfg.checkpoint)).exists():
+            if not os.path.exists(resolve(cfg.checkpoint)):
                 why = "there is no such file or folder; see model.checkpoint"
                 found.append(Missing(f"checkpoint {cfg.checkpoint}", why, False))
         return [item for item in found if item.why]

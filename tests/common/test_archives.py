@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from evlgen.common.archives import Limits, extract
+from evlgen.common.archives import Limits, extract, fetch_archive
 from evlgen.common.errors import DataError
+from evlgen.common.io import download_target
 
 FILES = {"train/0001.jpg": b"one", "train/0002.jpg": b"two" * 1000, "captions.json": b"[]"}
 
@@ -238,3 +239,18 @@ def test_an_encrypted_zip_is_refused(tmp_path) -> None:
 def test_an_archive_that_is_not_there_is_named(tmp_path) -> None:
     with pytest.raises(DataError, match="no archive at"):
         extract(tmp_path / "none.zip", tmp_path / "out")
+
+
+def test_a_process_that_is_not_the_first_to_unpack_takes_what_is_there(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("EVLGEN_CACHE", str(tmp_path))
+    url = "http://127.0.0.1:9/a.zip"
+    target = download_target(url)
+    target.parent.mkdir(parents=True)
+    zipped(target, FILES)
+
+    def late(archive: Path, folder: Path) -> None:
+        extract(archive, folder)  # another process, between the look at the folder and the unpacking
+        extract(archive, folder)
+
+    monkeypatch.setattr("evlgen.common.archives.extract", late)
+    assert content_of(fetch_archive(url)) == FILES and not target.exists()

@@ -9,8 +9,9 @@ import sys
 import pytest
 import yaml
 
+from evlgen.assemble import check_nothing_missing, drop_foreign_sources, make_builders
 from evlgen.common.config import Config, find_config, load_model_config, load_model_file, validate
-from evlgen.common.errors import ConfigError, RegistryError
+from evlgen.common.errors import ConfigError, DataError, RegistryError
 from evlgen.common.io import PACKAGE_ROOT
 from evlgen.common.layers import Layer, Layers
 from evlgen.runners.run_config import RunConfig
@@ -533,3 +534,61 @@ def test_importing_the_configuration_costs_under_a_quarter_of_a_second():
     code = "import time; t = time.process_time(); import evlgen.common.config; print(time.process_time() - t)"
     run_python(code)  # writes the byte code
     assert min(float(run_python(code)) for _ in range(3)) < 0.25
+
+
+# ---- values of another kind than their key's
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("model: {model_type: [shapes]}", "model.model_type"),
+        ("model: {model_type: {a: 1}}", "model.model_type"),
+        ("model: {vision: [1]}", "model.vision"),
+        ("model: {connector: text}", "model.connector"),
+        ("model: {connector: {name: 3}}", "model.connector.name"),
+        ("datasets: {shapes_caption: [1]}", "datasets.shapes_caption"),
+        ("datasets: {shapes_caption: {vis_processor: {eval: {name: [a]}}}}", "vis_processor.eval.name"),
+        ("datasets: {shapes_caption: {vis_processor: {eval: {name: {a: 1}}}}}", "vis_processor.eval.name"),
+        ("run: {task: 3}", "run.task"),
+        ("run: [1]", "run"),
+    ],
+)
+def test_a_list_a_mapping_or_a_number_in_the_wrong_place_is_named(project, text, named):
+    assert named in problems_of(project(text), "model.arch=evlgen_opt")
+
+
+@pytest.mark.parametrize("part", ["vision", "connector", "language"])
+def test_an_empty_part_of_the_model_keeps_the_types_settings(project, tmp_path, part):
+    config = Config.load(project(f"model:\n  arch: evlgen_opt\n  {part}:\nrun: {{max_epoch: 1}}\n"))
+    assert config.model[part].name == Config.load(None, ["model.arch=evlgen_opt"]).model[part].name
+    config.save(tmp_path / "saved.yaml")
+    assert Config.load(tmp_path / "saved.yaml").to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("model.vision.pretrained", "model.connector.init", "model.language.name", "model.checkpoint"),
+        "env.cache_root",
+        "datasets.coco_caption.build_info.images.storage",
+        "datasets.coco_caption.build_info.annotations.train.storage",
+    ],
+)
+@pytest.mark.parametrize("name", ["x" * 5000, "/" + "x/" * 3000, "~nosuchuser/x"])
+def test_a_name_that_no_file_can_have_is_a_file_that_is_not_there(monkeypatch, key, name):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("EVLGEN_CACHE", raising=False)
+    config = Config.load("projects/evlgen/coco_ft.yaml", [f"{key}={name}"])
+    with pytest.raises(DataError, match="not on this machine"):
+        builders = make_builders(config)
+        check_nothing_missing(config, builders)
+
+
+def test_the_sum_of_a_published_file_stays_where_its_address_is_the_storage():
+    path = "datasets.coco_caption.build_info.annotations.val"
+    published = Config.load("projects/evlgen/coco_ft.yaml").datasets.coco_caption.build_info.annotations.val
+    for storage, md5 in ((published.url, published.md5), ("https://other/x.json", None)):
+        config = Config.load("projects/evlgen/coco_ft.yaml", [f"{path}.storage={storage}"])
+        drop_foreign_sources(config)
+        assert config.datasets.coco_caption.build_info.annotations.val.get("md5") == md5

@@ -36,8 +36,9 @@ def bert_sizes(init: str | None, num_layers: int, **given: float | None) -> Bert
     """The sizes of ``init`` (BERT-base's without one), changed by what is given and not None.
 
     Raises:
-        CheckpointError: ``init`` has fewer layers, or a given size contradicts its weights.
-        ValueError: hidden_size is no multiple of num_attention_heads.
+        CheckpointError: ``init`` has fewer layers, or a size that is given or in its ``config.json`` fits
+            neither its weights nor the others.
+        ValueError: without ``init``, hidden_size is no multiple of num_attention_heads.
     """
     known: dict = {}
     if init is not None:
@@ -57,10 +58,13 @@ def bert_sizes(init: str | None, num_layers: int, **given: float | None) -> Bert
             )
     sizes = BertSizes(**{**known, **{k: v for k, v in given.items() if v is not None}})
     if sizes.hidden_size % sizes.num_attention_heads:
-        raise ValueError(
-            f"model.connector.hidden_size {sizes.hidden_size} is no multiple of "
-            f"num_attention_heads {sizes.num_attention_heads}"
+        problem = (
+            f"hidden_size {sizes.hidden_size} is no multiple of num_attention_heads "
+            f"{sizes.num_attention_heads}"
         )
+        if init is not None:
+            raise CheckpointError(f"model.connector.init '{init}': {problem}.")
+        raise ValueError(f"model.connector.{problem}")
     return sizes
 
 

@@ -69,8 +69,8 @@ class OPTLanguageModel(LanguageModel):
             )
         self.prompt = prompt
         self.max_txt_len = max_txt_len
-        self._check_tokenizer(name)
         with _named_errors(name, folder):
+            self._check_tokenizer(name)
             self.model, report = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any, ClassVar
 
 import timm
@@ -91,8 +91,8 @@ class TimmEncoder(VisionEncoder):
                 f"the weights are not at {target}. Download {source} to that path, "
                 "or name a file in model.vision.pretrained."
             )
-        path = Path(resolve(source))
-        return None if path.exists() else f"there is no file {path}"
+        path = resolve(source)
+        return None if os.path.exists(path) else f"there is no file {path}"
 
     @classmethod
     def normalisation(cls, name: str) -> dict[str, list[float]]:
