@@ -1,5 +1,8 @@
-"""``PYTHONPATH=tests python -m fuzzing --inputs 10000``: the whole campaign, each chunk in a process of its own,
-so that even a crash of the interpreter is a failure that is counted, and not the end."""
+"""``PYTHONPATH=tests python -m fuzzing --inputs 10000``: the whole campaign.
+
+Each chunk runs in a process of its own, so that even a crash of the interpreter is a failure that is counted,
+and not the end.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +39,11 @@ def main() -> int:
         started, total = time.perf_counter(), Result()
         for chunk in range(-(-args.inputs // CHUNK)):
             count = min(CHUNK, args.inputs - chunk * CHUNK)
-            _add(total, _in_process(kind, args.first + chunk, count, args.failed))
+            result = _in_process(kind, args.first + chunk, count, args.failed)
+            for failure in result.failures:
+                print(failure)
+            _add(total, result)
             print(f"{kind} so far: {total}", file=sys.stderr, flush=True)
-        for failure in total.failures:
-            print(failure)
         print(f"{kind}: {total}; {time.perf_counter() - started:.0f} s in all", flush=True)
         failures += len(total.failures)
     return 1 if failures else 0

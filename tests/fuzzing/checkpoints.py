@@ -22,6 +22,7 @@ from evlgen.models.language.opt import OPTLanguageModel
 from evlgen.runners.checkpointer import Checkpointer
 from evlgen.runners.optimizer import build_optimizer
 from evlgen.runners.training_state import TrainingState
+from fuzzing.mutate import mutate_json, mutate_pytorch, mutate_safetensors, mutate_yaml
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "evlgen_opt"
 
@@ -132,6 +133,14 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], Callable[[Path], None]]] = {
     "sharded": (("model.safetensors.index.json", "*.safetensors"), _language),
     "bert": (("config.json", "model.safetensors"), _connector),
     "vision.safetensors": (("",), _vision),
+}
+
+_DAMAGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
+    ".json": mutate_json,
+    ".yaml": mutate_yaml,
+    ".safetensors": mutate_safetensors,
+    ".pth": mutate_pytorch,
+    ".bin": mutate_pytorch,
 }
 
 

@@ -3,6 +3,7 @@ values of every kind."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -12,10 +13,21 @@ from pathlib import Path
 import yaml
 from hypothesis import strategies as st
 
+from evlgen.assemble import (
+    check_nothing_missing,
+    check_splits,
+    drop_foreign_sources,
+    follow_model,
+    make_builders,
+)
 from evlgen.common.config import Config, load_model_file
 from evlgen.common.errors import EVLGenError
 from evlgen.common.io import PACKAGE_ROOT
-from fuzzing.mutate import VALUES, dump_json, mutate, mutate_tree
+from evlgen.common.layers import MODEL_PARTS
+from evlgen.common.schema import parameters_of
+from evlgen.models.model_config import ModelConfig
+from evlgen.runners.run_config import RunConfig
+from fuzzing.mutate import VALUES, dump_yaml, mutate, mutate_tree
 
 PROJECTS = sorted(
     [*PACKAGE_ROOT.glob("projects/*/*.yaml"), *PACKAGE_ROOT.glob("configs/**/*.yaml")]
@@ -91,17 +103,38 @@ _values = st.recursive(
     max_leaves=20,
 )
 _sections = st.dictionaries(_keys, _values, max_size=8)
-_model = st.fixed_dictionaries({"arch": st.just("evlgen_opt") | _values}) | _sections
+
+
+def _mostly(usual: st.SearchStrategy, other: st.SearchStrategy) -> st.SearchStrategy:
+    """``other`` once in ten times, so that most inputs pass the first checks and reach those after them."""
+    return st.integers(0, 9).flatmap(lambda n: other if n == 0 else usual)
+
+
+def _section_of(target: type) -> st.SearchStrategy:
+    """A section with some of the keys that a dataclass has, and values that are often of the right type."""
+    return st.fixed_dictionaries({}, optional={n: _scalars | _values for n in parameters_of(target)})
+
+
+_part = st.fixed_dictionaries(
+    {}, optional={"name": st.sampled_from(_TEXTS) | _values, "image_size": _scalars, "kwargs": _sections}
+)
+_model = st.builds(
+    lambda arch, keys, parts: {**keys, **parts, "arch": arch},
+    _mostly(st.just("evlgen_opt"), _values),
+    _mostly(st.just({}), _section_of(ModelConfig)),
+    st.fixed_dictionaries({}, optional={p: _mostly(_part, _values) for p in MODEL_PARTS}),
+)
+_datasets = st.dictionaries(
+    _mostly(st.sampled_from(["coco_caption", "shapes_caption"]), _keys),
+    _mostly(st.just({}), _sections),
+    max_size=3,
+)  # fmt: skip
 _structured = st.fixed_dictionaries(
-    {"model": st.builds(lambda a, b: {**b, **a}, _model, _sections) | _values},
+    {"model": _mostly(_model, _values)},
     optional={
-        "datasets": st.dictionaries(
-            st.sampled_from(["coco_caption", "shapes_caption"]) | _keys, _sections, max_size=3
-        )
-        | _values,
-        "run": _sections | _values,
-        "env": _values,
-        "other": _values,
+        "datasets": _mostly(_datasets, _values),
+        "run": _mostly(_section_of(RunConfig) | st.just({"max_epoch": 2}), _values),
+        "env": _mostly(st.fixed_dictionaries({"cache_root": _scalars}), _values),
     },
 )
 _options = st.lists(
@@ -121,7 +154,7 @@ def action(folder: Path, drawn: tuple, keep: Callable[[Path], None]) -> Callable
     """What is done with one input: read as a project, written, read again; and read as a model's file."""
     source, options = drawn
     path = folder / "project.yaml"
-    path.write_bytes(_damaged(source) if isinstance(source, random.Random) else _written(source))
+    path.write_bytes(_damaged(source) if isinstance(source, random.Random) else dump_yaml(source))
     keep(path)
 
     def read() -> None:
@@ -130,6 +163,8 @@ def action(folder: Path, drawn: tuple, keep: Callable[[Path], None]) -> Callable
         except EVLGenError:
             load_model_file(path)
             raise
+        with contextlib.suppress(EVLGenError):
+            load_model_file(path)
         if config.run.problems(list(config.datasets)):  # no `run` section: nothing to run, so nothing to save
             return
         saved = folder / "saved.yaml"
@@ -139,8 +174,18 @@ def action(folder: Path, drawn: tuple, keep: Callable[[Path], None]) -> Callable
         except EVLGenError as error:
             raise AssertionError("a saved configuration cannot be read back") from error
         assert again.to_dict() == config.to_dict(), "a saved configuration reads back as another one"
+        _prepared(config)
 
     return read
+
+
+def _prepared(config: Config) -> None:
+    """What `assemble.run` does with a configuration before it loads anything."""
+    follow_model(config)
+    drop_foreign_sources(config)
+    builders = make_builders(config)
+    check_splits(config, builders)
+    check_nothing_missing(config, builders)
 
 
 def _damaged(rng: random.Random) -> bytes:
@@ -150,17 +195,10 @@ def _damaged(rng: random.Random) -> bytes:
         return mutate(file.read_bytes(), rng)
     tree = yaml.safe_load(file.read_bytes()) or {}
     whole = {"model": {"arch": "evlgen_opt"}, "datasets": {"shapes_caption": {}}, "run": {"max_epoch": 2}}
-    return _written(mutate_tree({**whole, **tree}, rng, (*VALUES, *_TEXTS, *_TEXTS)))
-
-
-def _written(tree: object) -> bytes:
-    """As YAML; its flow style is JSON, which is also written for what PyYAML does not write."""
-    try:
-        return yaml.safe_dump(tree, allow_unicode=True).encode()
-    except Exception:
-        return dump_json(tree)
+    return dump_yaml(mutate_tree({**whole, **tree}, rng, (*VALUES, *_TEXTS, *_TEXTS)))
 
 
 def prepare(folder: Path) -> None:
     """Nothing that a configuration names is at the data root."""
     os.environ["EVLGEN_CACHE"] = str(folder / "cache")
+    os.environ["HF_HUB_OFFLINE"] = "1"

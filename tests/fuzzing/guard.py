@@ -40,7 +40,8 @@ class Result:
     def __str__(self) -> str:
         return (
             f"{self.inputs} inputs: {self.read} read, {self.refused} refused by errors of ours, "
-            f"{len(self.failures)} failures; slowest {self.slowest:.2f} s; peak memory grew by {self.grown} MB"
+            f"{len(self.failures)} failures; slowest {self.slowest:.2f} s; peak memory grew by "
+            f"{self.grown} MB"
         )
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
+import pickletools
 import random
+import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import yaml
 
 # Numbers at the edges of the types that headers are made of.
 _NUMBERS = [
@@ -175,11 +180,12 @@ VALUES: tuple[Any, ...] = (
 def mutate_tree(tree: Any, rng: random.Random, values: Sequence[Any] = VALUES) -> Any:
     """A copy of lists and mappings with one to four changes: another value, one more, one less, two changed
     round, a value wrapped or nested deeply."""
-    root = {"": copy.deepcopy(tree)}
-    for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        holder, key = rng.choice(_places(root))
-        _change(holder, key, rng, values, _places(root))
-    return root[""]
+    with _without_limits():
+        root = {"": copy.deepcopy(tree)}
+        for _ in range(rng.choice((1, 1, 1, 2, 4))):
+            places = _places(root)
+            _change(*rng.choice(places), rng, values, places)
+        return root[""]
 
 
 def _places(node: Any) -> list[tuple[Any, Any]]:
@@ -217,7 +223,7 @@ def _near(value: Any, rng: random.Random) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
-        return rng.choice((value + 1, value - 1, -value, value * 2, value * 1000, value / 2, str(value)))
+        return rng.choice((value + 1, value - 1, -value, value * 2, value * 1000, value // 2, repr(value)))
     if isinstance(value, str):
         return mutate(value.encode(errors="replace"), rng).decode(errors="replace")[:20_000]
     return rng.choice((None, str(value)[:100]))
@@ -228,6 +234,13 @@ def mutate_json(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.3:
         return mutate(data, rng)
     return dump_json(mutate_tree(json.loads(data), rng))
+
+
+def mutate_yaml(data: bytes, rng: random.Random, values: Sequence[Any] = VALUES) -> bytes:
+    """Bytes of a YAML file damaged, or, more often, its values."""
+    if rng.random() < 0.35:
+        return mutate(data, rng)
+    return dump_yaml(mutate_tree(yaml.safe_load(data) or {}, rng, values))
 
 
 def mutate_safetensors(data: bytes, rng: random.Random) -> bytes:
@@ -274,7 +287,8 @@ def mutate_pytorch(data: bytes, rng: random.Random) -> bytes:
         for entry in whole.infolist():
             content = whole.read(entry)
             if entry.filename == changed:
-                content = rng.choice((mutate, mutate_pickle))(content, rng)
+                damage = rng.choice((mutate, mutate_pickle)) if changed.endswith(".pkl") else mutate
+                content = damage(content, rng)
                 if rng.random() < 0.1:
                     entry.compress_type = zipfile.ZIP_DEFLATED
             damaged.writestr(entry, content)
@@ -283,8 +297,6 @@ def mutate_pytorch(data: bytes, rng: random.Random) -> bytes:
 
 def mutate_pickle(data: bytes, rng: random.Random) -> bytes:
     """Numbers, sizes and names in a pickle changed so that its instructions stay whole."""
-    import pickletools
-
     places = [
         (position, opcode.name)
         for opcode, _, position in pickletools.genops(data)
@@ -308,15 +320,28 @@ def mutate_pickle(data: bytes, rng: random.Random) -> bytes:
     return bytes(out)
 
 
+def dump_yaml(tree: Any) -> bytes:
+    """As YAML; its flow style is JSON, which is also written for what PyYAML does not write."""
+    try:
+        return yaml.safe_dump(tree, allow_unicode=True).encode()
+    except Exception:
+        return dump_json(tree)
+
+
 def dump_json(tree: Any) -> bytes:
     """JSON of values that may nest deeper, or be larger, than Python writes."""
-    import sys
+    with _without_limits():
+        return json.dumps(tree).encode()
 
+
+@contextlib.contextmanager
+def _without_limits() -> Iterator[None]:
+    """Within the block Python handles what nests some thousands deep, and writes numbers of any length."""
     digits, depth = sys.get_int_max_str_digits(), sys.getrecursionlimit()
     sys.set_int_max_str_digits(0)
     sys.setrecursionlimit(20_000)
     try:
-        return json.dumps(tree).encode()
+        yield
     finally:
         sys.set_int_max_str_digits(digits)
         sys.setrecursionlimit(depth)
