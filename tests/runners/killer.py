@@ -1,5 +1,6 @@
 """A plugin that ends its own process with SIGKILL where ``KILL_AT`` says: ``<place>:<n>``, at the n-th time
-the process comes there. Everything before that is the real thing."""
+the process comes there. Everything before that is the real thing, but for sheets of pictures, which take long
+to draw."""
 
 from __future__ import annotations
 
@@ -43,6 +44,9 @@ class KillableTask(CaptioningTask):
         metrics = super().after_evaluation(*args)
         here("scored")
         return metrics
+
+    def _show(self, *args):
+        pass
 
 
 def killed_before(module, name: str, place: str) -> None:

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from runners.processes import QUICK
+
 ROOT = Path(__file__).resolve().parents[2]
 KILLER = Path(__file__).with_name("killer.py")
 
@@ -28,17 +30,22 @@ PLACES = [
 ]
 
 
-def launch(project: Path, *options: str, kill_at: str = "nowhere:0") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "train.py"), "--cfg-path", str(project)),
-            *("--plugins", str(KILLER), "--options", *options),
-        ],
-        env={**os.environ, "KILL_AT": kill_at, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def launch(project: Path, *options: str, kill_at: str = "nowhere:0") -> tuple[int, str]:
+    """The exit code, and the last of what was shown. That goes to a file: a pipe would stay open until the
+    data-loading processes notice that their parent was killed."""
+    with open(project.with_name("shown.txt"), "w+") as shown:
+        done = subprocess.run(
+            [
+                *(sys.executable, str(ROOT / "train.py"), "--cfg-path", str(project)),
+                *("--plugins", str(KILLER), "--options", *options),
+            ],
+            env={**os.environ, **QUICK, "KILL_AT": kill_at},
+            stdout=shown,
+            stderr=shown,
+            timeout=120,
+        )
+        shown.seek(0)
+        return done.returncode, shown.read()[-2000:]
 
 
 def outcome(folder: Path) -> dict[str, object]:
@@ -75,8 +82,8 @@ def test_a_run_killed_at_any_moment_ends_as_one_never_interrupted(tiny_project, 
         datasets={"shapes_caption": {"train_size": 40}},
         run=settings,
     )
-    whole = launch(project, f"run.output_dir={tmp_path / 'whole'}")
-    assert whole.returncode == 0, whole.stderr
+    code, shown = launch(project, f"run.output_dir={tmp_path / 'whole'}")
+    assert code == 0, shown
     expected = outcome(tmp_path / "whole" / "latest")
     assert len([r for r in expected["records"] if r["type"] == "train"]) == 30
 
@@ -85,13 +92,13 @@ def test_a_run_killed_at_any_moment_ends_as_one_never_interrupted(tiny_project, 
     options = [f"run.output_dir={killed}", "run.resume=auto"]
     for place in PLACES:
         times = choice.randint(2, 6) if place.startswith("before a b") else choice.randint(1, 2)
-        done = launch(project, *options, kill_at=f"{place}:{times}")
-        assert done.returncode == -signal.SIGKILL, f"{place}:{times}\n{done.stderr[-2000:]}"
+        code, shown = launch(project, *options, kill_at=f"{place}:{times}")
+        assert code == -signal.SIGKILL, f"{place}:{times}\n{shown}"
     for _ in range(3):
-        done = launch(project, *options, kill_at=f"seconds:{choice.uniform(0, 0.5)}")
-        assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    done = launch(project, *options)
-    assert done.returncode == 0, done.stderr[-2000:]
+        code, shown = launch(project, *options, kill_at=f"seconds:{choice.uniform(0, 0.5)}")
+        assert code == -signal.SIGKILL, shown
+    code, shown = launch(project, *options)
+    assert code == 0, shown
 
     runs = [p for p in killed.iterdir() if not p.is_symlink()]
     ended = outcome(killed / "latest")
