@@ -1,9 +1,11 @@
 """The textbook step: the model put together from public modules the way the published code does it.
 
-A timm ViT; transformers' BERT layers in eager attention, with gather and ``scatter_reduce`` merging between each
-layer's attention and its feed-forward block; transformers' OPT in eager attention, logits at every position and
-a plain cross-entropy; plain AdamW. As in LAVIS and EVLGen (``blip2_opt.py``, ``liptome_opt.py``), the frozen parts
-are frozen by ``requires_grad = False`` alone, the vision encoder is in eval mode, and OPT is not: its dropout runs.
+A timm ViT; transformers' BERT layers in eager attention, with gather and ``scatter_reduce`` merging between
+each layer's attention and its feed-forward block; transformers' OPT in eager attention, logits at every
+position and a plain cross-entropy; plain AdamW. As in LAVIS and EVLGen (``blip2_opt.py``,
+``liptome_opt.py``), the frozen parts are frozen by ``requires_grad = False`` alone, the vision encoder is
+in eval mode, and OPT is not: its dropout runs. Its weights have the published names, so they load into a
+model of ours.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class Sizes:
 
 
 class TextbookConnector(nn.Module):
-    """BERT with merging, as EVL_Gen's ``modeling_bert.py``: [B, N, C_vision] -> [B, M, C_language]."""
+    """BERT with merging, as EVL_Gen's ``modeling_bert.py``: [B, N, hidden] -> [B, M, hidden]."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -76,17 +78,15 @@ class TextbookConnector(nn.Module):
             attn_implementation="eager",
         )
         self.r, self.heads = sizes.r, sizes.heads
-        self.VL_proj = nn.Linear(sizes.vision_dim, sizes.hidden)
         self.embeddings = BertEmbeddings(config)
         del self.embeddings.word_embeddings
-        self.layer = nn.ModuleList(BertLayer(config) for _ in range(sizes.layers))
-        self.opt_proj = nn.Linear(sizes.hidden, sizes.language_dim)
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(BertLayer(config) for _ in range(sizes.layers))})
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embeddings(inputs_embeds=self.VL_proj(tokens))
-        for layer in self.layer:
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embeddings(inputs_embeds=x)
+        for layer in self.encoder["layer"]:
             x = self._layer(layer, x)
-        return self.opt_proj(x)
+        return x
 
     def _layer(self, layer: BertLayer, x: Tensor) -> Tensor:
         attention = layer.attention.self
@@ -110,7 +110,9 @@ class Textbook(nn.Module):
             sizes.vision, img_size=sizes.image_size, num_classes=0, **sizes.vision_kwargs
         )
         self.ln_vision = nn.LayerNorm(sizes.vision_dim)
+        self.VL_proj = nn.Linear(sizes.vision_dim, sizes.hidden)
         self.VLconnector = TextbookConnector(sizes)
+        self.opt_proj = nn.Linear(sizes.hidden, sizes.language_dim)
         config = sizes.opt_config()
         config._attn_implementation = "eager"
         self.opt_model = OPTForCausalLM(config)
@@ -125,7 +127,8 @@ class Textbook(nn.Module):
 
     def forward(self, samples: dict) -> Tensor:
         image = samples["image"]
-        soft_prompts = self.VLconnector(self.ln_vision(self.visual_encoder.forward_features(image)))
+        tokens = self.ln_vision(self.visual_encoder.forward_features(image))
+        soft_prompts = self.opt_proj(self.VLconnector(self.VL_proj(tokens)))
         tokens = self.tokenizer(
             [text + "\n" for text in samples["text_input"]],
             return_tensors="pt",

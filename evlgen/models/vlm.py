@@ -18,7 +18,7 @@ from evlgen.models.base_model import BaseModel, Missing
 from evlgen.models.connectors.base import Connector
 from evlgen.models.language.base import LanguageModel
 from evlgen.models.model_config import ModelConfig
-from evlgen.common.products import quicken
+from evlgen.models.ops import quicken
 from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
 

@@ -19,6 +19,7 @@ from evlgen.common.registry import registry
 from evlgen.common.schema import AtLeast, NonNegativeInt, PositiveFloat, PositiveInt, Share
 from evlgen.models.connectors.base import Connector
 from evlgen.models.connectors.bert_weights import BertSizes, bert_sizes, load_bert_layers
+from evlgen.models.ops import Dropout, self_attention
 from evlgen.models.token_merging import compose_maps, limit_r, match_tokens, merge_mean, merge_schedule
 
 
@@ -36,25 +37,19 @@ class TomeFormerLayer(nn.Module):
         self.up = nn.Linear(width, sizes.intermediate_size)
         self.down = nn.Linear(sizes.intermediate_size, width)
         self.out_norm = nn.LayerNorm(width, eps=sizes.layer_norm_eps)
-        self.dropout = nn.Dropout(sizes.hidden_dropout_prob)
+        self.dropout = Dropout(sizes.hidden_dropout_prob)
 
     def forward(self, x: Tensor, r: int, num_protected: int) -> tuple[Tensor, Tensor | None]:
         """[B, N, C] -> [B, N - r, C] and the merge map [B, N] (None where nothing merged)."""
-        attended, keys = self._attend(x)
+        qkv = self.qkv(x)  # [B, N, 3 C]
+        attended = self_attention(qkv, self.num_heads, self.attention_dropout if self.training else 0.0)
         x = self.attention_norm(x + self.dropout(self.attention_out(attended)))
         merge_map = None
         if r > 0:
-            merge_map, num_out = match_tokens(keys.mean(dim=1), r, num_protected)
+            metric = qkv.detach().unflatten(-1, (3, self.num_heads, -1))[:, :, 1].mean(2)  # of the keys
+            merge_map, num_out = match_tokens(metric, r, num_protected)
             x = merge_mean(x, merge_map, num_out)
         return self.out_norm(x + self.dropout(self.down(F.gelu(self.up(x))))), merge_map
-
-    def _attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        batch, num_tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, num_tokens, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, head_dim]
-        dropout = self.attention_dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        return out.transpose(1, 2).reshape(batch, num_tokens, width), k
 
 
 @registry.register_connector("tomeformer")
@@ -115,7 +110,7 @@ class TomeFormer(Connector):
         self.positions = nn.Embedding(sizes.max_position_embeddings, width)
         self.token_types = nn.Embedding(2, width)
         self.input_norm = nn.LayerNorm(width, eps=sizes.layer_norm_eps)
-        self.dropout = nn.Dropout(sizes.hidden_dropout_prob)
+        self.dropout = Dropout(sizes.hidden_dropout_prob)
         self.layers = nn.ModuleList(TomeFormerLayer(sizes) for _ in range(num_layers))
         self.proj_out = nn.Linear(width, language_dim)
         self._initialise(init, embedding_rms)

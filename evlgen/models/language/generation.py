@@ -1,9 +1,9 @@
 """Decoding by a causal language model: greedy, beam search and nucleus sampling.
 
 What all continuations of a picture share, its soft prompts and its prompt, is read once and never copied. The
-continuations themselves stand side by side in one sequence for each picture, as branches of a tree: a mask says
-which tokens a branch sees. When beams change places, rows of that mask move, and nothing in the cache does.
-Results are those of transformers' ``generate``, which serves the models that cannot read a tree.
+continuations themselves stand side by side in one sequence for each picture, as branches of a tree: a mask
+says which tokens a branch sees. When beams change places, rows of that mask move, and nothing in the cache
+does. Results are those of transformers' ``generate``, which serves the models that cannot read a tree.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ TOP_K = 50
 
 @dataclass(frozen=True)
 class Decoding:
-    """How text is chosen. ``max_length`` and ``min_length`` count new tokens; the rest is as in `VLM.generate`.
+    """How text is chosen. ``max_length`` and ``min_length`` count new tokens; the rest is as in
+    `VLM.generate`.
 
     Raises:
         ConfigError: options that exclude each other or are out of range.
@@ -45,8 +46,8 @@ class Decoding:
     def __post_init__(self) -> None:
         if not self.use_nucleus_sampling and self.num_captions > self.num_beams:
             raise ConfigError(
-                f"num_captions={self.num_captions} different texts cannot come from num_beams={self.num_beams}. "
-                "Raise num_beams, or set use_nucleus_sampling."
+                f"num_captions={self.num_captions} different texts cannot come from "
+                f"num_beams={self.num_beams}. Raise num_beams, or set use_nucleus_sampling."
             )
         for name, good, wanted in (
             ("num_beams", self.num_beams >= 1, "at least 1"),
@@ -92,7 +93,8 @@ def decode(
 
 def can_read_trees(model: PreTrainedModel, length: int) -> bool:
     """Whether a model takes positions and a mask for each pair of tokens, in all layers, up to a text of
-    ``length``: not where a position is a distance in the sequence (ALiBi) or the past is a state or a window."""
+    ``length``: not where a position is a distance in the sequence (ALiBi) or the past is a state or a
+    window."""
     config = model.config.get_text_config(decoder=True)
     return (
         config._attn_implementation in ("sdpa", "eager")
@@ -105,9 +107,14 @@ def can_read_trees(model: PreTrainedModel, length: int) -> bool:
     )
 
 
+def _cache_name(model: PreTrainedModel) -> str:
+    """``past_key_values`` is called ``cache`` in later versions of transformers."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 class _PreallocatedLayer(DynamicLayer):
-    """Keys and values of one layer in memory set aside beforehand, where `DynamicLayer` copies all it holds at
-    every step."""
+    """Keys and values of one layer in memory set aside beforehand, where `DynamicLayer` copies all it holds
+    at every step."""
 
     def __init__(self, room: int) -> None:
         super().__init__()
@@ -153,7 +160,7 @@ class _SharedPrefix:
         mask = mask.to(embeds.device, torch.bool)
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, P]
         room = embeds.shape[1] + branches * max_length
-        self.model = model
+        self.model, self.cache_name = model, _cache_name(model)
         self.cache = Cache(
             [_PreallocatedLayer(room) for _ in range(model.config.get_text_config().num_hidden_layers)]
         )
@@ -166,9 +173,9 @@ class _SharedPrefix:
             inputs_embeds=embeds,
             attention_mask=mask if padded else None,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self.cache_name: self.cache},
         ).logits
 
     def read(self, tokens: Tensor, branches: Tensor | None = None) -> Tensor:
@@ -192,8 +199,8 @@ class _SharedPrefix:
             input_ids=tokens,
             attention_mask=None if mask is None else mask[:, None],  # the same for all heads
             position_ids=self.next_position,
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.cache_name: self.cache},
         ).logits
         self.next_position = self.next_position + 1
         return logits
@@ -227,7 +234,8 @@ def _sample(scores: Tensor, options: Decoding) -> Tensor:
 
 
 def nucleus(scores: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """[..., vocabulary] -> probabilities that need not sum to 1 and their tokens, both [..., at most TOP_K]."""
+    """[..., vocabulary] -> probabilities that need not sum to 1 and their tokens, both [..., at most
+    TOP_K]."""
     best, tokens = top_k(scores, min(TOP_K, scores.shape[-1]))
     probabilities = best.softmax(-1)
     likelier = probabilities.cumsum(-1) - probabilities
@@ -237,8 +245,8 @@ def nucleus(scores: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 def _beam_search(prefix: _SharedPrefix, options: Decoding, end_token: int, pad_token: int) -> Tensor:
     """The best texts, best first: [B, beams, max_length].
 
-    A text's score is its log probability / length ** length_penalty. A picture is done when its best unfinished
-    text, at its present length, scores below the worst of ``beams`` finished ones (transformers'
+    A text's score is its log probability / length ** length_penalty. A picture is done when its best
+    unfinished text, at its present length, scores below the worst of ``beams`` finished ones (transformers'
     ``early_stopping=False``).
     """
     batch, beams = prefix.next_position.shape
@@ -255,7 +263,9 @@ def _beam_search(prefix: _SharedPrefix, options: Decoding, end_token: int, pad_t
         best, index = (best + running[:, :, None]).flatten(1).topk(2 * beams)  # [B, 2 beams]
         parents, tokens = index // tokens.shape[2], tokens.flatten(1).gather(1, index)
         candidates = torch.cat([_rows(texts, parents), tokens[:, :, None]], dim=2)
-        ended = tokens == end_token if length < options.max_length else torch.ones_like(tokens, dtype=torch.bool)
+        ended = (
+            tokens == end_token if length < options.max_length else torch.ones_like(tokens, dtype=torch.bool)
+        )
 
         # only what is among the best `beams` continuations can be a result
         closing = ended & improvable
@@ -284,8 +294,8 @@ def _rows(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def _adjust(scores: Tensor, texts: Tensor, options: Decoding, end_token: int) -> Tensor:
-    """No end before ``min_length``, and tokens that are there already made less likely (Keskar et al., *CTRL*,
-    2019, section 4.1). scores: [B, R, vocabulary], texts: [B, R, T]."""
+    """No end before ``min_length``, and tokens that are there already made less likely (Keskar et al.,
+    *CTRL*, 2019, section 4.1). scores: [B, R, vocabulary], texts: [B, R, T]."""
     if options.repetition_penalty != 1.0 and texts.shape[2]:
         there = scores.gather(2, texts)
         penalty = options.repetition_penalty

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from evlgen.common.errors import CheckpointError, ConfigError
 from evlgen.common.hub import local_model_folder
 from evlgen.common.registry import registry
 from evlgen.common.weights import reading, weights_only
 from evlgen.models.language.base import LanguageModel
+from evlgen.models.language.generation import Decoding, decode
 
 IGNORED = -100  # label of positions that are not learned
 
@@ -130,48 +131,26 @@ class OPTLanguageModel(LanguageModel):
         return F.cross_entropy(logits.float(), targets), len(rows)
 
     @torch.no_grad()
-    def generate(
-        self,
-        soft_prompts: Tensor,
-        prompts: list[str],
-        *,
-        num_beams: int = 5,
-        max_length: int = 30,
-        min_length: int = 1,
-        top_p: float = 0.9,
-        use_nucleus_sampling: bool = False,
-        repetition_penalty: float = 1.0,
-        length_penalty: float = 1.0,
-        num_captions: int = 1,
-        temperature: float = 1.0,
-    ) -> list[str]:
+    def generate(self, soft_prompts: Tensor, prompts: list[str], **options) -> list[str]:
         """Continues each prompt after its soft prompts, up to a newline or ``max_length`` new tokens.
+
+        Args:
+            soft_prompts: [B, M, C].
+            prompts: B texts to continue; may be empty.
+            options: fields of `Decoding`.
 
         Returns:
             B x num_captions texts without the prompt, those of one picture in a row.
         """
-        tokens = self._tokenize(prompts, padding_side="left").to(soft_prompts.device)
-        embeds = self.model.get_input_embeddings()(tokens.input_ids)
+        options = Decoding(**options)
+        tokens = self._tokenize(prompts, padding_side="left")
+        embeds = self.model.get_input_embeddings()(tokens.input_ids.to(soft_prompts.device))
         embeds = torch.cat([soft_prompts.to(embeds.dtype), embeds], dim=1)  # [B, M + L, C]
-        self._check_length(embeds.shape[1] + max_length, "max_length (run.max_len)")
+        self._check_length(embeds.shape[1] + options.max_length, "max_length (run.max_len)")
         mask = torch.cat(
             [tokens.attention_mask.new_ones(soft_prompts.shape[:2]), tokens.attention_mask], dim=1
         )
-        search = (
-            {"num_beams": num_beams, "length_penalty": length_penalty} if num_beams > 1 else {"num_beams": 1}
-        )
-        sampling = {"do_sample": True, "top_p": top_p, "temperature": temperature}
-        options = GenerationConfig(
-            max_new_tokens=max_length,
-            min_new_tokens=min_length,
-            repetition_penalty=repetition_penalty,
-            num_return_sequences=num_captions,
-            eos_token_id=self.end_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-            bos_token_id=self.tokenizer.bos_token_id,
-            **(sampling if use_nucleus_sampling else search),
-        )
-        ids = self.model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=options)
+        ids = decode(self.model, embeds, mask, options, self.end_token_id, self.tokenizer.pad_token_id)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def _tokenize(self, texts: list[str], padding_side: str):

@@ -1,8 +1,9 @@
 """Linear layers by the library that multiplies fastest on this processor.
 
-torch gives float32 products on a CPU to MKL, which on AMD processors leaves the wide vector units unused: two
-cores of a Zen 5 reach 225 GFLOP/s with it and 500 with oneDNN, both in full float32 precision. Everywhere else,
-and in other types, torch's own choice is as good.
+torch gives float32 products on a CPU to MKL, which on AMD processors leaves AVX-512 unused: two cores of a
+Zen 5 reach 225 GFLOP/s with it and 500 with oneDNN, both in full float32 precision. Where there is no
+AVX-512 (Zen 4 without it: 140 to 150 GFLOP/s with either, and less in oneDNN's backward products), on other
+makers' processors and in other types, torch's own choice is as good.
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @functools.cache
 def mkl_is_slow() -> bool:
-    """Whether this is an AMD processor, where MKL would be asked, and oneDNN is there."""
+    """Whether this is an AMD processor with AVX-512, where MKL would be asked, and oneDNN is there."""
     if not (torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     try:
         processor = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,16 @@
+"""Operations in the form that is fastest on this device and in this type, all measured and all chosen here.
+
+- `linear` (`products`): float32 products on AMD processors with AVX-512 by oneDNN.
+- `self_attention` (`attention`): torch's fused kernels, but in training on a CPU plain products.
+- `Dropout`, `keep_mask` (`dropout`): sixteen random bits for each entry, and a mask of one byte.
+
+Each is a plain function or module that takes and gives what its namesake in torch does, so that a model
+reads the same with either. A choice depends on device, type and processor alone and not on a measurement at
+run time: a run that is resumed must take the same one.
+"""
+
+from evlgen.models.ops.attention import language_attention, self_attention
+from evlgen.models.ops.dropout import Dropout, keep_mask
+from evlgen.models.ops.products import Linear, linear, quicken
+
+__all__ = ["Dropout", "Linear", "keep_mask", "language_attention", "linear", "quicken", "self_attention"]

@@ -1,0 +1,154 @@
+"""Decoding gives what transformers' ``generate`` gives, for every kind of model and every option."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    Qwen3Config,
+)
+
+from evlgen.common.errors import ConfigError
+from evlgen.models.language.generation import (
+    TOP_K,
+    Decoding,
+    _by_transformers,
+    can_read_trees,
+    decode,
+    nucleus,
+    top_k,
+)
+
+SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+CONFIGS = {
+    "opt": OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=128),
+    "llama": LlamaConfig(**SMALL, intermediate_size=64, num_key_value_heads=2),
+    "qwen3": Qwen3Config(**SMALL, intermediate_size=64, num_key_value_heads=2, head_dim=8),
+    "gpt_neox": GPTNeoXConfig(**SMALL, intermediate_size=64),
+    "bloom": BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),  # ALiBi: reads no trees
+}
+END, PAD = 5, 1
+OPTIONS = {
+    "greedy": Decoding(num_beams=1, max_length=12),
+    "beams": Decoding(num_beams=5, max_length=12),
+    "three captions": Decoding(num_beams=4, max_length=8, num_captions=3),
+    "short ones": Decoding(num_beams=5, max_length=12, length_penalty=-1.0),
+    "any length": Decoding(num_beams=3, max_length=12, length_penalty=0.0),
+    "at least six": Decoding(num_beams=5, max_length=12, min_length=6),
+    "no repeats": Decoding(num_beams=4, max_length=12, repetition_penalty=1.7),
+    "greedy, no repeats": Decoding(num_beams=1, max_length=12, repetition_penalty=1.7, min_length=3),
+}
+
+
+def model_of(kind: str):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[kind]).eval()
+
+
+def inputs(model, padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    embeds = 2.0 * torch.randn(3, 7, model.get_input_embeddings().embedding_dim)
+    mask = torch.ones(3, 7, dtype=torch.long)
+    if padded:  # the prompts of three pictures, after four soft prompts
+        mask[0, 4:6] = 0
+        mask[2, 4:5] = 0
+    return embeds, mask
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("kind", ["opt", "llama", "qwen3", "gpt_neox"])
+@torch.no_grad()
+def test_texts_are_those_of_transformers(kind, options, padded):
+    model = model_of(kind)
+    with torch.no_grad():  # so that texts end, each at a length of its own
+        model.get_output_embeddings().weight[END] *= 3.0
+    embeds, mask = inputs(model, padded)
+    ours = decode(model, embeds, mask, options, END, PAD)
+    theirs = _by_transformers(model, embeds, mask, options, END, PAD)
+    assert texts(ours) == texts(theirs)
+    assert len(ours) == 3 * options.num_captions
+
+
+def texts(ids: torch.Tensor) -> list[list[int]]:
+    """Token ids up to the end."""
+    return [row[: row.index(END)] if END in row else row for row in ids.tolist()]
+
+
+def test_a_model_whose_positions_are_distances_is_left_to_transformers():
+    assert not can_read_trees(model_of("bloom"), 20)
+    assert all(can_read_trees(model_of(kind), 20) for kind in CONFIGS if kind != "bloom")
+
+
+@torch.no_grad()
+def test_what_a_beam_sees_is_its_own_text_alone():
+    """Scores of the texts found, computed anew from the whole text, are those the search went by."""
+    model = model_of("opt")
+    embeds, mask = inputs(model, padded=False)
+    options = Decoding(num_beams=4, max_length=6, num_captions=4, length_penalty=0.0)
+    ids = decode(model, embeds, mask, options, END, PAD).view(3, 4, -1)
+    scores = torch.zeros(3, 4)
+    for beam in range(4):
+        whole = torch.cat([embeds, model.get_input_embeddings()(ids[:, beam])], dim=1)
+        log_probs = model(inputs_embeds=whole).logits[:, 6:-1].log_softmax(-1)
+        scores[:, beam] = log_probs.gather(-1, ids[:, beam, :, None]).sum((1, 2))
+    assert (scores[:, :-1] >= scores[:, 1:] - 1e-5).all(), "the best text comes first"
+
+
+@torch.no_grad()
+def test_sampling_draws_from_the_nucleus_only_and_repeats_with_a_seed():
+    model = model_of("opt")
+    embeds, mask = inputs(model, padded=True)
+    options = Decoding(use_nucleus_sampling=True, num_captions=40, max_length=1, top_p=0.3)
+    torch.manual_seed(0)
+    first = decode(model, embeds, mask, options, END, PAD).view(3, 40)
+    torch.manual_seed(0)
+    assert torch.equal(decode(model, embeds, mask, options, END, PAD).view(3, 40), first)
+    logits = model(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(0)
+    ).logits
+    logits[:, -1, END] = -torch.inf  # min_length is 1
+    for row, drawn in zip(logits[:, -1].softmax(-1), first, strict=True):
+        likeliest, tokens = row.sort(descending=True)
+        likeliest = likeliest / likeliest[:TOP_K].sum()
+        inside = set(tokens[: int((likeliest.cumsum(0) < 0.3).sum()) + 1].tolist())
+        assert set(drawn.tolist()) <= inside
+        assert len(set(drawn.tolist())) > 1
+
+
+def test_the_nucleus_is_the_smallest_set_of_that_probability():
+    scores = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    for top_p, size in ((0.4, 1), (0.5, 1), (0.6, 2), (0.8, 2), (0.94, 3), (1.0, 4)):
+        probabilities, _ = nucleus(scores, top_p)
+        assert (probabilities > 0).sum() == size, top_p
+
+
+@pytest.mark.parametrize("size", [7, 64, 97, 1000, 50272])
+@pytest.mark.parametrize("k", [1, 3, 10])
+def test_top_k_is_torchs(size, k):
+    k = min(k, size)
+    scores = torch.randn(3, 2, size, generator=torch.Generator().manual_seed(size))
+    scores[0, 0, : size // 2] = -torch.inf
+    values, index = top_k(scores, k)
+    assert torch.equal(values, scores.topk(k).values)
+    assert torch.equal(scores.gather(-1, index), values)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_beams": 2, "num_captions": 3}, "num_captions=3 different texts cannot come from num_beams=2"),
+        ({"num_beams": 0, "use_nucleus_sampling": True}, "num_beams=0 for generation must be at least 1"),
+        ({"top_p": 0.0}, "top_p=0.0 for generation must be above 0"),
+        ({"temperature": 0.0}, "temperature=0.0 for generation must be above 0"),
+        ({"max_length": 0}, "max_length=0 for generation must be at least 1"),
+    ],
+)
+def test_options_that_cannot_be_are_named(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Decoding(**options)
