@@ -26,12 +26,14 @@ class Side:
         seconds: of each round, warm-up left out.
         results: what the calls returned, warm-up included.
         peak: most bytes of memory its process ever had resident; None where it had no process of its own.
+        base: of these, what it had resident before anything was built: the interpreter and its libraries.
     """
 
     name: str
     seconds: list[float] = dataclasses.field(default_factory=list)
     results: list[Any] = dataclasses.field(default_factory=list)
     peak: int | None = None
+    base: int | None = None
 
     @property
     def median(self) -> float:
@@ -52,17 +54,26 @@ class Comparison:
 
     @property
     def memory_ratio(self) -> float:
-        """Our peak memory as a share of the other's."""
+        """Our peak memory as a share of the other's, libraries included."""
         return self.ours.peak / self.other.peak
+
+    @property
+    def own_memory_ratio(self) -> float:
+        """The same without the libraries."""
+        ours, other = (side.peak - side.base for side in (self.ours, self.other))
+        return ours / other
 
     def show(self) -> Comparison:
         """Prints medians, spread and the ratio."""
         width = max(len(self.ours.name), len(self.other.name))
         for side in (self.ours, self.other):
             peak = "" if side.peak is None else f"   peak {side.peak / 1e9:.2f} GB"
+            peak += "" if side.base is None else f", {side.base / 1e9:.2f} of it libraries"
             print(f"  {side.name:<{width}}  {spread(side.seconds)}{peak}")
         pairs = sorted(a / b for a, b in zip(self.ours.seconds, self.other.seconds, strict=True))
-        memory = "" if self.ours.peak is None else f"; memory {self.memory_ratio:.2f}"
+        memory = ""
+        if self.ours.peak is not None:
+            memory = f"; memory {self.memory_ratio:.2f}, without the libraries {self.own_memory_ratio:.2f}"
         print(
             f"  ratio {self.ratio:.3f} (rounds: {pairs[0]:.3f} to {pairs[-1]:.3f}), "
             f"{1 / self.ratio:.2f} times as fast{memory}",
@@ -172,7 +183,7 @@ class _Worker:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, wanted), daemon=True)
         self.process.start()
-        self._receive()
+        self.side.base = self._receive()
 
     def run(self, keep: bool) -> None:
         self.pipe.send("run")
@@ -194,8 +205,9 @@ class _Worker:
 
 
 def _serve(pipe: Any, wanted: InProcess) -> None:
+    base = peak_memory()
     call = wanted.factory(**wanted.arguments)
-    pipe.send("ready")
+    pipe.send(base)
     while True:
         if pipe.recv() == "run":
             started = time.perf_counter()

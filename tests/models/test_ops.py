@@ -68,12 +68,13 @@ def test_dropout_repeats_with_the_seed_and_gives_the_gradient_of_what_it_dropped
     assert torch.equal(dropout.eval()(x), x)
 
 
-@pytest.fixture
-def asked_of_onednn(monkeypatch):
-    """As on an AMD processor with AVX-512."""
+@pytest.fixture(params=[False, True], ids=["forward", "backward too"])
+def asked_of_onednn(request, monkeypatch):
+    """As on an AMD processor without and with AVX-512."""
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this build of torch has no oneDNN")
     monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(products, "mkl_is_slow_backward", lambda: request.param)
 
 
 @pytest.mark.parametrize("bias", [True, False])
