@@ -25,7 +25,8 @@ class Side:
     Attributes:
         seconds: of each round, warm-up left out.
         results: what the calls returned, warm-up included.
-        peak: most bytes of memory its process ever had resident; None where it had no process of its own.
+        peak: most bytes of memory its process ever had resident, or allocated on the GPU where there is one;
+            None where it had no process of its own.
         base: of these, what it had resident before anything was built: the interpreter and its libraries.
     """
 
@@ -68,7 +69,7 @@ class Comparison:
         width = max(len(self.ours.name), len(self.other.name))
         for side in (self.ours, self.other):
             peak = "" if side.peak is None else f"   peak {side.peak / 1e9:.2f} GB"
-            peak += "" if side.base is None else f", {side.base / 1e9:.2f} of it libraries"
+            peak += "" if not side.base else f", {side.base / 1e9:.2f} of it libraries"
             print(f"  {side.name:<{width}}  {spread(side.seconds)}{peak}")
         pairs = sorted(a / b for a, b in zip(self.ours.seconds, self.other.seconds, strict=True))
         memory = ""
@@ -205,7 +206,7 @@ class _Worker:
 
 
 def _serve(pipe: Any, wanted: InProcess) -> None:
-    base = peak_memory()
+    base = 0 if torch.cuda.is_available() else peak_memory()
     call = wanted.factory(**wanted.arguments)
     pipe.send(base)
     while True:
@@ -214,7 +215,7 @@ def _serve(pipe: Any, wanted: InProcess) -> None:
             result = call()
             pipe.send((time.perf_counter() - started, result))
         else:
-            pipe.send(peak_memory())
+            pipe.send(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory())
 
 
 def peak_memory() -> int:

@@ -1,12 +1,14 @@
 """A training step of ours against the textbook step (`textbook`), each in a process of its own.
 
-    python benchmarks/step.py [--precision fp32 bf16] [--rounds 7] [--batch 4]
+    python benchmarks/step.py [--precision fp32 bf16] [--batch 4] [--rounds 7] [--profile]
+    python benchmarks/step.py --published --batch 64 [--compile] [--profile]        (on a GPU)
 
 Sizes: ViT 384 x 12 at 224/14 px (257 tokens), a BERT-base TomeFormer with r = 19, OPT-125m's shape with its
-50,272 words; random weights, the same in both. The textbook computes in float32, as the published code does
-on a CPU. First, with dropout off and at fixed weights, both must have the same losses and gradient norms on
-the same batches; then they are timed with the published dropout. A step is forward, backward, the
-gradient's norm (which a run watches, and the textbook does not) and AdamW.
+50,272 words; ``--published``: EVA-CLIP-g, the same TomeFormer, OPT-2.7b. Random weights, the same in both.
+On a CPU the textbook computes in float32, as the published code does there; on a GPU in bf16 under
+autocast, its frozen parts in bf16. First, with dropout off and at fixed weights, both must have the same
+losses and gradient norms on the same batches; then they are timed with the published dropout. A step is
+forward, backward, the gradient's norm (which a run watches, and the textbook does not) and AdamW.
 """
 
 from __future__ import annotations
@@ -14,14 +16,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from harness import InProcess, check_equal, compare_processes, run_processes
+from floor import profile
+from harness import Comparison, InProcess, check_equal, compare_processes, run_processes
 from safetensors.torch import load_file, save_file
-from textbook import Sizes, Textbook
-from transformers import AutoTokenizer
+from textbook import PUBLISHED, Sizes, Textbook
+from torch import Tensor
+from transformers import AutoTokenizer, OPTForCausalLM
 
 from evlgen.common.io import PACKAGE_ROOT
 from evlgen.common.logs import quiet_libraries
@@ -29,6 +34,7 @@ from evlgen.common.registry import registry
 from evlgen.datasets.shapes.captions import captions
 from evlgen.datasets.shapes.world import scene
 from evlgen.models.base_model import BaseModel
+from evlgen.runners.data import to_device
 from evlgen.runners.distribution import make_accelerator
 from evlgen.runners.optimizer import build_optimizer
 from evlgen.runners.run_config import RunConfig
@@ -42,81 +48,112 @@ LOSSES = {"fp32": 1e-5, "bf16": 1e-2}
 NORMS = {"fp32": 1e-2, "bf16": 5e-2}
 
 
-def write_weights(sizes: Sizes, folder: Path) -> None:
-    """Random weights: ``published.safetensors`` and the folder ``language``."""
+def write_weights(sizes: Sizes, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Random weights: ``published.safetensors`` and the folder ``language``, frozen parts in a type."""
     torch.manual_seed(0)
     model = Textbook(sizes, AutoTokenizer.from_pretrained(TOKENIZER))
-    model.opt_model.save_pretrained(folder / "language")
+    model.opt_model.to(dtype).save_pretrained(folder / "language")
     model.tokenizer.save_pretrained(folder / "language")
-    save_file(
-        {k: v for k, v in model.state_dict().items() if not k.startswith("opt_model.")},
-        folder / "published.safetensors",
-    )
+    model.visual_encoder.to(dtype)
+    rest = {k: v for k, v in model.state_dict().items() if not k.startswith("opt_model.")}
+    save_file(rest, folder / "published.safetensors")
 
 
-def batches(sizes: Sizes, batch: int) -> Callable[[], dict]:
-    """Pictures of noise and captions of the Shapes world, a new batch at each call."""
+def batches(sizes: Sizes, batch: int, device: torch.device, count: int = 8) -> Iterator[dict[str, Any]]:
+    """Pictures of noise and captions of the Shapes world, for ever the same few batches."""
     generator = torch.Generator().manual_seed(1)
-    texts = iter(range(10**9))
-
-    def next_batch() -> dict:
+    made = []
+    for number in range(count):
         image = torch.randn(batch, 3, sizes.image_size, sizes.image_size, generator=generator)
-        return {
-            "image": image,
-            "text_input": [captions(scene("train", next(texts)))[0] for _ in range(batch)],
-        }
-
-    return next_batch
+        texts = [captions(scene("train", number * batch + i))[0] for i in range(batch)]
+        made.append(to_device({"image": image, "text_input": texts}, device))
+    while True:
+        yield from made
 
 
-def textbook_step(sizes: Sizes, batch: int, folder: Path) -> Callable[[], float]:
-    """The textbook's step, in float32."""
-    from transformers import OPTForCausalLM
+class TextbookStep:
+    """The textbook's step."""
 
-    with torch.device("meta"):
-        model = Textbook(sizes, AutoTokenizer.from_pretrained(TOKENIZER))
-    model.opt_model = OPTForCausalLM.from_pretrained(
-        folder / "language", attn_implementation="eager", dropout=sizes.dropout
-    )
-    model.opt_model.requires_grad_(False)
-    model.load_state_dict(load_file(folder / "published.safetensors"), strict=False, assign=True)
-    embeddings = model.VLconnector.embeddings
-    embeddings.position_ids = torch.arange(embeddings.position_ids.shape[-1])[None]
-    embeddings.token_type_ids = torch.zeros_like(embeddings.position_ids)
-    model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=LEARNING_RATE,
-    )
-    next_batch = batches(sizes, batch)
+    def __init__(self, sizes: Sizes, folder: Path, precision: str) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = torch.bfloat16 if precision == "bf16" and self.device.type == "cuda" else torch.float32
+        with torch.device("meta"):
+            model = Textbook(sizes, AutoTokenizer.from_pretrained(TOKENIZER))
+        model.opt_model = OPTForCausalLM.from_pretrained(
+            folder / "language", attn_implementation="eager", dropout=sizes.dropout, dtype=self.dtype
+        )
+        model.opt_model.requires_grad_(False)
+        model.load_state_dict(load_file(folder / "published.safetensors"), strict=False, assign=True)
+        embeddings = model.VLconnector.embeddings
+        embeddings.position_ids = torch.arange(embeddings.position_ids.shape[-1])[None]
+        embeddings.token_type_ids = torch.zeros_like(embeddings.position_ids)
+        self.model = model.to(self.device).train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in trained if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+                {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=LEARNING_RATE,
+        )
 
-    def step() -> float:
-        loss = model(next_batch())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def __call__(self, samples: dict[str, Any]) -> float:
+        loss = self._backward(samples)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return loss.item()
 
-    def check() -> list[float]:
-        loss = model(next_batch())
-        loss.backward()
-        norm = total_norm([p.grad for p in trained])
-        optimizer.zero_grad()
-        return [loss.item(), norm]
+    def check(self, samples: dict[str, Any]) -> list[float]:
+        """The loss and the gradient's norm; weights stay as they are."""
+        return _loss_and_norm(self._backward(samples), self.optimizer)
 
-    return step if sizes.dropout else check
+    def _backward(self, samples: dict[str, Any]) -> Tensor:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.model(samples)
+        loss.backward()
+        return loss.detach()
+
+
+class OurStep:
+    """Our step, as the runner makes it."""
+
+    def __init__(self, sizes: Sizes, folder: Path, precision: str, compiled: bool = False) -> None:
+        quiet_libraries()
+        self.accelerator = make_accelerator(RunConfig(max_iters=1, precision=precision))
+        self.device = self.accelerator.device
+        self.model = our_model(sizes, folder, precision, self.device).to(self.device)
+        self.wrapped = self.accelerator.prepare_model(self.model)
+        if compiled:
+            self.model.vision.compile()
+            self.model.connector.compile()
+            self.model.language.model.compile()
+        self.wrapped.train()
+        self.optimizer = build_optimizer(self.model, LEARNING_RATE, WEIGHT_DECAY)
+
+    def __call__(self, samples: dict[str, Any]) -> float:
+        loss = self._backward(samples)
+        total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def check(self, samples: dict[str, Any]) -> list[float]:
+        """The loss and the gradient's norm; weights stay as they are."""
+        return _loss_and_norm(self._backward(samples), self.optimizer)
+
+    def _backward(self, samples: dict[str, Any]) -> Tensor:
+        loss = self.wrapped(samples)["loss"]
+        self.accelerator.backward(loss)
+        return loss.detach()
 
 
 def our_model(sizes: Sizes, folder: Path, precision: str, device: torch.device) -> BaseModel:
     """The same model, put together by this package."""
-    model = registry.get_model_class("evlgen_opt").from_config(
+    return registry.get_model_class("evlgen_opt").from_config(
         {
             "arch": "evlgen_opt",
             "checkpoint": str(folder / "published.safetensors"),
+            "max_txt_len": sizes.max_txt_len,
             "vision": {
                 "name": sizes.vision,
                 "image_size": sizes.image_size,
@@ -138,67 +175,77 @@ def our_model(sizes: Sizes, folder: Path, precision: str, device: torch.device) 
         },
         device,
     )
-    return model
 
 
-def our_step(sizes: Sizes, batch: int, folder: Path, precision: str) -> Callable[[], float]:
-    """Our step, as the runner makes it."""
-    quiet_libraries()
-    accelerator = make_accelerator(RunConfig(max_iters=1, precision=precision))
-    model = our_model(sizes, folder, precision, accelerator.device)
-    wrapped = accelerator.prepare_model(model.to(accelerator.device))
-    wrapped.train()
-    optimizer = build_optimizer(model, LEARNING_RATE, WEIGHT_DECAY)
-    next_batch = batches(sizes, batch)
+def _loss_and_norm(loss: Tensor, optimizer: torch.optim.Optimizer) -> list[float]:
+    norm = total_norm([p.grad for group in optimizer.param_groups for p in group["params"]])
+    optimizer.zero_grad()
+    return [loss.item(), norm]
 
-    def step() -> list[float]:
-        loss = wrapped(next_batch())["loss"]
-        accelerator.backward(loss)
-        norm = total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        if sizes.dropout:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return [loss.item(), norm]
 
-    return step
+def stepping(kind: type, batch: int, sizes: Sizes, check: bool = False, **options: Any) -> Callable[[], Any]:
+    """What a process of its own calls: one step over the next batch."""
+    step = kind(sizes, **options)
+    following = batches(sizes, batch, step.device)
+    return lambda: (step.check if check else step)(next(following))
 
 
 def check_same_work(sizes: Sizes, batch: int, folder: Path, precision: str) -> None:
     """Raises `SystemExit` where losses or gradient norms differ."""
-    sizes = dataclasses.replace(sizes, dropout=0.0)
-    sides = run_processes(processes(sizes, batch, folder, precision), rounds=1, warm_up=2)
-    for (loss, norm), (other_loss, other_norm) in zip(*(side.results for side in sides), strict=True):
+    options = {"batch": batch, "sizes": dataclasses.replace(sizes, dropout=0.0), "check": True}
+    sides = [
+        InProcess(
+            kind.__name__, stepping, {**options, "kind": kind, "folder": folder, "precision": precision}
+        )
+        for kind in (OurStep, TextbookStep)
+    ]
+    ours, textbook = run_processes(sides, rounds=1, warm_up=2)
+    for (loss, norm), (other_loss, other_norm) in zip(ours.results, textbook.results, strict=True):
         print(f"  loss {loss:.6f} / {other_loss:.6f}, norm of the gradient {norm:.4f} / {other_norm:.4f}")
         check_equal(loss, other_loss, LOSSES[precision])
         check_equal(norm, other_norm, NORMS[precision])
 
 
-def processes(sizes: Sizes, batch: int, folder: Path, precision: str) -> tuple[InProcess, InProcess]:
-    """Ours and the textbook's."""
-    both = {"sizes": sizes, "batch": batch, "folder": folder}
-    return (
-        InProcess("ours", our_step, {**both, "precision": precision}),
-        InProcess("textbook", textbook_step, both),
-    )
+def measure(
+    sizes: Sizes, batch: int, folder: Path, precision: str, rounds: int, compiled: bool = False
+) -> Comparison:
+    """Times both."""
+    both = {"batch": batch, "sizes": sizes, "folder": folder, "precision": precision}
+    ours = InProcess("ours", stepping, {**both, "kind": OurStep, "compiled": compiled})
+    textbook = InProcess("textbook", stepping, {**both, "kind": TextbookStep})
+    return compare_processes(ours, textbook, rounds, warm_up=3, tolerance=None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"))
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--published", action="store_true", help="the published sizes: for a GPU")
+    parser.add_argument("--compile", action="store_true", help="our step with torch.compile as well")
+    parser.add_argument("--profile", action="store_true", help="our time against that of the products alone")
     args = parser.parse_args()
     quiet_libraries()
-    sizes = Sizes()
+    sizes = PUBLISHED if args.published else Sizes()
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_weights(sizes, folder)
-        for precision in args.precision:
-            threads = torch.get_num_threads()
-            print(f"{precision} against fp32 of the textbook, batch {args.batch}, {threads} threads")
-            check_same_work(sizes, args.batch, folder, precision)
-            ours, textbook = processes(sizes, args.batch, folder, precision)
-            compare_processes(ours, textbook, args.rounds, tolerance=None).show()
+        write_weights(sizes, folder, torch.bfloat16 if args.published else torch.float32)
+        for precision in args.precision or (["bf16"] if args.published else ["fp32", "bf16"]):
+            for compiled in [False, True] if args.compile else [False]:
+                how = ", compiled" if compiled else ""
+                print(f"{precision}{how} against the textbook, batch {args.batch}, {device}", flush=True)
+                if not compiled:
+                    check_same_work(sizes, args.batch, folder, precision)
+                found = measure(sizes, args.batch, folder, precision, args.rounds, compiled).show()
+                rates = [args.batch / side.median for side in (found.ours, found.other)]
+                print(f"  samples per second: {rates[0]:.2f} against {rates[1]:.2f}", flush=True)
+            if args.profile:
+                step = OurStep(sizes, folder, precision)
+                following = batches(sizes, args.batch, step.device)
+                profile(lambda step=step, following=following: step(next(following)))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ class Sizes:
     language_heads: int = 12
     vocabulary: int = 50272
     dropout: float = 0.1
+    max_txt_len: int = 32
 
     def opt_config(self) -> OPTConfig:
         """OPT's configuration, without dropout of attention, as published."""
@@ -61,6 +62,17 @@ class Sizes:
             bos_token_id=2,
             eos_token_id=2,
         )
+
+
+#: EVL_Gen as published: EVA-CLIP-g as BLIP-2 uses it, BERT-base with r = 19, OPT-2.7b.
+PUBLISHED = Sizes(
+    vision="eva_giant_patch14_clip_224",
+    vision_kwargs={"depth": 39, "use_post_transformer_norm": False},
+    vision_dim=1408,
+    language_layers=32,
+    language_dim=2560,
+    language_heads=32,
+)
 
 
 class TextbookConnector(nn.Module):
@@ -103,9 +115,9 @@ class TextbookConnector(nn.Module):
 class Textbook(nn.Module):
     """Pictures and captions -> loss, as ``liptome_opt.py``."""
 
-    def __init__(self, sizes: Sizes, tokenizer: PreTrainedTokenizerBase, max_txt_len: int = 32) -> None:
+    def __init__(self, sizes: Sizes, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
-        self.tokenizer, self.max_txt_len = tokenizer, max_txt_len
+        self.tokenizer, self.max_txt_len = tokenizer, sizes.max_txt_len
         self.visual_encoder = timm.create_model(
             sizes.vision, img_size=sizes.image_size, num_classes=0, **sizes.vision_kwargs
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,6 +103,17 @@ def test_frozen_weights_get_no_gradient_and_trained_ones_do(asked_of_onednn):
     assert layer.weight.grad is None
     torch.testing.assert_close(layer.bias.grad, torch.full((4,), 3.0))
     torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, 6))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on CPUs")
+def test_compiled_for_real_the_forms_are_the_compilers(asked_of_onednn):
+    layer = torch.nn.Sequential(torch.nn.Linear(6, 9), Dropout(0.5))
+    quicken(layer)
+    x = torch.randn(2, 4, 6, requires_grad=True)
+    compiled = torch.compile(lambda x: self_attention(layer(x), 1))
+    assert compiled(x).shape == (2, 4, 3)
+    layer.eval()
+    torch.testing.assert_close(compiled(x), self_attention(layer(x), 1))
 
 
 def test_quickened_layers_stay_linear_layers_of_the_same_weights():

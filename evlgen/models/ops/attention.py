@@ -28,7 +28,8 @@ def self_attention(qkv: Tensor, num_heads: int, dropout: float = 0.0) -> Tensor:
     Returns:
         [B, N, C].
     """
-    if _is_slow_fused(qkv.device, qkv.dtype, dropout) and torch.is_grad_enabled() and qkv.requires_grad:
+    trains = torch.is_grad_enabled() and qkv.requires_grad and not torch.compiler.is_compiling()
+    if trains and _is_slow_fused(qkv.device, qkv.dtype, dropout):
         return _PlainAttention.apply(qkv, num_heads, dropout)
     batch, num_tokens, width = qkv.shape
     q, k, v = qkv.view(batch, num_tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, heads, N, d]

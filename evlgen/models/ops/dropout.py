@@ -15,10 +15,10 @@ _LEVELS = 1 << 16  # a probability is met to within 1 / 131,072
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`, on CPUs by `keep_mask`."""
+    """`nn.Dropout`, never in place; on CPUs by `keep_mask`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0 or self.inplace or x.device.type != "cpu":
+        if not self.training or self.p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
         return _Dropout.apply(x, self.p)
 
