@@ -1,7 +1,7 @@
-"""CPU seconds of ``import evlgen`` and ``python train.py --help``, each in a process of its own, after one
-run to fill caches.
+"""Start-up: CPU seconds of ``import evlgen`` and ``python train.py --help``, and seconds from the command
+of a Shapes run to its first training step; each in a process of its own, after one run to fill caches.
 
-python benchmarks/imports.py
+    python benchmarks/imports.py
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +25,22 @@ def cpu_seconds(command: list[str]) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+def seconds_to_first_step() -> float:
+    """From the command to the log line of the first step."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = [f"run.output_dir={folder}", "run.log_freq=1"]
+        command = [sys.executable, "train.py", "--cfg-path", "projects/shapes/caption.yaml", "--options"]
+        started = time.perf_counter()
+        process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        for line in process.stderr:
+            if "iteration 1/" in line:
+                break
+        taken = time.perf_counter() - started
+        process.kill()
+        process.wait()
+        return taken
+
+
 def main() -> None:
     commands = {
         "python -c pass": [sys.executable, "-c", "pass"],
@@ -34,6 +52,9 @@ def main() -> None:
         cpu_seconds(command)
         taken = [cpu_seconds(command) for _ in range(7)]
         print(f"{name:<16} median {statistics.median(taken):.3f} s CPU   slowest {max(taken):.3f}")
+    seconds_to_first_step()
+    taken = [seconds_to_first_step() for _ in range(5)]
+    print(f"first step of a Shapes run: median {statistics.median(taken):.2f} s   slowest {max(taken):.2f}")
 
 
 if __name__ == "__main__":

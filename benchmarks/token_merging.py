@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from harness import compare
+from harness import check_equal, compare
 from reference import textbook_matching
 
 from evlgen.models.token_merging import match_tokens, merge_mean
@@ -37,17 +37,13 @@ def main() -> None:
         merge().backward(out_grad)
         return x.grad
 
-    difference = (ours_merge() - textbook_merge()).abs().max().item()
-    grad_difference = (run(ours_merge) - run(textbook_merge)).abs().max().item()
-    print(f"largest difference: {difference:.1e} forward, {grad_difference:.1e} backward")
-    if max(difference, grad_difference) > 1e-5:
-        raise SystemExit("the two do not compute the same: no figure")
+    check_equal(ours_merge(), textbook_merge(), 1e-5)
     fixed = match_tokens(metric, 19)
     fixed_textbook = textbook_matching(metric, 19)
     print(f"token merging, {torch.get_num_threads()} threads, merging alone (forward + backward)")
-    compare(lambda: run(lambda: merge_mean(x, *fixed)), lambda: run(lambda: fixed_textbook(x)))
+    compare(lambda: run(lambda: merge_mean(x, *fixed)), lambda: run(lambda: fixed_textbook(x))).show()
     print("matching and merging (forward + backward)")
-    compare(lambda: run(ours_merge), lambda: run(textbook_merge))
+    compare(lambda: run(ours_merge), lambda: run(textbook_merge)).show()
 
 
 if __name__ == "__main__":

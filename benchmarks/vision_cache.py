@@ -13,15 +13,16 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness import Comparison, check_equal, compare
 from omegaconf import OmegaConf
 
 from evlgen.common.io import PACKAGE_ROOT
@@ -112,8 +113,10 @@ def measure(what: str, precision: str, rounds: int, folder: Path) -> None:
         return loss.item()
 
     check_equal_work(step)
-    rates = in_turn(step, steps, batch, rounds)
-    report(what, precision, rates, filling / pictures)
+    print(f"{what}, {precision}, {torch.get_num_threads()} threads; an epoch is {EPOCH} pictures")
+    ways = [partial(several, step, name, steps) for name in ("tokens", "pixels")]
+    found = compare(*ways, rounds, 1, tolerance=None, names=("from tokens", "from pixels")).show()
+    report(batch * steps, found, filling / pictures)
     size = store_bytes(EPOCH, 1, kept.store.shape)
     print(f"  {kept.store.shape[0]} tokens x {kept.store.shape[1]}: {shown_bytes(size)} for {EPOCH} pictures")
 
@@ -126,38 +129,21 @@ def check_equal_work(step: Callable[..., float]) -> None:
     """Refuses to compare ways that do not have the same losses on the same batches."""
     with torch.no_grad():
         for _ in range(2):
-            tokens, pixels = step("tokens", learn=False), step("pixels", learn=False)
-            if abs(tokens - pixels) > ALLOWED * pixels:
-                raise SystemExit(f"losses differ, {tokens:.4f} and {pixels:.4f}: no figure")
-    print(f"losses on the same batch: tokens {tokens:.5f}, pixels {pixels:.5f}")
+            check_equal(step("tokens", learn=False), step("pixels", learn=False), ALLOWED)
 
 
-def in_turn(
-    step: Callable[..., float], steps: int, batch: int, rounds: int, warm_up: int = 1
-) -> dict[str, list[float]]:
-    """Samples per second of each round of some steps, by way."""
-    rates: dict[str, list[float]] = {"tokens": [], "pixels": []}
-    for number in range(warm_up + rounds):
-        for name, found in rates.items():
-            started = time.perf_counter()
-            for _ in range(steps):
-                step(name)
-            if number >= warm_up:
-                found.append(batch * steps / (time.perf_counter() - started))
-    return rates
+def several(step: Callable[..., float], name: str, steps: int) -> None:
+    """So many steps in a row."""
+    for _ in range(steps):
+        step(name)
 
 
-def report(what: str, precision: str, rates: dict[str, list[float]], fill_seconds: float) -> None:
-    """Prints the medians, their spread, the ratio, and after how many epochs filling has paid."""
-    print(f"{what}, {precision}, {torch.get_num_threads()} threads; an epoch is {EPOCH} pictures")
-    median = {name: statistics.median(found) for name, found in rates.items()}
-    for name, found in rates.items():
-        print(
-            f"  from {name}  {median[name]:8.1f} samples/s ({min(found):.1f} to {max(found):.1f})  "
-            f"{3600 * median[name] / EPOCH:7.2f} epochs/h"
-        )
-    saved = 1 / median["pixels"] - 1 / median["tokens"]  # seconds per sample
-    print(f"  ratio {median['tokens'] / median['pixels']:.2f} times faster")
+def report(samples: int, found: Comparison, fill_seconds: float) -> None:
+    """Prints epochs per hour, and after how many epochs filling has paid."""
+    seconds = {side.name: side.median / samples for side in (found.ours, found.other)}  # per sample
+    for name, one in seconds.items():
+        print(f"  {name}: {1 / one:.1f} samples/s, {3600 / one / EPOCH:.2f} epochs/h")
+    saved = seconds["from pixels"] - seconds["from tokens"]
     print(
         f"  filling, once: {1 / fill_seconds:.1f} pictures/s, {EPOCH * fill_seconds / 60:.1f} minutes; "
         f"paid back after {fill_seconds / saved:.1f} epochs"
