@@ -108,3 +108,12 @@ def test_old_checkpoints_go_and_those_pointed_at_stay(tmp_path):
     ]
     assert (tmp_path / "latest").resolve().name == "step_00000005"
     assert is_checkpoint(tmp_path / "latest") and not is_checkpoint(tmp_path)
+
+
+def test_a_folder_where_a_link_should_be_is_kept_under_another_name(tmp_path):
+    for name in ("step_1", "best"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "best" / "weights").write_text("copied")
+    point(tmp_path / "best", tmp_path / "step_1")
+    assert (tmp_path / "best").resolve() == tmp_path / "step_1"
+    assert (tmp_path / "best.copied" / "weights").read_text() == "copied"
