@@ -44,8 +44,8 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> Path:
 
 
 def point(link: Path, target: Path) -> None:
-    """Makes ``link`` (``latest``, ``best``) point at a folder beside it, in one step. A folder of that name, as
-    copying with links followed leaves, is renamed to ``<name>.copied``."""
+    """Makes ``link`` (``latest``, ``best``) point at a folder beside it, in one step. A folder of that
+    name, as copying with links followed leaves, is renamed to ``<name>.copied``."""
     if link.is_dir() and not link.is_symlink():
         link.rename(link.with_name(f"{link.name}.copied"))
     temporary = link.with_name(f".{link.name}.{os.getpid()}")
