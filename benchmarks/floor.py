@@ -22,7 +22,7 @@ PRODUCTS = {
 
 class Products(TorchDispatchMode):
     """Notes every matrix product: the operation with the shapes and strides of its arguments, and its FLOPs;
-    of fused attention the FLOPs alone."""
+    of fused attention on a GPU the FLOPs alone."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -190,14 +190,13 @@ def stepping(kind: type, batch: int, sizes: Sizes, check: bool = False, **option
     return lambda: (step.check if check else step)(next(following))
 
 
-def check_same_work(sizes: Sizes, batch: int, folder: Path, precision: str) -> None:
+def check_same_work(sizes: Sizes, batch: int, folder: Path, precision: str, compiled: bool = False) -> None:
     """Raises `SystemExit` where losses or gradient norms differ."""
-    options = {"batch": batch, "sizes": dataclasses.replace(sizes, dropout=0.0), "check": True}
+    plain = dataclasses.replace(sizes, dropout=0.0)
+    both = {"batch": batch, "sizes": plain, "check": True, "folder": folder, "precision": precision}
     sides = [
-        InProcess(
-            kind.__name__, stepping, {**options, "kind": kind, "folder": folder, "precision": precision}
-        )
-        for kind in (OurStep, TextbookStep)
+        InProcess("ours", stepping, {**both, "kind": OurStep, "compiled": compiled}),
+        InProcess("textbook", stepping, {**both, "kind": TextbookStep}),
     ]
     ours, textbook = run_processes(sides, rounds=1, warm_up=2)
     for (loss, norm), (other_loss, other_norm) in zip(ours.results, textbook.results, strict=True):
@@ -237,8 +236,7 @@ def main() -> None:
             for compiled in [False, True] if args.compile else [False]:
                 how = ", compiled" if compiled else ""
                 print(f"{precision}{how} against the textbook, batch {args.batch}, {device}", flush=True)
-                if not compiled:
-                    check_same_work(sizes, args.batch, folder, precision)
+                check_same_work(sizes, args.batch, folder, precision, compiled)
                 found = measure(sizes, args.batch, folder, precision, args.rounds, compiled).show()
                 rates = [args.batch / side.median for side in (found.ours, found.other)]
                 print(f"  samples per second: {rates[0]:.2f} against {rates[1]:.2f}", flush=True)

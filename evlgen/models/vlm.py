@@ -18,7 +18,7 @@ from evlgen.models.base_model import BaseModel, Missing
 from evlgen.models.connectors.base import Connector
 from evlgen.models.language.base import LanguageModel
 from evlgen.models.model_config import ModelConfig
-from evlgen.models.ops import quicken
+from evlgen.models.ops import language_attention, quicken
 from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
 
@@ -67,11 +67,13 @@ class VLM(BaseModel):
         connector_args = dict(cfg.connector)
         connector_class = registry.get_connector_class(connector_args.pop("name", "tomeformer"))
         vision = build_vision_encoder(cfg.vision, device)
+        dtype = dtype_of(cfg.language.precision, device) if cfg.language.freeze else torch.float32
         language = registry.get_language_model_class(cls.LANGUAGE_MODEL)(
             name=cfg.language.name,
-            dtype=dtype_of(cfg.language.precision, device) if cfg.language.freeze else torch.float32,
+            dtype=dtype,
             prompt=cfg.prompt,
             max_txt_len=cfg.max_txt_len,
+            attention=language_attention(device, dtype),
         )
         connector = connector_class(
             vision_dim=vision.embed_dim,

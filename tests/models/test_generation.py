@@ -11,6 +11,7 @@ from transformers import (
     LlamaConfig,
     OPTConfig,
     Qwen3Config,
+    Qwen3NextConfig,
 )
 
 from evlgen.common.errors import ConfigError
@@ -82,6 +83,10 @@ def texts(ids: torch.Tensor) -> list[list[int]]:
 
 def test_a_model_whose_positions_are_distances_is_left_to_transformers():
     assert not can_read_trees(model_of("bloom"), 20)
+    state = Qwen3NextConfig(
+        **SMALL, intermediate_size=64, num_key_value_heads=2, head_dim=8, num_experts=2, num_experts_per_tok=1
+    )
+    assert not can_read_trees(AutoModelForCausalLM.from_config(state), 20), "its past is a state"
     assert all(can_read_trees(model_of(kind), 20) for kind in CONFIGS if kind != "bloom")
 
 
@@ -90,7 +95,7 @@ def test_what_a_beam_sees_is_its_own_text_alone():
     """Scores of the texts found, computed anew from the whole text, are those the search went by."""
     model = model_of("opt")
     embeds, mask = inputs(model, padded=False)
-    options = Decoding(num_beams=4, max_length=6, num_captions=4, length_penalty=0.0)
+    options = Decoding(num_beams=4, max_length=6, min_length=6, num_captions=4, length_penalty=0.0)
     ids = decode(model, embeds, mask, options, END, PAD).view(3, 4, -1)
     scores = torch.zeros(3, 4)
     for beam in range(4):
@@ -98,6 +103,7 @@ def test_what_a_beam_sees_is_its_own_text_alone():
         log_probs = model(inputs_embeds=whole).logits[:, 6:-1].log_softmax(-1)
         scores[:, beam] = log_probs.gather(-1, ids[:, beam, :, None]).sum((1, 2))
     assert (scores[:, :-1] >= scores[:, 1:] - 1e-5).all(), "the best text comes first"
+    assert all(len({tuple(text) for text in one.tolist()}) == 4 for one in ids)
 
 
 @torch.no_grad()
@@ -119,6 +125,16 @@ def test_sampling_draws_from_the_nucleus_only_and_repeats_with_a_seed():
         inside = set(tokens[: int((likeliest.cumsum(0) < 0.3).sum()) + 1].tolist())
         assert set(drawn.tolist()) <= inside
         assert len(set(drawn.tolist())) > 1
+
+
+@torch.no_grad()
+def test_sampling_from_a_nucleus_of_one_token_is_greedy_in_every_branch():
+    model = model_of("opt")
+    embeds, mask = inputs(model, padded=True)
+    options = Decoding(use_nucleus_sampling=True, num_captions=3, max_length=12, top_p=1e-6)
+    sampled = texts(decode(model, embeds, mask, options, END, PAD))
+    greedy = texts(decode(model, embeds, mask, OPTIONS["greedy"], END, PAD))
+    assert sampled == [text for text in greedy for _ in range(3)]
 
 
 def test_the_nucleus_is_the_smallest_set_of_that_probability():

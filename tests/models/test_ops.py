@@ -37,6 +37,41 @@ def test_attention_is_softmax_attention(form):
     torch.testing.assert_close(form(qkv, 4), plain_attention(qkv, 4))
 
 
+@pytest.mark.parametrize(
+    "dtype, dropout, trained, form",
+    [
+        (torch.float32, 0.1, True, "_PlainAttentionBackward"),
+        (torch.bfloat16, 0.0, True, "_PlainAttentionBackward"),
+        (torch.float32, 0.0, True, "ScaledDotProduct"),
+        (torch.bfloat16, 0.0, False, "None"),
+    ],
+)
+def test_plain_products_are_taken_in_training_with_dropout_or_in_half_precision(
+    dtype, dropout, trained, form
+):
+    qkv = torch.randn(2, 9, 24).to(dtype).requires_grad_(trained)
+    found = ""
+    node = self_attention(qkv, 4, dropout).grad_fn
+    while node is not None and not found:
+        name = type(node).__name__
+        found = name if form in name else ""
+        node = node.next_functions[0][0] if node.next_functions else None
+    assert found or form == "None"
+
+
+def test_attention_in_bf16_is_near_float32s():
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 9, 24)
+    grads = []
+    for dtype in (torch.float32, torch.bfloat16):
+        own = qkv.detach().to(dtype, copy=True).requires_grad_()
+        out = _PlainAttention.apply(own, 4, 0.0)
+        out.float().square().sum().backward()
+        grads.append((out.detach().float(), own.grad.float()))
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(two, one, atol=0.05, rtol=0.05)
+
+
 def test_attention_with_dropout_drops_weights_and_keeps_their_mean():
     torch.manual_seed(0)
     qkv = torch.zeros(1, 400, 3, requires_grad=True)
@@ -80,7 +115,7 @@ def asked_of_onednn(request, monkeypatch):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(5, 12), (2, 3, 12), (1, 12), (2, 0, 12)])
+@pytest.mark.parametrize("shape", [(5, 12), (2, 3, 12), (1, 12), (2, 0, 12), (12,)])
 def test_linear_by_onednn_has_torchs_values_and_gradients(asked_of_onednn, shape, bias):
     torch.manual_seed(0)
     inputs = [torch.randn(shape), torch.randn(7, 12), torch.randn(7) if bias else None]
@@ -103,6 +138,9 @@ def test_frozen_weights_get_no_gradient_and_trained_ones_do(asked_of_onednn):
     assert layer.weight.grad is None
     torch.testing.assert_close(layer.bias.grad, torch.full((4,), 3.0))
     torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, 6))
+    layer.bias.grad = None
+    layer(x.detach()).sum().backward()  # the bias alone
+    torch.testing.assert_close(layer.bias.grad, torch.full((4,), 3.0))
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on CPUs")

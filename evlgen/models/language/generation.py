@@ -98,10 +98,11 @@ def can_read_trees(model: PreTrainedModel, length: int) -> bool:
     config = model.config.get_text_config(decoder=True)
     return (
         config._attn_implementation in ("sdpa", "eager")
-        and "position_ids" in inspect.signature(model.forward).parameters
+        and {"position_ids", "logits_to_keep"} <= set(inspect.signature(model.forward).parameters)
         and not getattr(config, "alibi", False)
         and all(
-            type(layer) is DynamicLayer or (layer.is_sliding and layer.get_max_length() >= length)
+            type(layer) is DynamicLayer
+            or (getattr(layer, "is_sliding", False) and layer.get_max_length() >= length)
             for layer in DynamicCache(config=config).layers
         )
     )
@@ -162,7 +163,10 @@ class _SharedPrefix:
         room = embeds.shape[1] + branches * max_length
         self.model, self.cache_name = model, _cache_name(model)
         self.cache = Cache(
-            [_PreallocatedLayer(room) for _ in range(model.config.get_text_config().num_hidden_layers)]
+            [
+                _PreallocatedLayer(room)
+                for _ in range(model.config.get_text_config(decoder=True).num_hidden_layers)
+            ]
         )
         self.next_position = positions[:, -1:].expand(-1, branches) + 1  # [B, R]
         self.visible = None  # [B, R, tokens read]; None: everything
@@ -301,7 +305,7 @@ def _adjust(scores: Tensor, texts: Tensor, options: Decoding, end_token: int) ->
         penalty = options.repetition_penalty
         scores = scores.scatter(2, texts, torch.where(there < 0, there * penalty, there / penalty))
     if texts.shape[2] < options.min_length:
-        scores[:, :, end_token] = -torch.inf
+        scores = scores.index_fill(2, torch.tensor([end_token], device=scores.device), -torch.inf)
     return scores
 
 

@@ -44,6 +44,7 @@ class OPTLanguageModel(LanguageModel):
         dtype: type of the weights.
         prompt: the text before every caption; its tokens are not learned.
         max_txt_len: text tokens read at most.
+        attention: transformers' name of the attention it computes with (`ops.language_attention`).
 
     Raises:
         CheckpointError: the model is nowhere, or is no OPT.
@@ -53,7 +54,12 @@ class OPTLanguageModel(LanguageModel):
     END = "\n"
 
     def __init__(
-        self, name: str, dtype: torch.dtype = torch.float32, prompt: str = "", max_txt_len: int = 32
+        self,
+        name: str,
+        dtype: torch.dtype = torch.float32,
+        prompt: str = "",
+        max_txt_len: int = 32,
+        attention: str = "sdpa",
     ) -> None:
         super().__init__()
         try:
@@ -73,7 +79,11 @@ class OPTLanguageModel(LanguageModel):
         with _named_errors(name, folder):
             self._check_tokenizer(name)
             self.model, report = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
+                folder,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
         if missing := sorted(report["missing_keys"]):  # transformers would draw them at random
             raise CheckpointError(

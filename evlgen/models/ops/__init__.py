@@ -1,7 +1,8 @@
 """Operations in the form that is fastest on this device and in this type, all measured and all chosen here.
 
-- `linear` (`products`): float32 products on AMD processors with AVX-512 by oneDNN.
-- `self_attention` (`attention`): torch's fused kernels, but in training on a CPU plain products.
+- `linear` (`products`): float32 products on AMD processors by oneDNN.
+- `self_attention` (`attention`): torch's fused kernels, but plain products in training on a CPU with
+  dropout or in half precision.
 - `Dropout`, `keep_mask` (`dropout`): sixteen random bits for each entry, and a mask of one byte.
 
 Each is a plain function or module that takes and gives what its namesake in torch does, so that a model

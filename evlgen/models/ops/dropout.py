@@ -15,7 +15,7 @@ _LEVELS = 1 << 16  # a probability is met to within 1 / 131,072
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`, never in place; on CPUs by `keep_mask`."""
+    """`nn.Dropout`; on CPUs, in training, by `keep_mask` and never in place."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():

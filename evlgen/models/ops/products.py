@@ -43,11 +43,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or x.dtype != torch.float32
         or weight.dtype != torch.float32
         or x.numel() == 0
+        or x.ndim < 2
         or torch.is_autocast_enabled("cpu")
         or not mkl_is_slow()
     ):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    trained = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if torch.is_grad_enabled() and trained:
         return _OneDNNLinear.apply(x, weight, bias)
     return _product(x, weight, bias)
 
