@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
 
 class LanguageModel(nn.Module):
     """Reads soft prompts [B, M, C] and then text.
 
+    The constructor takes, by keyword, what `evlgen.models.language.build_language_model` hands it.
+
     Attributes:
         embed_dim: C, the channels of its word embeddings.
     """
 
     embed_dim: int
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a Hugging Face model with this ``config.json`` can be read by this class."""
+        raise NotImplementedError
+
+    def trained_modules(self) -> list[nn.Module]:
+        """Modules inside a frozen language model that are trained nonetheless (adapters)."""
+        return []
 
     def embedding_rms(self) -> float:
         """Root mean square of the word embeddings' entries."""

@@ -37,6 +37,10 @@ class VisionEncoder(nn.Module):
         missing."""
         return None
 
+    def trained_modules(self) -> list[nn.Module]:
+        """Modules inside a frozen encoder that are trained nonetheless."""
+        return []
+
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, N, C]."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(pixels)")

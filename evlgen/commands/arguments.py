@@ -1,0 +1,47 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--cfg-path`` and ``--options``, and the common ones."""
+    parser.add_argument(
+        "--cfg-path", required=True, help="project file; looked up as given, then inside the package"
+    )
+    add_options(parser)
+    add_common(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """``--options``."""
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change the configuration: run.batch_size_train=32",
+    )
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """What every command takes: ``--plugins`` and ``--debug``."""
+    parser.add_argument(
+        "--plugins",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="MODULE",
+        help="modules or .py files that register parts",
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and debug messages")
+
+
+def positive(text: str) -> int:
+    """The type of a number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return number

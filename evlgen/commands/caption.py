@@ -1,0 +1,46 @@
+"""``python -m evlgen caption``."""
+
+from __future__ import annotations
+
+import argparse
+
+from evlgen.commands.arguments import add_common, add_options, positive
+
+HELP = "write a caption for each picture"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="picture files, addresses or folders of pictures"
+    )
+    parser.add_argument("--cfg-path", help="project or model file; its model writes the captions")
+    parser.add_argument(
+        "--checkpoint",
+        help="folder of a run, of a checkpoint or of save_pretrained; with --cfg-path also a published .pth",
+    )
+    add_options(parser)
+    parser.add_argument("--prompt", help="the text a caption continues")
+    parser.add_argument("--num-beams", type=positive, default=5)
+    parser.add_argument("--max-length", type=positive, default=30, help="new tokens at most")
+    add_common(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from evlgen.common.logs import quiet_libraries
+    from evlgen.common.plugins import load_plugins
+
+    load_plugins(args.plugins, None)
+    quiet_libraries()
+    from evlgen.captioning import caption_files
+
+    for path, caption in caption_files(
+        args.images,
+        cfg_path=args.cfg_path,
+        checkpoint=args.checkpoint,
+        options=args.options,
+        prompt=args.prompt,
+        num_beams=args.num_beams,
+        max_length=args.max_length,
+    ):
+        print(f"{path}: {caption}", flush=True)
+    return 0
