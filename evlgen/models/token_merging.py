@@ -156,6 +156,37 @@ def merge_mean(x: Tensor, merge_map: Tensor, num_out: int) -> Tensor:
     return x if num_out == x.shape[1] else _Merge.apply(x, merge_map, num_out, True)
 
 
+def token_sizes(sizes: Tensor | None, merge_map: Tensor, num_out: int) -> Tensor:
+    """How many of the first input's tokens each output token stands for, after one merge more.
+
+    Args:
+        sizes: the same of the tokens that merge, [B, N] (int64); None where nothing merged before: all 1.
+
+    Returns:
+        [B, num_out] (int64).
+    """
+    if sizes is None:
+        return token_counts(merge_map, num_out)
+    return sizes.new_zeros(sizes.shape[0], num_out).scatter_add_(1, merge_map, sizes)
+
+
+def merge_weighted_mean(x: Tensor, sizes: Tensor | None, merge_map: Tensor, num_out: int) -> Tensor:
+    """``sum(x * size) / sum(size)`` over the tokens that share an output token: [B, N, C] -> [B, num_out, C].
+
+    The mean of the ToMe paper (section 3, "tracking token size"): over every token that merged, however many
+    merges ago. Differentiable in x.
+
+    Args:
+        sizes: how many tokens each token stands for, [B, N] (`token_sizes`); None: all 1, `merge_mean`.
+    """
+    if sizes is None or num_out == x.shape[1]:
+        return merge_mean(x, merge_map, num_out)
+    # a token that nothing merged into has a share of exactly 1 and stays what it was
+    exact = torch.promote_types(x.dtype, torch.float32)
+    shares = sizes.to(exact) / token_sizes(sizes, merge_map, num_out).gather(1, merge_map)
+    return merge_sum(x * shares.unsqueeze(-1).to(x.dtype), merge_map, num_out)
+
+
 def token_counts(merge_map: Tensor, num_out: int) -> Tensor:
     """How many input tokens each output token stands for: [B, num_out] (int64)."""
     counts = torch.zeros(merge_map.shape[0], num_out, dtype=torch.long, device=merge_map.device)

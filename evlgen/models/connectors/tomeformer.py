@@ -8,7 +8,7 @@ Jian et al., *Expedited Training of Visual Conditioned Language Generation via R
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +20,30 @@ from evlgen.common.schema import AtLeast, NonNegativeInt, PositiveFloat, Positiv
 from evlgen.models.connectors.base import Connector
 from evlgen.models.connectors.bert_weights import BertSizes, bert_sizes, load_bert_layers
 from evlgen.models.ops import Dropout, self_attention
-from evlgen.models.token_merging import compose_maps, limit_r, match_tokens, merge_mean, merge_schedule
+from evlgen.models.token_merging import (
+    compose_maps,
+    limit_r,
+    match_tokens,
+    merge_mean,
+    merge_schedule,
+    merge_weighted_mean,
+    token_counts,
+    token_sizes,
+)
 
 
 class TomeFormerLayer(nn.Module):
-    """One post-norm BERT layer with merging between its attention and its feed-forward block."""
+    """One post-norm BERT layer with merging between its attention and its feed-forward block.
 
-    def __init__(self, sizes: BertSizes) -> None:
+    Args:
+        sizes: of the BERT.
+        merge, proportional_attention: see `TomeFormer`.
+    """
+
+    def __init__(self, sizes: BertSizes, merge: str = "mean", proportional_attention: bool = False) -> None:
         super().__init__()
+        self.weighs_by_size = merge == "size_weighted"
+        self.proportional_attention = proportional_attention
         width = sizes.hidden_size
         self.num_heads = sizes.num_attention_heads
         self.attention_dropout = sizes.attention_probs_dropout_prob
@@ -39,17 +55,48 @@ class TomeFormerLayer(nn.Module):
         self.out_norm = nn.LayerNorm(width, eps=sizes.layer_norm_eps)
         self.dropout = Dropout(sizes.hidden_dropout_prob)
 
-    def forward(self, x: Tensor, r: int, num_protected: int) -> tuple[Tensor, Tensor | None]:
-        """[B, N, C] -> [B, N - r, C] and the merge map [B, N] (None where nothing merged)."""
+    def forward(
+        self, x: Tensor, r: int, num_protected: int, counts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, N, C] -> [B, N - r, C] and the merge map [B, N] (None where nothing merged).
+
+        Args:
+            r, num_protected: see `match_tokens`.
+            counts: [B, N], how many visual tokens each token stands for; None: one each.
+        """
         qkv = self.qkv(x)  # [B, N, 3 C]
-        attended = self_attention(qkv, self.num_heads, self.attention_dropout if self.training else 0.0)
+        dropout = self.attention_dropout if self.training else 0.0
+        if counts is not None and self.proportional_attention:
+            attended = proportional_attention(qkv, self.num_heads, counts, dropout)
+        else:
+            attended = self_attention(qkv, self.num_heads, dropout)
         x = self.attention_norm(x + self.dropout(self.attention_out(attended)))
         merge_map = None
         if r > 0:
             metric = qkv.detach().unflatten(-1, (3, self.num_heads, -1))[:, :, 1].mean(2)  # of the keys
             merge_map, num_out = match_tokens(metric, r, num_protected)
-            x = merge_mean(x, merge_map, num_out)
+            if self.weighs_by_size:
+                x = merge_weighted_mean(x, counts, merge_map, num_out)
+            else:
+                x = merge_mean(x, merge_map, num_out)
         return self.out_norm(x + self.dropout(self.down(F.gelu(self.up(x))))), merge_map
+
+
+def proportional_attention(qkv: Tensor, num_heads: int, counts: Tensor, dropout: float = 0.0) -> Tensor:
+    """Softmax attention in which a merged token weighs as all the tokens it stands for would: the logarithm
+    of their number is added to the logits (ToMe paper, section 3, equation 1).
+
+    Args:
+        qkv: [B, N, 3 C]: queries, keys and values, the C channels of each split over the heads.
+        counts: [B, N], how many tokens each token stands for.
+        dropout: probability of dropping an attention weight; 0 outside of training.
+
+    Returns:
+        [B, N, C].
+    """
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, N, d]
+    bias = counts.log().to(qkv.dtype)[:, None, None, :]  # of the keys
+    return F.scaled_dot_product_attention(q, k, v, bias, dropout).transpose(1, 2).flatten(2)
 
 
 @registry.register_connector("tomeformer")
@@ -65,6 +112,11 @@ class TomeFormer(Connector):
         num_layers: BERT layers.
         r: pairs of tokens merged in each layer; a list with one number per layer; or ``[r, inflection]``
             (`token_merging.merge_schedule`).
+        merge: ``mean``, of the tokens that merge, each an equal share, as published; or ``size_weighted``,
+            each by the number of visual tokens it stands for, so that a soft prompt is a mean over all of
+            its visual tokens.
+        proportional_attention: a token is attended to in proportion to the number of visual tokens it
+            stands for (`proportional_attention`).
         init: hub id or folder of a BERT whose layers the connector starts from (its sizes are then the
             connector's); None starts from random weights of the sizes below.
         hidden_size, num_attention_heads, intermediate_size, max_position_embeddings: BERT's sizes, by default
@@ -81,6 +133,8 @@ class TomeFormer(Connector):
         embedding_rms: float | None = None,
         num_layers: PositiveInt = 12,
         r: NonNegativeInt | list[Annotated[int | float, AtLeast(-1)]] = 19,
+        merge: Literal["mean", "size_weighted"] = "mean",
+        proportional_attention: bool = False,
         init: str | None = None,
         hidden_size: PositiveInt | None = None,
         num_attention_heads: PositiveInt | None = None,
@@ -106,20 +160,24 @@ class TomeFormer(Connector):
         check_fits(sizes.num_weights(num_layers) + width * (vision_dim + language_dim), "model.connector")
         self.r = merge_schedule(r, num_layers)
         self.num_protected = min(num_prefix_tokens, 1)
+        self.counts_tokens = proportional_attention or merge == "size_weighted"
         self.proj_in = nn.Linear(vision_dim, width)
         self.positions = nn.Embedding(sizes.max_position_embeddings, width)
         self.token_types = nn.Embedding(2, width)
         self.input_norm = nn.LayerNorm(width, eps=sizes.layer_norm_eps)
         self.dropout = Dropout(sizes.hidden_dropout_prob)
-        self.layers = nn.ModuleList(TomeFormerLayer(sizes) for _ in range(num_layers))
+        self.layers = nn.ModuleList(
+            TomeFormerLayer(sizes, merge, proportional_attention) for _ in range(num_layers)
+        )
         self.proj_out = nn.Linear(width, language_dim)
         self._initialise(init, embedding_rms)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, vision_dim] -> soft prompts [B, M, language_dim]."""
-        x = self._embed(tokens)
+        x, counts = self._embed(tokens), None
         for layer, r in zip(self.layers, self.r, strict=True):
-            x, _ = layer(x, r, self.num_protected)
+            x, layer_map = layer(x, r, self.num_protected, counts)
+            counts = self._count(counts, layer_map, x.shape[1])
         return self.proj_out(x)
 
     def forward_details(self, tokens: Tensor) -> dict[str, Tensor | list[Tensor]]:
@@ -128,23 +186,36 @@ class TomeFormer(Connector):
         Returns:
             ``soft_prompts`` [B, M, language_dim]; ``hidden_states``: after the embeddings, then after each
             layer;
-            ``merge_map`` [B, N]: the soft prompt each visual token ended in.
+            ``merge_map`` [B, N]: the soft prompt each visual token ended in; ``token_counts`` [B, M]: how
+            many visual tokens each soft prompt stands for.
         """
-        x = self._embed(tokens)
+        x, counts = self._embed(tokens), None
         hidden_states = [x]
         merge_map = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         for layer, r in zip(self.layers, self.r, strict=True):
-            x, layer_map = layer(x, r, self.num_protected)
+            x, layer_map = layer(x, r, self.num_protected, counts)
+            counts = self._count(counts, layer_map, x.shape[1])
             hidden_states.append(x)
             if layer_map is not None:
                 merge_map = compose_maps(merge_map, layer_map)
-        return {"soft_prompts": self.proj_out(x), "hidden_states": hidden_states, "merge_map": merge_map}
+        return {
+            "soft_prompts": self.proj_out(x),
+            "hidden_states": hidden_states,
+            "merge_map": merge_map,
+            "token_counts": token_counts(merge_map, x.shape[1]),
+        }
 
     def num_soft_prompts(self, num_tokens: int) -> int:
         """M for N visual tokens."""
         for r in self.r:
             num_tokens -= limit_r(num_tokens, r, self.num_protected)
         return num_tokens
+
+    def _count(self, counts: Tensor | None, layer_map: Tensor | None, num_out: int) -> Tensor | None:
+        """How many visual tokens each token stands for after a layer, where an option asks for it."""
+        if not self.counts_tokens or layer_map is None:
+            return counts
+        return token_sizes(counts, layer_map, num_out)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         x = self.proj_in(tokens)
