@@ -103,10 +103,15 @@ def check_model(section: Mapping[str, Any], problems: Problems) -> dict[str, Any
 def check_together(model: Mapping[str, Any], run: RunConfig | None, problems: Problems) -> None:
     """What a ``model`` and a ``run`` section, each right in itself, ask for that cannot be together."""
     vision = model.get("vision")
-    is_trained = isinstance(vision, Mapping) and vision.get("freeze") is False
-    if run is not None and run.cache_vision and is_trained and not run.evaluate:
+    if run is None or not run.cache_vision or run.evaluate or not isinstance(vision, Mapping):
+        return
+    temporal = vision.get("temporal") or {}
+    if vision.get("freeze") is False:
         why = "a trained vision encoder gives other tokens at every step: nothing can be kept"
         problems.add("run.cache_vision", f"{why}. Set model.vision.freeze: true, or this to false")
+    elif isinstance(temporal, Mapping) and temporal.get("form") in ("average", "residual"):
+        why = "temporal attention is trained inside the vision encoder: its tokens cannot be kept"
+        problems.add("run.cache_vision", f"{why}. Set model.vision.temporal.form: mean, or this to false")
 
 
 def check_datasets(section: Mapping[str, Any], problems: Problems) -> dict[str, Any]:

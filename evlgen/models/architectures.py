@@ -1,4 +1,4 @@
-"""The EVL_Gen architectures: a TomeFormer between a frozen vision encoder and a frozen language model."""
+"""The registered architectures: EVL_Gen's, and BLIP-2's as the yardstick. Each names its parts, no more."""
 
 from __future__ import annotations
 
@@ -8,15 +8,79 @@ from evlgen.common.registry import registry
 from evlgen.models.vlm import VLM
 
 
+def _types(arch: str, *names: str) -> dict[str, str]:
+    """The model types of an architecture and their default YAML."""
+    return {name: f"configs/models/{arch}/{name}.yaml" for name in names}
+
+
 @registry.register_model("evlgen_opt")
 class EvlgenOPT(VLM):
     """EVL_Gen with OPT (Jian et al., ACL 2024)."""
 
     LANGUAGE_MODEL = "opt"
     DEFAULT_MODEL_TYPE = "shapes"
-    MODEL_TYPES: ClassVar[dict[str, str]] = {
-        "shapes": "configs/models/evlgen_opt/shapes.yaml",
-        "pretrain_opt2.7b": "configs/models/evlgen_opt/pretrain_opt2.7b.yaml",
-        "pretrain_opt6.7b": "configs/models/evlgen_opt/pretrain_opt6.7b.yaml",
-        "caption_coco_opt2.7b": "configs/models/evlgen_opt/caption_coco_opt2.7b.yaml",
-    }
+    MODEL_TYPES: ClassVar[dict[str, str]] = _types(
+        "evlgen_opt", "shapes", "pretrain_opt2.7b", "pretrain_opt6.7b", "caption_coco_opt2.7b"
+    )
+
+
+@registry.register_model("evlgen_vicuna")
+class EvlgenVicuna(VLM):
+    """EVL_Gen with Vicuna, or another LLaMA."""
+
+    LANGUAGE_MODEL = "vicuna"
+    DEFAULT_MODEL_TYPE = "pretrain_vicuna7b"
+    MODEL_TYPES: ClassVar[dict[str, str]] = _types("evlgen_vicuna", "pretrain_vicuna7b", "pretrain_vicuna13b")
+
+
+@registry.register_model("evlgen_video_opt")
+class EvlgenVideoOPT(VLM):
+    """EVL_Gen for clips with OPT: attention over the frames inside the vision encoder."""
+
+    LANGUAGE_MODEL = "opt"
+    TEMPORAL = "average"
+    DEFAULT_MODEL_TYPE = "shapes"
+    MODEL_TYPES: ClassVar[dict[str, str]] = _types(
+        "evlgen_video_opt", "shapes", "pretrain_opt2.7b", "pretrain_opt6.7b"
+    )
+
+
+@registry.register_model("evlgen_video_vicuna")
+class EvlgenVideoVicuna(VLM):
+    """EVL_Gen for clips with Vicuna."""
+
+    LANGUAGE_MODEL = "vicuna"
+    TEMPORAL = "average"
+    DEFAULT_MODEL_TYPE = "pretrain_vicuna7b"
+    MODEL_TYPES: ClassVar[dict[str, str]] = _types(
+        "evlgen_video_vicuna", "pretrain_vicuna7b", "pretrain_vicuna13b"
+    )
+
+
+@registry.register_model("blip2_opt")
+class Blip2OPT(VLM):
+    """BLIP-2's second stage with OPT (Li et al., 2023, arXiv 2301.12597)."""
+
+    LANGUAGE_MODEL = "opt"
+    DEFAULT_MODEL_TYPE = "pretrain_opt2.7b"
+    MODEL_TYPES: ClassVar[dict[str, str]] = _types(
+        "blip2_opt", "shapes", "pretrain_opt2.7b", "pretrain_opt6.7b", "caption_coco_opt2.7b"
+    )
+
+
+@registry.register_model("blip2_vicuna")
+class Blip2Vicuna(VLM):
+    """BLIP-2's second stage with Vicuna."""
+
+    LANGUAGE_MODEL = "vicuna"
+    DEFAULT_MODEL_TYPE = "pretrain_vicuna7b"
+    MODEL_TYPES: ClassVar[dict[str, str]] = _types("blip2_vicuna", "pretrain_vicuna7b", "pretrain_vicuna13b")
+
+
+@registry.register_model("blip2_t5")
+class Blip2T5(VLM):
+    """BLIP-2's second stage with FlanT5."""
+
+    LANGUAGE_MODEL = "seq2seq"
+    DEFAULT_MODEL_TYPE = "pretrain_flant5xl"
+    MODEL_TYPES: ClassVar[dict[str, str]] = _types("blip2_t5", "pretrain_flant5xl")

@@ -133,16 +133,23 @@ class BaseModel(nn.Module):
         """The modules that are frozen: no gradients, always in eval mode, not in checkpoints."""
         return []
 
+    def trained_modules(self) -> list[nn.Module]:
+        """Modules inside `frozen_modules` that are trained nonetheless: adapters, temporal attention."""
+        return []
+
     def train(self, mode: bool = True):
         """Training mode for what is trained; frozen parts stay in eval mode."""
         super().train(mode)
         for module in self.frozen_modules():
             module.eval()
+        for module in self.trained_modules():
+            module.train(mode)
         return self
 
     def trained_state_dict(self) -> dict[str, Tensor]:
         """The weights that are trained, by name, and the buffers of parts that are not frozen."""
         frozen = {id(m) for part in self.frozen_modules() for m in part.modules()}
+        frozen -= {id(m) for part in self.trained_modules() for m in part.modules()}
         frozen_buffers = {
             f"{prefix}.{name}" if prefix else name
             for prefix, module in self.named_modules()

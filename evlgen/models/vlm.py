@@ -10,17 +10,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from evlgen.common.errors import ConfigError
 from evlgen.common.hub import looks_like_path, missing_model
 from evlgen.common.io import resolve
-from evlgen.common.precision import dtype_of
 from evlgen.common.registry import registry
 from evlgen.models.base_model import BaseModel, Missing
 from evlgen.models.connectors.base import Connector
-from evlgen.models.language.base import LanguageModel
+from evlgen.models.language import LanguageModel, build_language_model
 from evlgen.models.model_config import ModelConfig
-from evlgen.models.ops import language_attention, quicken
+from evlgen.models.ops import quicken
+from evlgen.models.prompts import ask, fill_ocr_slots
 from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
+from evlgen.models.vision.temporal import pool_frames, temporal_modules
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +36,13 @@ class VLM(BaseModel):
         connector: visual tokens -> soft prompts [B, M, C_language].
         language: reads soft prompts and text.
         prompt: the text before every caption.
-        freeze_vision, freeze_language: what is not trained.
+        freeze_vision, freeze_language: what is not trained, but for the parts' own `trained_modules`.
+        temporal: how the frames of a clip become one set of visual tokens, see `TemporalConfig`; None for a
+            model of images.
     """
 
     LANGUAGE_MODEL: ClassVar[str]
+    TEMPORAL: ClassVar[str | None] = None  # the form of a video architecture whose YAML names none
 
     def __init__(
         self,
@@ -47,8 +52,10 @@ class VLM(BaseModel):
         prompt: str = "",
         freeze_vision: bool = True,
         freeze_language: bool = True,
+        temporal: str | None = None,
     ) -> None:
         super().__init__()
+        self.temporal = temporal
         self.vision = vision
         self.ln_vision = nn.LayerNorm(vision.embed_dim, eps=1e-5)
         self.connector = connector
@@ -59,6 +66,8 @@ class VLM(BaseModel):
         ]
         for module in self.frozen_modules():
             module.requires_grad_(False)
+        for module in self.trained_modules():
+            module.requires_grad_(True)
         quicken(self)
 
     @classmethod
@@ -66,15 +75,9 @@ class VLM(BaseModel):
         """Builds the three parts a config names. See `ModelConfig`."""
         connector_args = dict(cfg.connector)
         connector_class = registry.get_connector_class(connector_args.pop("name", "tomeformer"))
-        vision = build_vision_encoder(cfg.vision, device)
-        dtype = dtype_of(cfg.language.precision, device) if cfg.language.freeze else torch.float32
-        language = registry.get_language_model_class(cls.LANGUAGE_MODEL)(
-            name=cfg.language.name,
-            dtype=dtype,
-            prompt=cfg.prompt,
-            max_txt_len=cfg.max_txt_len,
-            attention=language_attention(device, dtype),
-        )
+        temporal = cfg.vision.temporal.form if cfg.vision.temporal else cls.TEMPORAL
+        vision = build_vision_encoder(cfg.vision, device, temporal)
+        language = build_language_model(cfg, cls.LANGUAGE_MODEL, device)
         connector = connector_class(
             vision_dim=vision.embed_dim,
             language_dim=language.embed_dim,
@@ -83,7 +86,7 @@ class VLM(BaseModel):
             embedding_rms=language.embedding_rms(),
             **connector_args,
         )
-        model = cls(vision, connector, language, cfg.prompt, cfg.vision.freeze, cfg.language.freeze)
+        model = cls(vision, connector, language, cfg.prompt, cfg.vision.freeze, cfg.language.freeze, temporal)
         model._log_parts()
         return model
 
@@ -112,9 +115,9 @@ class VLM(BaseModel):
         """The next-token loss of a batch.
 
         Args:
-            samples: ``image`` [B, 3, H, W] (or ``visual_tokens``, see `soft_prompts`), ``text_input``
-                list[str] to learn; with ``text_output`` list[str] that is learned and ``text_input`` only
-                read.
+            samples: ``image`` [B, 3, H, W], of a clip [B, 3, T, H, W] (or ``visual_tokens``, see
+                `soft_prompts`); ``text_input`` list[str] to learn; with ``text_output`` list[str] that is
+                learned and ``text_input`` only read.
 
         Returns:
             ``loss``: scalar, float32; ``num_tokens``: how many tokens it is the mean of.
@@ -127,27 +130,57 @@ class VLM(BaseModel):
         return {"loss": loss, "num_tokens": num_tokens}
 
     def soft_prompts(self, samples: dict[str, Any]) -> Tensor:
-        """``image`` [B, 3, H, W], or in its place ``visual_tokens`` [B, N, C_vision] that `encode` gave
-        earlier -> soft prompts [B, M, C_language]."""
+        """``image`` [B, 3, H, W] or [B, 3, T, H, W], or in its place ``visual_tokens`` [B, N, C_vision] that
+        `encode` gave earlier -> soft prompts [B, M, C_language]."""
         tokens = samples.get("visual_tokens")
         tokens = self.encode(samples["image"]) if tokens is None else tokens.to(self.device)
         return self.connector(self._normed(tokens))
 
     def visual_tokens(self, image: Tensor) -> Tensor:
-        """[B, 3, H, W] -> the encoder's tokens after ``ln_vision``, [B, N, C_vision]."""
+        """[B, 3, H, W] or [B, 3, T, H, W] -> the encoder's tokens after ``ln_vision``, [B, N, C_vision]."""
         return self._normed(self.encode(image))
 
     def encode(self, image: Tensor) -> Tensor:
-        """[B, 3, H, W] -> the encoder's own tokens [B, N, C_vision], in the type its weights are kept in.
+        """The encoder's own tokens, in the type its weights are kept in.
 
         Where the encoder is frozen they are the same at every step, and may be kept: see
         `evlgen.runners.vision_cache`.
+
+        Args:
+            image: [B, 3, H, W], or clips [B, 3, T, H, W] where the model is one of clips; to such a model a
+                picture is a clip of one frame.
+
+        Returns:
+            [B, N, C_vision]; with ``temporal: concat`` [B, T * N, C_vision].
+
+        Raises:
+            ConfigError: clips for a model of images.
         """
-        image = image.to(self.device, next(self.vision.parameters()).dtype)
+        frames = image.to(self.device, next(self.vision.parameters()).dtype)
+        num_frames = 1
+        if image.ndim == 5:
+            self._check_reads_clips()
+            num_frames = image.shape[2]
+            frames = frames.transpose(1, 2).flatten(0, 1)  # [B * T, 3, H, W]
+        tokens = self._encode_frames(frames, num_frames)
+        return tokens if num_frames == 1 else pool_frames(tokens, num_frames, self.temporal)
+
+    def _encode_frames(self, frames: Tensor, num_frames: int) -> Tensor:
+        """[B * T, 3, H, W] -> [B * T, N, C_vision]."""
+        for module in temporal_modules(self.vision):
+            module.num_frames = num_frames
         if "vision" not in self._frozen:
-            return self.vision(image)
-        with torch.no_grad(), self._own_precision(image.device):
-            return self.vision(image)
+            return self.vision(frames)
+        learns = torch.is_grad_enabled() and bool(self.vision.trained_modules())
+        with torch.set_grad_enabled(learns), self._own_precision(frames.device):
+            return self.vision(frames)
+
+    def _check_reads_clips(self) -> None:
+        if self.temporal is None:
+            raise ConfigError(
+                "this is a model of images, and a clip was given to it. Set model.vision.temporal: "
+                "{form: average}, or take an architecture of clips, such as evlgen_video_opt."
+            )
 
     def _normed(self, tokens: Tensor) -> Tensor:
         return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
@@ -169,7 +202,8 @@ class VLM(BaseModel):
         """Texts for a batch of pictures.
 
         Args:
-            samples: ``image`` [B, 3, H, W]; optionally ``prompt``, one string or one for each picture.
+            samples: ``image`` [B, 3, H, W] or [B, 3, T, H, W]; optionally ``prompt``, one string or one for
+                each picture, with a slot for ``ocr_tokens`` where the samples have them.
             num_beams: beams of the search; 1 is greedy.
             max_length, min_length: number of *new* tokens at most and at least.
             use_nucleus_sampling: sample from the likeliest tokens of total probability ``top_p``, at
@@ -185,7 +219,7 @@ class VLM(BaseModel):
             prompts = [prompts] * _count(samples)
         return self._continue(
             samples,
-            prompts,
+            fill_ocr_slots(prompts, samples),
             num_beams=num_beams,
             max_length=max_length,
             min_length=min_length,
@@ -210,18 +244,16 @@ class VLM(BaseModel):
         """Short answers to questions.
 
         Args:
-            samples: ``image`` [B, 3, H, W] and ``text_input``, the questions (one string or one for each
-            picture). max_len, min_len: number of new tokens at most and at least.
-            prompt: a format with one slot for the question, ``Question: {} Short answer:``; empty asks the
-                bare question.
+            samples: ``image`` [B, 3, H, W] or [B, 3, T, H, W] and ``text_input``, the questions (one string
+                or one for each picture); ``choices`` or ``ocr_tokens``, a list of strings for each picture,
+                where the prompt has a second slot.
+            max_len, min_len: number of new tokens at most and at least.
+            prompt: a format with a slot for the question, ``Question: {} Short answer:``, or with two, see
+                `prompts.ask`; empty asks the bare question.
         """
-        questions = samples["text_input"]
-        if isinstance(questions, str):
-            questions = [questions] * _count(samples)
-        prompts = [prompt.format(q) for q in questions] if prompt else list(questions)
         return self._continue(
             samples,
-            prompts,
+            ask(prompt, samples, _count(samples)),
             num_beams=num_beams,
             max_length=max_len,
             min_length=min_len,
@@ -231,6 +263,10 @@ class VLM(BaseModel):
     def frozen_modules(self) -> list[nn.Module]:
         """The frozen parts."""
         return [getattr(self, name) for name in self._frozen]
+
+    def trained_modules(self) -> list[nn.Module]:
+        """Modules inside frozen parts that are trained nonetheless."""
+        return [module for part in self.frozen_modules() for module in part.trained_modules()]
 
     def _continue(self, samples: dict[str, Any], prompts: list[str], **options) -> list[str]:
         soft_prompts = self.soft_prompts(samples)
@@ -246,11 +282,14 @@ class VLM(BaseModel):
     def _log_parts(self) -> None:
         for name in ("vision", "connector", "language"):
             weights = list(getattr(self, name).parameters())
+            learned = sum(p.numel() for p in weights if p.requires_grad)
+            inside = f", but for {learned / 1e6:.1f} million" if name in self._frozen and learned else ""
             logger.info(
-                "%s: %.1f million weights, %s, %s",
+                "%s: %.1f million weights, %s%s, %s",
                 name,
                 sum(p.numel() for p in weights) / 1e6,
                 "frozen" if name in self._frozen else "trained",
+                inside,
                 str(weights[0].dtype).removeprefix("torch."),
             )
 

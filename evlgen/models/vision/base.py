@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from evlgen.models.vision.temporal import temporal_modules
+
 
 class VisionEncoder(nn.Module):
     """Turns pixels [B, 3, H, W] into visual tokens [B, N, C], class token first.
@@ -39,7 +41,7 @@ class VisionEncoder(nn.Module):
 
     def trained_modules(self) -> list[nn.Module]:
         """Modules inside a frozen encoder that are trained nonetheless."""
-        return []
+        return temporal_modules(self)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, N, C]."""

@@ -1,0 +1,78 @@
+"""Prompts with slots: questions, their choices, and words read in the picture.
+
+The formats are those of LAVIS (`blip2_vicuna_instruct`): ``Question: {} Short answer:``; with choices
+``Question: {} Options: {}. Short answer:``, where the second slot becomes ``(a) red (b) blue``; with words
+read in the picture ``OCR tokens: {}. Question: {} Short answer:``, where the first slot takes them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import string
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from evlgen.common.errors import ConfigError
+
+SLOT = "{}"
+MOST_OCR_TOKENS = 30  # as published
+
+
+def ask(prompt: str, samples: dict[str, Any], count: int) -> list[str]:
+    """The prompts of a batch of questions.
+
+    Args:
+        prompt: a text with one slot for the question, or two; empty for the bare questions.
+        samples: ``text_input``, one question or ``count`` of them; ``ocr_tokens`` or ``choices`` where the
+            prompt has two slots (``ocr_tokens`` where there are both), a list of strings for each sample.
+        count: the number of samples.
+
+    Raises:
+        ConfigError: a prompt of another number of slots, or two slots and nothing for the second.
+    """
+    questions = samples["text_input"]
+    questions = [questions] * count if isinstance(questions, str) else list(questions)
+    if not prompt:
+        return questions
+    slots = prompt.count(SLOT)
+    if slots == 1:
+        return [_fill(prompt, question) for question in questions]
+    if slots == 2 and "ocr_tokens" in samples:
+        pairs = zip(samples["ocr_tokens"], questions, strict=True)
+        return [_fill(prompt, _joined(words), question) for words, question in pairs]
+    if slots == 2 and "choices" in samples:
+        pairs = zip(questions, samples["choices"], strict=True)
+        return [_fill(prompt, question, _lettered(choices)) for question, choices in pairs]
+    if slots == 2:
+        problem = "has two slots, for a question and its choices or OCR tokens, and the samples have neither"
+    else:
+        problem = f"has {slots} slots {SLOT}: it takes one for the question, and at most one more"
+    raise ConfigError(f"the prompt {prompt!r} (run.prompt) {problem}.")
+
+
+def fill_ocr_slots(prompts: Sequence[str], samples: dict[str, Any]) -> list[str]:
+    """Prompts to continue, their slot filled with the words read in the picture, where samples have them."""
+    if "ocr_tokens" not in samples:
+        return list(prompts)
+    pairs = zip(prompts, samples["ocr_tokens"], strict=True)
+    return [_fill(prompt, _joined(words)) if SLOT in prompt else prompt for prompt, words in pairs]
+
+
+def _fill(prompt: str, *values: str) -> str:
+    """Slots replaced one after the other: whatever else stands in braces is text."""
+    pieces = prompt.split(SLOT)
+    return "".join(itertools.chain.from_iterable(itertools.zip_longest(pieces, values, fillvalue="")))
+
+
+def _joined(words: Sequence[str]) -> str:
+    return ", ".join(words[:MOST_OCR_TOKENS])
+
+
+def _lettered(choices: Sequence[str]) -> str:
+    return " ".join(f"({letter}) {choice}" for letter, choice in zip(_letters(), choices, strict=False))
+
+
+def _letters() -> Iterator[str]:
+    """a, b, .. z, aa, ab, .."""
+    for length in itertools.count(1):
+        yield from map("".join, itertools.product(string.ascii_lowercase, repeat=length))

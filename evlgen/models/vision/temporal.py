@@ -1,0 +1,132 @@
+"""Clips: how the frames' visual tokens become one set of tokens.
+
+Temporal Attentive Soft Token Contextualizing (Jian et al., ACL 2024, arXiv 2310.03291, section 3.3): between
+the attention and the MLP of every block of the frozen encoder, each token position attends over the frames.
+The simpler ways it is compared with, the mean and the concatenation of the frames' tokens, need no weights.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from timm.models.eva import EvaBlock
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from evlgen.common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from evlgen.models.vision.base import VisionEncoder
+
+ATTENTIVE_FORMS = ("average", "residual")  # those that add weights to the encoder
+WIDTH, HEADS = 256, 8  # channels of queries and keys together, and heads: published
+
+
+class TemporalAttention(nn.Module):
+    """Attention of each token over the frames of its clip; its values are the tokens themselves.
+
+    Args:
+        dim: channels C of the tokens, a multiple of 8.
+        form: ``average``: ``(1 - alpha) * x + alpha * attended``; ``residual``: ``x + alpha * attended``.
+
+    Attributes:
+        alpha: learned scalar, 0 at the start.
+        num_frames: frames of the clips in the batch that comes next.
+    """
+
+    def __init__(self, dim: int, form: str) -> None:
+        super().__init__()
+        self.query = nn.Linear(dim, WIDTH)
+        self.key = nn.Linear(dim, WIDTH)
+        self.alpha = nn.Parameter(torch.zeros(()))
+        self.form = form
+        self.num_frames = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B * T, N, C], the frames of a clip in a row -> the same shape. Computed in the type of ``x``."""
+        if self.num_frames == 1 and self.form == "average":
+            return x  # one frame is its own average
+        alpha = self.alpha.to(x.dtype)
+        if self.form == "average":
+            return torch.lerp(x, self._attended(x), alpha)
+        return x + alpha * self._attended(x)
+
+    def _attended(self, x: Tensor) -> Tensor:
+        values = x.unflatten(0, (-1, self.num_frames)).unflatten(-1, (HEADS, -1))  # [B, T, N, 8, C / 8]
+        query, key = (
+            nn.functional.linear(x, part.weight.to(x.dtype), part.bias.to(x.dtype))
+            .unflatten(0, (-1, self.num_frames))
+            .unflatten(-1, (HEADS, -1))  # [B, T, N, 8, 32]
+            for part in (self.query, self.key)
+        )
+        scores = torch.einsum("btnhd,bsnhd->bnhts", query * WIDTH**-0.5, key)  # [B, N, 8, T, T]
+        attended = torch.einsum("bnhts,bsnhd->btnhd", scores.softmax(-1), values)
+        return attended.flatten(3).flatten(0, 1)
+
+
+def add_temporal_attention(encoder: VisionEncoder, form: str) -> None:
+    """Puts a `TemporalAttention` into every block of a timm transformer, as ``blocks.i.temporal_merge``.
+
+    Raises:
+        ConfigError: the encoder's blocks are of another kind, or their channels do not divide into 8 heads.
+    """
+    blocks = getattr(getattr(encoder, "trunk", None), "blocks", ())
+    if not len(blocks) or not all(isinstance(block, Block | EvaBlock) for block in blocks):
+        raise ConfigError(
+            f"model.vision.temporal.form '{form}' puts attention over the frames into the blocks of a plain "
+            f"vision transformer, and {type(encoder).__name__} has none such. Take form mean or concat, or "
+            "another model.vision.name."
+        )
+    dim = encoder.embed_dim
+    if dim % HEADS:
+        raise ConfigError(
+            f"model.vision.temporal.form '{form}' needs channels that divide into {HEADS} heads, and the "
+            f"vision encoder has {dim}. Take form mean or concat."
+        )
+    for block in blocks:
+        block.temporal_merge = TemporalAttention(dim, form)
+        block.__class__ = _contextual(type(block))
+
+
+def temporal_modules(encoder: nn.Module) -> list[TemporalAttention]:
+    """The temporal attention of an encoder, block by block."""
+    return [module for module in encoder.modules() if isinstance(module, TemporalAttention)]
+
+
+def pool_frames(tokens: Tensor, num_frames: int, form: str) -> Tensor:
+    """Tokens of all frames [B * T, N, C] -> of the clips: their mean [B, N, C], or, with ``concat``, in a
+    row [B, T * N, C]."""
+    tokens = tokens.unflatten(0, (-1, num_frames))
+    return tokens.flatten(1, 2) if form == "concat" else tokens.mean(1)
+
+
+class _ContextualBlock:
+    """A block of a vision transformer with attention over the frames between its two sub-layers."""
+
+    def forward(self, x: Tensor, **kwargs) -> Tensor:
+        attended = self.attn(self.norm1(x), **kwargs)
+        x = x + self.drop_path1(_scaled(self, attended, "ls1", "gamma_1"))
+        x = self.temporal_merge(x)
+        return x + self.drop_path2(_scaled(self, self.mlp(self.norm2(x)), "ls2", "gamma_2"))
+
+
+class _ContextualViTBlock(_ContextualBlock, Block):
+    pass
+
+
+class _ContextualEvaBlock(_ContextualBlock, EvaBlock):
+    pass
+
+
+def _contextual(block_class: type) -> type:
+    # a block's class is changed, and not the block wrapped, so that its weights keep their published names
+    return _ContextualEvaBlock if issubclass(block_class, EvaBlock) else _ContextualViTBlock
+
+
+def _scaled(block: nn.Module, x: Tensor, vit_name: str, eva_name: str) -> Tensor:
+    """A sub-layer's output after the block's layer scale, a module of a ViT and a parameter of an EVA."""
+    if isinstance(block, Block):
+        return getattr(block, vit_name)(x)
+    scale = getattr(block, eva_name)
+    return x if scale is None else scale * x
