@@ -1,6 +1,9 @@
 """Connectors: what is trained between a frozen vision encoder and a frozen language model."""
 
 from evlgen.models.connectors.base import Connector
+from evlgen.models.connectors.pool import Pool
+from evlgen.models.connectors.projection import LinearProjection, MLPProjection
+from evlgen.models.connectors.resampler import Resampler
 from evlgen.models.connectors.tomeformer import TomeFormer
 
-__all__ = ["Connector", "TomeFormer"]
+__all__ = ["Connector", "LinearProjection", "MLPProjection", "Pool", "Resampler", "TomeFormer"]
