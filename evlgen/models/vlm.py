@@ -162,11 +162,12 @@ class VLM(BaseModel):
             self._check_reads_clips()
             num_frames = image.shape[2]
             frames = frames.transpose(1, 2).flatten(0, 1)  # [B * T, 3, H, W]
-        tokens = self._encode_frames(frames, num_frames)
+        tokens = self.encode_frames(frames, num_frames)
         return tokens if num_frames == 1 else pool_frames(tokens, num_frames, self.temporal)
 
-    def _encode_frames(self, frames: Tensor, num_frames: int) -> Tensor:
-        """[B * T, 3, H, W] -> [B * T, N, C_vision]."""
+    def encode_frames(self, frames: Tensor, num_frames: int) -> Tensor:
+        """The tokens of every frame of clips: [B * T, 3, H, W], a clip's frames in a row -> [B * T, N,
+        C_vision]."""
         for module in temporal_modules(self.vision):
             module.num_frames = num_frames
         if "vision" not in self._frozen:

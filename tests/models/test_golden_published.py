@@ -1,4 +1,4 @@
-"""EVLGen-OPT, built from its YAML and a published checkpoint, equals the published implementation."""
+"""EVLGen with OPT, of images and of clips: from its YAML and a published checkpoint it equals what is published."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from evlgen.common.registry import registry
 from evlgen.models.published import to_own_names, to_published_names
 
 
-@pytest.fixture(scope="module")
-def folder(golden):
-    return golden / "evlgen_opt"
+@pytest.fixture(scope="module", params=["evlgen_opt", "evlgen_video_opt"])
+def folder(golden, request):
+    return golden / request.param
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def texts(folder):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return registry.get_model_class("evlgen_opt").from_config(folder / "model.yaml")
+    return registry.get_model_class(folder.name).from_config(folder / "model.yaml")
 
 
 def assert_near(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
@@ -40,6 +40,13 @@ def assert_near(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> No
 
 def test_image_embeddings(model, expected):
     assert_near(model.visual_tokens(expected["image"]), expected["image_embeds"], 1e-5)
+
+
+@pytest.mark.parametrize("folder", ["evlgen_video_opt"], indirect=True)
+def test_tokens_of_each_frame(model, expected):
+    frames = expected["image"].transpose(1, 2).flatten(0, 1)
+    tokens = model.encode_frames(frames, num_frames=4)
+    assert_near(tokens.unflatten(0, (3, 4)), expected["vision_tokens_per_frame"], 1e-5)
 
 
 def test_hidden_states_of_every_layer_and_soft_prompts(model, expected, texts):
@@ -70,28 +77,33 @@ def test_loss_and_gradients(model, expected, texts):
     names = [name for name in expected if name.startswith("grad.")]
     assert names
     for name in names:
-        assert_near(published[name.removeprefix("grad.")], expected[name], 1e-4)
+        gradient, wanted = published[name.removeprefix("grad.")], expected[name]
+        if name.endswith("temporal_merge.key.bias"):  # a softmax does not see it: both are rounding
+            scale = expected[name.replace("bias", "weight")].abs().max()
+            assert max(gradient.abs().max(), wanted.abs().max()) < 1e-5 * scale
+        else:
+            assert_near(gradient, wanted, 1e-4)
 
 
 @pytest.mark.parametrize(
-    ("key", "options"),
+    ("key", "prompt", "options"),
     [
-        ("beams1_max12", {"num_beams": 1, "max_length": 11}),
-        ("beams5_max12", {"num_beams": 5, "max_length": 11}),
-        ("prompted_beams1_max8", {"num_beams": 1, "max_length": 7, "prompt": "a photo of"}),
+        ("beams1_max12", None, {"num_beams": 1, "max_length": 11}),
+        ("beams5_max12", None, {"num_beams": 5, "max_length": 11}),
+        ("prompted_beams1_max8", "a photo of", {"num_beams": 1, "max_length": 7}),
     ],
 )
-def test_generated_texts(model, expected, texts, key, options):
-    samples = {"image": expected["image"]}
-    if "prompt" in options:
-        samples["prompt"] = options.pop("prompt")
+def test_generated_texts(model, expected, texts, key, prompt, options):
+    samples = {"image": expected["image"], **({} if prompt is None else {"prompt": prompt})}
     assert model.generate(samples, **options) == texts["generated"][key]
 
 
+@pytest.mark.parametrize("folder", ["evlgen_opt"], indirect=True)  # the published code of clips crashes here
 @pytest.mark.parametrize(("beams", "length_penalty"), [(1, 0), (5, -1)])
 def test_answers(model, expected, texts, beams, length_penalty):
+    samples = {"image": expected["image"], "text_input": texts["questions"]}
     answers = model.predict_answers(
-        {"image": expected["image"], "text_input": texts["questions"]},
+        samples,
         num_beams=beams,
         max_len=6,
         prompt="Question: {} Short answer:",
