@@ -1,4 +1,4 @@
-"""EVLGen with OPT, of images and of clips: from its YAML and a published checkpoint it equals what is published."""
+"""EVLGen with OPT, of images and of clips, from its YAML and a published checkpoint, equals what is published."""
 
 from __future__ import annotations
 
