@@ -10,6 +10,10 @@ class Connector(nn.Module):
 
     A subclass's constructor takes what `FROM_FRAMEWORK` lists from the framework (by keyword); its other
     parameters are the keys of ``model.connector`` in YAML.
+
+    One that merges tokens also defines ``forward_details(tokens)``, a dict with ``merge_map`` [B, N] (int64),
+    the soft prompt each visual token ended in, and, where it merges in several layers, ``layer_maps``, the
+    same after each of them: `evlgen.visualization` draws these.
     """
 
     FROM_FRAMEWORK: tuple[str, ...] = (

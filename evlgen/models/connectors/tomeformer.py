@@ -186,11 +186,11 @@ class TomeFormer(Connector):
         Returns:
             ``soft_prompts`` [B, M, language_dim]; ``hidden_states``: after the embeddings, then after each
             layer;
-            ``merge_map`` [B, N]: the soft prompt each visual token ended in; ``token_counts`` [B, M]: how
-            many visual tokens each soft prompt stands for.
+            ``merge_map`` [B, N]: the soft prompt each visual token ended in; ``layer_maps``: the same after
+            each layer; ``token_counts`` [B, M]: how many visual tokens each soft prompt stands for.
         """
         x, counts = self._embed(tokens), None
-        hidden_states = [x]
+        hidden_states, layer_maps = [x], []
         merge_map = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         for layer, r in zip(self.layers, self.r, strict=True):
             x, layer_map = layer(x, r, self.num_protected, counts)
@@ -198,10 +198,12 @@ class TomeFormer(Connector):
             hidden_states.append(x)
             if layer_map is not None:
                 merge_map = compose_maps(merge_map, layer_map)
+            layer_maps.append(merge_map)
         return {
             "soft_prompts": self.proj_out(x),
             "hidden_states": hidden_states,
             "merge_map": merge_map,
+            "layer_maps": layer_maps,
             "token_counts": token_counts(merge_map, x.shape[1]),
         }
 
