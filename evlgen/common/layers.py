@@ -36,7 +36,7 @@ PATH_KEYS = (
 PART_KEYS: dict[tuple[str, ...], frozenset[str] | None] = {
     ("model", "connector"): None,
     ("model", "vision"): frozenset({"kwargs", "pretrained"}),
-    ("model", "language"): frozenset({"kwargs", "pretrained"}),
+    ("model", "language"): frozenset({"kind", "chat_template"}),
 }
 MODEL_PARTS = ("vision", "connector", "language")
 PROCESSOR_SECTIONS = ("vis_processor", "text_processor")
@@ -185,6 +185,12 @@ def _drop_replaced(layers: list[Layer], path: KeyPath, keys: frozenset[str] | No
             continue
         if current is not None and name != current:
             dropped = [key for lower in layers[:i] for key in _drop(lower.content, path, keys)]
+            if path == ("model", "connector"):  # weights of another connector fit nowhere
+                dropped += [
+                    "model.checkpoint"
+                    for lower in layers[:i]
+                    if (_get(lower.content, ("model",)) or {}).pop("checkpoint", None)
+                ]
             if dropped:
                 logger.info(
                     "%s is '%s' (%s): left out what was set for '%s': %s",

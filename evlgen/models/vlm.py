@@ -284,9 +284,9 @@ class VLM(BaseModel):
         for name in ("vision", "connector", "language"):
             weights = list(getattr(self, name).parameters())
             learned = sum(p.numel() for p in weights if p.requires_grad)
-            inside = f", but for {learned / 1e6:.1f} million" if name in self._frozen and learned else ""
+            inside = f", but for {learned / 1e6:.3g} million" if name in self._frozen and learned else ""
             logger.info(
-                "%s: %.1f million weights, %s%s, %s",
+                "%s: %.3g million weights, %s%s, %s",
                 name,
                 sum(p.numel() for p in weights) / 1e6,
                 "frozen" if name in self._frozen else "trained",

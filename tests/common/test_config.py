@@ -103,6 +103,14 @@ def test_a_connector_named_in_the_options_drops_the_project_files_keys_and_says_
     )
 
 
+def test_another_connector_drops_the_checkpoint_below_and_not_its_own(project):
+    text = PROJECT.replace("pretrain_opt2.7b", "pretrain_opt2.7b\n  checkpoint: old.pth")
+    named = "model.connector.name=mlp"
+    assert "checkpoint" not in Config.load(project(text), [named]).model
+    assert Config.load(project(text), [named, "model.checkpoint=new.pth"]).model.checkpoint == "new.pth"
+    assert Config.load(project(text), ["model.connector.r=3"]).model.checkpoint == "old.pth"
+
+
 def test_the_same_part_keeps_the_defaults(project):
     text = PROJECT.replace(
         "pretrain_opt2.7b", "pretrain_opt2.7b\n  connector: {name: tomeformer, num_layers: 6}"
