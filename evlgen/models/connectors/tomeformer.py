@@ -95,7 +95,8 @@ def proportional_attention(qkv: Tensor, num_heads: int, counts: Tensor, dropout:
         [B, N, C].
     """
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, N, d]
-    bias = counts.log().to(qkv.dtype)[:, None, None, :]  # of the keys
+    exact = torch.promote_types(qkv.dtype, torch.float32)
+    bias = counts.to(exact).log().to(qkv.dtype)[:, None, None, :]  # of the keys
     return F.scaled_dot_product_attention(q, k, v, bias, dropout).transpose(1, 2).flatten(2)
 
 
