@@ -1,0 +1,191 @@
+"""The figure: what merges into what, for pictures or clips, of one model or of several side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+
+from evlgen.common.errors import ConfigError
+from evlgen.models.base_model import BaseModel
+from evlgen.visualization.frames import read_frames
+from evlgen.visualization.merging import Merging, Stage, find_merging
+from evlgen.visualization.regions import draw_regions
+from evlgen.visualization.sheet import Row, draw_sheet, write_on
+
+Picture: TypeAlias = "Image.Image | str | PathLike | Sequence[Image.Image]"
+
+_PATCH = 28  # pixels of a patch in the drawing at least, where the columns are few
+_MOST_WIDTH = 4000  # of a sheet's pictures together, before patches are drawn smaller than that
+
+
+def draw_merging(
+    model: BaseModel | Mapping[str, BaseModel],
+    images: Picture | Sequence[Picture],
+    layers: str | Sequence[int] = "all",
+    names: Sequence[str] | None = None,
+    num_frames: int = 4,
+) -> Image.Image:
+    """Draws which patches became one soft prompt, layer by layer, as figure 4 of Bolya et al. (ICLR 2023).
+
+    Args:
+        model: the model, or several by title, to be compared row by row.
+        images: pictures, paths of pictures or clips, or lists of pictures, each the frames of a clip; a model
+            of images is shown a clip's frames one by one.
+        layers: ``all``, ``last``, or numbers of layers from 1; the soft prompts are always drawn.
+        names: beside the rows; by default none.
+        num_frames: of each clip that is a path, at most, evenly spaced.
+
+    Raises:
+        ConfigError: a connector that does not merge, or no such layer (see `merging.find_merging`).
+        DataError: a file that cannot be read.
+    """
+    models = model if isinstance(model, Mapping) else {"": model}
+    images = [images] if isinstance(images, Image.Image | str | PathLike) else list(images)
+    clips = [_frames(image, num_frames) for image in images]
+    found = {title: merge_clips(part, clips, layers) for title, part in models.items()}
+    return draw_found(found, names or [""] * len(clips))
+
+
+def merge_clips(
+    model: BaseModel, clips: Sequence[Sequence[Image.Image]], layers: str | Sequence[int] = "all"
+) -> list[list[Merging]]:
+    """How each clip's tokens merge: one `Merging` each; to a model of images every frame is a picture."""
+    reads_clips = getattr(model, "temporal", None) is not None
+    parts = [[clip] if reads_clips else [[frame] for frame in clip] for clip in clips]
+    return [[find_merging(model, frames, layers) for frames in part] for part in parts]
+
+
+def draw_found(found: Mapping[str, Sequence[Sequence[Merging]]], names: Sequence[str]) -> Image.Image:
+    """The sheet of what `merge_clips` found.
+
+    Args:
+        found: by the title of a model; for each clip, what was found.
+        names: of the clips.
+
+    Raises:
+        ConfigError: models with other columns than each other.
+    """
+    mergings = [merging for clips in found.values() for clip in clips for merging in clip]
+    columns = {tuple((stage.name, stage.num_tokens) for stage in m.stages) for m in mergings}
+    if len(columns) > 1:
+        raise ConfigError("these models merge in other layers or to other numbers of tokens: draw each alone.")
+    scale = _scale(mergings[0])
+    rows = []
+    for i, name in enumerate(names):
+        for title, clips in found.items():
+            rows += _rows(clips[i], name, title, scale, opens=title == next(iter(found)))
+    return draw_sheet(_headings(mergings), rows, _note(mergings))
+
+
+def untrained(model: BaseModel, seed: int) -> BaseModel:
+    """The same configuration without its checkpoint: what a training run with this seed starts from.
+
+    Raises:
+        ConfigError: the model has no checkpoint, so it is that already.
+    """
+    if not model.cfg.checkpoint:
+        raise ConfigError(
+            "model.checkpoint is not set, so this model is untrained itself: there is nothing to compare it "
+            "with. Name one with --checkpoint."
+        )
+    torch.manual_seed(seed)
+    section = {**dataclasses.asdict(model.cfg), "checkpoint": None}
+    return type(model).from_config(section, model.device).to(model.device)
+
+
+def _frames(image: Picture, num_frames: int) -> list[Image.Image]:
+    if isinstance(image, str | PathLike):
+        return read_frames(image, num_frames)
+    return [image] if isinstance(image, Image.Image) else list(image)
+
+
+def _scale(merging: Merging) -> int:
+    """How many times larger than the model sees them pictures are drawn."""
+    height, width = merging.pictures.shape[1:3]
+    wanted = math.ceil(_PATCH / max(1, height // merging.stages[0].groups.shape[1]))
+    return max(1, min(wanted, _MOST_WIDTH // (width * len(merging.stages))))
+
+
+def _rows(clip: Sequence[Merging], name: str, title: str, scale: int, opens: bool) -> Iterator[Row]:
+    num_frames = sum(len(merging.pictures) for merging in clip)
+    frame = 0
+    for merging in clip:
+        for panels in _panels(merging, scale):
+            frame += 1
+            numbered = f"{name} frame {frame}".strip() if num_frames > 1 else name
+            yield Row(title, numbered, panels, opens and frame == 1)
+
+
+def _panels(merging: Merging, scale: int) -> list[list[np.ndarray]]:
+    """For each frame, the picture and then the drawing of each stage."""
+    large = merging.pictures.repeat(scale, axis=1).repeat(scale, axis=2)
+    columns = [large, *(_drawn(merging, stage, scale) for stage in merging.stages[1:])]
+    return [[column[frame] for column in columns] for frame in range(len(large))]
+
+
+def _drawn(merging: Merging, stage: Stage, scale: int) -> np.ndarray:
+    """[F, H * scale, W * scale, 3]."""
+    patch = merging.pictures.shape[1] * scale // stage.groups.shape[1]
+    width = max(1, round(patch / 14))
+    if merging.spans_frames:
+        drawn = draw_regions(merging.pictures, stage.groups, scale, width)
+    else:  # a region has one colour in each frame: what it looks like there
+        pairs = zip(merging.pictures, stage.groups, strict=True)
+        drawn = np.stack([draw_regions(picture, groups, scale, width) for picture, groups in pairs])
+    return np.stack([_with_names(panel, merging, stage, frame, patch) for frame, panel in enumerate(drawn)])
+
+
+def _with_names(panel: np.ndarray, merging: Merging, stage: Stage, frame: int, patch: int) -> np.ndarray:
+    """Writes CLS (and REG) where the class token (or a register) is one token with patches."""
+    for position, token in reversed(list(enumerate(stage.prefix[frame]))):
+        places = np.argwhere(stage.groups[frame] == token)
+        if len(places):
+            word = "CLS" if position == 0 and merging.has_class_token else "REG"
+            row, column = places[0]
+            centre = ((column + 0.5) * patch, (row + 0.5) * patch)
+            panel = write_on(panel, word, centre, max(8, round(patch * 0.38)))
+    return panel
+
+
+def _headings(mergings: Sequence[Merging]) -> list[list[str]]:
+    """For each column its name, its number of tokens, and what kinds of tokens, where that is common to all."""
+    headings = []
+    last = len(mergings[0].stages) - 1
+    for i, stage in enumerate(mergings[0].stages):
+        kinds = {_kinds(merging, merging.stages[i]) for merging in mergings}
+        count = f"{stage.num_tokens} {'soft prompts' if i == last else 'tokens'}"
+        name = ("picture" if len(mergings[0].pictures) == 1 else "clip") if i == 0 else stage.name
+        headings.append([name, count, *(kinds if len(kinds) == 1 else ())])
+    return headings
+
+
+def _kinds(merging: Merging, stage: Stage) -> str:
+    regions, prefix = set(stage.groups.flat), set(stage.prefix.flat)
+    what = "patches" if stage is merging.stages[0] else "regions"
+    alone = len(prefix - regions)
+    if not alone:
+        return f"{len(regions)} {what}"
+    only_class = merging.has_class_token and stage.prefix.shape[1] == 1
+    kind = "class token" if only_class else "class/register token" if merging.has_class_token else "register"
+    return f"{len(regions)} {what} + {f'{alone} {kind}s' if alone > 1 else kind}"
+
+
+def _note(mergings: Sequence[Merging]) -> str:
+    note = "Patches with the same fill and outline became one token; the fill is their mean colour."
+    named = [_named(merging) for merging in mergings]
+    if any(named):
+        note += " CLS (REG): the class token (a register) is in it."
+    elif mergings[0].has_class_token and mergings[0].stages[0].prefix.size:
+        note += " The class token, which is not drawn, stays a token of its own."
+    return note
+
+
+def _named(merging: Merging) -> bool:
+    return any(set(stage.prefix.flat) & set(stage.groups.flat) for stage in merging.stages)
