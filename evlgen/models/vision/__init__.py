@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import torch
 
+from evlgen.common.errors import ConfigError
 from evlgen.common.precision import dtype_of
 from evlgen.common.registry import registry
 from evlgen.models.model_config import VisionConfig
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.temporal import ATTENTIVE_FORMS, add_temporal_attention
-from evlgen.models.vision.timm_encoder import EvaClipG, TimmEncoder
+from evlgen.models.vision.timm_encoder import ClipL, EvaClipG, TimmEncoder
 
-__all__ = ["EvaClipG", "TimmEncoder", "VisionEncoder", "build_vision_encoder", "vision_encoder_class"]
+__all__ = [
+    "ClipL",
+    "EvaClipG",
+    "TimmEncoder",
+    "VisionEncoder",
+    "build_vision_encoder",
+    "vision_encoder_class",
+]
 
 
 def vision_encoder_class(name: str) -> type[VisionEncoder]:
@@ -35,10 +43,28 @@ def build_vision_encoder(
         dtype=dtype_of(cfg.precision, device)
         if cfg.freeze
         else torch.float32,  # what is trained is in float32
-        grad_checkpoint=cfg.grad_checkpoint,
         drop_path_rate=cfg.drop_path_rate,
         kwargs=cfg.kwargs,
     )
     if temporal in ATTENTIVE_FORMS:
         add_temporal_attention(encoder, temporal)
+    if cfg.tome_r:
+        _check_merges(cfg, temporal)
+        encoder.merge_tokens(cfg.tome_r)
+    if cfg.grad_checkpoint and (not cfg.freeze or encoder.trained_modules()):
+        encoder.checkpoint(offload=cfg.grad_checkpoint == "offload")
     return encoder
+
+
+def _check_merges(cfg: VisionConfig, temporal: str | None) -> None:
+    """Raises `ConfigError` where tokens must not merge inside the encoder."""
+    if not cfg.freeze:
+        raise ConfigError(
+            f"model.vision.tome_r {cfg.tome_r} merges tokens in a frozen encoder, and model.vision.freeze is "
+            "false. Set tome_r to 0."
+        )
+    if temporal is not None:
+        raise ConfigError(
+            f"model.vision.tome_r {cfg.tome_r} merges the tokens of each frame in its own way, and temporal "
+            f"form '{temporal}' puts together those of all frames. Set tome_r to 0."
+        )

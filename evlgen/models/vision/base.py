@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from evlgen.common.errors import ConfigError
 from evlgen.models.vision.temporal import temporal_modules
 
 
@@ -42,6 +43,23 @@ class VisionEncoder(nn.Module):
     def trained_modules(self) -> list[nn.Module]:
         """Modules inside a frozen encoder that are trained nonetheless."""
         return temporal_modules(self)
+
+    def checkpoint(self, offload: bool) -> None:
+        """Has activations computed again in the backward pass. Called where something in the encoder is
+        trained, after everything that changes its blocks.
+
+        Args:
+            offload: keep what they are computed from in the CPU's memory.
+        """
+        raise ConfigError(
+            f"model.vision.grad_checkpoint: {type(self).__name__} does not recompute activations. "
+            "Set it to false."
+        )
+
+    def merge_tokens(self, r: int) -> None:
+        """Has r pairs of tokens merge in each block from now on; `num_tokens` and `num_prefix_tokens`
+        follow."""
+        raise ConfigError(f"model.vision.tome_r: tokens do not merge in {type(self).__name__}. Set it to 0.")
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, N, C]."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from typing import Any, ClassVar
 
 import timm
@@ -17,6 +19,8 @@ from evlgen.common.memory import check_fits
 from evlgen.common.registry import registry
 from evlgen.common.weights import read_weights, weights_only
 from evlgen.models.vision.base import VisionEncoder
+from evlgen.models.vision.checkpointing import checkpoint_blocks, offloaded
+from evlgen.models.vision.merging import Merging, merge_in_blocks, num_merged_tokens
 
 _MOST_LAYERS, _MOST = 512, 65536  # in kwargs
 
@@ -29,8 +33,8 @@ class TimmEncoder(VisionEncoder):
         name: timm model name, ``vit_base_patch16_224`` or with a tag, ``vit_base_patch16_clip_224.openai``.
         image_size: side of the pictures, in pixels; a multiple of the patch size.
         pretrained: true for timm's own weights, a path or URL of a file with this model's weights, false for
-        random. dtype: type of the weights.
-        grad_checkpoint: recompute activations in the backward pass.
+            random.
+        dtype: type of the weights.
         drop_path_rate: stochastic depth while training.
         kwargs: further arguments of ``timm.create_model``.
 
@@ -42,6 +46,7 @@ class TimmEncoder(VisionEncoder):
     TIMM_NAME: ClassVar[str | None] = None  # the model to create where `name` is a registered one
     DEFAULTS: ClassVar[dict[str, Any]] = {}  # arguments of timm.create_model
     WEIGHTS_URL: ClassVar[str | None] = None  # what `pretrained: true` means; None: timm's own
+    ANTIALIAS: ClassVar[bool] = True  # of resampled positions, as timm does it
 
     def __init__(
         self,
@@ -49,7 +54,6 @@ class TimmEncoder(VisionEncoder):
         image_size: int = 224,
         pretrained: bool | str = True,
         dtype: torch.dtype = torch.float32,
-        grad_checkpoint: bool = False,
         drop_path_rate: float = 0.0,
         kwargs: dict[str, Any] | None = None,
     ) -> None:
@@ -63,18 +67,31 @@ class TimmEncoder(VisionEncoder):
             **({"drop_path_rate": drop_path_rate} if drop_path_rate else {}),
             **{**self.DEFAULTS, **(kwargs or {})},
         )
+        _drop_heads(self.trunk)
         self._check_image_size(name, image_size)
         if isinstance(source, str):
             self._load(source, dtype)
         self.trunk.to(dtype)
-        if grad_checkpoint:
-            self.trunk.set_grad_checkpointing(True)
         self.image_size = image_size
         self.embed_dim = self.trunk.num_features
         self.num_prefix_tokens = getattr(self.trunk, "num_prefix_tokens", 0)
         data = self.trunk.pretrained_cfg
         self.image_mean, self.image_std = tuple(data["mean"]), tuple(data["std"])
+        self.offloads = False
+        self.merging: Merging | None = None
         self.num_tokens = self._count_tokens()
+
+    def checkpoint(self, offload: bool) -> None:
+        """See `VisionEncoder.checkpoint`. Raises `ConfigError` where timm's model does not offer it."""
+        checkpoint_blocks(self.trunk)
+        self.offloads = offload
+
+    def merge_tokens(self, r: int) -> None:
+        """See `VisionEncoder.merge_tokens`. Raises `ConfigError` for other than plain vision transformers."""
+        self.merging = merge_in_blocks(self.trunk, r)
+        protected = self.merging.num_protected
+        self.num_tokens = num_merged_tokens(self.num_tokens, r, len(self.trunk.blocks), protected)
+        self.num_prefix_tokens = protected  # registers are merged and moved like any other token
 
     @classmethod
     def missing(cls, pretrained: bool | str) -> str | None:
@@ -107,11 +124,27 @@ class TimmEncoder(VisionEncoder):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, N, C]."""
-        tokens = self.trunk.forward_features(pixels)
+        if self.merging is not None:
+            self.merging.start()
+        with offloaded(pixels.device) if self.offloads else contextlib.nullcontext():
+            tokens = self.trunk.forward_features(pixels)
         if tokens.ndim == 4:  # a feature map: [B, H, W, C] of a Swin, [B, C, H, W] of a convolutional net
             channels_last = tokens.shape[-1] == self.trunk.num_features != tokens.shape[1]
             tokens = tokens.flatten(1, 2) if channels_last else tokens.flatten(2).transpose(1, 2)
         return tokens
+
+    def forward_details(self, pixels: Tensor) -> dict[str, Tensor]:
+        """The forward pass with its insides, for pictures and tests.
+
+        Returns:
+            ``tokens`` [B, N, C]; ``merge_map`` [B, num_input_tokens]: the output token each prefix token and
+            patch ended in, by itself where nothing merges.
+        """
+        tokens = self.forward(pixels)
+        merge_map = None if self.merging is None else self.merging.merge_map
+        if merge_map is None:
+            merge_map = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        return {"tokens": tokens, "merge_map": merge_map}
 
     def _check_image_size(self, name: str, image_size: int) -> None:
         patch_embed = getattr(self.trunk, "patch_embed", None)
@@ -155,13 +188,16 @@ class TimmEncoder(VisionEncoder):
     def _adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights as published -> weights of `trunk`: prefix off, positions resampled to the image size."""
         state = {k.removeprefix("visual_encoder.").removeprefix("trunk."): v for k, v in state.items()}
+        state = _to_timm(state, self.trunk)
         own = getattr(self.trunk, "pos_embed", None)
         given = state.get("pos_embed")
         if own is not None and given is not None and _is_other_grid(given, own):
+            has_no_class = getattr(self.trunk, "no_embed_class", False)
             state["pos_embed"] = resample_abs_pos_embed(
-                given,
+                given.float(),
                 new_size=list(self.trunk.patch_embed.grid_size),
-                num_prefix_tokens=0 if self.trunk.no_embed_class else self.trunk.num_prefix_tokens,
+                num_prefix_tokens=0 if has_no_class else self.trunk.num_prefix_tokens,
+                antialias=self.ANTIALIAS,
             )
         return state
 
@@ -176,6 +212,79 @@ class EvaClipG(TimmEncoder):
     WEIGHTS_URL = (
         "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
     )
+    ANTIALIAS = False  # LAVIS, interpolate_pos_embed of models/eva_vit.py
+
+
+@registry.register_vision_encoder("clip_L")
+class ClipL(TimmEncoder):
+    """OpenAI's CLIP ViT-L/14 as BLIP-2 uses it (Li et al., 2023, section 4.1): the second last layer's
+    tokens, so 23 of 24 blocks and no final norm. Reads the published ``clip_vit_L.pth`` (OpenAI's names) and
+    timm's layout."""
+
+    TIMM_NAME = "vit_large_patch14_clip_quickgelu_224.openai"
+    DEFAULTS: ClassVar[dict[str, Any]] = {"depth": 23, "final_norm": False}
+    WEIGHTS_URL = (
+        "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/clip_vit_L.pth"
+    )
+    ANTIALIAS = False  # LAVIS, interpolate_pos_embed of models/clip_vit.py
+
+    def _adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        state = {key.removeprefix("visual_encoder."): value for key, value in state.items()}
+        return super()._adapt(openai_to_timm(state))
+
+
+# OpenAI's names of CLIP's image tower -> timm's
+_OPENAI_NAMES = (
+    ("conv1.", "patch_embed.proj."),
+    ("ln_pre.", "norm_pre."),
+    ("ln_post.", "norm."),
+    ("transformer.resblocks.", "blocks."),
+    (".attn.in_proj_", ".attn.qkv."),
+    (".attn.out_proj.", ".attn.proj."),
+    (".ln_1.", ".norm1."),
+    (".ln_2.", ".norm2."),
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
+)
+
+
+def openai_to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """CLIP's image tower under OpenAI's names, alone or within a whole CLIP (``visual.*``) -> under timm's.
+    Weights under other names are returned as they are."""
+    if "visual.class_embedding" in state:
+        state = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
+    if not {"class_embedding", "positional_embedding"} <= set(state):
+        return state
+    out = {
+        "cls_token": state["class_embedding"].view(1, 1, -1),
+        "pos_embed": state["positional_embedding"].unsqueeze(0),
+    }
+    for key, value in state.items():
+        if key not in ("class_embedding", "positional_embedding"):
+            for theirs, ours in _OPENAI_NAMES:
+                key = key.replace(theirs, ours)
+            out[key] = value
+    return out
+
+
+def _to_timm(state: dict[str, Tensor], trunk: nn.Module) -> dict[str, Tensor]:
+    """Weights as their authors published them -> in timm's layout, by the conversion timm has for the model;
+    as they are where they have all its names, or where that conversion does not know them either."""
+    convert = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
+    if convert is None or set(trunk.state_dict()) <= set(state):
+        return state
+    try:
+        return convert(dict(state), trunk)
+    except Exception:  # other weights, or damaged ones: whoever asked compares names and shapes
+        return state
+
+
+def _drop_heads(trunk: nn.Module) -> None:
+    """What comes after the tokens goes, so that it takes no memory, no weights and no gradients. timm builds
+    it even without classes: the attention pooling of a SigLIP is an eighth of its ViT-B."""
+    for name in ("attn_pool", "fc_norm", "head", "head_dist"):
+        if isinstance(getattr(trunk, name, None), nn.Module):
+            setattr(trunk, name, nn.Identity())
 
 
 def _is_other_grid(given: Tensor, own: Tensor) -> bool:
