@@ -152,7 +152,8 @@ def test_a_language_model_of_another_kind(refused, tmp_path):
     from transformers import GPT2Config
 
     GPT2Config().save_pretrained(tmp_path / "gpt2")
-    assert "gpt2 model, not an OPT" in refused(f"model.language.name={tmp_path / 'gpt2'}")
+    message = refused("model.language.kind=opt", f"model.language.name={tmp_path / 'gpt2'}")
+    assert "is a gpt2 model, which model.language.kind 'opt' does not read" in message
 
 
 def test_an_output_folder_that_cannot_be_written(refused, tmp_path):

@@ -18,9 +18,9 @@ from evlgen.common.errors import ConfigError
 from evlgen.models.language.generation import (
     TOP_K,
     Decoding,
-    _by_transformers,
     can_read_trees,
     decode,
+    decode_by_transformers,
     nucleus,
     top_k,
 )
@@ -70,8 +70,8 @@ def test_texts_are_those_of_transformers(kind, options, padded):
     with torch.no_grad():  # so that texts end, each at a length of its own
         model.get_output_embeddings().weight[END] *= 3.0
     embeds, mask = inputs(model, padded)
-    ours = decode(model, embeds, mask, options, END, PAD)
-    theirs = _by_transformers(model, embeds, mask, options, END, PAD)
+    ours = decode(model, embeds, mask, options, [END], PAD)
+    theirs = decode_by_transformers(model, embeds, mask, options, [END], PAD)
     assert texts(ours) == texts(theirs)
     assert len(ours) == 3 * options.num_captions
 
@@ -96,7 +96,7 @@ def test_what_a_beam_sees_is_its_own_text_alone():
     model = model_of("opt")
     embeds, mask = inputs(model, padded=False)
     options = Decoding(num_beams=4, max_length=6, min_length=6, num_captions=4, length_penalty=0.0)
-    ids = decode(model, embeds, mask, options, END, PAD).view(3, 4, -1)
+    ids = decode(model, embeds, mask, options, [END], PAD).view(3, 4, -1)
     scores = torch.zeros(3, 4)
     for beam in range(4):
         whole = torch.cat([embeds, model.get_input_embeddings()(ids[:, beam])], dim=1)
@@ -112,9 +112,9 @@ def test_sampling_draws_from_the_nucleus_only_and_repeats_with_a_seed():
     embeds, mask = inputs(model, padded=True)
     options = Decoding(use_nucleus_sampling=True, num_captions=40, max_length=1, top_p=0.3)
     torch.manual_seed(0)
-    first = decode(model, embeds, mask, options, END, PAD).view(3, 40)
+    first = decode(model, embeds, mask, options, [END], PAD).view(3, 40)
     torch.manual_seed(0)
-    assert torch.equal(decode(model, embeds, mask, options, END, PAD).view(3, 40), first)
+    assert torch.equal(decode(model, embeds, mask, options, [END], PAD).view(3, 40), first)
     logits = model(
         inputs_embeds=embeds, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(0)
     ).logits
@@ -132,8 +132,8 @@ def test_sampling_from_a_nucleus_of_one_token_is_greedy_in_every_branch():
     model = model_of("opt")
     embeds, mask = inputs(model, padded=True)
     options = Decoding(use_nucleus_sampling=True, num_captions=3, max_length=12, top_p=1e-6)
-    sampled = texts(decode(model, embeds, mask, options, END, PAD))
-    greedy = texts(decode(model, embeds, mask, OPTIONS["greedy"], END, PAD))
+    sampled = texts(decode(model, embeds, mask, options, [END], PAD))
+    greedy = texts(decode(model, embeds, mask, OPTIONS["greedy"], [END], PAD))
     assert sampled == [text for text in greedy for _ in range(3)]
 
 

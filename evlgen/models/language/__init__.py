@@ -4,27 +4,77 @@ from __future__ import annotations
 
 import torch
 
+from evlgen.common.errors import ConfigError
+from evlgen.common.hub import read_model_config
 from evlgen.common.precision import dtype_of
 from evlgen.common.registry import registry
 from evlgen.models.language.base import LanguageModel
+from evlgen.models.language.causal import CausalLanguageModel, is_encoder_decoder
+from evlgen.models.language.loading import find_folder
 from evlgen.models.language.opt import OPTLanguageModel
-from evlgen.models.model_config import ModelConfig
+from evlgen.models.language.seq2seq import Seq2SeqLanguageModel
+from evlgen.models.language.vicuna import VicunaLanguageModel
+from evlgen.models.model_config import LanguageConfig, ModelConfig
 from evlgen.models.ops import language_attention
 
-__all__ = ["LanguageModel", "OPTLanguageModel", "build_language_model"]
+__all__ = [
+    "CausalLanguageModel",
+    "LanguageModel",
+    "OPTLanguageModel",
+    "Seq2SeqLanguageModel",
+    "VicunaLanguageModel",
+    "build_language_model",
+]
 
 
-def build_language_model(cfg: ModelConfig, preferred: str, device: torch.device) -> LanguageModel:
-    """The language model of a config.
+def build_language_model(
+    cfg: ModelConfig, preferred: str, device: str | torch.device = "cpu"
+) -> LanguageModel:
+    """The language model of a config, frozen weights in the config's precision as ``device`` computes it.
 
     Args:
-        preferred: the registered kind an architecture names.
+        preferred: the kind an architecture names. It is taken where the config names none and it reads the
+            model; else ``seq2seq`` for an encoder-decoder, ``opt`` for an OPT, ``causal`` for the rest.
+
+    Raises:
+        ConfigError, CheckpointError: see `HuggingFaceLanguageModel`; adapters or quantisation without
+            ``freeze: true``.
     """
-    dtype = dtype_of(cfg.language.precision, device) if cfg.language.freeze else torch.float32
-    return registry.get_language_model_class(preferred)(
-        name=cfg.language.name,
+    language, device = cfg.language, torch.device(device)
+    _check_frozen(language)
+    dtype = dtype_of(language.precision, device) if language.freeze else torch.float32
+    return registry.get_language_model_class(language.kind or _kind_of(language.name, preferred))(
+        name=language.name,
         dtype=dtype,
         prompt=cfg.prompt,
         max_txt_len=cfg.max_txt_len,
+        max_output_txt_len=cfg.max_output_txt_len,
         attention=language_attention(device, dtype),
+        quantization=language.quantization,
+        lora=language.lora,
+        chat_template=language.chat_template,
+        device=device,
     )
+
+
+def _kind_of(name: str, preferred: str) -> str:
+    config = read_model_config(find_folder(name))
+    if registry.get_language_model_class(preferred).reads(config):
+        return preferred
+    if is_encoder_decoder(config):
+        return "seq2seq"
+    return "opt" if OPTLanguageModel.reads(config) else "causal"
+
+
+def _check_frozen(language: LanguageConfig) -> None:
+    if language.freeze:
+        return
+    for key, is_set in (
+        ("lora", language.lora is not None),
+        ("quantization", language.quantization != "none"),
+    ):
+        if is_set:
+            raise ConfigError(
+                f"model.language.{key} is for a frozen language model, and model.language.freeze is false. "
+                f"Set freeze: true, or leave {key} out."
+            )

@@ -9,7 +9,7 @@ does. Results are those of transformers' ``generate``, which serves the models t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +62,12 @@ class Decoding:
 
 
 def decode(
-    model: PreTrainedModel, embeds: Tensor, mask: Tensor, options: Decoding, end_token: int, pad_token: int
+    model: PreTrainedModel,
+    embeds: Tensor,
+    mask: Tensor,
+    options: Decoding,
+    end_tokens: Sequence[int],
+    pad_token: int,
 ) -> Tensor:
     """Continues sequences of embeddings.
 
@@ -71,23 +76,24 @@ def decode(
         embeds: [B, P, C], soft prompts and prompt.
         mask: [B, P], on the CPU: 0 where ``embeds`` is padding.
         options: how text is chosen.
-        end_token: the token that ends a text.
-        pad_token: fills what is behind it.
+        end_tokens: the tokens that end a text.
+        pad_token: fills what is behind one.
 
     Returns:
         ids of the new tokens, [B x num_captions, T], those of one picture in a row.
     """
     if not can_read_trees(model, embeds.shape[1] + options.max_length):
-        return _by_transformers(model, embeds, mask.to(embeds.device), options, end_token, pad_token)
+        return decode_by_transformers(model, embeds, mask.to(embeds.device), options, end_tokens, pad_token)
+    ends = torch.tensor(end_tokens, device=embeds.device)
     if options.use_nucleus_sampling:
         prefix = _SharedPrefix(model, embeds, mask, options.num_captions, options.max_length)
-        ids = _extend(prefix, options, end_token, pad_token, lambda scores: _sample(scores, options))
+        ids = _extend(prefix, options, ends, pad_token, lambda scores: _sample(scores, options))
     elif options.num_beams > 1:
         prefix = _SharedPrefix(model, embeds, mask, options.num_beams, options.max_length)
-        ids = _beam_search(prefix, options, end_token, pad_token)[:, : options.num_captions]
+        ids = _beam_search(prefix, options, ends, pad_token)[:, : options.num_captions]
     else:
         prefix = _SharedPrefix(model, embeds, mask, 1, options.max_length)
-        ids = _extend(prefix, options, end_token, pad_token, lambda scores: scores.argmax(-1))
+        ids = _extend(prefix, options, ends, pad_token, lambda scores: scores.argmax(-1))
     return ids.flatten(0, 1)
 
 
@@ -211,18 +217,18 @@ class _SharedPrefix:
 
 
 def _extend(
-    prefix: _SharedPrefix, options: Decoding, end_token: int, pad_token: int, choose: Callable
+    prefix: _SharedPrefix, options: Decoding, ends: Tensor, pad_token: int, choose: Callable
 ) -> Tensor:
-    """Every branch for itself: ``choose`` takes scores [B, R, vocabulary] and gives tokens [B, R]. Returns
-    [B, R, T]."""
+    """Every branch for itself: ``choose`` takes scores [B, R, vocabulary] and gives tokens [B, R]; ``ends``
+    [E] end a text. Returns [B, R, T]."""
     texts = prefix.next_position.new_empty(*prefix.next_position.shape, 0)  # [B, R, 0]
     ended = torch.zeros_like(prefix.next_position, dtype=torch.bool)
     logits = prefix.logits
     while True:
-        scores = _adjust(logits.float(), texts, options, end_token)
+        scores = _adjust(logits.float(), texts, options, ends)
         tokens = choose(scores.expand(-1, texts.shape[1], -1)).masked_fill(ended, pad_token)
         texts = torch.cat([texts, tokens[:, :, None]], dim=2)
-        ended = ended | (tokens == end_token)
+        ended = ended | torch.isin(tokens, ends)
         if texts.shape[2] == options.max_length or ended.all():
             return texts
         logits = prefix.read(tokens)
@@ -246,7 +252,7 @@ def nucleus(scores: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     return probabilities.masked_fill(likelier >= top_p, 0.0), tokens
 
 
-def _beam_search(prefix: _SharedPrefix, options: Decoding, end_token: int, pad_token: int) -> Tensor:
+def _beam_search(prefix: _SharedPrefix, options: Decoding, ends: Tensor, pad_token: int) -> Tensor:
     """The best texts, best first: [B, beams, max_length].
 
     A text's score is its log probability / length ** length_penalty. A picture is done when its best
@@ -261,14 +267,17 @@ def _beam_search(prefix: _SharedPrefix, options: Decoding, end_token: int, pad_t
     improvable = torch.ones_like(scores[:, :1], dtype=torch.bool)
     logits = prefix.logits
     for length in range(1, options.max_length + 1):
-        log_probs = _adjust(logits.float().log_softmax(-1), texts, options, end_token)
-        # twice as many as beams: at most half of them end here, so enough go on
-        best, tokens = top_k(log_probs, 2 * beams)
-        best, index = (best + running[:, :, None]).flatten(1).topk(2 * beams)  # [B, 2 beams]
+        log_probs = _adjust(logits.float().log_softmax(-1), texts, options, ends)
+        # with one end token at most half of twice as many as beams end here, so enough go on
+        wide = (1 + len(ends)) * beams
+        best, tokens = top_k(log_probs, min(wide, log_probs.shape[-1]))
+        best, index = (best + running[:, :, None]).flatten(1).topk(wide)  # [B, wide]
         parents, tokens = index // tokens.shape[2], tokens.flatten(1).gather(1, index)
         candidates = torch.cat([_rows(texts, parents), tokens[:, :, None]], dim=2)
         ended = (
-            tokens == end_token if length < options.max_length else torch.ones_like(tokens, dtype=torch.bool)
+            torch.isin(tokens, ends)
+            if length < options.max_length
+            else torch.ones_like(tokens, dtype=torch.bool)
         )
 
         # only what is among the best `beams` continuations can be a result
@@ -297,7 +306,7 @@ def _rows(x: Tensor, rows: Tensor) -> Tensor:
     return x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))
 
 
-def _adjust(scores: Tensor, texts: Tensor, options: Decoding, end_token: int) -> Tensor:
+def _adjust(scores: Tensor, texts: Tensor, options: Decoding, ends: Tensor) -> Tensor:
     """No end before ``min_length``, and tokens that are there already made less likely (Keskar et al.,
     *CTRL*, 2019, section 4.1). scores: [B, R, vocabulary], texts: [B, R, T]."""
     if options.repetition_penalty != 1.0 and texts.shape[2]:
@@ -305,7 +314,7 @@ def _adjust(scores: Tensor, texts: Tensor, options: Decoding, end_token: int) ->
         penalty = options.repetition_penalty
         scores = scores.scatter(2, texts, torch.where(there < 0, there * penalty, there / penalty))
     if texts.shape[2] < options.min_length:
-        scores = scores.index_fill(2, torch.tensor([end_token], device=scores.device), -torch.inf)
+        scores = scores.index_fill(2, ends, -torch.inf)
     return scores
 
 
@@ -328,10 +337,16 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, candidates.gather(-1, index)
 
 
-def _by_transformers(
-    model: PreTrainedModel, embeds: Tensor, mask: Tensor, options: Decoding, end_token: int, pad_token: int
+def decode_by_transformers(
+    model: PreTrainedModel,
+    embeds: Tensor,
+    mask: Tensor,
+    options: Decoding,
+    end_tokens: Sequence[int],
+    pad_token: int,
 ) -> Tensor:
-    """`decode` by transformers, which repeats the prefix for every beam."""
+    """`decode` by transformers, which repeats the prefix for every beam; ``embeds`` of an encoder-decoder are
+    what its encoder reads."""
     if options.use_nucleus_sampling:
         how = {"do_sample": True, "top_k": TOP_K, "top_p": options.top_p, "temperature": options.temperature}
     elif options.num_beams > 1:
@@ -343,7 +358,7 @@ def _by_transformers(
         min_new_tokens=options.min_length,
         repetition_penalty=options.repetition_penalty,
         num_return_sequences=options.num_captions,
-        eos_token_id=end_token,
+        eos_token_id=list(end_tokens),
         pad_token_id=pad_token,
         early_stopping=False,
         **how,

@@ -1,0 +1,196 @@
+"""Any causal language model of transformers as reader of soft prompts.
+
+A sequence is what the tokenizer itself puts before a text (``<bos>`` for LLaMA and Gemma), then the soft
+prompts, then the prompt or input, then the text to learn, then the tokenizer's end token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from evlgen.common.errors import ConfigError
+from evlgen.common.registry import registry
+from evlgen.models.language.chat import ChatTemplate
+from evlgen.models.language.generation import Decoding, decode
+from evlgen.models.language.hugging_face import IGNORED, HuggingFaceLanguageModel
+
+
+class Tokens(NamedTuple):
+    """The tokens of one sample: before the soft prompts, after them, and those that are learned after
+    these."""
+
+    before: list[int]
+    read: list[int]
+    learned: list[int]
+
+
+@registry.register_language_model("causal")
+class CausalLanguageModel(HuggingFaceLanguageModel):
+    """Any causal model of transformers. A subclass with conventions of its own defines `_to_learn`,
+    `_to_continue` and `_find_ends`."""
+
+    KIND = "causal"
+    AUTO_CLASS = AutoModelForCausalLM
+    _chat: ChatTemplate | None = None
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        return is_causal(config)
+
+    def loss(
+        self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None = None
+    ) -> tuple[Tensor, int]:
+        """The mean next-token loss of the texts after the soft prompts. A prompt's tokens do not count, nor
+        do ``text_in``'s where there is a ``text_out``, nor padding.
+
+        Returns:
+            The loss (scalar, float32) and the number of tokens it is the mean of.
+        """
+        if self._chat is not None:
+            samples = [self._turns(*texts) for texts in self._split(text_in, text_out)]
+        else:
+            samples = self._to_learn(text_in, text_out)
+        num_soft = soft_prompts.shape[1]
+        labels = [
+            [IGNORED] * (len(s.before) + num_soft + len(s.read)) + s.learned for s in samples
+        ]  # B lists
+        labels = pad_sequence([torch.tensor(row) for row in labels], True, IGNORED)  # [B, L]
+        rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
+        self._check_something_is_learned(len(rows))
+        self._check_length(labels.shape[1], "model.max_txt_len")
+        # right padding needs no mask: what is causal does not see it
+        embeds, _ = self._embed(soft_prompts, samples, padding_side="right")
+        # a token is predicted one position before it stands
+        return self._loss_at(rows, columns - 1, labels[rows, columns], inputs_embeds=embeds)
+
+    @torch.no_grad()
+    def generate(self, soft_prompts: Tensor, prompts: list[str], **options) -> list[str]:
+        """Continues each prompt after its soft prompts, up to an end token or ``max_length`` new tokens.
+
+        Args:
+            soft_prompts: [B, M, C].
+            prompts: B texts to continue; may be empty.
+            options: fields of `Decoding`.
+
+        Returns:
+            B x num_captions texts without the prompt, those of one picture in a row.
+        """
+        options = Decoding(**options)
+        if self._chat is not None:
+            samples = [Tokens(*self._question(prompt), []) for prompt in prompts]
+        else:
+            samples = [self._to_continue(prompt) for prompt in prompts]
+        # padding stands before everything: a model whose past is a state would carry on what it reads later
+        embeds, mask = self._embed(soft_prompts, samples, padding_side="left")
+        self._check_length(embeds.shape[1] + options.max_length, "max_length (run.max_len)")
+        ids = decode(self.model, embeds, mask, options, self.end_token_ids, self.pad_token_id)
+        return [self._text(row) for row in ids.tolist()]
+
+    def _to_learn(self, text_in: list[str], text_out: list[str] | None) -> list[Tokens]:
+        """The tokens of a batch to learn from. Input and output are tokenised apart, so that a token belongs
+        to one of them."""
+        samples = []
+        for read, learned in self._split(text_in, text_out):
+            gap = self._gap if read and not read[-1].isspace() else ""
+            end = self.max_output_txt_len - 1
+            samples.append(
+                Tokens(
+                    self._start,
+                    self._last(self._token_ids(read), self.max_txt_len),
+                    [*self._token_ids(gap + learned)[:end], self.end_token_ids[0]],
+                )
+            )
+        return samples
+
+    def _to_continue(self, prompt: str) -> Tokens:
+        """The tokens of a prompt to continue."""
+        return Tokens(self._start, self._last(self._token_ids(prompt), self.max_txt_len), [])
+
+    def _find_ends(self) -> list[int]:
+        """The tokens that end a text; the first of them ends what is learned."""
+        ends = end_tokens(self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id)
+        if not ends:
+            raise ConfigError(
+                f"the tokenizer of model.language.name '{self.name}' has no end token, where generation "
+                "ends. Set `eos_token` in its tokenizer_config.json."
+            )
+        return ends
+
+    def _prepare_model(self) -> None:
+        self.end_token_ids = self._find_ends()
+        whole, alone = self.tokenizer("a").input_ids, self._token_ids("a")
+        self._start: list[int] = whole[: len(whole) - len(alone)] if whole[-len(alone) :] == alone else []
+        # tokenizers that begin a text with a blank (sentencepiece) need none between input and output
+        self._gap = " " if self.tokenizer.decode([*alone, *alone]).strip() == "aa" else ""
+
+    def _read_chat_template(self) -> None:
+        self._chat = ChatTemplate(self.tokenizer, self.name, self.end_token_ids)
+        self.end_token_ids = self._chat.end_token_ids
+
+    def _question(self, text: str) -> tuple[list[int], list[int]]:
+        words = self._token_ids(text)
+        if len(words) > self.max_txt_len:
+            text = self.tokenizer.decode(self._last(words, self.max_txt_len)).strip()
+        return self._chat.question(text)
+
+    def _turns(self, question: str, answer: str) -> Tokens:
+        """A question and its answer in the chat template."""
+        before, read = self._question(question)
+        return Tokens(before, read, self._chat.answer(answer, self.max_output_txt_len))
+
+    @staticmethod
+    def _last(ids: list[int], count: int) -> list[int]:
+        """The last ``count`` tokens: what is nearest to the text to write counts most."""
+        return ids[max(0, len(ids) - count) :]
+
+    def _embed(self, soft_prompts: Tensor, samples: list[Tokens], padding_side: str) -> tuple[Tensor, Tensor]:
+        """The sequences of a batch: embeddings [B, L, C], and a mask [B, L] on the CPU, 0 for padding."""
+        batch, num_soft, width = soft_prompts.shape
+        places = [self.pad_token_id] * num_soft
+        ids = [torch.tensor([*s.before, *places, *s.read, *s.learned]) for s in samples]
+        starts = torch.tensor([len(s.before) for s in samples])
+        mask = pad_sequence([torch.ones_like(row) for row in ids], True, 0, padding_side)
+        ids = pad_sequence(ids, True, self.pad_token_id, padding_side)  # [B, L]
+        if padding_side == "left":
+            starts = starts + (mask == 0).sum(1)
+        device = soft_prompts.device
+        embeds = self.model.get_input_embeddings()(ids.to(device))
+        rows = torch.arange(batch)[:, None].expand(-1, num_soft).to(device)  # [B, M]
+        columns = (starts[:, None] + torch.arange(num_soft)).to(device)  # [B, M]
+        return embeds.index_put((rows, columns), soft_prompts.to(embeds.dtype)), mask
+
+    def _text(self, ids: list[int]) -> str:
+        end = next((place for place, token in enumerate(ids) if token in self.end_token_ids), len(ids))
+        return self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+
+
+def is_causal(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is that of a decoder that transformers knows."""
+    kind = str(config.get("model_type"))
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or is_encoder_decoder(config):
+        return False
+    return kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or bool(config.get("is_decoder"))
+
+
+def is_encoder_decoder(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is that of an encoder-decoder that transformers knows."""
+    return str(config.get("model_type")) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and bool(
+        config.get("is_encoder_decoder", True)
+    )
+
+
+def end_tokens(*tokens: int | list[int] | None) -> list[int]:
+    """Several settings of end tokens, each one token, several or none, as one list without repetition."""
+    flat = [t for setting in tokens for t in (setting if isinstance(setting, list) else [setting])]
+    return list(dict.fromkeys(t for t in flat if t is not None))

@@ -1,0 +1,188 @@
+"""What all language models of transformers share as readers of soft prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from evlgen.common.errors import CheckpointError, ConfigError
+from evlgen.models.language.adapters import adapter_modules, add_adapters
+from evlgen.models.language.base import LanguageModel
+from evlgen.models.language.loading import find_folder, read_config, read_model, read_tokenizer
+from evlgen.models.language.quantization import quantization_options
+from evlgen.models.model_config import LoraConfig
+
+IGNORED = -100  # label of positions that are not learned
+_EMBEDDED_AT_ONCE = 8192
+
+
+class HuggingFaceLanguageModel(LanguageModel):
+    """A model of transformers by hub id or folder.
+
+    A subclass says which models it reads, and how texts become token ids.
+
+    Args:
+        name: hub id or local folder, weights as safetensors or PyTorch files; read memory-mapped.
+        dtype: type of the weights.
+        prompt: the text before every caption; its tokens are not learned.
+        max_txt_len: text tokens read at most.
+        max_output_txt_len: tokens learned at most where input and output are read apart; None: as
+            ``max_txt_len``.
+        attention: transformers' name of the attention it computes with (`ops.language_attention`).
+        quantization: ``none``, ``8bit`` or ``4bit``.
+        lora: adapters that are trained.
+        chat_template: put prompts into the tokenizer's chat template.
+        device: where it will run; it matters to ``quantization`` alone.
+
+    Raises:
+        CheckpointError: the model is nowhere, damaged, or of a kind this class does not read.
+        ConfigError: its tokenizer cannot serve; an option needs what is not there.
+    """
+
+    KIND: ClassVar[str]  # its registered name
+    AUTO_CLASS: ClassVar[Any]
+
+    def __init__(
+        self,
+        name: str,
+        dtype: torch.dtype = torch.float32,
+        prompt: str = "",
+        max_txt_len: int = 32,
+        max_output_txt_len: int | None = None,
+        attention: str = "sdpa",
+        quantization: str = "none",
+        lora: LoraConfig | None = None,
+        chat_template: bool = False,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.prompt = prompt
+        self.max_txt_len = max_txt_len
+        self.max_output_txt_len = max_txt_len if max_output_txt_len is None else max_output_txt_len
+        folder = find_folder(name)
+        config = read_config(name, folder)
+        self._check_kind(config)
+        options = quantization_options(quantization, dtype, torch.device(device))
+        self.tokenizer = read_tokenizer(name, folder)
+        self._prepare_tokenizer(folder)
+        self.model = read_model(self.AUTO_CLASS, name, folder, config, dtype, attention, **options)
+        self._prepare_model()
+        self.pad_token_id = self._filler()
+        if chat_template:
+            self._read_chat_template()
+        if lora is not None:
+            add_adapters(self.model, lora)
+        self.embed_dim = self.model.get_input_embeddings().embedding_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype
+
+    def trained_modules(self) -> list[nn.Module]:
+        """The adapters, if there are any."""
+        return adapter_modules(self.model)
+
+    @torch.no_grad()
+    def embedding_rms(self) -> float:
+        """Root mean square of the word embeddings' entries, as the model adds soft prompts to them: Gemma's
+        embedding layer, for one, multiplies what it looks up."""
+        embeddings = self.model.get_input_embeddings()
+        size, device = embeddings.weight.shape[0], embeddings.weight.device
+        squares = 0.0
+        for start in range(0, size, _EMBEDDED_AT_ONCE):
+            ids = torch.arange(start, min(start + _EMBEDDED_AT_ONCE, size), device=device)
+            squares += embeddings(ids).float().square().sum().item()
+        return (squares / (size * embeddings.embedding_dim)) ** 0.5
+
+    def _prepare_tokenizer(self, folder: Path) -> None:
+        """Checks or completes the tokenizer, before the weights are read."""
+
+    def _prepare_model(self) -> None:
+        """Fits the model to the tokenizer."""
+
+    def _read_chat_template(self) -> None:
+        raise ConfigError(
+            f"model.language.chat_template: a language model of kind '{self.KIND}' has no place for one. Set "
+            "it to false."
+        )
+
+    def _filler(self) -> int:
+        """The token that fills batches. Whatever it is, nothing sees or learns it."""
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.tokenizer.unk_token_id, 0)
+        return next(token for token in known if token is not None)
+
+    def _token_ids(self, text: str) -> list[int]:
+        """The tokens of a text alone, without those a tokenizer puts around it."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _caption(self, text: str) -> tuple[str, str]:
+        """A text to learn -> the prompt, which generation begins with, and what is learned after it."""
+        if self.prompt and text.startswith(self.prompt):
+            return self.prompt, text[len(self.prompt) :].lstrip()
+        return self.prompt, text
+
+    def _split(self, text_in: list[str], text_out: list[str] | None) -> list[tuple[str, str]]:
+        """What is read and what is learned of each sample."""
+        if text_out is None:
+            return [self._caption(text) for text in text_in]
+        return list(zip(text_in, text_out, strict=True))
+
+    def _loss_at(self, rows: Tensor, columns: Tensor, targets: Tensor, **inputs) -> tuple[Tensor, int]:
+        """The mean cross-entropy of ``targets`` [n] at the positions (rows [n], columns [n]) that predict
+        them; indices on the CPU, so that a GPU waits for nothing. Logits are computed there alone."""
+        device = inputs["inputs_embeds"].device
+        logits = self._logits_at(rows.to(device), columns.to(device), inputs)  # [n, vocabulary]
+        return F.cross_entropy(logits.float(), targets.to(device)), len(rows)
+
+    def _logits_at(self, rows: Tensor, columns: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """What the model's own forward does before and after its output layer (a scale, a cap) stays in
+        force: the layer is given the hidden states [1, n, C] of those positions only."""
+        head = self.model.get_output_embeddings()
+        picked = False
+
+        def pick(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            nonlocal picked
+            picked = True
+            return (args[0][rows, columns][None], *args[1:])
+
+        # a compiled forward would go on with the hook it was compiled with
+        hooked = head is not None and self.model._compiled_call_impl is None
+        handle = head.register_forward_pre_hook(pick) if hooked else None
+        try:
+            logits = self.model(**inputs, use_cache=False).logits
+        finally:
+            if handle is not None:
+                handle.remove()
+        return logits[0] if picked else logits[rows, columns]
+
+    def _check_something_is_learned(self, count: int) -> None:
+        if not count:
+            raise ConfigError(
+                f"no text token is left to learn: the prompt fills max_txt_len ({self.max_txt_len}). Raise "
+                "model.max_txt_len."
+            )
+
+    def _check_length(self, positions: int, key: str) -> None:
+        """Raises `ConfigError` for more positions than the model has, where it has a limit."""
+        known = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if known and positions > known > 0:
+            raise ConfigError(
+                f"soft prompts and text take {positions} positions, and the language model has {known}. "
+                f"Lower {key}, "
+                "or raise model.connector.r for fewer soft prompts."
+            )
+
+    def _check_kind(self, config: PretrainedConfig) -> None:
+        if not self.reads(config.to_dict()):
+            raise CheckpointError(
+                f"model.language.name '{self.name}' is a {config.model_type} model, which "
+                f"model.language.kind '{self.KIND}' does not read. Leave model.language.kind out, or set "
+                "another: causal for any decoder, seq2seq for any encoder-decoder."
+            )

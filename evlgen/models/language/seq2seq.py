@@ -1,0 +1,86 @@
+"""Encoder-decoders, such as FlanT5 in BLIP-2, as readers of soft prompts.
+
+Li et al., *BLIP-2*, 2023, section 3.3. The encoder reads the soft prompts and the prompt or input, the
+decoder learns the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForSeq2SeqLM
+
+from evlgen.common.registry import registry
+from evlgen.models.language.causal import end_tokens, is_encoder_decoder
+from evlgen.models.language.generation import Decoding, decode_by_transformers
+from evlgen.models.language.hugging_face import IGNORED, HuggingFaceLanguageModel
+
+
+@registry.register_language_model("seq2seq")
+class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
+    """Any encoder-decoder of transformers. Input and output have the special tokens its tokenizer gives
+    them; with an empty prompt the encoder reads those alone."""
+
+    KIND = "seq2seq"
+    AUTO_CLASS = AutoModelForSeq2SeqLM
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        return is_encoder_decoder(config)
+
+    def loss(
+        self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None = None
+    ) -> tuple[Tensor, int]:
+        """The mean next-token loss of what the decoder writes: ``text_out``; or, without one, ``text_in``,
+        while the encoder reads the prompt.
+
+        Returns:
+            The loss (scalar, float32) and the number of tokens it is the mean of.
+        """
+        texts = self._split(text_in, text_out)
+        embeds, mask = self._encoder_inputs(soft_prompts, [read for read, _ in texts])
+        ids = [self._with_ends(learned, self.max_output_txt_len) for _, learned in texts]
+        labels = pad_sequence([torch.tensor(row) for row in ids], True, IGNORED)  # [B, T]
+        rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
+        self._check_something_is_learned(len(rows))
+        self._check_length(labels.shape[1], "model.max_output_txt_len")
+        # the decoder reads the text one position later, after its start token
+        read = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return self._loss_at(
+            rows,
+            columns,
+            labels[rows, columns],
+            inputs_embeds=embeds,
+            attention_mask=mask.to(embeds.device),
+            decoder_input_ids=read.to(embeds.device),
+        )
+
+    @torch.no_grad()
+    def generate(self, soft_prompts: Tensor, prompts: list[str], **options) -> list[str]:
+        """What the decoder writes, up to its end token or ``max_length`` new tokens. See
+        `CausalLanguageModel.generate`."""
+        options = Decoding(**options)
+        embeds, mask = self._encoder_inputs(soft_prompts, prompts)
+        self._check_length(1 + options.max_length, "max_length (run.max_len)")
+        ends = end_tokens(self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id)
+        ids = decode_by_transformers(
+            self.model, embeds, mask.to(embeds.device), options, ends, self.pad_token_id
+        )
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def _encoder_inputs(self, soft_prompts: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, M + L, C] and their mask [B, M + L], 0 for padding, on the CPU."""
+        ids = [torch.tensor(self._with_ends(text, self.max_txt_len)) for text in texts]
+        mask = pad_sequence([torch.ones_like(row) for row in ids], True, 0)
+        mask = torch.cat([mask.new_ones(soft_prompts.shape[:2]), mask], dim=1)
+        self._check_length(mask.shape[1], "model.max_txt_len")
+        ids = pad_sequence(ids, True, self.pad_token_id).to(soft_prompts.device)  # [B, L]
+        embeds = self.model.get_input_embeddings()(ids)
+        return torch.cat([soft_prompts.to(embeds.dtype), embeds], dim=1), mask
+
+    def _with_ends(self, text: str, max_tokens: int) -> list[int]:
+        return self.tokenizer(text, truncation=True, max_length=max_tokens).input_ids
