@@ -173,3 +173,11 @@ def test_it_reads_encoders_with_other_tokens_before_the_patches(encoder, name, c
     prompts = model.soft_prompts({"image": image})
     assert prompts.shape == (2, model.connector.num_soft_prompts(16 + num_prefix), model.language.embed_dim)
     assert model({"image": image, "text_input": ["a red circle"] * 2})["loss"].isfinite()
+
+
+@pytest.mark.parametrize(("name", "changes"), [*((name, {}) for name in OWN), *VARIANTS])
+def test_it_reads_the_frames_of_a_clip_in_a_row(name, changes, samples):
+    model = build(name, changes, vision={"temporal": {"form": "concat"}})
+    clips = torch.stack([samples["image"][:3], samples["image"][3:6]]).transpose(1, 2)  # [B, 3, T, H, W]
+    prompts = model.soft_prompts({"image": clips})
+    assert prompts.shape == (2, model.connector.num_soft_prompts(3 * 65), model.language.embed_dim)
