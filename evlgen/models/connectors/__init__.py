@@ -3,7 +3,8 @@
 from evlgen.models.connectors.base import Connector
 from evlgen.models.connectors.pool import Pool
 from evlgen.models.connectors.projection import LinearProjection, MLPProjection
+from evlgen.models.connectors.qformer import QFormer
 from evlgen.models.connectors.resampler import Resampler
 from evlgen.models.connectors.tomeformer import TomeFormer
 
-__all__ = ["Connector", "LinearProjection", "MLPProjection", "Pool", "Resampler", "TomeFormer"]
+__all__ = ["Connector", "LinearProjection", "MLPProjection", "Pool", "QFormer", "Resampler", "TomeFormer"]
