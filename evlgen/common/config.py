@@ -23,15 +23,20 @@ from evlgen.common.config_checks import (
     check_run,
     check_structure,
     check_together,
-    warn_of_ignored_run_keys,
 )
 from evlgen.common.errors import ConfigError, did_you_mean
 from evlgen.common.io import PACKAGE_ROOT, write_atomically
-from evlgen.common.layers import MODEL_PARTS, Layer, Layers, display, options_layer, read_layer
+from evlgen.common.layers import MODEL_PARTS, Layer, Layers, options_layer, read_layer
 from evlgen.common.plugins import load_entry_points, load_plugins
 from evlgen.common.registry import registry
 from evlgen.common.schema import Problems
 from evlgen.common.yaml_io import dump_yaml
+from evlgen.models.published.configs import (
+    datasets_in_own_words,
+    from_published,
+    own_names,
+    run_in_own_words,
+)
 from evlgen.runners.run_config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -95,8 +100,12 @@ class Config:
         names = [*(layers.get("plugins") or []), *plugins]
         loaded = load_plugins(names, path.parent if path else None)
 
+        translated, ignored = from_published(own.layers)
+        own = Layers(translated)
         layers = Layers([defaults, *_with_dataset_defaults(_with_model_type(own)).layers])
         merged = layers.merged()
+        merged["datasets"], of_datasets = datasets_in_own_words(merged.get("datasets", {}))
+        ignored += [*of_datasets, *(f"run.{key}" for key in run_in_own_words(merged.get("run", {}))[1])]
         problems = Problems(layers.source)
         model = check_model(merged.get("model", {}), problems)
         datasets = check_datasets(merged.get("datasets", {}), problems)
@@ -104,7 +113,7 @@ class Config:
         run = check_run(merged.get("run", {}), problems, list(datasets))
         check_together(model, run, problems)
         problems.raise_any()
-        warn_of_ignored_run_keys(merged.get("run", {}), logger)
+        _warn_of(ignored)
         sections = (OmegaConf.create(model), OmegaConf.create(datasets), run, OmegaConf.create(env))
         return cls(*sections, plugins=loaded, cfg_path=path, layers=layers)
 
@@ -188,6 +197,7 @@ def load_model_config(
         ConfigError: there is no such type, or the overrides do not fit.
     """
     load_entry_points()
+    arch, model_type = own_names(arch, model_type)
     cls = registry.get_model_class(arch)
     if model_type is None:
         model_type = cls.DEFAULT_MODEL_TYPE
@@ -205,20 +215,35 @@ def load_model_file(path: str | os.PathLike) -> DictConfig:
     Raises:
         ConfigError: no such file, no ``model`` section, or problems in it.
     """
-    file = find_config(path)
-    layer = read_layer(file)
-    if not isinstance(layer.content.get("model"), Mapping):
-        raise ConfigError(f"{display(file)} has no `model:` section.")
+    return load_model_layers([read_layer(find_config(path))])
+
+
+def load_model_layers(layers: Sequence[Layer]) -> DictConfig:
+    """As `load_model_file`, of layers, the weakest first. The first one is the file."""
+    if not isinstance(layers[0].content.get("model"), Mapping):
+        raise ConfigError(f"{layers[0].source} has no `model:` section.")
     load_entry_points()
-    return _model_section(Layers([Layer(layer.source, {"model": layer.content["model"]})], resolvers=False))
+    sections = [Layer(layer.source, {"model": layer.content.get("model")}) for layer in layers]
+    return _model_section(Layers(sections, resolvers=False))
 
 
 def _model_section(layers: Layers) -> DictConfig:
-    layers = _with_model_type(layers)
+    translated, ignored = from_published(layers.layers)
+    layers = _with_model_type(Layers(translated, layers.resolvers))
+    _warn_of(ignored)
     problems = Problems(layers.source)
     values = check_model(layers.merged()["model"], problems)
     problems.raise_any()
     return OmegaConf.create(values)
+
+
+def _warn_of(ignored: Sequence[str]) -> None:
+    """One warning that names the published keys that have no effect here."""
+    if not ignored:
+        return
+    launched = any(path in ("run.device", "run.world_size", "run.distributed") for path in ignored)
+    why = "; devices and processes come from how the command is started" if launched else ""
+    logger.warning("%s: without effect here%s", ", ".join(ignored), why)
 
 
 def _check_early(layers: Layers) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,8 @@ from evlgen.common.layers import PROCESSOR_SECTIONS, Layers
 from evlgen.common.registry import registry
 from evlgen.common.schema import Problems, Registered, check_section, show, unknown_key
 from evlgen.models.model_config import ModelConfig
-from evlgen.runners.run_config import RunConfig, translate_lavis_keys
+from evlgen.models.published.configs import run_in_own_words
+from evlgen.runners.run_config import RunConfig
 
 SECTIONS = ("plugins", "env", "model", "datasets", "run")
 
@@ -61,7 +61,10 @@ def check_run(
     if not isinstance(section.get("amp", False), bool):
         problems.add("run.amp", f"must be bool, not {show(section['amp'])}")
         section = {key: value for key, value in section.items() if key != "amp"}
-    translated, _ = translate_lavis_keys(dict(section))
+    translated, _ = run_in_own_words(section)
+    if "lr_layer_decay" in translated:
+        problems.add("run.lr_layer_decay", "all layers learn at one rate here: take it out, or set it to 1")
+        del translated["lr_layer_decay"]
     values = check_section(translated, RunConfig, "run", problems=problems)
     if len(problems) > before:
         return None
@@ -69,16 +72,6 @@ def check_run(
     for key, message in run.problems(datasets) if section else ():
         problems.add(f"run.{key}", message)
     return run
-
-
-def warn_of_ignored_run_keys(section: Mapping[str, Any], logger: logging.Logger) -> None:
-    """One warning that names the keys of LAVIS's run section that have no effect here."""
-    _, ignored = translate_lavis_keys(dict(section))
-    if ignored:
-        logger.warning(
-            "run.%s: without effect here; devices and processes come from how the command is started",
-            ", run.".join(ignored),
-        )
 
 
 def check_model(section: Mapping[str, Any], problems: Problems) -> dict[str, Any]:

@@ -31,6 +31,7 @@ PATH_KEYS = (
     ("model", "vision", "pretrained"),
     ("model", "connector", "init"),
     ("model", "language", "name"),
+    *(("model", key) for key in ("finetuned", "pretrained", "opt_model", "llm_model", "t5_model")),  # LAVIS's
 )
 # When a layer names another part, these keys of the layers below belong to the old one; None is all of them.
 PART_KEYS: dict[tuple[str, ...], frozenset[str] | None] = {

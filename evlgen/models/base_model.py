@@ -21,7 +21,7 @@ from evlgen.common.io import make_readable, resolve, write_atomically
 from evlgen.common.schema import build_dataclass
 from evlgen.common.weights import read_weights
 from evlgen.models.model_config import ModelConfig
-from evlgen.models.published import to_own_names
+from evlgen.models.published.checkpoints import to_own_names
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from evlgen.common.config import load_model_config
 from evlgen.common.errors import ConfigError, did_you_mean
 from evlgen.common.registry import registry
 from evlgen.models.base_model import BaseModel
+from evlgen.models.published.configs import own_names
 from evlgen.processors import build_processor
 from evlgen.processors.base_processor import BaseProcessor
 
@@ -39,6 +40,7 @@ def load_model(
         RegistryError, ConfigError: no such architecture or type.
         CheckpointError: weights that are missing or do not fit; says how to get them.
     """
+    name, model_type = own_names(name, model_type)
     model_class = registry.get_model_class(name)
     if model_type is None:
         model_type = model_class.DEFAULT_MODEL_TYPE

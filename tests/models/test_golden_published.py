@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from evlgen.common.registry import registry
-from evlgen.models.published import to_own_names, to_published_names
+from evlgen.models.published.checkpoints import to_own_names, to_published_names
 
 
 @pytest.fixture(scope="module", params=["evlgen_opt", "evlgen_video_opt"])

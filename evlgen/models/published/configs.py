@@ -1,0 +1,270 @@
+"""Project files in the layout of LAVIS (salesforce/LAVIS) and EVLGen (yiren-jian/EVLGen), in this project's
+words.
+
+Their ``model`` section is flat, their architectures and types have other names, and which checkpoint is
+loaded follows from two switches and two paths. Each layer is translated by itself, so that the order of
+layers stays what it is; where a layer gives a setting in both ways, this project's key wins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from evlgen.common.errors import ConfigError
+from evlgen.common.layers import Layer
+from evlgen.common.registry import registry
+from evlgen.common.schema import parameters_of, show
+from evlgen.models.model_config import ModelConfig
+from evlgen.runners.run_config import RunConfig
+
+# lavis/models/__init__.py and the models' registrations in both repositories
+ARCHITECTURES = {
+    "liptome_opt": "evlgen_opt",
+    "liptome_vicuna": "evlgen_vicuna",
+    "liptome_video_opt": "evlgen_video_opt",
+    "liptome_video_vicuna": "evlgen_video_vicuna",
+    "blip2_vicuna_instruct": "blip2_vicuna",
+}
+_VIDEO = ("liptome_video_opt", "liptome_video_vicuna")
+
+# (own architecture, published type) -> own type, and the flat keys it stands for
+_WEIGHTS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
+_TYPES: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
+    ("blip2_vicuna", "vicuna7b"): ("pretrain_vicuna7b", {}),
+    ("blip2_vicuna", "vicuna13b"): ("pretrain_vicuna13b", {}),
+    ("blip2_t5", "pretrain_flant5xl_vitL"): ("pretrain_flant5xl", {"vit_model": "clip_L"}),
+}
+
+# flat key of the model section -> section and key
+_MODEL_KEYS = {
+    "vit_model": ("vision", "name"),
+    "image_size": ("vision", "image_size"),
+    "vit_precision": ("vision", "precision"),
+    "freeze_vit": ("vision", "freeze"),
+    "use_grad_checkpoint": ("vision", "grad_checkpoint"),
+    "drop_path_rate": ("vision", "drop_path_rate"),
+    "num_layers": ("connector", "num_layers"),
+    "tome_r": ("connector", "r"),
+    "num_query_token": ("connector", "num_query_token"),
+    "opt_model": ("language", "name"),
+    "llm_model": ("language", "name"),
+    "t5_model": ("language", "name"),
+}
+_SWITCHES = ("load_finetuned", "load_pretrained")
+_PATHS = ("finetuned", "pretrained")
+# EVLGen reads `alpha` nowhere; `beta` weighs a contrastive loss, by 0 in its published projects.
+_MODEL_IGNORED = (
+    "alpha",
+    "beta",
+    "apply_lemmatizer",
+    "cross_attention_freq",
+    "embed_dim",
+    "qformer_text_input",
+)
+
+# What the finetuned and the pretrained path are where a type's own YAML in LAVIS names them
+# (lavis/configs/models/blip2/): file names below _WEIGHTS.
+_TYPE_FILES: dict[tuple[str, str], tuple[str, str]] = {
+    ("blip2", "pretrain"): ("", "blip2_pretrained.pth"),
+    ("blip2", "pretrain_vitL"): ("", "blip2_pretrained_vitL.pth"),
+    ("blip2", "coco"): ("blip2_finetune_coco.pth", "blip2_pretrained.pth"),
+    ("blip2_opt", "pretrain_opt2.7b"): ("", "blip2_pretrained_opt2.7b.pth"),
+    ("blip2_opt", "pretrain_opt6.7b"): ("", "blip2_pretrained_opt6.7b.pth"),
+    ("blip2_opt", "caption_coco_opt2.7b"): ("blip2_caption_opt2.7b.pth", "blip2_pretrained_opt2.7b.pth"),
+    ("blip2_opt", "caption_coco_opt6.7b"): ("blip2_caption_opt6.7b.pth", "blip2_pretrained_opt6.7b.pth"),
+    ("blip2_t5", "pretrain_flant5xl"): ("", "blip2_pretrained_flant5xl.pth"),
+    ("blip2_t5", "pretrain_flant5xl_vitL"): ("", "blip2_pretrained_flant5xl_vitL.pth"),
+    ("blip2_t5", "pretrain_flant5xxl"): ("", "blip2_pretrained_flant5xxl.pth"),
+    ("blip2_t5", "caption_coco_flant5xl"): ("blip2_caption_flant5xl.pth", "blip2_pretrained_flant5xl.pth"),
+}
+
+_RUN_NAMES = {"resume_ckpt_path": "resume", "warmup_start_lr": "warmup_lr", "val_freq": "valid_freq"}
+# Of the device and the processes, which the launcher decides here; of files and records, which the dataset
+# knows; and of ways to evaluate and save that there are not.
+_RUN_IGNORED = (
+    *("device", "distributed", "dist_url", "dist_backend", "world_size", "gpu", "rank"),
+    *("use_dist_eval_sampler", "find_unused_parameters"),
+    *("annotation_file", "img_ids", "sample_id_key", "caption_key", "load_gt_from_file", "split"),
+    *("inference_method", "num_ans_candidates", "top_p", "temperature", "save_freq", "milestone", "prefix"),
+)
+_DATASET_IGNORED = ("type", "data_dir")
+_SECTIONS_IGNORED = ("preprocess",)  # in the YAML of LAVIS's model types: what load_preprocess gives
+_RUN_FIELDS = frozenset(field.name for field in dataclasses.fields(RunConfig))
+
+
+def own_names(arch: str, model_type: str | None) -> tuple[str, str | None]:
+    """A published architecture's and type's name -> this project's; others stay."""
+    arch = ARCHITECTURES.get(arch, arch) if isinstance(arch, str) else arch
+    own_type, _ = _type_of(arch, model_type)
+    return arch, own_type
+
+
+def from_published(layers: Sequence[Layer]) -> tuple[list[Layer], list[str]]:
+    """Layers of a project (the weakest first) with the published keys of ``model`` in this project's words.
+
+    To be called once plugins are loaded: a key that the architecture itself declares is its own.
+
+    Returns:
+        The layers, and the paths of keys that mean nothing here and were left out.
+
+    Raises:
+        ConfigError: ``load_finetuned`` or ``load_pretrained`` is neither true nor false.
+    """
+    arch, model_type = (_strongest(layers, key) for key in ("arch", "model_type"))
+    own_arch = own_names(arch, None)[0]
+    translation = _Translation(own_arch, _own_keys(own_arch), _Weights(own_arch, model_type))
+    out = []
+    for layer in layers:
+        content = {key: value for key, value in layer.content.items() if key not in _SECTIONS_IGNORED}
+        translation.ignored += [key for key in layer.content if key in _SECTIONS_IGNORED]
+        if isinstance(content.get("model"), Mapping):
+            content["model"] = translation.section(content["model"], layer.source)
+        out.append(Layer(layer.source, content))
+    return out, list(dict.fromkeys(translation.ignored))
+
+
+def run_in_own_words(section: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A ``run`` section with LAVIS's own keys in this project's words, and those that mean nothing here.
+
+    ``amp: true`` is ``precision: auto`` and ``amp: false`` is ``fp32``, unless ``precision`` is given too.
+    Of a task that only trains, no ``valid_splits`` means none.
+    """
+    ignored = [key for key in section if key in _RUN_IGNORED and key not in _RUN_FIELDS]
+    out = {key: value for key, value in section.items() if key not in ignored}
+    if isinstance(out.get("amp"), bool):
+        precision = "auto" if out.pop("amp") else "fp32"
+        out.setdefault("precision", precision)
+    for theirs, ours in _RUN_NAMES.items():
+        if theirs in out and theirs not in _RUN_FIELDS:
+            value = out.pop(theirs)
+            out.setdefault(ours, value)
+    if out.get("lr_layer_decay") == 1:  # of 1 there is none, as in every published project
+        del out["lr_layer_decay"]
+    if out.get("task") == "image_text_pretrain":
+        out.setdefault("valid_splits", [])
+    return out, ignored
+
+
+def datasets_in_own_words(section: Any) -> tuple[Any, list[str]]:
+    """A ``datasets`` section without LAVIS's keys that mean nothing to its builders, and their paths."""
+    if not isinstance(section, Mapping):
+        return section, []
+    out, ignored = dict(section), []
+    for name, dataset in section.items():
+        if name not in registry.list_datasets() or not isinstance(dataset, Mapping):
+            continue
+        parameters = parameters_of(registry.get_builder_class(name))
+        left_out = [key for key in _DATASET_IGNORED if key in dataset and key not in parameters]
+        if left_out and not parameters.any_key:
+            out[name] = {key: value for key, value in dataset.items() if key not in left_out}
+            ignored += [f"datasets.{name}.{key}" for key in left_out]
+    return out, ignored
+
+
+@dataclasses.dataclass
+class _Translation:
+    """Of the ``model`` sections of a project's layers, in their order."""
+
+    arch: Any
+    own_keys: Collection[str]
+    weights: _Weights
+    ignored: list[str] = dataclasses.field(default_factory=list)
+
+    def section(self, section: Mapping[str, Any], source: str) -> dict[str, Any]:
+        """One layer's section."""
+        out, implied = self._names(section)
+        for key in _MODEL_IGNORED:
+            if key in out and key not in self.own_keys:
+                del out[key]
+                self.ignored.append(f"model.{key}")
+        self._checkpoint(out, implied, source)
+        for key, path in _MODEL_KEYS.items():
+            if key in out and key not in self.own_keys:
+                implied[key] = out.pop(key)
+            if key in implied:
+                _put(out, path, implied[key])
+        return out
+
+    def _names(self, section: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The section with this project's ``arch`` and ``model_type``, and flat keys the published ones stand
+        for."""
+        out, implied = dict(section), {}
+        if section.get("arch") in _VIDEO:
+            _put(out, ("vision", "temporal", "form"), "residual")  # what the published code computes
+        if "arch" in out:
+            out["arch"] = own_names(out["arch"], None)[0]
+        if "model_type" in out:
+            out["model_type"], implied = _type_of(self.arch, out["model_type"])
+        return out, dict(implied)
+
+    def _checkpoint(self, out: dict[str, Any], implied: Mapping[str, Any], source: str) -> None:
+        given = {
+            key: out.pop(key) for key in (*_SWITCHES, *_PATHS) if key in out and key not in self.own_keys
+        }
+        for key in _SWITCHES:
+            if not isinstance(given.get(key, True), bool):
+                raise ConfigError(f"model.{key} ({source}): must be true or false, not {show(given[key])}.")
+        self.weights.update(given)
+        if given or implied:
+            out.setdefault("checkpoint", self.weights.chosen())
+
+
+class _Weights:
+    """Which checkpoint a published config loads: the finetuned one, else the pretrained one
+    (lavis/models/base_model.py, load_checkpoint_from_config), from the switches and paths of all layers so
+    far."""
+
+    def __init__(self, arch: Any, model_type: Any) -> None:
+        names = _TYPE_FILES.get((arch, model_type), ("", "")) if isinstance(model_type, str) else ("", "")
+        urls = [f"{_WEIGHTS}{name}" if name else None for name in names]
+        self._values = {**dict.fromkeys(_SWITCHES, True), **dict(zip(_PATHS, urls, strict=True))}
+
+    def update(self, given: Mapping[str, Any]) -> None:
+        self._values.update(given)
+
+    def chosen(self) -> Any:
+        """A path or address; None where nothing is loaded."""
+        for switch, path in zip(_SWITCHES, _PATHS, strict=True):
+            if self._values[switch] and self._values[path] not in (None, ""):
+                return self._values[path]
+        return None
+
+
+def _type_of(arch: Any, model_type: Any) -> tuple[Any, dict[str, Any]]:
+    """A type's name here, and the flat keys it stands for. A type that the architecture has is its own."""
+    if not isinstance(arch, str) or not isinstance(model_type, str):
+        return model_type, {}
+    own_type, implied = _TYPES.get((arch, model_type), (model_type, {}))
+    if own_type != model_type and arch in registry.list_models():
+        if model_type in registry.get_model_class(arch).MODEL_TYPES:
+            return model_type, {}
+    return own_type, implied
+
+
+def _own_keys(arch: Any) -> Collection[str]:
+    """Keys that the architecture's ``model`` section has in this project."""
+    is_known = isinstance(arch, str) and arch in registry.list_models()
+    return parameters_of(registry.get_model_class(arch).CONFIG if is_known else ModelConfig)
+
+
+def _strongest(layers: Iterable[Layer], key: str) -> Any:
+    """The value of a key of ``model`` in the strongest layer that has it."""
+    value = None
+    for layer in layers:
+        section = layer.content.get("model")
+        if isinstance(section, Mapping) and key in section:
+            value = section[key]
+    return value
+
+
+def _put(section: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Sets a nested key that is not there; what is there, or is no mapping, stays for the checks."""
+    for key in path[:-1]:
+        inner = section.get(key)
+        if inner is not None and not isinstance(inner, Mapping):
+            return
+        section[key] = dict(inner or {})
+        section = section[key]
+    section.setdefault(path[-1], value)
