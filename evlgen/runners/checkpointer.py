@@ -43,9 +43,11 @@ from evlgen.common.yaml_io import read_yaml
 from evlgen.models.base_model import BaseModel
 from evlgen.runners.spread import gathered
 from evlgen.runners.training_state import (
+    EFFORT_FILE,
     OPTIMIZER_FILE,
     PROGRESS_FILE,
     RANDOM_FILE,
+    Effort,
     TrainingState,
     load_optimizer,
     optimizer_tensors,
@@ -116,6 +118,7 @@ class Checkpointer:
             "processes": [own for _, own in processes],
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
+        effort = json.dumps(dataclasses.asdict(state.effort))
         buffers = dict(model.named_buffers())
         # buffers may change before the next step: they are copied here
         weights = {k: v.clone() if k in buffers else v for k, v in weights.items()}
@@ -127,6 +130,7 @@ class Checkpointer:
             write_atomically(folder / CONFIG_FILE, config)
             (folder / STATE_FOLDER).mkdir()
             write_atomically(folder / STATE_FOLDER / PROGRESS_FILE, json.dumps(progress, indent=1))
+            write_atomically(folder / STATE_FOLDER / EFFORT_FILE, effort)
             save_file(moments, folder / STATE_FOLDER / OPTIMIZER_FILE)
             save_file(drawn, folder / STATE_FOLDER / RANDOM_FILE)
 
@@ -231,6 +235,7 @@ class Checkpointer:
             logger.warning("changed since %s was saved: %s", folder.name, line)
         data = state.data
         state.restore(saved.progress)
+        state.effort = saved.effort
         if state.data != data:
             logger.warning(
                 "the data is not that of %s (%s there, %s here): its order differs from here on",
@@ -265,6 +270,7 @@ class _Saved:
     progress: dict[str, Any]
     moments: dict[str, Tensor]
     drawn: dict[str, Tensor]
+    effort: Effort
 
     @classmethod
     def read(cls, folder: Path) -> _Saved:
@@ -285,7 +291,8 @@ class _Saved:
             config = read_yaml(folder / CONFIG_FILE)
         except ConfigError as error:
             raise CheckpointError(str(error)) from error
-        return cls(config, progress, read_weights(state / OPTIMIZER_FILE), read_weights(state / RANDOM_FILE))
+        tensors = (read_weights(state / name) for name in (OPTIMIZER_FILE, RANDOM_FILE))
+        return cls(config, progress, *tensors, Effort.read(state / EFFORT_FILE))
 
 
 class _SaveJob(threading.Thread):

@@ -148,21 +148,35 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: Dataset, batch_size: int, num_workers: int, pin_memory: bool, rank: int = 0, world_size: int = 1
+    dataset: Dataset,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+    rank: int = 0,
+    world_size: int = 1,
+    max_samples: int | None = None,
 ) -> DataLoader:
     """A loader over a rank's share of the samples, in order: what the ranks see, one after the other, is the
-    dataset, each sample once."""
-    first, end = (len(dataset) * r // world_size for r in (rank, rank + 1))
+    dataset, each sample once; or ``max_samples`` of it, spread evenly."""
+    indices = evenly_spread(len(dataset), max_samples)
+    first, end = (len(indices) * r // world_size for r in (rank, rank + 1))
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=range(first, end),
+        sampler=indices[first:end],
         collate_fn=dataset.collater,
-        num_workers=_workers(num_workers, len(dataset) // (batch_size * world_size)),
+        num_workers=_workers(num_workers, len(indices) // (batch_size * world_size)),
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # else each new iterator would draw from the generator dropout uses
     )
+
+
+def evenly_spread(length: int, count: int | None) -> Sequence[int]:
+    """The indices of ``count`` of ``length`` samples, or of all where there are no more."""
+    if count is None or count >= length:
+        return range(length)
+    return [i * length // count for i in range(count)]
 
 
 def _workers(wanted: int, batches: int | None = None) -> int:

@@ -37,12 +37,17 @@ class RunLog:
         self.terminal = enabled and sys.stderr.isatty()
         self._bar: tqdm | None = None
         self._board = None
+        self._step = 0  # the last iteration on the board: a test is of no iteration
         if enabled:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def start_training(self, total_iters: int, state: TrainingState) -> None:
+    def start_training(self, total_iters: int | None, state: TrainingState) -> None:
         """Begins the bar and the clock. What the log says of later than ``state`` is taken out of it: that is
-        trained again."""
+        trained again.
+
+        Args:
+            total_iters: None where iterations do not say how long training takes.
+        """
         if not self.enabled:
             return
         self._total = total_iters
@@ -94,6 +99,7 @@ class RunLog:
             **{name: value for name, value in losses.items() if name != "loss"},
             **numbers,
             "samples_per_s": self._samples / seconds,
+            **_effort(state),
         }
         self._write(record)
         self._show_step(record, seconds)
@@ -134,6 +140,7 @@ class RunLog:
                 "samples": count,
                 "skipped": skipped,
                 "seconds": seconds,
+                **({} if state is None else _effort(state)),
                 **metrics,
             }
         )
@@ -151,6 +158,11 @@ class RunLog:
         numbers = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['samples_per_s']:.0f} samples/s"
         if self._bar is not None:
             self._bar.set_postfix_str(numbers)
+            return
+        if self._total is None:
+            logger.info(
+                "iteration %d  %s  %.0f s trained", record["iteration"], numbers, record["trained_seconds"]
+            )
             return
         done = max(1, record["iteration"] - self._from)
         left = (self._total - record["iteration"]) * seconds / done
@@ -174,11 +186,15 @@ class RunLog:
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
         if self._board is not None:
-            step = record["iteration"] or self._total
+            self._step = record["iteration"] or self._step
             prefix = record["type"] if record["type"] == "train" else record["split"]
             for name, value in record.items():
                 if isinstance(value, float):
-                    self._board.add_scalar(f"{prefix}/{name}", value, step)
+                    self._board.add_scalar(f"{prefix}/{name}", value, self._step)
+
+
+def _effort(state: TrainingState) -> dict[str, float]:
+    return {"trained_seconds": state.effort.seconds, "trained_samples": state.effort.samples}
 
 
 def validation_label(state: TrainingState | None) -> str:

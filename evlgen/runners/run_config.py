@@ -26,15 +26,20 @@ class RunConfig:
 
     #: Registered task: what is trained and how it is scored.
     task: Annotated[str, Registered("task")] = "captioning"
-    #: Registered runner; None: ``runner_iter`` where ``max_iters`` is set, else ``runner_base``.
+    #: Registered runner; None: ``runner_iter`` where ``max_iters`` is set, ``runner_timed`` where
+    #: ``max_seconds`` is, else ``runner_base``.
     runner: Annotated[str, Registered("runner")] | None = None
 
-    #: Length of training in epochs; exclusive with ``max_iters``.
+    #: Length of training in epochs; exclusive with ``max_iters`` and ``max_seconds``.
     max_epoch: PositiveInt | None = None
-    #: Length of training in iterations (batches of one process); exclusive with ``max_epoch``.
+    #: Length of training in iterations (batches of one process).
     max_iters: PositiveInt | None = None
+    #: Length of training in seconds, validation not counted; the learning rate's decay ends with them.
+    max_seconds: PositiveFloat | None = None
     #: Iterations between two validations (an "inner epoch"); None: ``max_iters``.
     iters_per_inner_epoch: PositiveInt | None = None
+    #: Seconds of training between two validations; None: ``max_seconds``.
+    seconds_per_inner_epoch: PositiveFloat | None = None
 
     #: Registered learning-rate schedule.
     lr_sched: Annotated[str, Registered("lr_scheduler")] = "linear_warmup_cosine_lr"
@@ -91,6 +96,8 @@ class RunConfig:
     test_splits: list[str] = field(default_factory=list)
     #: Dataset -> weight with which its samples are drawn; None: in proportion to their sizes.
     train_dataset_ratios: dict[str, PositiveFloat] | None = None
+    #: Evaluate on so many samples of each split, spread evenly over it; None: all.
+    max_eval_samples: PositiveInt | None = None
     #: Validate every so many (inner) epochs.
     valid_freq: PositiveInt = 1
     #: Registered metrics to score with; None: all that the task offers.
@@ -134,7 +141,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.runner is None:
-            self.runner = "runner_iter" if self.max_iters else "runner_base"
+            timed = "runner_timed" if self.max_seconds else "runner_base"
+            self.runner = "runner_iter" if self.max_iters else timed
 
     def problems(self, datasets: Iterable[str] | None = None) -> list[tuple[str, str]]:
         """Settings that contradict each other: the key and what to do about it.
@@ -164,16 +172,21 @@ class RunConfig:
         return found
 
     def _length_problems(self) -> list[tuple[str, str]]:
-        if self.max_epoch and self.max_iters:
-            return [("max_iters", "max_epoch is set too: set one of them to null")]
-        if not self.max_epoch and not self.max_iters:
+        lengths = [key for key in ("max_epoch", "max_iters", "max_seconds") if getattr(self, key)]
+        if len(lengths) > 1:
+            return [(lengths[1], f"{lengths[0]} is set too: set one of them to null")]
+        if not lengths:
             return [("max_epoch", "how long to train? Set max_epoch, or max_iters; or evaluate: true")]
         if self.runner == "runner_iter" and not self.max_iters:
             return [("runner", "runner_iter counts iterations: set max_iters, or use runner_base")]
         if self.runner == "runner_base" and not self.max_epoch:
             return [("runner", "runner_base counts epochs: set max_epoch, or use runner_iter")]
+        if self.runner == "runner_timed" and not self.max_seconds:
+            return [("runner", "runner_timed counts seconds: set max_seconds, or use runner_base")]
         if self.iters_per_inner_epoch and not self.max_iters:
             return [("iters_per_inner_epoch", "it divides max_iters, which is not set")]
+        if self.seconds_per_inner_epoch and not self.max_seconds:
+            return [("seconds_per_inner_epoch", "it divides max_seconds, which is not set")]
         return []
 
 

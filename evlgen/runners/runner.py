@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -90,11 +90,11 @@ class Runner:
         with self.stop, self.checkpointer:
             self._set_up_training()
             state, batches = self.state, iter(self._loader)
-            while state.epoch * self.iters_per_epoch < self.total_iters:
+            while not self.is_done():
                 self._train_epoch(batches)
                 self._save()
                 is_best = self._validate()
-                state.epoch += 1
+                state.epoch = self.next_epoch()
                 self.checkpointer.end_epoch(state, is_best)
             self.log.end_training()
             self.checkpointer.raise_problem()
@@ -144,27 +144,57 @@ class Runner:
             own = self.checkpointer.resume(run.resume, self.model, self.optimizer, self.state)
             self.skipped.restore((own or {}).get("skipped", {}))
             if self.state.iteration:
-                logger.info("resuming after iteration %d of %d", self.state.iteration, self.total_iters)
+                logger.info("resuming after %s", self.where())
         self.plan.start = self.state.iteration
+        self._clock = time.perf_counter()
         if run.cache_vision:
             self._trained = cached(self._trained, self.model, run, accelerator, self.stop)
+            self._count_time()  # encoding is a part of training that is done beforehand
         self._loader = train_loader(
             self._trained, self.plan, run.num_workers, accelerator.device.type == "cuda"
         )
-        self.log.start_training(self.total_iters, self.state)
+        self.log.start_training(self._shown_total(), self.state)
 
     def length(self) -> tuple[int, int]:
         """Iterations of an epoch and of the whole run."""
         return self.plan.batches_per_epoch, self.plan.batches_per_epoch * self.run.max_epoch
 
+    def left_in_epoch(self) -> int:
+        """How many iterations may follow before the (inner) epoch that ``state`` is in ends."""
+        end = min(self.total_iters, (self.state.epoch + 1) * self.iters_per_epoch)
+        return max(0, end - self.state.iteration)
+
+    def is_trained(self) -> bool:
+        """Whether the last iteration is done; its validation may be to come."""
+        return self.state.iteration >= self.total_iters
+
+    def is_done(self) -> bool:
+        """Whether the last (inner) epoch is trained and validated."""
+        return self.state.epoch * self.iters_per_epoch >= self.total_iters
+
+    def next_epoch(self) -> int:
+        """The (inner) epoch after the one that has just been validated."""
+        return self.state.epoch + 1
+
+    def learning_rate(self) -> float:
+        """Of the next optimizer step."""
+        return self.schedule(self.state.iteration)
+
+    def where(self) -> str:
+        """How far training is, for messages."""
+        return f"iteration {self.state.iteration} of {self.total_iters}"
+
+    def _shown_total(self) -> int | None:
+        return self.total_iters
+
     def _train_epoch(self, batches: Iterator[dict[str, Any]]) -> None:
         """The rest of the epoch that ``state`` is in."""
         state = self.state
-        end = min(self.total_iters, (state.epoch + 1) * self.iters_per_epoch)
         self.distribution.wrapped.train()
         self.log.resume_clock(state)
-        while state.iteration < end:
-            group = min(self.run.accum_grad_iters, end - state.iteration)
+        self._clock = time.perf_counter()
+        while left := self.left_in_epoch():
+            group = min(self.run.accum_grad_iters, left)
             asked_to_stop = self._train_group(batches, group)
             if asked_to_stop:
                 self._save_and_stop()
@@ -178,7 +208,7 @@ class Runner:
         were one batch: each batch's mean loss weighs by its tokens.
         """
         state, processes = self.state, self.accelerator.num_processes
-        learning_rate = self.schedule(state.iteration)
+        learning_rate = self.learning_rate()
         for params in self.optimizer.param_groups:
             params["lr"] = learning_rate
         is_one_batch = group * processes == 1
@@ -207,6 +237,8 @@ class Runner:
         if weight:
             scale = 1.0 if is_one_batch else self.run.batch_size_train * processes / weight
             norm = self._step(scale, losses["loss"])
+            state.effort.samples += count
+            self._count_time()
             if math.isfinite(norm) and math.isfinite(losses["loss"]):
                 self.watch.finite(state, losses["loss"], seen)
                 numbers = {"lr": learning_rate, "grad_norm": norm}
@@ -214,7 +246,14 @@ class Runner:
             else:
                 self.watch.not_finite(state, losses["loss"], norm, seen, self.checkpointer.latest())
         self.optimizer.zero_grad(set_to_none=True)
+        self._count_time()
         return asked_to_stop
+
+    def _count_time(self) -> None:
+        """Adds the time since the last call, or since the epoch was begun, to that of training."""
+        now = time.perf_counter()
+        self.state.effort.seconds += now - self._clock
+        self._clock = now
 
     def _step(self, scale: float, loss: float) -> float:
         """Scales and clips the gradient and moves the weights, unless a number is not finite. Returns the
@@ -271,16 +310,14 @@ class Runner:
         self._save()
         self.checkpointer.wait()
         self.checkpointer.raise_problem()
-        done = f"after iteration {self.state.iteration} of {self.total_iters}"
-        raise self.stop.interrupted(f"{done}; saved in {self.checkpointer.folder}")
+        raise self.stop.interrupted(f"after {self.where()}; saved in {self.checkpointer.folder}")
 
     def _validate(self) -> bool:
         """Scores the validation splits where it is their turn; true for the best checkpoint so far."""
         state, run = self.state, self.run
         if not run.valid_splits:
             return True  # the newest is the best known
-        is_last = state.iteration >= self.total_iters
-        if (state.epoch + 1) % run.valid_freq and not is_last:
+        if (state.epoch + 1) % run.valid_freq and not self.is_trained():
             return False
         with kept_random_state():
             scores = self.evaluate(run.valid_splits, state)
@@ -342,6 +379,7 @@ class Runner:
             accelerator.device.type == "cuda",
             accelerator.process_index,
             accelerator.num_processes,
+            run.max_eval_samples,
         )
         was_training = self.model.training
         self.model.eval()
@@ -379,3 +417,59 @@ class IterRunner(Runner):
         """Iterations of an inner epoch and of the whole run."""
         inner = self.run.iters_per_inner_epoch or self.run.max_iters
         return min(inner, self.run.max_iters), self.run.max_iters
+
+
+@registry.register_runner("runner_timed")
+class TimedRunner(Runner):
+    """Trains for ``max_seconds``, in inner epochs of ``seconds_per_inner_epoch``, whatever number of
+    iterations that is. Validation and start-up are not counted.
+
+    The learning rate warms up by iteration and decays by time, so that it has come to its end when the
+    seconds have. Such a run can be interrupted and resumed, but not repeated to the bit.
+    """
+
+    TICKS = 1_000_000  # "iterations" of the whole run, for the schedule: fine steps of time
+
+    def length(self) -> tuple[int, int]:
+        """Ticks of an inner epoch and of the whole run."""
+        whole = self.run.max_seconds
+        self.inner_seconds = min(self.run.seconds_per_inner_epoch or whole, whole)
+        self.num_epochs = math.ceil(whole / self.inner_seconds - 1e-9)
+        return max(1, round(self.TICKS * self.inner_seconds / whole)), self.TICKS
+
+    def left_in_epoch(self) -> int:
+        """A step's iterations, until the time is up."""
+        end = min(self.run.max_seconds, (self.state.epoch + 1) * self.inner_seconds)
+        return self.run.accum_grad_iters if self.state.effort.seconds < end else 0
+
+    def is_trained(self) -> bool:
+        return self.state.effort.seconds >= self.run.max_seconds
+
+    def is_done(self) -> bool:
+        return self.state.epoch >= self.num_epochs
+
+    def next_epoch(self) -> int:
+        """The one that the time is in: an iteration may outlast a whole inner epoch."""
+        if self.is_trained():
+            return self.num_epochs
+        return max(self.state.epoch + 1, int(self.state.effort.seconds // self.inner_seconds))
+
+    def learning_rate(self) -> float:
+        iteration, share = self.state.iteration, self.state.effort.seconds / self.run.max_seconds
+        if iteration < self.run.warmup_steps:
+            return self.schedule(iteration)
+        return self.schedule(max(self.run.warmup_steps, int(share * self.TICKS)))
+
+    def where(self) -> str:
+        seconds, all_seconds = self.state.effort.seconds, self.run.max_seconds
+        return f"iteration {self.state.iteration}, {seconds:.1f} of {all_seconds:g} s"
+
+    def _shown_total(self) -> None:
+        return None
+
+    def _count_time(self) -> None:
+        super()._count_time()
+        if self.accelerator.num_processes > 1:  # all must end at the same iteration: the first one's clock
+            seconds = [self.state.effort.seconds]
+            broadcast_object_list(seconds)
+            self.state.effort.seconds = seconds[0]

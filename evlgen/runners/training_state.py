@@ -1,7 +1,8 @@
 """Where a run stands: what a checkpoint's ``training_state/`` folder holds, as plain values and tensors.
 
-``progress.json`` has the counters, ``optimizer.safetensors`` the optimizer's tensors by weight, and
-``random.safetensors`` every process's random states. Nothing in it is a pickle.
+``progress.json`` has the counters, ``optimizer.safetensors`` the optimizer's tensors by weight,
+``random.safetensors`` every process's random states, and ``effort.json`` what all that took, which differs
+between runs that are equal to the bit. Nothing in it is a pickle.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +26,37 @@ from evlgen.runners.spread import part_of
 PROGRESS_FILE = "progress.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random.safetensors"
+EFFORT_FILE = "effort.json"
+
+
+@dataclasses.dataclass
+class Effort:
+    """What training has taken so far.
+
+    Attributes:
+        seconds: of training, with the saving and (``cache_vision``) the encoding of pictures that it waits
+            for; without validation and start-up.
+        samples: trained on, on all processes; one that is seen again counts again.
+    """
+
+    seconds: float = 0.0
+    samples: int = 0
+
+    @classmethod
+    def read(cls, path: Path) -> Effort:
+        """The content of an ``effort.json``; nothing where there is none, as in older checkpoints.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        if not path.exists():
+            return cls()
+        values = read_progress(path)
+        for name in ("seconds", "samples"):
+            value = values.get(name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise CheckpointError(f"its {path.name} gives {name} as {value!r}")
+        return cls(float(values["seconds"]), int(values["samples"]))
 
 
 @dataclasses.dataclass
@@ -48,14 +81,18 @@ class TrainingState:
     logged_steps: int = 0
     #: What the order of the data depends on: samples of each dataset, processes, batch size.
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    #: Kept in a file of its own.
+    effort: Effort = dataclasses.field(default_factory=Effort)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return dataclasses.asdict(self)
+        """Plain values, but for the effort."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "effort"}
 
     def restore(self, values: dict[str, Any]) -> None:
         """Takes over what `to_json` gave. Raises `CheckpointError` for a value of another type."""
         for field in dataclasses.fields(self):
+            if field.name == "effort":
+                continue
             value = values.get(field.name)
             own = getattr(self, field.name)
             kind = float if own is None else type(own)

@@ -52,7 +52,7 @@ def outcome(folder: Path) -> dict[str, object]:
     """Everything a run gives, but times."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     for record in records:
-        for key in ("time", "seconds", "samples_per_s"):
+        for key in ("time", "seconds", "samples_per_s", "trained_seconds"):
             record.pop(key, None)
     files = {
         name: (folder / "checkpoints" / "latest" / name).read_bytes()
