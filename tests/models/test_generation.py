@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPTNeoXConfig,
     LlamaConfig,
     OPTConfig,
@@ -26,11 +31,14 @@ from evlgen.models.language.generation import (
 )
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+GEMMA = {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.1}
 CONFIGS = {
     "opt": OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=128),
     "llama": LlamaConfig(**SMALL, intermediate_size=64, num_key_value_heads=2),
     "qwen3": Qwen3Config(**SMALL, intermediate_size=64, num_key_value_heads=2, head_dim=8),
     "gpt_neox": GPTNeoXConfig(**SMALL, intermediate_size=64),
+    "gemma2": Gemma2Config(**SMALL, **GEMMA, final_logit_softcapping=2.0, attn_logit_softcapping=1.0),
+    "gemma3": Gemma3TextConfig(**SMALL, **GEMMA, sliding_window=32),
     "bloom": BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),  # ALiBi: reads no trees
 }
 END, PAD = 5, 1
@@ -63,7 +71,7 @@ def inputs(model, padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("kind", ["opt", "llama", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["opt", "llama", "qwen3", "gpt_neox", "gemma2", "gemma3"])
 @torch.no_grad()
 def test_texts_are_those_of_transformers(kind, options, padded):
     model = model_of(kind)
@@ -76,9 +84,22 @@ def test_texts_are_those_of_transformers(kind, options, padded):
     assert len(ours) == 3 * options.num_captions
 
 
-def texts(ids: torch.Tensor) -> list[list[int]]:
+@pytest.mark.parametrize("num_beams", [1, 3])
+@torch.no_grad()
+def test_any_of_several_tokens_ends_a_text(num_beams):
+    model = model_of("llama")
+    ends = [END, 11, 40]
+    model.get_output_embeddings().weight[ends] *= 3.0
+    embeds, mask = inputs(model, padded=True)
+    options = Decoding(num_beams=num_beams, max_length=12, min_length=2)
+    ours = texts(decode(model, embeds, mask, options, ends, PAD), ends)
+    assert ours == texts(decode_by_transformers(model, embeds, mask, options, ends, PAD), ends)
+    assert {len(text) for text in ours} != {12}
+
+
+def texts(ids: torch.Tensor, ends: Sequence[int] = (END,)) -> list[list[int]]:
     """Token ids up to the end."""
-    return [row[: row.index(END)] if END in row else row for row in ids.tolist()]
+    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in ids.tolist()]
 
 
 def test_a_model_whose_positions_are_distances_is_left_to_transformers():
@@ -88,6 +109,7 @@ def test_a_model_whose_positions_are_distances_is_left_to_transformers():
     )
     assert not can_read_trees(AutoModelForCausalLM.from_config(state), 20), "its past is a state"
     assert all(can_read_trees(model_of(kind), 20) for kind in CONFIGS if kind != "bloom")
+    assert not can_read_trees(model_of("gemma3"), 40), "longer than the window it sees"
 
 
 @torch.no_grad()
