@@ -12,7 +12,7 @@ from evlgen.datasets.shapes.captions import captions
 from evlgen.datasets.shapes.world import draw, scene
 from evlgen.processors.image import BlipImageEvalProcessor
 
-COUNT, STEPS = 8, 8
+COUNT, STEPS = 6, 8
 BERT = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
 
 # Every registered connector has its section here, small; one that is new fails until it has.
