@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from evlgen.common.registry import registry
+from evlgen.models.blip2_stage1 import Blip2Stage1  # noqa: F401  registers `blip2`
 from evlgen.models.vlm import VLM
 
 

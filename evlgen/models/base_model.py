@@ -172,7 +172,8 @@ class BaseModel(nn.Module):
         """Loads weights over the parts: an own folder or file, or a published ``.pth``; local, URL or
         ``evlgen://``.
 
-        Says in the log what was loaded, missing and unexpected.
+        Says in the log what was loaded, missing and unexpected. Weights that the connector names in its class
+        attribute ``SPARE_WEIGHTS`` (prefixes) are those of an earlier stage, and left out.
 
         Raises:
             CheckpointError: nothing there, damaged, refused, another shape, or another architecture's
@@ -184,7 +185,7 @@ class BaseModel(nn.Module):
         _check_shapes(path, state, own)
         loaded = sorted(set(state) & set(own))
         missing = sorted(set(wanted) - set(state))
-        unexpected = sorted(set(state) - set(own))
+        spare, unexpected = self._without_place(set(state) - set(own))
         layers = {k for k in wanted if k.startswith("connector.layers.")}
         is_other = (missing and unexpected) or any(k.startswith("connector.") for k in unexpected)
         if is_other or not set(loaded) & set(wanted) or 0 < len(layers & set(missing)) < len(layers):
@@ -195,6 +196,8 @@ class BaseModel(nn.Module):
             )
         self.load_state_dict({k: state[k] for k in loaded}, strict=False)
         logger.info("%s: %d weights loaded", path, len(loaded))
+        if spare:
+            logger.info("%s: %d weights of an earlier stage are left out: %s", path, len(spare), _some(spare))
         if missing:
             logger.warning(
                 "%s: %d weights were not in it and keep their start values: %s",
@@ -207,6 +210,12 @@ class BaseModel(nn.Module):
                 "%s: %d weights have no place in this model: %s", path, len(unexpected), _some(unexpected)
             )
         return LoadReport(loaded, missing, unexpected)
+
+    def _without_place(self, names: set[str]) -> tuple[list[str], list[str]]:
+        """Weights that the model has no place for: those that are left out on purpose, and the others."""
+        prefixes = getattr(getattr(self, "connector", None), "SPARE_WEIGHTS", ())
+        spare = {name for name in names if f"{name}.".startswith(tuple(prefixes))}
+        return sorted(spare), sorted(names - spare)
 
     def save_pretrained(self, path: str | Path) -> Path:
         """Writes the trained weights and the config into a folder that `from_pretrained` reads. Other files

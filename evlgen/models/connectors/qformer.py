@@ -153,7 +153,7 @@ class QFormer(Connector):
     """
 
     #: Weights of the first stage that a second stage has no use for: what reads and writes text, and heads.
-    SPARE_WEIGHTS: ClassVar[tuple[str, ...]] = ("text.", "vision_proj.", "text_proj.", "itm_head.", "temp")
+    SPARE_WEIGHTS: ClassVar[tuple[str, ...]] = ("text.", "vision_proj.", "text_proj.", "itm_head.", "temp.")
 
     def __init__(
         self,

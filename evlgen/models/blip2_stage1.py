@@ -1,0 +1,476 @@
+"""BLIP-2's first stage: a Q-Former learns what to look at, before there is a language model.
+
+Li et al., *BLIP-2: Bootstrapping Language-Image Pre-training with Frozen Image Encoders and Large Language
+Models*, 2023 (arXiv 2301.12597), section 3.2. Three losses are summed: image-text contrast, image-text
+matching with hard negatives, and image-grounded writing. Where the paper is silent the numbers are those of
+salesforce/LAVIS, lavis/models/blip2_models: label smoothing 0.1 in contrast (`blip2_qformer.py`) and in
+writing (`Qformer.py`), a temperature that starts at 0.07.
+
+Unlike there, features of other processes get their gradients, so that several processes learn what one would
+from all their samples; and pairs of the same picture (``image_id``) are right partners of each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evlgen.common.errors import ConfigError
+from evlgen.common.hub import looks_like_path, missing_model
+from evlgen.common.io import resolve
+from evlgen.common.registry import registry
+from evlgen.common.schema import PositiveInt, Registered
+from evlgen.models.base_model import BaseModel, Missing
+from evlgen.models.connectors.qformer import QFormer
+from evlgen.models.connectors.qformer_text import (
+    QFormerText,
+    QFormerTokenizer,
+    generate,
+    read_both,
+    read_text,
+    write,
+)
+from evlgen.models.image_text_losses import (
+    Everyone,
+    contrastive_loss,
+    hard_negatives,
+    picture_keys,
+    positives,
+    similarities,
+)
+from evlgen.models.language.generation import Decoding
+from evlgen.models.model_config import VisionConfig
+from evlgen.models.ops import quicken
+from evlgen.models.vision import build_vision_encoder, vision_encoder_class
+from evlgen.models.vision.base import VisionEncoder
+
+logger = logging.getLogger(__name__)
+
+LABEL_SMOOTHING = 0.1  # LAVIS: blip2_qformer.py (contrast), Qformer.py (writing)
+TEMPERATURE = 0.07  # LAVIS: blip2_qformer.py
+TEMPERATURES = (0.001, 0.5)  # bounds it is kept in: those of LAVIS's blip_pretrain.py, BLIP-2's has none
+UNKNOWN = -100  # label of pairs that are none
+
+
+@dataclasses.dataclass
+class TextConfig:
+    """How the first stage reads and writes text.
+
+    Args:
+        tokenizer: hub id or folder of a tokenizer; published: BERT's own.
+        max_position_embeddings: tokens of a text at most; null: as many as the BERT has positions (512).
+    """
+
+    tokenizer: str = "bert-base-uncased"
+    max_position_embeddings: PositiveInt | None = None
+
+
+@dataclasses.dataclass
+class Stage1Config:
+    """The ``model`` section of BLIP-2's first stage.
+
+    Args:
+        arch, model_type, checkpoint, vision: as in `evlgen.models.model_config.ModelConfig`.
+        connector: ``name: qformer`` and that connector's parameters.
+        text: how text is read.
+        embed_dim: channels of the features that are contrasted.
+        max_txt_len: text tokens read at most, ``[CLS]`` and ``[SEP]`` included.
+    """
+
+    arch: Annotated[str, Registered("model")]
+    model_type: str | None = None
+    checkpoint: str | None = None
+    vision: VisionConfig = dataclasses.field(default_factory=VisionConfig)
+    connector: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "qformer"})
+    text: TextConfig = dataclasses.field(default_factory=TextConfig)
+    embed_dim: PositiveInt = 256
+    max_txt_len: PositiveInt = 32
+
+
+@registry.register_model("blip2")
+class Blip2Stage1(BaseModel):
+    """A frozen vision encoder and a Q-Former with its text branch. A second stage (``blip2_opt``) starts from
+    its checkpoints.
+
+    Args:
+        vision: pixels [B, 3, H, W] -> visual tokens [B, N, C_vision].
+        connector: the Q-Former, without a projection to a language model.
+        tokenizer: texts -> ids.
+        num_positions: tokens of a text at most.
+        embed_dim: channels of the features that are contrasted.
+        freeze_vision: whether the vision encoder is not trained.
+    """
+
+    DEFAULT_MODEL_TYPE = "shapes"
+    MODEL_TYPES: ClassVar[dict[str, str]] = {
+        name: f"configs/models/blip2/{name}.yaml" for name in ("shapes", "pretrain")
+    }
+    CONFIG = Stage1Config
+
+    def __init__(
+        self,
+        vision: VisionEncoder,
+        connector: QFormer,
+        tokenizer: QFormerTokenizer,
+        num_positions: int,
+        embed_dim: int = 256,
+        freeze_vision: bool = True,
+    ) -> None:
+        super().__init__()
+        width = connector.sizes.hidden_size
+        self.tokenizer = tokenizer
+        self.freezes_vision = freeze_vision
+        self.vision = vision
+        self.ln_vision = nn.LayerNorm(vision.embed_dim, eps=1e-5)
+        self.connector = connector
+        self.text = QFormerText(connector, len(tokenizer), num_positions)
+        self.vision_proj = nn.Linear(width, embed_dim)
+        self.text_proj = nn.Linear(width, embed_dim)
+        self.itm_head = nn.Linear(width, 2)
+        self.temp = nn.Parameter(torch.tensor(TEMPERATURE))
+        for module in self.frozen_modules():
+            module.requires_grad_(False)
+        quicken(self)
+
+    @classmethod
+    def from_parts_config(cls, cfg: Stage1Config, device: torch.device) -> Blip2Stage1:
+        """Builds the parts a config names.
+
+        Raises:
+            ConfigError: a connector that is no Q-Former, settings for clips, texts longer than the positions.
+        """
+        connector_args = dict(cfg.connector)
+        connector_class = registry.get_connector_class(connector_args.pop("name", "qformer"))
+        if not issubclass(connector_class, QFormer):
+            raise ConfigError(
+                f"model.connector.name is '{cfg.connector['name']}', and BLIP-2's first stage trains a "
+                "qformer. Other connectors need no first stage: take an architecture such as evlgen_opt."
+            )
+        if cfg.vision.temporal:
+            raise ConfigError("model.vision.temporal: BLIP-2's first stage is of pictures. Leave it out.")
+        tokenizer = QFormerTokenizer(cfg.text.tokenizer, cfg.max_txt_len)
+        vision = build_vision_encoder(cfg.vision, device)
+        connector = connector_class(
+            vision_dim=vision.embed_dim,
+            language_dim=None,
+            num_tokens=vision.num_tokens,
+            num_prefix_tokens=vision.num_prefix_tokens,
+            **connector_args,
+        )
+        num_positions = cfg.text.max_position_embeddings or connector.sizes.max_position_embeddings
+        if cfg.max_txt_len > num_positions:
+            raise ConfigError(
+                f"model.max_txt_len is {cfg.max_txt_len}, and text has {num_positions} positions. Lower it, "
+                "or raise model.text.max_position_embeddings."
+            )
+        model = cls(vision, connector, tokenizer, num_positions, cfg.embed_dim, cfg.vision.freeze)
+        logger.info(
+            "BLIP-2's first stage: %.1f million weights trained, %.1f million frozen",
+            sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6,
+            sum(p.numel() for p in model.parameters() if not p.requires_grad) / 1e6,
+        )
+        return model
+
+    @classmethod
+    def missing(cls, cfg: Stage1Config) -> list[Missing]:
+        """Weights the config names that are not on this machine."""
+        vision, start, tokenizer = cfg.vision, cfg.connector.get("init"), cfg.text.tokenizer
+        why = vision_encoder_class(vision.name).missing(vision.pretrained)
+        found = [Missing(f"vision encoder {vision.name}", why, vision.pretrained is True)]
+        named = [(f"tokenizer {tokenizer}", tokenizer)]
+        named += [(f"connector start {start}", start)] if start and start != tokenizer else []
+        found += [Missing(what, missing_model(name), not looks_like_path(name)) for what, name in named]
+        if cfg.checkpoint and not cfg.checkpoint.startswith(("http://", "https://")):
+            if not os.path.exists(resolve(cfg.checkpoint)):
+                why = "there is no such file or folder; see model.checkpoint"
+                found.append(Missing(f"checkpoint {cfg.checkpoint}", why, False))
+        return [item for item in found if item.why]
+
+    def frozen_modules(self) -> list[nn.Module]:
+        return [self.vision] if self.freezes_vision else []
+
+    # ---- training ----
+
+    def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+        """The three losses of a batch and their sum. In training, pictures and texts of other processes are
+        negatives too.
+
+        Args:
+            samples: ``image`` [B, 3, H, W] (or ``visual_tokens`` [B, N, C_vision] that `encode` gave
+                earlier), ``text_input`` list[str]; optionally ``image_id``, by which several pairs of one
+                picture are known.
+
+        Returns:
+            ``loss``, ``loss_itc``, ``loss_itm``, ``loss_lm``: scalars, float32.
+        """
+        tokens = self._tokens(samples)
+        ids = self.tokenizer(samples["text_input"])  # [B, L], on the CPU
+        visual = self.connector.keys_values(self._normed(tokens))
+        queries, past = self.connector.read(visual, len(tokens))
+        loss_lm = self._writing_loss(ids, past)
+        ids = ids.to(tokens.device)
+        everyone = Everyone(len(tokens), tokens.device, alone=not self.training)
+        loss_itc, image_to_text, text_to_image, positive = self._contrast(
+            queries, ids, self._picture_keys(samples, everyone), everyone
+        )
+        loss_itm = self._matching_loss(
+            tokens,
+            visual,
+            ids,
+            hard_negatives(text_to_image, positive),
+            hard_negatives(image_to_text, positive),
+            everyone,
+        )
+        return {
+            "loss": loss_itc + loss_itm + loss_lm,
+            "loss_itc": loss_itc,
+            "loss_itm": loss_itm,
+            "loss_lm": loss_lm,
+        }
+
+    def _contrast(
+        self, queries: Tensor, ids: Tensor, keys: Tensor, everyone: Everyone
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The contrastive loss; similarities / temperature of one's own pictures with everyone's texts and of
+        one's own texts with everyone's pictures, and which of either are of the same picture; all [B, K]."""
+        if self.training:
+            with torch.no_grad():
+                self.temp.clamp_(*TEMPERATURES)
+        image_features = self._features(self.vision_proj(queries))  # [B, M, E]
+        text_features = self._text_features(ids)  # [B, E]
+        positive = positives(keys, everyone.gather(keys), everyone.offset)
+        with torch.autocast(ids.device.type, enabled=False):
+            image_to_text = similarities(image_features, everyone.gather(text_features)) / self.temp
+            text_to_image = similarities(everyone.gather(image_features), text_features).T / self.temp
+            losses = [
+                contrastive_loss(sims, positive, LABEL_SMOOTHING) for sims in (image_to_text, text_to_image)
+            ]
+        return sum(losses) / 2, image_to_text, text_to_image, positive
+
+    def _matching_loss(
+        self,
+        tokens: Tensor,
+        visual: list[Tensor | None],
+        ids: Tensor,
+        negative_images: tuple[Tensor, Tensor],
+        negative_texts: tuple[Tensor, Tensor],
+        everyone: Everyone,
+    ) -> Tensor:
+        """Telling right pairs from those with a similar picture, and from those with a similar text.
+
+        Args:
+            tokens: of the encoder, [B, N, C_vision].
+            visual: what the Q-Former reads of them.
+            negative_images, negative_texts: of `hard_negatives`, one for each text and picture.
+        """
+        wide = F.pad(ids, (0, self.tokenizer.max_txt_len - ids.shape[1]), value=self.tokenizer.pad)
+        length = ids.shape[1] if everyone.is_alone else wide.shape[1]
+        other_ids = everyone.gather(wide)[negative_texts[0]]
+        other_visual = self._visual_of(negative_images[0], tokens, visual, everyone)
+        logits = self._matching_logits(
+            torch.cat([wide, wide, other_ids])[:, :length],
+            [
+                None if own is None else torch.cat([own, other, own])
+                for own, other in zip(visual, other_visual, strict=True)
+            ],
+        )
+        right = torch.ones_like(negative_images[0])
+        wrong = [torch.where(found, 0, UNKNOWN) for _, found in (negative_images, negative_texts)]
+        return F.cross_entropy(logits, torch.cat([right, *wrong]), ignore_index=UNKNOWN)
+
+    def _visual_of(
+        self, chosen: Tensor, tokens: Tensor, visual: list[Tensor | None], everyone: Everyone
+    ) -> list[Tensor | None]:
+        """What the Q-Former reads of chosen pictures of everyone's, [B]."""
+        if everyone.is_alone:
+            return [None if own is None else own[chosen] for own in visual]
+        # the encoder's own tokens travel: where it is frozen they need no gradient and have half the bytes
+        return self.connector.keys_values(self._normed(everyone.gather(tokens)[chosen]))
+
+    def _writing_loss(self, ids: Tensor, past: list[Tensor]) -> Tensor:
+        """The mean next-token loss of the texts behind the queries; padding does not count.
+
+        Args:
+            ids: [B, L], on the CPU.
+            past: keys and values of the queries.
+        """
+        # where a label is was found on the CPU: indexing with it on a GPU then waits for nothing
+        rows, columns = (ids[:, 1:] != self.tokenizer.pad).nonzero(as_tuple=True)
+        targets = ids[rows, columns + 1].to(self.device)
+        ids = torch.cat([torch.full_like(ids[:, :1], self.tokenizer.begin), ids[:, 1:-1]], dim=1)
+        hidden, _ = write(self.connector, self.text, ids.to(self.device), past)
+        logits = self.text.logits(hidden[rows.to(self.device), columns.to(self.device)])
+        return F.cross_entropy(logits.float(), targets, label_smoothing=LABEL_SMOOTHING)
+
+    # ---- use ----
+
+    @torch.no_grad()
+    def generate(
+        self,
+        samples: dict[str, Any],
+        num_beams: int = 5,
+        max_length: int = 30,
+        min_length: int = 1,
+        top_p: float = 0.9,
+        use_nucleus_sampling: bool = False,
+        repetition_penalty: float = 1.0,
+        length_penalty: float = 1.0,
+        num_captions: int = 1,
+        temperature: float = 1.0,
+    ) -> list[str]:
+        """Captions by the Q-Former's own head.
+
+        Args:
+            samples: ``image`` [B, 3, H, W]; optionally ``prompt``, the same for all pictures.
+            num_beams, max_length, ...: as in `evlgen.models.vlm.VLM.generate`.
+
+        Returns:
+            B x num_captions texts, those of one picture in a row, without the prompt.
+
+        Raises:
+            ConfigError: options out of range; more tokens than there are positions; several prompts.
+        """
+        options = Decoding(
+            num_beams,
+            max_length,
+            min_length,
+            top_p,
+            use_nucleus_sampling,
+            repetition_penalty,
+            length_penalty,
+            num_captions,
+            temperature,
+        )
+        start = self.tokenizer.to_write_after(_one_prompt(samples)).to(self.device)
+        known = self.text.positions.num_embeddings
+        if start.shape[1] + max_length > known:
+            raise ConfigError(
+                f"text takes {start.shape[1] + max_length} positions, and BLIP-2's first stage has {known}. "
+                "Lower max_length (run.max_len)."
+            )
+        tokens = self._tokens(samples)
+        _, past = self.connector.read(self.connector.keys_values(self._normed(tokens)), len(tokens))
+        start = start.expand(len(tokens), -1)
+        ends = self.tokenizer.end, self.tokenizer.pad
+        return self.tokenizer.decode(generate(self.connector, self.text, past, start, options, *ends))
+
+    @torch.no_grad()
+    def extract_features(
+        self, samples: dict[str, Any], mode: Literal["image", "text", "multimodal"] = "multimodal"
+    ) -> dict[str, Tensor]:
+        """Features under LAVIS's names.
+
+        Args:
+            samples: ``image`` [B, 3, H, W], ``text_input`` list[str]; of one mode only its own.
+
+        Returns:
+            ``image``: ``image_embeds`` [B, M, C] and ``image_embeds_proj`` [B, M, embed_dim], of length 1;
+            ``text``: ``text_embeds`` [B, L, C] and ``text_embeds_proj`` [B, L, embed_dim];
+            ``multimodal``: ``multimodal_embeds`` [B, M, C].
+        """
+        if mode == "text":
+            hidden = self._read_text(self._ids(samples))
+            return {"text_embeds": hidden, "text_embeds_proj": self._features(self.text_proj(hidden))}
+        if mode not in ("image", "multimodal"):
+            raise ConfigError(f"mode '{mode}' of features is none of image, text, multimodal.")
+        visual = self._visual(samples)
+        if mode == "image":
+            queries, _ = self.connector.read(visual, _batch(visual))
+            return {
+                "image_embeds": queries,
+                "image_embeds_proj": self._features(self.vision_proj(queries)),
+            }
+        ids = self._ids(samples)
+        return {"multimodal_embeds": read_both(self.connector, self.text, ids, self._is_text(ids), visual)}
+
+    @torch.no_grad()
+    def match(self, samples: dict[str, Any], head: Literal["itm", "itc"] = "itm") -> Tensor:
+        """How well each picture and its text fit.
+
+        Args:
+            samples: ``image`` [B, 3, H, W], ``text_input`` list[str].
+            head: ``itm``: logits of *does not fit* and *fits*, [B, 2]; ``itc``: the cosine of their features,
+                [B, 1].
+        """
+        if head not in ("itm", "itc"):
+            raise ConfigError(f"head '{head}' for matching is none of itm, itc.")
+        visual, ids = self._visual(samples), self._ids(samples)
+        if head == "itm":
+            return self._matching_logits(ids, visual)
+        queries, _ = self.connector.read(visual, len(ids))
+        image, text = self._features(self.vision_proj(queries)), self._text_features(ids)
+        return (image @ text[:, :, None]).amax(1)  # [B, M, E] by [B, E, 1]
+
+    # ---- parts ----
+
+    def encode(self, image: Tensor) -> Tensor:
+        """The encoder's own tokens of pictures [B, 3, H, W], in the type its weights are kept in: [B, N,
+        C_vision].
+
+        Raises:
+            ConfigError: clips.
+        """
+        if image.ndim != 4:
+            raise ConfigError("BLIP-2's first stage is a model of pictures, and a clip was given to it.")
+        pixels = image.to(self.device, next(self.vision.parameters()).dtype)
+        if not self.freezes_vision:
+            return self.vision(pixels)
+        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+            return self.vision(pixels)
+
+    def _tokens(self, samples: dict[str, Any]) -> Tensor:
+        tokens = samples.get("visual_tokens")
+        return self.encode(samples["image"]) if tokens is None else tokens.to(self.device)
+
+    def _normed(self, tokens: Tensor) -> Tensor:
+        return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
+
+    def _visual(self, samples: dict[str, Any]) -> list[Tensor | None]:
+        return self.connector.keys_values(self._normed(self._tokens(samples)))
+
+    def _ids(self, samples: dict[str, Any]) -> Tensor:
+        texts = samples["text_input"]
+        return self.tokenizer([texts] if isinstance(texts, str) else texts).to(self.device)
+
+    def _is_text(self, ids: Tensor) -> Tensor:
+        return ids != self.tokenizer.pad
+
+    def _read_text(self, ids: Tensor) -> Tensor:
+        return read_text(self.connector, self.text, ids, self._is_text(ids))
+
+    def _text_features(self, ids: Tensor) -> Tensor:
+        """[B, L] -> [B, embed_dim], of the first token, of length 1."""
+        return self._features(self.text_proj(self._read_text(ids)[:, 0]))
+
+    @staticmethod
+    def _features(x: Tensor) -> Tensor:
+        return F.normalize(x.float(), dim=-1)
+
+    def _matching_logits(self, ids: Tensor, visual: list[Tensor | None]) -> Tensor:
+        """[B, 2]: the mean of what the queries say."""
+        queries = read_both(self.connector, self.text, ids, self._is_text(ids), visual)
+        return self.itm_head(queries).float().mean(1)
+
+    def _picture_keys(self, samples: dict[str, Any], everyone: Everyone) -> Tensor:
+        if "image_id" in samples:
+            return picture_keys(samples["image_id"], self.device)
+        own = len(samples["text_input"])
+        return torch.arange(everyone.offset, everyone.offset + own, device=self.device)
+
+
+def _batch(visual: list[Tensor | None]) -> int:
+    return len(next(v for v in visual if v is not None))
+
+
+def _one_prompt(samples: dict[str, Any]) -> str:
+    prompts = samples.get("prompt") or ""
+    prompts = {prompts} if isinstance(prompts, str) else set(prompts)
+    if len(prompts) != 1:
+        raise ConfigError("BLIP-2's first stage writes after one prompt for all pictures of a batch.")
+    return prompts.pop()
