@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from evlgen.common.errors import did_you_mean
 from evlgen.common.schema import (
@@ -15,9 +15,6 @@ from evlgen.common.schema import (
     Registered,
     Share,
 )
-
-# Keys of LAVIS's run section that the launcher decides here; accepted and left out with a warning.
-LAVIS_IGNORED = ("device", "distributed", "dist_url", "world_size")
 
 
 @dataclass
@@ -188,19 +185,3 @@ class RunConfig:
         if self.seconds_per_inner_epoch and not self.max_seconds:
             return [("seconds_per_inner_epoch", "it divides max_seconds, which is not set")]
         return []
-
-
-def translate_lavis_keys(section: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A run section with LAVIS's own keys in this project's words, and those that mean nothing here.
-
-    ``amp: true`` is ``precision: auto`` and ``amp: false`` is ``fp32``, unless ``precision`` is given too;
-    ``resume_ckpt_path`` is ``resume``.
-    """
-    out = {key: value for key, value in section.items() if key not in LAVIS_IGNORED}
-    if isinstance(out.get("amp"), bool):
-        precision = "auto" if out.pop("amp") else "fp32"
-        out.setdefault("precision", precision)
-    if "resume_ckpt_path" in out:
-        resume = out.pop("resume_ckpt_path")
-        out.setdefault("resume", resume)
-    return out, [key for key in section if key in LAVIS_IGNORED]

@@ -2,5 +2,6 @@
 
 from evlgen.tasks.base_task import BaseTask
 from evlgen.tasks.captioning import CaptioningTask
+from evlgen.tasks.pretrain import ImageTextPretrainTask
 
-__all__ = ["BaseTask", "CaptioningTask"]
+__all__ = ["BaseTask", "CaptioningTask", "ImageTextPretrainTask"]

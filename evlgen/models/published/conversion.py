@@ -1,0 +1,149 @@
+"""Checkpoints from one layout to the other, file to folder and back. No model is built."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from torch import Tensor
+
+from evlgen.common.checkpoints import CONFIG_FILE, WEIGHTS_FILE, is_checkpoint, write_folder
+from evlgen.common.config import find_config, load_model_layers
+from evlgen.common.errors import CheckpointError
+from evlgen.common.io import atomic_file, make_readable, resolve, write_atomically
+from evlgen.common.layers import Layer, display, options_layer, read_layer
+from evlgen.common.registry import registry
+from evlgen.common.weights import read_pickle, read_weights
+from evlgen.common.yaml_io import dump_yaml
+from evlgen.models.published.checkpoints import (
+    PROJECTIONS,
+    is_published,
+    to_own_names,
+    to_published_names,
+)
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    layout: str,
+    cfg_path: str | None = None,
+    options: Sequence[str] = (),
+    force: bool = False,
+) -> str:
+    """Writes a checkpoint in the other layout. Weights alone: no optimizer's state.
+
+    Args:
+        source: a published ``.pth``, or a folder with ``model.safetensors`` and ``config.yaml``, a run's
+            checkpoint too.
+        target: the folder or the ``.pth``.
+        layout: of the target, ``own`` or ``published``.
+        cfg_path: YAML file with the model section; None: the one that comes with the source.
+        options: ``key=value``, over that section.
+        force: whether an existing target of the same kind is replaced.
+
+    Returns:
+        A line that says what was written.
+
+    Raises:
+        CheckpointError: the source is damaged, refused, in that layout already, or of another model than the
+            config; the target exists or cannot be written.
+        ConfigError: problems in the model section.
+    """
+    source = Path(resolve(source))
+    target = Path(os.path.expanduser(target)).absolute()
+    _check_target(target, layout, force)
+    state = read_weights(source)
+    if is_published(state) == (layout == "published"):
+        raise CheckpointError(f"{source} has {layout} names already, such as {next(iter(state))}.")
+    layer = read_layer(find_config(cfg_path)) if cfg_path is not None else _layer_of(source)
+    section = OmegaConf.to_container(load_model_layers([layer, options_layer(options)]), resolve=True)
+    section["checkpoint"] = None
+    try:
+        number = (_write_own if layout == "own" else _write_published)(state, section, source, target)
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}.") from error
+    return f"{target}: {number} weights of {section['arch']}, from {source}"
+
+
+def _write_own(state: dict[str, Tensor], section: dict[str, Any], source: Path, target: Path) -> int:
+    state = {name: value.contiguous() for name, value in to_own_names(state).items()}
+    _check_sizes(state, section, source)
+
+    def write(folder: Path) -> None:
+        save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        make_readable(folder / WEIGHTS_FILE)
+        write_atomically(folder / CONFIG_FILE, dump_yaml({"model": section}))
+
+    write_folder(target, write)
+    return len(state)
+
+
+def _write_published(state: dict[str, Tensor], section: dict[str, Any], source: Path, target: Path) -> int:
+    _check_sizes(state, section, source)
+    if (section.get("vision") or {}).get("name") == "clip_L" and any(k.startswith("vision.") for k in state):
+        raise CheckpointError(f"{source} holds weights of clip_L, whose published names are not written.")
+    # clones, since a piece of a joined matrix would bring all of it along
+    published = {
+        name: value.clone() for name, value in to_published_names(state, _projection(section)).items()
+    }
+    with atomic_file(target, "wb") as file:
+        torch.save({"model": published, "config": {"model": section}}, file)
+    return len(published)
+
+
+def _check_target(target: Path, layout: str, force: bool) -> None:
+    if not os.path.lexists(target):
+        return
+    if not force:
+        raise CheckpointError(f"{target} exists. Name another place, or replace it with --force.")
+    if not (is_checkpoint(target) if layout == "own" else target.is_file()):
+        kind = "folder of a checkpoint" if layout == "own" else "file"
+        raise CheckpointError(f"{target} exists and is no {kind}: --force does not replace it.")
+
+
+def _layer_of(source: Path) -> Layer:
+    """What a checkpoint says of its model: a folder in its ``config.yaml``, a published file in its entry
+    ``config``, which LAVIS's runners write."""
+    if (source / CONFIG_FILE).is_file():
+        return read_layer(source / CONFIG_FILE)
+    content = read_pickle(source) if source.is_file() and source.suffix != ".safetensors" else None
+    config = content.get("config") if isinstance(content, Mapping) else None
+    if not isinstance(config, Mapping) or not isinstance(config.get("model"), Mapping):
+        raise CheckpointError(f"{source} does not say of what model it is. Name a YAML file in --cfg-path.")
+    return Layer(display(source.absolute()), {"model": dict(config["model"])})
+
+
+def _check_sizes(state: Mapping[str, Tensor], section: Mapping[str, Any], source: Path) -> None:
+    """Raises `CheckpointError` where the config's connector is another one than that of the weights, as far
+    as can be told without the language model."""
+    connector = section["connector"]
+    norm = state.get("connector.input_norm.weight")
+    found = {
+        "num_layers": len({key.split(".")[2] for key in state if key.startswith("connector.layers.")}),
+        "hidden_size": 0 if norm is None else len(norm),
+    }
+    for key, size in found.items():
+        if size and connector.get(key) not in (None, size):
+            raise CheckpointError(
+                f"{source} holds a connector of {key} {size}, and the config says {connector[key]}. Name the "
+                "right YAML file in --cfg-path."
+            )
+
+
+def _projection(section: Mapping[str, Any]) -> str:
+    """The published name of the projection to the language model; it has none in a first stage."""
+    cls = registry.get_model_class(section["arch"])
+    if not hasattr(cls, "LANGUAGE_MODEL"):
+        return PROJECTIONS["opt"]
+    kind = (section.get("language") or {}).get("kind") or cls.LANGUAGE_MODEL
+    if kind not in PROJECTIONS:
+        raise CheckpointError(
+            f"published checkpoints are of the language models {', '.join(PROJECTIONS)}, not of '{kind}'."
+        )
+    return PROJECTIONS[kind]

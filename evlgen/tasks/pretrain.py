@@ -1,0 +1,28 @@
+"""Pretraining on pictures and their texts: what is learned is the model's own loss, and nothing is scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from evlgen.common.registry import registry
+from evlgen.models.base_model import BaseModel
+from evlgen.tasks.base_task import BaseTask
+
+
+@registry.register_task("image_text_pretrain")
+class ImageTextPretrainTask(BaseTask):
+    """Trains and scores nothing, as in LAVIS (`lavis/tasks/image_text_pretrain.py`). Without
+    ``run.valid_splits`` there is no validation; `CaptioningTask` is the task that has one."""
+
+    def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]:
+        """No results."""
+        return []
+
+    def after_evaluation(
+        self, results: list[dict[str, Any]], dataset: Dataset, split: str, folder: Path
+    ) -> dict[str, float]:
+        """No metrics."""
+        return {}
