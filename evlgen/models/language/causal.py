@@ -165,7 +165,7 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         if padding_side == "left":
             starts = starts + (mask == 0).sum(1)
         device = soft_prompts.device
-        embeds = self.model.get_input_embeddings()(ids.to(device))
+        embeds = self._embed_words(ids.to(device))
         rows = torch.arange(batch)[:, None].expand(-1, num_soft).to(device)  # [B, M]
         columns = (starts[:, None] + torch.arange(num_soft)).to(device)  # [B, M]
         return embeds.index_put((rows, columns), soft_prompts.to(embeds.dtype)), mask

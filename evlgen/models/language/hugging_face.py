@@ -93,13 +93,15 @@ class HuggingFaceLanguageModel(LanguageModel):
     def embedding_rms(self) -> float:
         """Root mean square of the word embeddings' entries, as the model adds soft prompts to them: Gemma's
         embedding layer, for one, multiplies what it looks up."""
-        embeddings = self.model.get_input_embeddings()
-        size, device = embeddings.weight.shape[0], embeddings.weight.device
+        weight = self.model.get_input_embeddings().weight
         squares = 0.0
-        for start in range(0, size, _EMBEDDED_AT_ONCE):
-            ids = torch.arange(start, min(start + _EMBEDDED_AT_ONCE, size), device=device)
-            squares += embeddings(ids).float().square().sum().item()
-        return (squares / (size * embeddings.embedding_dim)) ** 0.5
+        for ids in torch.arange(len(weight), device=weight.device).split(_EMBEDDED_AT_ONCE):
+            squares += self._embed_words(ids).float().square().sum().item()
+        return (squares / weight.numel()) ** 0.5
+
+    def _embed_words(self, ids: Tensor) -> Tensor:
+        """Token ids [...] -> what the model takes as ``inputs_embeds`` in their place, [..., C]."""
+        return self.model.get_input_embeddings()(ids)
 
     def _prepare_tokenizer(self, folder: Path) -> None:
         """Checks or completes the tokenizer, before the weights are read."""

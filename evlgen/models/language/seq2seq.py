@@ -79,8 +79,13 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
         mask = torch.cat([mask.new_ones(soft_prompts.shape[:2]), mask], dim=1)
         self._check_length(mask.shape[1], "model.max_txt_len")
         ids = pad_sequence(ids, True, self.pad_token_id).to(soft_prompts.device)  # [B, L]
-        embeds = self.model.get_input_embeddings()(ids)
+        embeds = self._embed_words(ids)
         return torch.cat([soft_prompts.to(embeds.dtype), embeds], dim=1), mask
+
+    def _embed_words(self, ids: Tensor) -> Tensor:
+        # Marian and others scale in the encoder what they look up, and nothing that is given to them
+        scale = getattr(self.model.get_encoder(), "embed_scale", 1.0)
+        return super()._embed_words(ids) * scale
 
     def _with_ends(self, text: str, max_tokens: int) -> list[int]:
         return self.tokenizer(text, truncation=True, max_length=max_tokens).input_ids

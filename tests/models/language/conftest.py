@@ -101,6 +101,11 @@ def write_model(folder, family: str, vocab_size: int, **changes) -> None:
 
 
 @pytest.fixture(scope="session")
+def tokenizer_of():
+    return bpe_tokenizer
+
+
+@pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """Writes a random model and its tokenizer once for each set of arguments: ``model_folder("qwen3")``."""
     written = {}

@@ -1,0 +1,178 @@
+"""Encoder-decoders as readers of soft prompts: losses and texts are transformers' own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from tokenizers.processors import TemplateProcessing
+
+from evlgen.common.errors import CheckpointError, ConfigError
+from evlgen.models.language import OPTLanguageModel, Seq2SeqLanguageModel, build_language_model
+from evlgen.models.model_config import LanguageConfig, ModelConfig
+
+QUESTIONS = ["what color is the circle?", "", "how many stars are there on the hill?"]
+ANSWERS = ["red", "two blue stars and a small cat", "no"]
+SMALL = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "initializer_factor": 3.0}
+BART = {
+    **{"encoder_layers": 1, "encoder_ffn_dim": 48, "encoder_attention_heads": 4},
+    **{"decoder_layers": 1, "decoder_ffn_dim": 48, "decoder_attention_heads": 4},
+    **{"d_model": 32, "init_std": 0.3, "scale_embedding": True, "max_position_embeddings": 48},
+}
+CONFIGS = {
+    "t5": ("T5Config", {**SMALL, "tie_word_embeddings": True}),
+    "flan-t5": ("T5Config", {**SMALL, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "bart": ("BartConfig", BART),
+    "marian": ("MarianConfig", BART),
+}
+
+
+@pytest.fixture(scope="session")
+def seq2seq_folder(tmp_path_factory, tokenizer_of):
+    """Writes a random encoder-decoder whose tokenizer ends a text with </s>, as T5's does."""
+    written = {}
+
+    def write(family: str):
+        if family not in written:
+            folder = tmp_path_factory.mktemp(family)
+            tokenizer = tokenizer_of(None)
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+                single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+            )
+            tokenizer.save_pretrained(folder)
+            name, settings = CONFIGS[family]
+            ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+            config = getattr(transformers, name)(
+                **settings, **ids, vocab_size=len(tokenizer), decoder_start_token_id=tokenizer.pad_token_id
+            )
+            torch.manual_seed(0)
+            transformers.AutoModelForSeq2SeqLM.from_config(config).save_pretrained(folder)
+            written[family] = folder
+        return written[family]
+
+    return write
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(seq2seq_folder, request):
+    return Seq2SeqLanguageModel(str(seq2seq_folder(request.param)), max_txt_len=16).eval()
+
+
+def encoder_inputs(model, soft, texts):
+    """One sample at a time, without padding."""
+    for one, text in zip(soft, texts, strict=True):
+        ids = torch.tensor([model.tokenizer(text).input_ids[:16]])
+        yield torch.cat([one[None], model._embed_words(ids)], dim=1)
+
+
+@torch.no_grad()
+def test_words_reach_the_encoder_as_by_their_ids(model):
+    ids = torch.tensor([model.tokenizer(QUESTIONS[2]).input_ids])
+    encoder = model.model.get_encoder()
+    expected = encoder(input_ids=ids).last_hidden_state
+    given = encoder(inputs_embeds=model._embed_words(ids)).last_hidden_state
+    assert torch.allclose(given, expected, atol=1e-5)
+    weight = model.model.get_input_embeddings().weight
+    factor = 32**0.5 if model.model.config.model_type in ("bart", "marian") else 1.0
+    assert model.embedding_rms() == pytest.approx(factor * weight.square().mean().sqrt().item(), rel=1e-4)
+
+
+@torch.no_grad()
+def test_the_loss_is_transformers_own_over_the_output(model, soft_prompts):
+    soft = soft_prompts(model)
+    total, count = 0.0, 0
+    for embeds, text in zip(encoder_inputs(model, soft, QUESTIONS), ANSWERS, strict=True):
+        labels = model.tokenizer(text, return_tensors="pt").input_ids
+        total += model.model(inputs_embeds=embeds, labels=labels).loss.item() * labels.numel()
+        count += labels.numel()
+    loss, tokens = model.loss(soft, QUESTIONS, ANSWERS)
+    assert tokens == count and loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(total / count, rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_caption_is_what_the_decoder_learns(seq2seq_folder, soft_prompts):
+    model = Seq2SeqLanguageModel(str(seq2seq_folder("t5")), prompt="a photo of").eval()
+    soft = soft_prompts(model)
+    expected = model.loss(soft, ["a photo of"] * 3, ANSWERS)[0]
+    assert torch.equal(model.loss(soft, ANSWERS)[0], expected)
+    assert torch.equal(model.loss(soft, [f"a photo of {text}" for text in ANSWERS])[0], expected)
+    plain = Seq2SeqLanguageModel(str(seq2seq_folder("t5"))).eval()
+    assert torch.equal(plain.loss(soft, ANSWERS)[0], plain.loss(soft, [""] * 3, ANSWERS)[0])
+
+
+def test_gradients_reach_every_soft_prompt(model, soft_prompts):
+    soft = soft_prompts(model).requires_grad_()
+    model.loss(soft, QUESTIONS, ANSWERS)[0].backward()
+    assert (soft.grad.abs().amax(2) > 0).all()
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 1}, {"num_beams": 4}, {"num_beams": 3, "min_length": 5}])
+@torch.no_grad()
+def test_texts_are_those_transformers_gives_each_alone(model, soft_prompts, options):
+    soft = soft_prompts(model)
+    texts = model.generate(soft, QUESTIONS, max_length=8, **options)
+    expected = [
+        model.model.generate(
+            inputs_embeds=embeds,
+            max_new_tokens=8,
+            min_new_tokens=options.get("min_length", 1),
+            num_beams=options["num_beams"],
+            do_sample=False,
+        )
+        for embeds in encoder_inputs(model, soft, QUESTIONS)
+    ]
+    assert texts == [model.tokenizer.decode(ids[0], skip_special_tokens=True).strip() for ids in expected]
+
+
+@torch.no_grad()
+def test_texts_differ_with_pictures_and_questions(seq2seq_folder, soft_prompts):
+    model = Seq2SeqLanguageModel(str(seq2seq_folder("flan-t5"))).eval()
+    soft = soft_prompts(model)
+    assert len(set(model.generate(soft, [""] * 3, num_beams=1, max_length=6))) > 1
+    assert len(set(model.generate(soft[:1].expand(3, -1, -1), QUESTIONS, num_beams=1, max_length=6))) > 1
+
+
+@torch.no_grad()
+def test_sampling_and_several_captions(model, soft_prompts):
+    soft = soft_prompts(model)
+    torch.manual_seed(0)
+    first = model.generate(soft, QUESTIONS, use_nucleus_sampling=True, num_captions=3, max_length=5)
+    torch.manual_seed(0)
+    assert first == model.generate(soft, QUESTIONS, use_nucleus_sampling=True, num_captions=3, max_length=5)
+    assert len(first) == 9
+    assert len(model.generate(soft, QUESTIONS, num_beams=4, num_captions=2, max_length=5)) == 6
+
+
+@torch.no_grad()
+def test_long_texts_are_cut_before_their_end_token(seq2seq_folder):
+    model = Seq2SeqLanguageModel(str(seq2seq_folder("t5")), max_txt_len=6, max_output_txt_len=4)
+    ids = model._with_ends("how many stars are there on the hill?", 4)
+    assert len(ids) == 4 and ids[-1] == model.tokenizer.eos_token_id
+
+
+@torch.no_grad()
+def test_positions_are_limited_where_the_model_has_a_table(seq2seq_folder, soft_prompts):
+    model = Seq2SeqLanguageModel(str(seq2seq_folder("bart")), max_txt_len=100)
+    with pytest.raises(ConfigError, match="the language model has 48. Lower model.max_txt_len"):
+        model.loss(soft_prompts(model), ["a red circle " * 30] * 3, ANSWERS)
+    with pytest.raises(ConfigError, match="the language model has 48. Lower max_length"):
+        model.generate(soft_prompts(model), QUESTIONS, max_length=50)
+
+
+def test_bf16_weights(seq2seq_folder, soft_prompts):
+    cfg = ModelConfig("blip2_t5", language=LanguageConfig(str(seq2seq_folder("flan-t5")), precision="bf16"))
+    model = build_language_model(cfg, "opt")
+    assert type(model) is Seq2SeqLanguageModel and model.dtype == torch.bfloat16
+    exact = Seq2SeqLanguageModel(str(seq2seq_folder("flan-t5")))
+    soft = soft_prompts(exact)
+    loss = model.loss(soft, QUESTIONS, ANSWERS)[0]
+    assert loss.item() == pytest.approx(exact.loss(soft, QUESTIONS, ANSWERS)[0].item(), rel=0.05)
+
+
+def test_what_does_not_fit_is_named(seq2seq_folder):
+    folder = str(seq2seq_folder("t5"))
+    with pytest.raises(CheckpointError, match="is a t5 model, which model.language.kind 'opt' does not read"):
+        OPTLanguageModel(folder)
+    with pytest.raises(ConfigError, match="kind 'seq2seq' has no place for one"):
+        Seq2SeqLanguageModel(folder, chat_template=True)
