@@ -22,7 +22,7 @@ from evlgen.visualization.sheet import Row, draw_sheet, write_on
 Picture: TypeAlias = "Image.Image | str | PathLike | Sequence[Image.Image]"
 
 _PATCH = 28  # pixels of a patch in the drawing at least, where the columns are few
-_MOST_WIDTH = 4000  # of a sheet's pictures together, before patches are drawn smaller than that
+_MOST_WIDTH = 6000  # of a sheet's pictures together, before patches are drawn smaller than that
 
 
 def draw_merging(
@@ -75,7 +75,9 @@ def draw_found(found: Mapping[str, Sequence[Sequence[Merging]]], names: Sequence
     mergings = [merging for clips in found.values() for clip in clips for merging in clip]
     columns = {tuple((stage.name, stage.num_tokens) for stage in m.stages) for m in mergings}
     if len(columns) > 1:
-        raise ConfigError("these models merge in other layers or to other numbers of tokens: draw each alone.")
+        raise ConfigError(
+            "these models merge in other layers or to other numbers of tokens: draw each alone."
+        )
     scale = _scale(mergings[0])
     rows = []
     for i, name in enumerate(names):
@@ -85,7 +87,7 @@ def draw_found(found: Mapping[str, Sequence[Sequence[Merging]]], names: Sequence
 
 
 def untrained(model: BaseModel, seed: int) -> BaseModel:
-    """The same configuration without its checkpoint: what a training run with this seed starts from.
+    """The same configuration without its checkpoint: what training from scratch with this seed starts from.
 
     Raises:
         ConfigError: the model has no checkpoint, so it is that already.
@@ -133,7 +135,7 @@ def _panels(merging: Merging, scale: int) -> list[list[np.ndarray]]:
 def _drawn(merging: Merging, stage: Stage, scale: int) -> np.ndarray:
     """[F, H * scale, W * scale, 3]."""
     patch = merging.pictures.shape[1] * scale // stage.groups.shape[1]
-    width = max(1, round(patch / 14))
+    width = max(1, round(patch / 11))
     if merging.spans_frames:
         drawn = draw_regions(merging.pictures, stage.groups, scale, width)
     else:  # a region has one colour in each frame: what it looks like there
@@ -155,7 +157,7 @@ def _with_names(panel: np.ndarray, merging: Merging, stage: Stage, frame: int, p
 
 
 def _headings(mergings: Sequence[Merging]) -> list[list[str]]:
-    """For each column its name, its number of tokens, and what kinds of tokens, where that is common to all."""
+    """For each column its name, its number of tokens, and their kinds, where these are common to all rows."""
     headings = []
     last = len(mergings[0].stages) - 1
     for i, stage in enumerate(mergings[0].stages):

@@ -66,8 +66,8 @@ def find_merging(
             merging, the soft prompts, is always there.
 
     Raises:
-        ConfigError: the connector does not merge, there is no such layer, the visual tokens lie on no grid, or
-            a clip is given to a model of images.
+        ConfigError: the connector does not merge, there is no such layer, the visual tokens lie on no grid,
+            or a clip is given to a model of images.
     """
     connector = _merging_connector(model)
     pixels = _pixels(model, frames)  # [F, 3, H, W]
@@ -85,7 +85,9 @@ def find_merging(
     maps = _behind_encoder(model.vision, maps, num_copies=len(frames) if spans_frames else 1)
     rows, columns = _grid(model.vision, maps[0][1].shape[1] // (len(frames) if spans_frames else 1))
     stages = (_stage(name, found[0], len(frames), (rows, columns), spans_frames) for name, found in maps)
-    return Merging(_as_seen(pixels, model.vision), tuple(stages), spans_frames, _has_class_token(model.vision))
+    return Merging(
+        _as_seen(pixels, model.vision), tuple(stages), spans_frames, _has_class_token(model.vision)
+    )
 
 
 def merging_connectors() -> list[str]:
@@ -106,8 +108,8 @@ def layer_numbers(layers: str | Sequence[int], num_layers: int) -> list[int]:
     wrong = [p for p in parts if not (p.isascii() and p.isdigit() and 1 <= int(p) <= num_layers)]
     if wrong:
         raise ConfigError(
-            f"layers: '{wrong[0]}' is no layer of this connector, which merges in {num_layers}. Name all, last, "
-            f"or numbers of 1 to {num_layers}, such as {','.join(map(str, sorted({1, num_layers})))}."
+            f"layers: '{wrong[0]}' is no layer of this connector, which merges in {num_layers}. Name all, "
+            f"last, or numbers of 1 to {num_layers}, such as {','.join(map(str, sorted({1, num_layers})))}."
         )
     return sorted({*map(int, parts), num_layers})
 
@@ -164,9 +166,7 @@ def _connector_maps(details: dict[str, Any], layers: str | Sequence[int]) -> lis
     return [(f"layer {number}", maps[number - 1]) for number in layer_numbers(layers, len(maps))]
 
 
-def _behind_encoder(
-    vision: Any, maps: list[tuple[str, Tensor]], num_copies: int
-) -> list[tuple[str, Tensor]]:
+def _behind_encoder(vision: Any, maps: list[tuple[str, Tensor]], num_copies: int) -> list[tuple[str, Tensor]]:
     """The maps seen from the encoder's first tokens, where the encoder itself merged some.
 
     Args:
@@ -179,8 +179,9 @@ def _behind_encoder(
     num_out = maps[0][1].shape[1] // num_copies
     if len(inner) != num_copies or int(inner.max()) >= num_out:
         raise ConfigError(
-            "model.vision.tome_r merges other tokens in every frame, and model.vision.temporal means over the "
-            "frames: no region is one token. Set model.vision.temporal: {form: concat}, or model.vision.tome_r: 0."
+            "model.vision.tome_r merges other tokens in every frame, and model.vision.temporal means over "
+            "the frames: no region is one token. Set model.vision.temporal: {form: concat}, or "
+            "model.vision.tome_r: 0."
         )
     offsets = torch.arange(num_copies, device=inner.device).unsqueeze(1) * num_out
     inner = (inner + offsets).view(1, -1)
@@ -198,8 +199,8 @@ def _grid(vision: Any, num_tokens: int) -> tuple[int, int]:
     side = math.isqrt(max(patches, 0))
     if side * side != patches or not patches:
         raise ConfigError(
-            f"model.vision: its {num_tokens} tokens, {vision.num_prefix_tokens} of them before the patches, lie on "
-            "no square grid, so where they are in the picture is not known."
+            f"model.vision: its {num_tokens} tokens, {vision.num_prefix_tokens} of them before the patches, "
+            "lie on no square grid, so where they are in the picture is not known."
         )
     return side, side
 

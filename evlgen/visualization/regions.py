@@ -1,8 +1,9 @@
 """Regions of a picture: patches that became one token, filled with their mean colour and outlined.
 
 The manner is that of figure 4 of Bolya et al., *Token Merging: Your ViT but Faster*, ICLR 2023 (arXiv
-2210.09461). Patches of one region need not be neighbours: what ties them together is their fill and the colour
-of their outline. Pure functions on arrays; nothing here knows a model.
+2210.09461). Patches of one region need not be neighbours: what ties them together is their fill and the
+colour of their outline. Patches that are alone have a faint outline without a colour, so that the others
+stand out. Pure functions on arrays; nothing here knows a model.
 """
 
 from __future__ import annotations
@@ -11,11 +12,16 @@ import colorsys
 
 import numpy as np
 
-LEAST_CONTRAST = 3.0  # of an outline and its fill; WCAG 2.1, 1.4.11: what graphics need to be seen
+# How far an outline is from its fill at least: in colour, and in lightness, for eyes that see few colours.
+LEAST_DISTANCE, LEAST_CONTRAST = 45.0, 1.45
+FAINT_CONTRAST = 1.4  # of the outline of a patch that is alone
 _LIGHTNESS = (0.5, 0.6, 0.4, 0.7, 0.3, 0.8, 0.2, 0.9, 0.1, 1.0, 0.0)  # the most colourful first
-# Steps of hue from row to row and from column to column: 1/p and 1/p**2 of the plastic number p, whose multiples
-# fill a square evenly (Roberts, 2018, the R2 sequence), so that no two patches near each other look alike.
+# Steps of hue from row to row and from column to column: 1/p and 1/p**2 of the plastic number p, whose
+# multiples fill a square evenly (Roberts, 2018, the R2 sequence), so that patches near each other differ.
 _HUE_STEPS = np.array([0.7548776662466927, 0.5698402909980532])
+# Red, orange, yellow, green, cyan, azure, blue, violet, magenta, rose, red: steps that look alike in size.
+_HUES = (0.0, 0.083, 0.15, 0.33, 0.5, 0.58, 0.667, 0.76, 0.84, 0.92, 1.0)
+_TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 
 
 def draw_regions(pictures: np.ndarray, groups: np.ndarray, scale: int = 1, width: int = 1) -> np.ndarray:
@@ -23,10 +29,10 @@ def draw_regions(pictures: np.ndarray, groups: np.ndarray, scale: int = 1, width
 
     Args:
         pictures: [..., H, W, 3] uint8, RGB; leading dimensions are frames whose regions are common.
-        groups: [..., h, w] integers: patches with the same number are one region, in all frames. The grid lies
-            evenly over the picture.
+        groups: [..., h, w] integers: patches with the same number are one region, in all frames. The grid
+            lies evenly over the picture.
         scale: how many times larger the drawing is.
-        width: of the outlines, in pixels of the drawing.
+        width: of the outlines, in pixels of the drawing; half of it around patches that are alone.
 
     Returns:
         [..., H * scale, W * scale, 3] uint8.
@@ -34,9 +40,11 @@ def draw_regions(pictures: np.ndarray, groups: np.ndarray, scale: int = 1, width
     regions, first = _numbered(groups)
     size = pictures.shape[-3:-1]
     fills = _mean_colours(pictures, _stretched(regions, size))
-    lines = outline_colours(fills, first, groups.shape[-2:])
+    is_alone = np.bincount(regions.ravel()) == 1
+    lines = outline_colours(fills, first, groups.shape[-2:], is_alone)
     large = _stretched(regions, (size[0] * scale, size[1] * scale))
-    return np.where(_is_border(large, width)[..., None], lines[large], fills[large])
+    wide, narrow = _is_border(large, width), _is_border(large, max(1, width // 2))
+    return np.where(np.where(is_alone[large], narrow, wide)[..., None], lines[large], fills[large])
 
 
 def mean_colours(pictures: np.ndarray, groups: np.ndarray) -> dict[int, tuple[int, int, int]]:
@@ -46,7 +54,9 @@ def mean_colours(pictures: np.ndarray, groups: np.ndarray) -> dict[int, tuple[in
     return dict(zip(np.unique(groups).tolist(), map(tuple, colours.tolist()), strict=True))
 
 
-def outline_colours(fills: np.ndarray, first: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+def outline_colours(
+    fills: np.ndarray, first: np.ndarray, grid: tuple[int, int], is_alone: np.ndarray
+) -> np.ndarray:
     """A colour for each region's outline that is seen on its fill: [R, 3] uint8.
 
     The hue follows from the place of the region's first patch, so a region that grows from one drawing to the
@@ -56,30 +66,59 @@ def outline_colours(fills: np.ndarray, first: np.ndarray, grid: tuple[int, int])
         fills: [R, 3] uint8.
         first: [R], the position in the row-major grid of each region's first patch.
         grid: rows and columns.
+        is_alone: [R], which regions are one patch: they get a shade of grey.
     """
     rows, columns = np.divmod(first % (grid[0] * grid[1]), grid[1])
-    hues = (np.stack([rows, columns], -1) @ _HUE_STEPS) % 1
-    return np.array([_seen_on(fill, hue) for fill, hue in zip(fills, hues, strict=True)], dtype=np.uint8)
+    hues = np.interp((np.stack([rows, columns], -1) @ _HUE_STEPS) % 1, np.linspace(0, 1, len(_HUES)), _HUES)
+    chosen = [
+        _shade_on(fill) if alone else _colour_on(fill, hue)
+        for fill, hue, alone in zip(fills, hues, is_alone, strict=True)
+    ]
+    return np.array(chosen, dtype=np.uint8)
 
 
 def contrast(one: np.ndarray, other: np.ndarray) -> float:
     """Contrast of two RGB colours of 0..255, from 1 to 21 (WCAG 2.1)."""
-    light, dark = sorted((_luminance(one), _luminance(other)), reverse=True)
+    light, dark = sorted((_xyz(one)[1], _xyz(other)[1]), reverse=True)
     return (light + 0.05) / (dark + 0.05)
 
 
-def _seen_on(fill: np.ndarray, hue: float) -> tuple[int, int, int]:
+def distance(one: np.ndarray, other: np.ndarray) -> float:
+    """Difference of two RGB colours of 0..255 as the eye has it (CIE 1976, in L*a*b*); black to white is
+    100."""
+    return float(np.linalg.norm(_lab(one) - _lab(other)))
+
+
+def _shade_on(fill: np.ndarray) -> tuple[int, int, int]:
+    """The fill, darker or, where it is dark, lighter."""
+    toward = 0 if _xyz(fill)[1] > 0.18 else 255  # the luminance of a middle grey
+    for share in np.linspace(0.1, 1, 19):
+        colour = np.rint(fill + (toward - fill.astype(float)) * share)
+        if contrast(colour, fill) >= FAINT_CONTRAST:
+            break
+    return tuple(colour.astype(int).tolist())
+
+
+def _colour_on(fill: np.ndarray, hue: float) -> tuple[int, int, int]:
     for lightness in _LIGHTNESS:
-        colour = tuple(round(255 * part) for part in colorsys.hls_to_rgb(hue, lightness, 1.0))
-        if contrast(np.array(colour), fill) >= LEAST_CONTRAST:
-            return colour
+        colour = np.rint(255 * np.array(colorsys.hls_to_rgb(hue, lightness, 1.0)))
+        if contrast(colour, fill) >= LEAST_CONTRAST and distance(colour, fill) >= LEAST_DISTANCE:
+            return tuple(colour.astype(int).tolist())
     raise AssertionError("white or black is seen on every colour")
 
 
-def _luminance(colour: np.ndarray) -> float:
+def _xyz(colour: np.ndarray) -> np.ndarray:
+    """An sRGB colour of 0..255 in CIE XYZ, white at 1, 1, 1 (IEC 61966-2-1); Y is its luminance."""
     share = np.asarray(colour, dtype=np.float64) / 255
-    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)  # sRGB
-    return float(linear @ (0.2126, 0.7152, 0.0722))
+    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    xyz = _TO_XYZ @ linear
+    return xyz / _TO_XYZ.sum(1)
+
+
+def _lab(colour: np.ndarray) -> np.ndarray:
+    xyz = _xyz(colour)
+    x, y, z = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
 def _numbered(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -44,7 +44,10 @@ def draw_sheet(headings: Sequence[Sequence[str]], rows: Sequence[Row], note: str
     top = gap + line * max(map(len, headings)) + gap // 2
     tops = _tops(rows, top, height, gap)
     notes = _wrapped(note, _font(text), len(headings) * (width + gap)) if note else []
-    size = (left + len(headings) * (width + gap), tops[-1] + height + gap + line * len(notes))
+    size = (
+        left + len(headings) * (width + gap),
+        tops[-1] + height + gap + (gap + line * len(notes)) * bool(notes),
+    )
     sheet = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(sheet)
     for column, lines in enumerate(headings):
@@ -54,11 +57,13 @@ def draw_sheet(headings: Sequence[Sequence[str]], rows: Sequence[Row], note: str
     for row, y in zip(rows, tops, strict=True):
         for column, panel in enumerate(row.panels):
             sheet.paste(Image.fromarray(panel), (left + column * (width + gap), y))
-        titles = [(row.title, True, INK)] * bool(row.title) + [(row.subtitle, False, FAINT)] * bool(row.subtitle)
+        titles = [(row.title, True, INK)] * bool(row.title) + [(row.subtitle, False, FAINT)] * bool(
+            row.subtitle
+        )
         for i, (words, bold, ink) in enumerate(titles):
             sheet.paste(_upward(words, _font(text, bold), ink, (line, height)), (gap // 2 + i * line, y))
     for i, words in enumerate(notes):
-        pen.text((left, tops[-1] + height + gap // 2 + line * i), words, FAINT, _font(text))
+        pen.text((left, tops[-1] + height + gap + line * i), words, FAINT, _font(text))
     return sheet
 
 

@@ -1,0 +1,61 @@
+"""``python -m evlgen visualize``."""
+
+from __future__ import annotations
+
+import argparse
+
+from evlgen.commands.arguments import add_common, add_options, positive
+
+HELP = "draw which patches of each picture become one soft prompt"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="picture or video files, or folders of pictures"
+    )
+    parser.add_argument("--cfg-path", help="project or model file; its model's merging is drawn")
+    parser.add_argument(
+        "--checkpoint",
+        help="folder of a run, of a checkpoint or of save_pretrained; with --cfg-path also a published .pth",
+    )
+    add_options(parser)
+    parser.add_argument(
+        "--layers", default="all", help="all, last, or numbers such as 1,6,12; the last is always drawn"
+    )
+    parser.add_argument(
+        "--output",
+        default="merging.png",
+        metavar="FILE|FOLDER",
+        help="a picture file for one sheet of all, or a folder for one sheet each (default: merging.png)",
+    )
+    parser.add_argument(
+        "--compare-untrained",
+        action="store_true",
+        help="below each picture, the same with a connector that has not been trained",
+    )
+    parser.add_argument("--seed", type=int, help="of the untrained one (default: the project's run.seed)")
+    parser.add_argument("--frames", type=positive, default=4, help="of each clip at most, evenly spaced")
+    add_common(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from evlgen.common.logs import quiet_libraries
+    from evlgen.common.plugins import load_plugins
+
+    load_plugins(args.plugins, None)
+    quiet_libraries()
+    from evlgen.visualization.files import visualize_files
+
+    for path in visualize_files(
+        args.images,
+        output=args.output,
+        cfg_path=args.cfg_path,
+        checkpoint=args.checkpoint,
+        options=args.options,
+        layers=args.layers,
+        compare_untrained=args.compare_untrained,
+        seed=args.seed,
+        num_frames=args.frames,
+    ):
+        print(path, flush=True)
+    return 0
