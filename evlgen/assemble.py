@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def run(cfg: Config) -> dict[str, dict[str, float]]:
+def run(cfg: Config, runner_class: type | None = None) -> dict[str, dict[str, float]]:
     """Trains (or, with ``run.evaluate``, only evaluates) what a configuration describes.
+
+    Args:
+        runner_class: in place of the registered ``run.runner``.
 
     Returns:
         split name -> metrics of the evaluated splits.
@@ -70,7 +73,7 @@ def run(cfg: Config) -> dict[str, dict[str, float]]:
         set_seed(cfg.run.seed)  # before the model draws its first weights
         model = registry.get_model_class(cfg.model.arch).from_config(cfg.model, accelerator.device)
         task = registry.get_task_class(cfg.run.task)(cfg.run)
-        runner = registry.get_runner_class(cfg.run.runner)(
+        runner = (runner_class or registry.get_runner_class(cfg.run.runner))(
             cfg.run, task, model, datasets, folder, config=cfg.to_dict(), accelerator=accelerator
         )
         scores = runner.evaluate(cfg.run.test_splits) if cfg.run.evaluate else runner.train()

@@ -1,0 +1,231 @@
+"""The figures of a report, drawn by matplotlib without a display."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from evlgen.comparison.results import mean_curve
+
+# Okabe and Ito's colours, which all kinds of sight tell apart, but for the yellow, which is faint on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_MARKERS = "osD^vPX"
+_DASHES = ("-", "--", ":")
+_GREY = "0.35"
+_STYLE = {
+    "font.size": 10.5,
+    "axes.titlesize": 11.5,
+    "axes.labelsize": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "0.9",
+    "axes.axisbelow": True,
+    "svg.fonttype": "path",
+}
+
+Report = Mapping[str, Any]
+
+
+def plotted_metrics(report: Report) -> list[str]:
+    """The one or two metrics that have curves."""
+    names = report["metrics"]
+    return [n for n in names if n in ("CIDEr", "true_captions", "accuracy")][:2] or list(names[:1])
+
+
+def quality_figure(report: Report) -> Figure | None:
+    """Each metric against seconds of training and against samples seen; None where nothing was scored."""
+    metrics = plotted_metrics(report)
+    if not metrics:
+        return None
+    with _styled():
+        figure, axes = _grid(len(metrics), 2, report)
+        for row, metric in zip(axes, metrics, strict=True):
+            for axis, over, label in zip(
+                row, ("seconds", "samples"), ("training time, s", "samples seen"), strict=True
+            ):
+                _draw_curves(axis, report, metric, over)
+                axis.set_xlabel(label)
+                axis.set_ylabel(metric)
+        return figure
+
+
+def loss_figure(report: Report) -> Figure | None:
+    """The training loss against seconds and samples; None where nothing was trained."""
+    runs = [run for c in report["configurations"] for run in c["runs"]]
+    if not any(run["loss"] for run in runs):
+        return None
+    with _styled():
+        figure, axes = _grid(1, 2, report)
+        for axis, over, label in zip(
+            axes[0], ("seconds", "samples"), ("training time, s", "samples seen"), strict=True
+        ):
+            lowest, highest = math.inf, 0.0
+            for number, configuration in enumerate(report["configurations"]):
+                for seed, run in enumerate(configuration["runs"]):
+                    x, y = _smoothed([p[over] for p in run["loss"]], [p["loss"] for p in run["loss"]])
+                    colour, _, dashes = _look(number)
+                    axis.plot(x, y, dashes, color=colour, lw=1.6, alpha=1.0 if seed == 0 else 0.45)
+                    lowest, highest = min([lowest, *y]), max([highest, *y])
+            if highest > 5 * max(lowest, 1e-9):
+                axis.set_yscale("log")
+                axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+                axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: ""))
+            axis.set_xlim(left=0)
+            axis.set_xlabel(label)
+            axis.set_ylabel("training loss")
+            _thin(axis)
+        return figure
+
+
+def sweep_figure(report: Report, key: str) -> Figure | None:
+    """Quality and training time against the values of one key, as figure 3 of the paper; None where no run
+    ended."""
+    done = [c for c in report["configurations"] if c["summary"]["finished"]]
+    if not done:
+        return None
+    values = [str(c["value"]) for c in done]
+    numeric = all(_is_number(value) for value in values)
+    x = [float(value) for value in values] if numeric else list(range(len(values)))
+    metrics = plotted_metrics(report)
+    with _styled():
+        figure = Figure(figsize=(5.4 * (len(metrics) + 1), 3.9), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(1, len(metrics) + 1, squeeze=False)[0]
+        for axis, metric in zip(axes, metrics, strict=False):
+            _draw_against(axis, x, [c["summary"]["final"].get(metric) for c in done], COLOURS[0], "o")
+            axis.set_ylabel(metric)
+            axis.set_title("quality at the end", loc="left")
+        _draw_time(axes[-1], x, done)
+        for axis in axes:
+            axis.set_xlabel(key)
+            axis.set_xticks(x, values)
+        return figure
+
+
+def _draw_time(axis: Axes, x: Sequence[float], done: Sequence[Mapping[str, Any]]) -> None:
+    """Time for each sample, which has a meaning with and without a budget of time."""
+    rates = [c["summary"]["samples_per_s"] for c in done]
+    per_sample = [
+        None if r is None else {"mean": 1e3 / r["mean"], "std": _relative(r, 1e3 / r["mean"])} for r in rates
+    ]
+    _draw_against(axis, x, per_sample, COLOURS[1], "s")
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel("training time per sample, ms")
+    axis.set_title("training time (and share of the slowest)", loc="left")
+    slowest = max((p["mean"] for p in per_sample if p), default=1.0)
+    for place, point in zip(x, per_sample, strict=True):
+        if point:
+            axis.annotate(
+                f"{100 * point['mean'] / slowest:.0f} %",
+                (place, point["mean"]),
+                xytext=(0, -17),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+                color=_GREY,
+            )
+
+
+def _relative(rate: Mapping[str, float | None], value: float) -> float | None:
+    return None if rate["std"] is None else value * rate["std"] / rate["mean"]
+
+
+def _draw_against(axis: Axes, x: Sequence[float], points: Sequence[Any], colour: str, marker: str) -> None:
+    known = [(place, point) for place, point in zip(x, points, strict=True) if point is not None]
+    means = [point["mean"] for _, point in known]
+    spread = [point["std"] or 0.0 for _, point in known]
+    axis.plot([place for place, _ in known], means, color=colour, marker=marker, lw=2, ms=6)
+    if any(spread):
+        axis.errorbar(
+            [place for place, _ in known], means, spread, fmt="none", ecolor=colour, capsize=4, lw=1.2
+        )
+    axis.margins(x=0.08, y=0.15)
+
+
+def _draw_curves(axis: Axes, report: Report, metric: str, over: str) -> None:
+    for number, configuration in enumerate(report["configurations"]):
+        points = mean_curve(configuration["runs"], metric, over)
+        if not points:
+            continue
+        colour, marker, dashes = _look(number)
+        x, y = [p["x"] for p in points], [p["mean"] for p in points]
+        axis.plot(x, y, dashes, color=colour, marker=marker, lw=2, ms=5)
+        if any(p["std"] for p in points):
+            low = [p["mean"] - (p["std"] or 0.0) for p in points]
+            high = [p["mean"] + (p["std"] or 0.0) for p in points]
+            axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+    axis.set_xlim(left=0)
+    axis.margins(y=0.08)
+    _thin(axis)
+
+
+def _grid(rows: int, columns: int, report: Report) -> tuple[Figure, Any]:
+    """A figure with a legend of all configurations above its axes."""
+    labels = [c["label"] for c in report["configurations"]]
+    per_row = max(1, min(len(labels), 120 // (max(map(len, labels)) + 8)))
+    legend_rows = -(-len(labels) // per_row)
+    figure = Figure(figsize=(10.6, 3.5 * rows + 0.3 * legend_rows + 0.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    handles = []
+    for number in range(len(labels)):
+        colour, marker, dashes = _look(number)
+        handles += axes[0][0].plot([], [], dashes, color=colour, marker=marker, lw=2, ms=5)
+    figure.legend(handles, labels, loc="outside upper left", ncols=per_row, frameon=False)
+    return figure, axes
+
+
+def _look(number: int) -> tuple[str, str, str]:
+    """Colour, marker and dashes of the n-th configuration."""
+    turn = number // len(COLOURS)
+    return COLOURS[number % len(COLOURS)], _MARKERS[number % len(_MARKERS)], _DASHES[turn % len(_DASHES)]
+
+
+def _thin(axis: Axes) -> None:
+    axis.xaxis.set_major_locator(MaxNLocator(6))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.10g}"))
+
+
+def _smoothed(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
+    """Means over at most some hundred groups of neighbours: a loss of single batches is mostly noise."""
+    size = max(1, len(y) // 60)
+    groups = [slice(i, i + size) for i in range(0, len(y), size)]
+    return [x[g][-1] for g in groups], [math.fsum(y[g]) / len(y[g]) for g in groups]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _styled() -> Any:
+    from matplotlib import rc_context
+
+    return rc_context(_STYLE)
+
+
+def as_png(figure: Figure, dpi: int = 130) -> bytes:
+    """The bytes of a PNG file."""
+    buffer = io.BytesIO()
+    with _styled():
+        figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def as_data_address(figure: Figure) -> str:
+    """The figure as an SVG inside of an address, for an ``img`` element."""
+    buffer = io.BytesIO()
+    with _styled():
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

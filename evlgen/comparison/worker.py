@@ -1,0 +1,37 @@
+"""``python -m evlgen.comparison.worker JOB``: one stage of one compared run, in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from evlgen.cli import guarded
+from evlgen.common.errors import EVLGenError
+from evlgen.common.json_io import read_json
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="evlgen.comparison.worker")
+    parser.add_argument("job", type=Path, help="job.json: cfg_path, options, plugins")
+    parser.add_argument("--debug", action="store_true")
+    return guarded(_run, parser, None)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from evlgen.common.config import Config
+    from evlgen.common.logs import quiet_libraries
+
+    job = read_json(args.job, EVLGenError, "job")
+    cfg = Config.load(job["cfg_path"], job["options"], job["plugins"])
+    quiet_libraries()
+    from evlgen.assemble import run
+    from evlgen.common.registry import registry
+    from evlgen.comparison.observed import observed
+
+    run(cfg, observed(registry.get_runner_class(cfg.run.runner), args.job.parent))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
