@@ -11,7 +11,7 @@ from evlgen.common.layers import PROCESSOR_SECTIONS, Layers
 from evlgen.common.registry import registry
 from evlgen.common.schema import Problems, Registered, check_section, show, unknown_key
 from evlgen.models.model_config import ModelConfig
-from evlgen.models.published.configs import run_in_own_words
+from evlgen.models.published.configs import IGNORED_SECTIONS, run_in_own_words
 from evlgen.runners.run_config import RunConfig
 
 SECTIONS = ("plugins", "env", "model", "datasets", "run")
@@ -34,6 +34,8 @@ def check_structure(layers: Layers, problems: Problems) -> None:
     """Top-level sections, and the list of plugins. Imports nothing heavy."""
     for layer in layers.layers:
         for name, section in layer.content.items():
+            if name in IGNORED_SECTIONS:
+                continue
             if name not in SECTIONS:
                 problems.add(str(name), unknown_key(name, SECTIONS))
             elif name != "plugins" and not isinstance(section, Mapping):

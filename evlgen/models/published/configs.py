@@ -90,7 +90,7 @@ _RUN_IGNORED = (
     *("inference_method", "num_ans_candidates", "top_p", "temperature", "save_freq", "milestone", "prefix"),
 )
 _DATASET_IGNORED = ("type", "data_dir")
-_SECTIONS_IGNORED = ("preprocess",)  # in the YAML of LAVIS's model types: what load_preprocess gives
+IGNORED_SECTIONS = ("preprocess",)  # in the YAML of LAVIS's model types: what load_preprocess gives
 _RUN_FIELDS = frozenset(field.name for field in dataclasses.fields(RunConfig))
 
 
@@ -117,8 +117,8 @@ def from_published(layers: Sequence[Layer]) -> tuple[list[Layer], list[str]]:
     translation = _Translation(own_arch, _own_keys(own_arch), _Weights(own_arch, model_type))
     out = []
     for layer in layers:
-        content = {key: value for key, value in layer.content.items() if key not in _SECTIONS_IGNORED}
-        translation.ignored += [key for key in layer.content if key in _SECTIONS_IGNORED]
+        content = {key: value for key, value in layer.content.items() if key not in IGNORED_SECTIONS}
+        translation.ignored += [key for key in layer.content if key in IGNORED_SECTIONS]
         if isinstance(content.get("model"), Mapping):
             content["model"] = translation.section(content["model"], layer.source)
         out.append(Layer(layer.source, content))

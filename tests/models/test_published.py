@@ -1,0 +1,502 @@
+"""Project files and checkpoints in the layouts of LAVIS and EVLGen, and the way back."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from evlgen.cli import main
+from evlgen.common.config import Config, load_model_config, load_model_file
+from evlgen.common.errors import CheckpointError, ConfigError
+from evlgen.common.registry import registry
+from evlgen.common.weights import read_pickle, read_weights
+from evlgen.models.published.checkpoints import to_own_names, to_published_names
+from evlgen.models.published.configs import own_names
+
+PROJECTS = Path(__file__).parent / "published_projects"
+LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
+
+
+# ---- project files
+
+
+def load_project(name: str, tmp_path: Path, options: tuple[str, ...] = ()) -> Config:
+    """A project file as it is, but for datasets and tasks that are not registered."""
+    content = yaml.safe_load((PROJECTS / f"{name}.yaml").read_text(encoding="utf-8"))
+    content["datasets"] = {k: v for k, v in content["datasets"].items() if k in registry.list_datasets()}
+    ratios = content["run"].pop("train_dataset_ratios", {})
+    content["run"]["train_dataset_ratios"] = {k: v for k, v in ratios.items() if k in content["datasets"]}
+    if content["run"]["task"] not in registry.list_tasks():
+        content["run"]["task"] = "captioning"
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return Config.load(path, options)
+
+
+FACTS = {
+    "blip2_caption_coco_ft": {
+        "arch": "blip2_opt",
+        "model_type": "caption_coco_opt2.7b",
+        "checkpoint": f"{LAVIS}blip2_pretrained_opt2.7b.pth",  # load_finetuned: False over the type's
+        "vision.grad_checkpoint": True,
+        "vision.freeze": False,
+        "vision.image_size": 364,
+    },
+    "blip2_caption_coco_opt2.7b_eval": {
+        "checkpoint": f"{LAVIS}blip2_caption_opt2.7b.pth",
+        "vision.grad_checkpoint": False,
+        "connector.num_query_token": 32,
+    },
+    "blip2_pretrain_stage1": {"arch": "blip2", "checkpoint": None, "vision.freeze": True},
+    "blip2_pretrain_stage2": {"arch": "blip2_opt", "checkpoint": f"{LAVIS}blip2_pretrained.pth"},
+    "blip2_vqav2_zeroshot_opt_eval": {"checkpoint": f"{LAVIS}blip2_pretrained_opt2.7b.pth"},
+    "blip2_okvqa_zeroshot_flant5xl_eval": {
+        "arch": "blip2_t5",
+        "checkpoint": f"{LAVIS}blip2_pretrained_flant5xl.pth",
+    },
+    "evlgen_pretrain_opt2.7b": {
+        "arch": "evlgen_opt",
+        "model_type": "pretrain_opt2.7b",
+        "checkpoint": None,
+        "connector.name": "tomeformer",
+        "connector.num_layers": 12,
+        "connector.r": 19,
+        "language.name": "facebook/opt-2.7b",
+    },
+    "evlgen_pretrain_vicuna7b": {
+        "arch": "evlgen_vicuna",
+        "checkpoint": None,
+        "language.name": "/cache/vicuna-7b-v1.3",
+        "max_output_txt_len": 32,
+    },
+    "evlgen_caption_coco_opt2.7b_eval": {"checkpoint": "/checkpoints/EVLGen/checkpoint_250004.pth"},
+    "evlgen_vqav2_zeroshot_vicuna7b_eval": {
+        "arch": "evlgen_vicuna",
+        "vision.name": "clip_L",
+        "vision.precision": "fp16",
+        "vision.drop_path_rate": 0,
+        "checkpoint": "/checkpoints/EVLGen/clip_L/checkpoint_60000.pth",
+    },
+    "evlgen_video_caption_msrvtt_opt2.7b_ft": {
+        "arch": "evlgen_video_opt",
+        "checkpoint": None,
+        "vision.temporal.form": "residual",
+        "vision.precision": "fp32",
+    },
+}
+
+
+def value_at(section: dict, path: str):
+    for key in path.split("."):
+        section = section[key]
+    return section
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in PROJECTS.glob("*.yaml")))
+def test_a_published_project_file_is_read_as_it_is(name, tmp_path, caplog):
+    if name == "blip2_pretrain_stage1" and "blip2" not in registry.list_models():
+        pytest.skip("the first stage is not registered")
+    config = load_project(name, tmp_path)
+    model = config.model_plain()
+    assert {path: value_at(model, path) for path in FACTS[name]} == FACTS[name]
+    assert not set(model) & {"vit_model", "image_size", "tome_r", "load_finetuned", "pretrained", "alpha"}
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert "run.device" in warnings[0]
+    assert ("model.alpha" in warnings[0]) == (name.startswith("evlgen_") and "eval" not in name)
+
+
+def test_the_run_section_means_the_same(tmp_path):
+    run = load_project("evlgen_pretrain_opt2.7b", tmp_path).run
+    assert (run.runner, run.max_iters, run.iters_per_inner_epoch) == ("runner_iter", 250000, 5000)
+    assert (run.init_lr, run.min_lr, run.warmup_lr, run.warmup_steps) == (1e-4, 1e-5, 1e-6, 5000)
+    assert (run.batch_size_train, run.precision, run.valid_splits, run.resume) == (200, "auto", ["val"], None)
+    stage2 = load_project("blip2_pretrain_stage2", tmp_path).run
+    assert (stage2.task, stage2.runner, stage2.valid_splits) == ("image_text_pretrain", "runner_base", [])
+    answers = load_project("blip2_vqav2_zeroshot_opt_eval", tmp_path).run
+    assert (answers.prompt, answers.evaluate) == ("Question: {} Short answer:", True)
+
+
+@pytest.fixture
+def project(tmp_path):
+    """Writes a project file with a ``model`` section and further text; returns its path."""
+
+    def write(model: str, rest: str = "") -> Path:
+        path = tmp_path / "project.yaml"
+        path.write_text(f"model: {model}\n{rest}", encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_flat_keys_in_options_win_over_the_file_and_its_own_keys(project):
+    path = project("{arch: liptome_opt, model_type: pretrain_opt2.7b, tome_r: 7, vision: {image_size: 224}}")
+    model = Config.load(path, ["model.tome_r=12", "model.image_size=364", "model.freeze_vit=false"]).model
+    assert (model.connector.r, model.vision.image_size, model.vision.freeze) == (12, 364, False)
+    assert Config.load(path, ["model.connector.r=3"]).model.connector.r == 3
+
+
+def test_in_one_file_this_projects_key_wins(project):
+    path = project("{arch: evlgen_opt, model_type: pretrain_opt2.7b, tome_r: 7, connector: {r: 5}}")
+    assert Config.load(path).model.connector.r == 5
+    path = project(
+        "{arch: liptome_video_opt, model_type: pretrain_opt2.7b, checkpoint: a.pth, pretrained: b.pth, "
+        "vision: {temporal: {form: mean}}}"
+    )
+    model = Config.load(path).model
+    assert (model.checkpoint, model.vision.temporal.form) == ("a.pth", "mean")
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "expected"),
+    [
+        ("load_finetuned: true, finetuned: f.pth, pretrained: p.pth", [], "f.pth"),
+        ("load_finetuned: false, finetuned: f.pth, pretrained: p.pth", [], "p.pth"),
+        ("load_finetuned: false, load_pretrained: false, finetuned: f.pth, pretrained: p.pth", [], None),
+        ("load_pretrained: true, load_finetuned: false, pretrained: ''", [], None),
+        ("load_pretrained: true, load_finetuned: false", [], None),
+        ("pretrained: p.pth", [], "p.pth"),
+        ("finetuned: f.pth, pretrained: p.pth", ["model.load_finetuned=False"], "p.pth"),
+        ("load_pretrained: false, pretrained: p.pth", ["model.load_pretrained=true"], "p.pth"),
+        ("load_pretrained: true, pretrained: p.pth", ["model.checkpoint=o"], "o"),
+        ("checkpoint: o", ["model.finetuned=f.pth"], "f.pth"),
+        ("checkpoint: o", [], "o"),
+    ],
+)
+def test_the_checkpoint_follows_from_switches_and_paths_of_all_layers(project, keys, options, expected):
+    path = project(f"{{arch: liptome_opt, model_type: pretrain_opt2.7b, {keys}}}")
+    assert Config.load(path, options).model.get("checkpoint") == expected
+
+
+def test_a_path_beside_the_file_is_found(project, tmp_path, golden):
+    (tmp_path / "w.pth").write_bytes(b"")
+    (tmp_path / "opt").mkdir()
+    path = project("{arch: liptome_opt, model_type: pretrain_opt2.7b, pretrained: w.pth, opt_model: opt}")
+    model = Config.load(path).model
+    assert (model.checkpoint, model.language.name) == (str(tmp_path / "w.pth"), str(tmp_path / "opt"))
+
+
+def test_keys_that_mean_nothing_are_named_in_one_warning(project, caplog):
+    rest = (
+        "preprocess: {vis_processor: {}}\n"
+        "datasets: {coco_caption: {type: eval, data_dir: /data}}\n"
+        "run: {max_epoch: 1, save_freq: -1, num_ans_candidates: 128, val_freq: 2, lr_layer_decay: 1}\n"
+    )
+    path = project("{arch: liptome_opt, model_type: pretrain_opt2.7b, beta: 0.1}", rest)
+
+    config = Config.load(path, ["model.apply_lemmatizer=true"])
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert warnings == [
+        "preprocess, model.beta, model.apply_lemmatizer, datasets.coco_caption.type, "
+        "datasets.coco_caption.data_dir, run.save_freq, run.num_ans_candidates: without effect here"
+    ]
+    assert config.run.valid_freq == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "run", "expected"),
+    [
+        ("tome_rr: 3", "", "model.tome_rr ({}): "),
+        ("freeze_vitt: true", "", "model.freeze_vitt ({}): "),
+        ("tome_r: abc", "", "model.connector.r ({}): "),
+        ("load_finetuned: 5", "", "model.load_finetuned ({}): must be true or false, not 5."),
+        ("vision: 5, image_size: 224", "", "model.vision ({}): "),
+        ("pretrained: [1]", "", "model.checkpoint ({}): "),
+        ("tome_r: 3", "lr_layer_decay: 0.9, ", "run.lr_layer_decay ({}): all layers learn at one rate"),
+        ("tome_r: 3", "save_frequency: 1, ", "run.save_frequency ({}): "),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_file(project, model, run, expected):
+    path = project(
+        f"{{arch: liptome_opt, model_type: pretrain_opt2.7b, {model}}}", f"run: {{{run}max_epoch: 1}}\n"
+    )
+    with pytest.raises(ConfigError) as error:
+        Config.load(path)
+    assert expected.format(path) in str(error.value)
+
+
+def test_an_unknown_key_comes_with_the_nearest_one(project):
+    path = project("{arch: liptome_opt, model_type: pretrain_opt2.7b, max_text_len: 3}")
+    with pytest.raises(ConfigError, match="Did you mean 'max_txt_len'"):
+        Config.load(path)
+
+
+def test_a_key_that_an_architecture_declares_is_its_own(project, tmp_path):
+    (tmp_path / "flat_model.py").write_text(
+        "import dataclasses\n"
+        "from evlgen.common.registry import registry\n"
+        "from evlgen.models.base_model import BaseModel\n"
+        "@dataclasses.dataclass\n"
+        "class Flat:\n"
+        "    arch: str\n    model_type: str | None = None\n    image_size: int = 1\n"
+        "    vision: dict = dataclasses.field(default_factory=dict)\n"
+        "@registry.register_model('flat_for_test')\n"
+        "class FlatModel(BaseModel):\n    CONFIG = Flat\n",
+        encoding="utf-8",
+    )
+    path = project("{arch: flat_for_test, image_size: 9, freeze_vit: true}")
+    model = Config.load(path, plugins=[str(tmp_path / "flat_model.py")]).model
+    assert (model.image_size, model.vision) == (9, {"freeze": True})
+
+
+@pytest.mark.parametrize(
+    ("published", "own"),
+    [
+        (("liptome_opt", "pretrain_opt2.7b"), ("evlgen_opt", "pretrain_opt2.7b")),
+        (("liptome_video_vicuna", "pretrain_vicuna7b"), ("evlgen_video_vicuna", "pretrain_vicuna7b")),
+        (("blip2_vicuna_instruct", "vicuna13b"), ("blip2_vicuna", "pretrain_vicuna13b")),
+        (("blip2_t5", "pretrain_flant5xl_vitL"), ("blip2_t5", "pretrain_flant5xl")),
+        (("evlgen_opt", None), ("evlgen_opt", None)),
+    ],
+)
+def test_names_of_architectures_and_types(published, own):
+    assert own_names(*published) == own
+    if published[1] is not None:
+        model = load_model_config(*published)
+        assert (model.arch, model.model_type) == own
+
+
+def test_a_type_that_stands_for_another_vision_encoder_brings_it(project):
+    model = Config.load(project("{arch: blip2_t5, model_type: pretrain_flant5xl_vitL}")).model
+    assert (model.vision.name, model.checkpoint) == (
+        "clip_L",
+        f"{LAVIS}blip2_pretrained_flant5xl_vitL.pth",
+    )
+
+
+# ---- checkpoints
+
+
+def convert(*arguments) -> int:
+    return main(["convert", *map(str, arguments)])
+
+
+def same_weights(a: Path, b: Path) -> None:
+    one, other = read_weights(a), read_weights(b)
+    assert one.keys() == other.keys()
+    for key in one:
+        assert one[key].dtype == other[key].dtype
+        assert torch.equal(one[key], other[key]), key
+
+
+@pytest.fixture
+def without_strays(golden, tmp_path):
+    """A golden checkpoint without the weights of its frozen language model; returns (file, model.yaml)."""
+
+    def write(arch: str) -> tuple[Path, Path]:
+        content = read_pickle(golden / arch / "checkpoint_4.pth")
+        kept = {k: v.clone() for k, v in content["model"].items() if not k.startswith("opt_model.")}
+        assert len(kept) == len(content["model"]) - 1
+        path = tmp_path / f"{arch}.pth"
+        torch.save({**content, "model": kept}, path)
+        return path, golden / arch / "model.yaml"
+
+    return write
+
+
+@pytest.mark.parametrize("arch", ["evlgen_opt", "evlgen_video_opt"])
+def test_a_round_trip_gives_the_same_weights(arch, without_strays, tmp_path, capsys):
+    published, cfg = without_strays(arch)
+    assert convert("--to", "own", published, tmp_path / "own", "--cfg-path", cfg) == 0
+    count = len(read_weights(tmp_path / "own"))
+    assert f"own: {count} weights of {arch}, from {published}" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "own").iterdir()) == ["config.yaml", "model.safetensors"]
+
+    assert convert("--to", "published", tmp_path / "own", tmp_path / "back.pth") == 0
+    same_weights(published, tmp_path / "back.pth")
+    assert convert("--to", "own", tmp_path / "back.pth", tmp_path / "again") == 0  # its own config
+    same_weights(tmp_path / "own", tmp_path / "again")
+    assert (tmp_path / "own/config.yaml").read_text() == (tmp_path / "again/config.yaml").read_text()
+
+
+def test_temporal_weights_keep_their_names(golden):
+    state = read_weights(golden / "evlgen_video_opt" / "checkpoint_4.pth")
+    own = to_own_names(state)
+    for name in ("alpha", "query.weight", "key.bias"):
+        own_value = own[f"vision.trunk.blocks.1.temporal_merge.{name}"]
+        assert own_value is state[f"visual_encoder.blocks.1.temporal_merge.{name}"]
+
+
+def test_a_converted_folder_is_the_golden_model(golden, tmp_path):
+    from safetensors.torch import load_file
+
+    folder = golden / "evlgen_opt"
+    convert("--to", "own", folder / "checkpoint_4.pth", tmp_path / "own", "--cfg-path", folder / "model.yaml")
+    expected = load_file(folder / "expected.safetensors")
+    model = registry.get_model_class("evlgen_opt").from_pretrained(tmp_path / "own")
+    got = model.soft_prompts({"image": expected["image"]})
+    assert torch.allclose(
+        got, expected["soft_prompts"], atol=1e-5 * expected["soft_prompts"].abs().max().item()
+    )
+
+
+@pytest.fixture
+def blip2(tmp_path):
+    """A small random BLIP-2 between the bundled backbones, as an own folder."""
+    torch.manual_seed(0)
+    model = registry.get_model_class("blip2_opt").from_config(load_model_config("blip2_opt", "shapes"))
+    return model.save_pretrained(tmp_path / "blip2")
+
+
+def test_a_round_trip_of_blip2(blip2, tmp_path):
+    assert convert("--to", "published", blip2, tmp_path / "blip2.pth") == 0
+    published = read_weights(tmp_path / "blip2.pth")
+    own = read_weights(blip2)
+    assert torch.equal(published["query_tokens"], own["connector.query_tokens"])
+    assert torch.equal(published["opt_proj.weight"], own["connector.proj_out.weight"])
+    key, value = own["connector.layers.0.cross_key_value.weight"].chunk(2)
+    prefix = "Qformer.bert.encoder.layer.0.crossattention.self."
+    assert torch.equal(published[f"{prefix}key.weight"], key)
+    assert torch.equal(published[f"{prefix}value.weight"], value)
+    assert all(k.startswith(("Qformer.bert.", "query_tokens", "opt_proj.", "ln_vision.")) for k in published)
+
+    assert convert("--to", "own", tmp_path / "blip2.pth", tmp_path / "again") == 0
+    same_weights(blip2, tmp_path / "again")
+    assert convert("--to", "published", tmp_path / "again", tmp_path / "again.pth") == 0
+    same_weights(tmp_path / "blip2.pth", tmp_path / "again.pth")
+
+
+def test_pieces_of_joined_weights_take_no_more_room_than_they_are(blip2, tmp_path):
+    convert("--to", "published", blip2, tmp_path / "blip2.pth")
+    size = sum(v.nbytes for v in read_weights(tmp_path / "blip2.pth").values())
+    assert (tmp_path / "blip2.pth").stat().st_size < 1.2 * size
+
+
+@pytest.mark.parametrize(
+    ("arch", "projection"),
+    [("evlgen_opt", "opt_proj"), ("evlgen_vicuna", "llm_proj"), ("blip2_t5", "t5_proj")],
+)
+def test_the_projections_name_follows_from_the_architecture(arch, projection, without_strays, tmp_path):
+    published, cfg = without_strays("evlgen_opt")
+    convert("--to", "own", published, tmp_path / "own", "--cfg-path", cfg, "--options", f"model.arch={arch}")
+    assert load_model_file(tmp_path / "own" / "config.yaml").arch == arch
+    assert convert("--to", "published", tmp_path / "own", tmp_path / "back.pth") == 0
+    names = {k for k in read_weights(tmp_path / "back.pth") if k.endswith("_proj.weight")}
+    assert names == {"VL_proj.weight", f"{projection}.weight"}
+
+
+def test_the_config_in_the_file_itself_is_translated(without_strays, tmp_path):
+    published, _ = without_strays("evlgen_opt")
+    content = read_pickle(published)
+    model = {"arch": "liptome_opt", "model_type": "pretrain_opt2.7b", "load_pretrained": True, "tome_r": 3}
+    model.update(
+        pretrained="/elsewhere/w.pth", finetuned="", num_layers=3, opt_model="a/b", vit_precision="fp16"
+    )
+    config = {"run": {"task": "captioning"}, "model": model, "preprocess": {}, "datasets": {}}
+    torch.save({**content, "config": config}, tmp_path / "with_config.pth")
+    assert convert("--to", "own", tmp_path / "with_config.pth", tmp_path / "own") == 0
+    section = load_model_file(tmp_path / "own" / "config.yaml")
+    assert (section.arch, section.checkpoint, section.vision.precision) == ("evlgen_opt", None, "fp16")
+    assert (section.connector.num_layers, section.connector.r, section.language.name) == (3, 3, "a/b")
+
+
+def test_weights_of_frozen_models_are_skipped_with_one_line(golden, caplog):
+    caplog.set_level(logging.INFO)
+    state = read_weights(golden / "evlgen_opt" / "checkpoint_4.pth")
+    state |= {
+        "opt_model.model.decoder.embed_tokens.weight": torch.zeros(2),
+        "VLconnector.pooler.dense.weight": torch.zeros(2),
+        "VLconnector.embeddings.position_ids": torch.zeros(2),
+    }
+    own = to_own_names(state)
+    assert own.keys() == to_own_names(read_weights(golden / "evlgen_opt" / "checkpoint_4.pth")).keys()
+    lines = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    assert len(lines) == 2
+    assert lines[0].startswith(
+        "4 weights left out, of frozen models or without a place in the connector: opt_"
+    )
+
+
+def test_a_published_file_loads_without_its_frozen_parts(golden, caplog):
+    caplog.set_level(logging.INFO)
+    model = registry.get_model_class("evlgen_opt").from_config(golden / "evlgen_opt" / "model.yaml")
+    report = model.load_checkpoint(golden / "evlgen_opt" / "checkpoint_4.pth")
+    assert report.missing == report.unexpected == []
+
+
+# ---- what convert refuses
+
+
+@pytest.fixture
+def own(without_strays, tmp_path):
+    published, cfg = without_strays("evlgen_opt")
+    convert("--to", "own", published, tmp_path / "own", "--cfg-path", cfg)
+    return tmp_path / "own"
+
+
+def refusal(capsys, *arguments) -> str:
+    capsys.readouterr()
+    assert convert(*arguments) == 1
+    return capsys.readouterr().err
+
+
+def test_an_existing_target_is_replaced_by_force_only(own, tmp_path, capsys):
+    target = tmp_path / "t.pth"
+    target.write_text("mine")
+    assert "exists. Name another place" in refusal(capsys, "--to", "published", own, target)
+    assert target.read_text() == "mine"
+    assert convert("--to", "published", own, target, "--force") == 0
+    assert "exists. Name another" in refusal(capsys, "--to", "own", target, own)
+    before = (own / "model.safetensors").stat().st_ino
+    assert convert("--to", "own", target, own, "--force") == 0
+    assert (own / "model.safetensors").stat().st_ino != before
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.jpg").write_text("a")
+    assert "does not replace it" in refusal(capsys, "--to", "own", target, folder, "--force")
+    assert "does not replace it" in refusal(capsys, "--to", "published", own, folder, "--force")
+    assert (folder / "a.jpg").exists()
+
+
+def test_a_runs_checkpoint_is_a_source_too(own, tmp_path):
+    (own / "training_state").mkdir()
+    config = yaml.safe_load((own / "config.yaml").read_text())
+    (own / "config.yaml").write_text(
+        yaml.safe_dump({"plugins": [], "env": {}, "datasets": {}, "run": {"max_epoch": 1}, **config})
+    )
+    assert convert("--to", "published", own, tmp_path / "t.pth") == 0
+    assert read_pickle(tmp_path / "t.pth")["config"].keys() == {"model"}
+
+
+def test_what_is_in_the_layout_already_is_not_converted(own, golden, tmp_path, capsys):
+    published = golden / "evlgen_opt" / "checkpoint_4.pth"
+    assert "has own names already" in refusal(capsys, "--to", "own", own, tmp_path / "x")
+    assert "has published names already" in refusal(capsys, "--to", "published", published, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_config_of_another_connector_is_refused(golden, tmp_path, capsys):
+    published = golden / "evlgen_opt" / "checkpoint_4.pth"  # its config names the architecture alone
+    assert "--cfg-path" in refusal(capsys, "--to", "own", published, tmp_path / "x")
+    options = ["--cfg-path", golden / "evlgen_opt" / "model.yaml", "--options", "model.num_layers=4"]
+    message = refusal(capsys, "--to", "own", published, tmp_path / "x", *options)
+    assert "holds a connector of num_layers 3, and the config says 4" in message
+
+
+def test_a_file_without_a_config_asks_for_one(golden, tmp_path, capsys):
+    torch.save({"model": {"VL_proj.weight": torch.zeros(2, 2)}}, tmp_path / "bare.pth")
+    assert "--cfg-path" in refusal(capsys, "--to", "own", tmp_path / "bare.pth", tmp_path / "x")
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path, capsys):
+    class Runs:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"model": {"VL_proj.weight": torch.zeros(2)}, "config": Runs()}, tmp_path / "evil.pth")
+    assert "is refused" in refusal(capsys, "--to", "own", tmp_path / "evil.pth", tmp_path / "x")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_without_a_published_place_are_named():
+    state = {"ln_vision.weight": torch.zeros(2), "connector.proj_out.weight": torch.zeros(2, 2)}
+    assert to_published_names(state, "llm_proj").keys() == {"ln_vision.weight", "llm_proj.weight"}
+    for stray in ("connector.layers.0.latents.weight", "connector.gate", "language.lora.weight"):
+        with pytest.raises(CheckpointError, match=r"no place in the published layouts|have no place"):
+            to_published_names({**state, stray: torch.zeros(2)})
