@@ -80,6 +80,7 @@ class Stage1Config:
         connector: ``name: qformer`` and that connector's parameters.
         text: how text is read.
         embed_dim: channels of the features that are contrasted.
+        prompt: the text before every caption, in training and generation; published: none.
         max_txt_len: text tokens read at most, ``[CLS]`` and ``[SEP]`` included.
     """
 
@@ -90,6 +91,7 @@ class Stage1Config:
     connector: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "qformer"})
     text: TextConfig = dataclasses.field(default_factory=TextConfig)
     embed_dim: PositiveInt = 256
+    prompt: str = ""
     max_txt_len: PositiveInt = 32
 
 
@@ -104,6 +106,7 @@ class Blip2Stage1(BaseModel):
         tokenizer: texts -> ids.
         num_positions: tokens of a text at most.
         embed_dim: channels of the features that are contrasted.
+        prompt: the text before every caption.
         freeze_vision: whether the vision encoder is not trained.
     """
 
@@ -120,11 +123,13 @@ class Blip2Stage1(BaseModel):
         tokenizer: QFormerTokenizer,
         num_positions: int,
         embed_dim: int = 256,
+        prompt: str = "",
         freeze_vision: bool = True,
     ) -> None:
         super().__init__()
         width = connector.sizes.hidden_size
         self.tokenizer = tokenizer
+        self.prompt = prompt
         self.freezes_vision = freeze_vision
         self.vision = vision
         self.ln_vision = nn.LayerNorm(vision.embed_dim, eps=1e-5)
@@ -169,7 +174,7 @@ class Blip2Stage1(BaseModel):
                 f"model.max_txt_len is {cfg.max_txt_len}, and text has {num_positions} positions. Lower it, "
                 "or raise model.text.max_position_embeddings."
             )
-        model = cls(vision, connector, tokenizer, num_positions, cfg.embed_dim, cfg.vision.freeze)
+        model = cls(vision, connector, tokenizer, num_positions, cfg.embed_dim, cfg.prompt, cfg.vision.freeze)
         logger.info(
             "BLIP-2's first stage: %.1f million weights trained, %.1f million frozen",
             sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6,
@@ -347,7 +352,7 @@ class Blip2Stage1(BaseModel):
             num_captions,
             temperature,
         )
-        start = self.tokenizer.to_write_after(_one_prompt(samples)).to(self.device)
+        start = self.tokenizer.to_write_after(self._prompt(samples)).to(self.device)
         known = self.text.positions.num_embeddings
         if start.shape[1] + max_length > known:
             raise ConfigError(
@@ -424,6 +429,13 @@ class Blip2Stage1(BaseModel):
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
             return self.vision(pixels)
 
+    def _prompt(self, samples: dict[str, Any]) -> str:
+        prompts = samples.get("prompt", self.prompt)
+        prompts = {prompts} if isinstance(prompts, str) else set(prompts)
+        if len(prompts) != 1:
+            raise ConfigError("BLIP-2's first stage writes after one prompt for all pictures of a batch.")
+        return prompts.pop()
+
     def _tokens(self, samples: dict[str, Any]) -> Tensor:
         tokens = samples.get("visual_tokens")
         return self.encode(samples["image"]) if tokens is None else tokens.to(self.device)
@@ -466,11 +478,3 @@ class Blip2Stage1(BaseModel):
 
 def _batch(visual: list[Tensor | None]) -> int:
     return len(next(v for v in visual if v is not None))
-
-
-def _one_prompt(samples: dict[str, Any]) -> str:
-    prompts = samples.get("prompt") or ""
-    prompts = {prompts} if isinstance(prompts, str) else set(prompts)
-    if len(prompts) != 1:
-        raise ConfigError("BLIP-2's first stage writes after one prompt for all pictures of a batch.")
-    return prompts.pop()

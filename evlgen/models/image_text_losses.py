@@ -90,9 +90,7 @@ class Everyone:
         self.is_alone = self.is_alone or dist.get_world_size() == 1
         self.sizes, self.offset = [batch], 0
         if not self.is_alone:
-            sizes = torch.empty(dist.get_world_size(), dtype=torch.int64, device=device)
-            dist.all_gather_into_tensor(sizes, torch.tensor([batch], device=device))
-            self.sizes = sizes.tolist()
+            self.sizes = _gathered(torch.tensor([batch], device=device)).tolist()
             self.offset = sum(self.sizes[: dist.get_rank()])
 
     def gather(self, x: Tensor) -> Tensor:
@@ -110,9 +108,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.size = len(x)
-        out = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous())
-        return out
+        return _gathered(x)
 
     @staticmethod
     @once_differentiable
@@ -120,3 +116,10 @@ class _Gather(torch.autograd.Function):
         grad = grad.contiguous().clone()  # what comes in may be somebody else's
         dist.all_reduce(grad)
         return grad[dist.get_rank() * ctx.size :][: ctx.size]
+
+
+def _gathered(x: Tensor) -> Tensor:
+    """[B, ...] -> [processes x B, ...]."""
+    out = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
+    dist.all_gather(list(out.split(len(x))), x.contiguous())
+    return out
