@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 
 SENTENCES = [
     "a red circle on a hill",
@@ -17,10 +18,6 @@ SENTENCES = [
     "how many stars are there? two",
     "yes no the left right of above below",
 ] * 3
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GATED = {"intermediate_size": 48, "num_key_value_heads": 2}
 GEMMA = {**SMALL, **GATED, "head_dim": 8, "initializer_range": 0.3}
@@ -41,6 +38,19 @@ FAMILIES = {
     ),
     "bloom": ("BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "mamba": ("MambaConfig", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+}
+
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "initializer_factor": 3.0}
+BART = {
+    **{"encoder_layers": 1, "encoder_ffn_dim": 48, "encoder_attention_heads": 4},
+    **{"decoder_layers": 1, "decoder_ffn_dim": 48, "decoder_attention_heads": 4},
+    **{"d_model": 32, "init_std": 0.3, "scale_embedding": True, "max_position_embeddings": 48},
+}
+ENCODER_DECODERS = {
+    "t5": ("T5Config", {**T5, "tie_word_embeddings": True}),
+    "flan-t5": ("T5Config", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "bart": ("BartConfig", BART),
+    "marian": ("MarianConfig", BART),
 }
 
 
@@ -143,6 +153,32 @@ def llama_folder(tmp_path_factory):
             write_model(folder, "llama", 340, bos_token_id=1, eos_token_id=2)
             written[layout] = folder
         return written[layout]
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def seq2seq_folder(tmp_path_factory):
+    """Writes a random encoder-decoder whose tokenizer ends a text with </s>, as T5's does."""
+    written = {}
+
+    def write(family: str):
+        if family not in written:
+            folder = tmp_path_factory.mktemp(family)
+            tokenizer = bpe_tokenizer(None)
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+                single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+            )
+            tokenizer.save_pretrained(folder)
+            name, settings = ENCODER_DECODERS[family]
+            ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+            config = getattr(transformers, name)(
+                **settings, **ids, vocab_size=len(tokenizer), decoder_start_token_id=tokenizer.pad_token_id
+            )
+            torch.manual_seed(0)
+            transformers.AutoModelForSeq2SeqLM.from_config(config).save_pretrained(folder)
+            written[family] = folder
+        return written[family]
 
     return write
 

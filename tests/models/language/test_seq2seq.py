@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
-from tokenizers.processors import TemplateProcessing
 
 from evlgen.common.errors import CheckpointError, ConfigError
 from evlgen.models.language import OPTLanguageModel, Seq2SeqLanguageModel, build_language_model
@@ -13,47 +11,10 @@ from evlgen.models.model_config import LanguageConfig, ModelConfig
 
 QUESTIONS = ["what color is the circle?", "", "how many stars are there on the hill?"]
 ANSWERS = ["red", "two blue stars and a small cat", "no"]
-SMALL = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "initializer_factor": 3.0}
-BART = {
-    **{"encoder_layers": 1, "encoder_ffn_dim": 48, "encoder_attention_heads": 4},
-    **{"decoder_layers": 1, "decoder_ffn_dim": 48, "decoder_attention_heads": 4},
-    **{"d_model": 32, "init_std": 0.3, "scale_embedding": True, "max_position_embeddings": 48},
-}
-CONFIGS = {
-    "t5": ("T5Config", {**SMALL, "tie_word_embeddings": True}),
-    "flan-t5": ("T5Config", {**SMALL, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
-    "bart": ("BartConfig", BART),
-    "marian": ("MarianConfig", BART),
-}
+FAMILIES = ("t5", "flan-t5", "bart", "marian")
 
 
-@pytest.fixture(scope="session")
-def seq2seq_folder(tmp_path_factory, tokenizer_of):
-    """Writes a random encoder-decoder whose tokenizer ends a text with </s>, as T5's does."""
-    written = {}
-
-    def write(family: str):
-        if family not in written:
-            folder = tmp_path_factory.mktemp(family)
-            tokenizer = tokenizer_of(None)
-            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-                single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
-            )
-            tokenizer.save_pretrained(folder)
-            name, settings = CONFIGS[family]
-            ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-            config = getattr(transformers, name)(
-                **settings, **ids, vocab_size=len(tokenizer), decoder_start_token_id=tokenizer.pad_token_id
-            )
-            torch.manual_seed(0)
-            transformers.AutoModelForSeq2SeqLM.from_config(config).save_pretrained(folder)
-            written[family] = folder
-        return written[family]
-
-    return write
-
-
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=FAMILIES)
 def model(seq2seq_folder, request):
     return Seq2SeqLanguageModel(str(seq2seq_folder(request.param)), max_txt_len=16).eval()
 
