@@ -82,7 +82,7 @@ def find_merging(
     maps = [("tokens", torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0))]
     maps += _connector_maps(details, layers)
     spans_frames = len(frames) > 1 and model.temporal == "concat"
-    maps = _behind_encoder(model.vision, maps, num_copies=len(frames) if spans_frames else 1)
+    maps = _behind_encoder(model.vision, maps)
     rows, columns = _grid(model.vision, maps[0][1].shape[1] // (len(frames) if spans_frames else 1))
     stages = (_stage(name, found[0], len(frames), (rows, columns), spans_frames) for name, found in maps)
     return Merging(
@@ -166,25 +166,17 @@ def _connector_maps(details: dict[str, Any], layers: str | Sequence[int]) -> lis
     return [(f"layer {number}", maps[number - 1]) for number in layer_numbers(layers, len(maps))]
 
 
-def _behind_encoder(vision: Any, maps: list[tuple[str, Tensor]], num_copies: int) -> list[tuple[str, Tensor]]:
+def _behind_encoder(vision: Any, maps: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     """The maps seen from the encoder's first tokens, where the encoder itself merged some.
+
+    An encoder of clips never does (see `vision.build_vision_encoder`).
 
     Args:
         maps: each [1, N], of the tokens that left the encoder.
-        num_copies: how many frames' tokens stand in a row.
     """
-    inner = getattr(vision, "merge_map", None)  # [frames, tokens before merging] of the last forward pass
+    inner = getattr(getattr(vision, "merging", None), "merge_map", None)  # of the pass just done
     if inner is None:
         return maps
-    num_out = maps[0][1].shape[1] // num_copies
-    if len(inner) != num_copies or int(inner.max()) >= num_out:
-        raise ConfigError(
-            "model.vision.tome_r merges other tokens in every frame, and model.vision.temporal means over "
-            "the frames: no region is one token. Set model.vision.temporal: {form: concat}, or "
-            "model.vision.tome_r: 0."
-        )
-    offsets = torch.arange(num_copies, device=inner.device).unsqueeze(1) * num_out
-    inner = (inner + offsets).view(1, -1)
     start = torch.arange(inner.shape[1], device=inner.device).unsqueeze(0)
     return [("tokens", start), ("encoder", inner), *((n, compose_maps(inner, m)) for n, m in maps[1:])]
 

@@ -53,7 +53,8 @@ def draw_sheet(headings: Sequence[Sequence[str]], rows: Sequence[Row], note: str
     for column, lines in enumerate(headings):
         for i, words in enumerate(lines):
             place = (left + column * (width + gap) + width / 2, gap + line * i)
-            pen.text(place, words, INK if i < 2 else FAINT, _font(text, bold=i == 0), anchor="ma")
+            font = _font(text, bold=i == 0)
+            pen.text(place, _shortened(words, font, width), INK if i < 2 else FAINT, font, anchor="ma")
     for row, y in zip(rows, tops, strict=True):
         for column, panel in enumerate(row.panels):
             sheet.paste(Image.fromarray(panel), (left + column * (width + gap), y))
@@ -96,14 +97,20 @@ def _tops(rows: Sequence[Row], top: int, height: int, gap: int) -> list[int]:
 
 
 def _upward(words: str, font: ImageFont.FreeTypeFont, ink: tuple, size: tuple[int, int]) -> Image.Image:
-    """Words that run from bottom to top in the middle of a strip of a size; shortened where they are too
-    long."""
+    """Words that run from bottom to top in the middle of a strip of a size."""
     width, length = size
-    while words and font.getlength(words) > length:
-        words = words.removesuffix("…")[:-1] + "…" if len(words) > 1 and words != "…" else ""
+    words = _shortened(words, font, length)
     strip = Image.new("RGB", (length, width), PAPER)
     ImageDraw.Draw(strip).text((length / 2, width / 2), words, ink, font, anchor="mm")
     return strip.transpose(Image.Transpose.ROTATE_90)
+
+
+def _shortened(words: str, font: ImageFont.FreeTypeFont, length: float) -> str:
+    """Words that are no longer than ``length`` pixels, with an ellipsis where something is left out."""
+    kept = words
+    while kept and font.getlength(words if kept == words else f"{kept}…") > length:
+        kept = kept[:-1]
+    return words if kept == words else f"{kept}…"
 
 
 def _wrapped(words: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
