@@ -180,13 +180,21 @@ def _kinds(merging: Merging, stage: Stage) -> str:
 
 
 def _note(mergings: Sequence[Merging]) -> str:
-    note = "Patches with the same fill and outline became one token; the fill is their mean colour."
-    named = [_named(merging) for merging in mergings]
-    if any(named):
-        note += " CLS (REG): the class token (a register) is in it."
-    elif mergings[0].has_class_token and mergings[0].stages[0].prefix.size:
-        note += " The class token, which is not drawn, stays a token of its own."
-    return note
+    first = mergings[0]
+    note = "Patches with the same fill and outline became one token; the fill is their mean colour"
+    is_clip = len(first.pictures) > 1 and not first.spans_frames
+    note += ", frame by frame. A token has the same patches of every frame." if is_clip else "."
+    if any(map(_named, mergings)):
+        return f"{note} CLS (REG): the class token (a register) is in it."
+    if not first.stages[0].prefix.size:
+        return note
+    if (
+        first.has_class_token
+        and first.stages[0].prefix.size == len(first.pictures)
+        and not first.spans_frames
+    ):
+        return f"{note} The class token, which is not drawn, stays a token of its own."
+    return f"{note} Class tokens and registers, which are not drawn, merge with no patch."
 
 
 def _named(merging: Merging) -> bool:

@@ -15,9 +15,9 @@ from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.registry import registry
 from evlgen.datasets.shapes.world import draw, scene
 from evlgen.visualization import draw_merging, untrained
-from evlgen.visualization.figure import draw_found, merge_clips
+from evlgen.visualization.figure import _note, draw_found, merge_clips
 from evlgen.visualization.frames import evenly, read_frames
-from evlgen.visualization.merging import find_merging
+from evlgen.visualization.merging import Merging, Stage, find_merging
 from evlgen.visualization.regions import draw_regions
 from evlgen.visualization.sheet import Row, draw_sheet
 
@@ -205,3 +205,21 @@ def test_videos_are_read_frame_by_frame_and_broken_ones_named(shared, tmp_path):
         read_frames(tmp_path / "text.mp4", 3)
     with pytest.raises(DataError, match="does not exist"):
         read_frames(tmp_path / "none.mp4", 3)
+
+
+@pytest.mark.parametrize(
+    ("names_one", "frames", "spans_frames", "said"),
+    [
+        (False, 1, False, "stays a token of its own"),
+        (True, 1, False, "CLS (REG)"),
+        (False, 2, False, "same patches of every frame"),
+        (False, 2, True, "merge with no patch"),
+    ],
+)
+def test_the_note_says_what_became_of_the_class_token(names_one, frames, spans_frames, said):
+    prefix = np.zeros((frames, 1), dtype=int)
+    groups = np.arange(frames * 4).reshape(frames, 2, 2) + (0 if names_one else 1)
+    stages = (Stage("tokens", 5, np.arange(frames * 4).reshape(frames, 2, 2) + 1, prefix),)
+    stages += (Stage("end", 5, groups, prefix),)
+    merging = Merging(np.zeros((frames, 8, 8, 3), np.uint8), stages, spans_frames, has_class_token=True)
+    assert said in _note([merging])
