@@ -242,7 +242,10 @@ def test_matching_is_judged_on_each_pair_and_its_two_hard_negatives(model, sampl
     images, texts = torch.tensor([1, 2, 3, 4, 5, 0]), torch.tensor([3, 0, 1, 5, 2, 4])
     known = torch.ones(COUNT, dtype=torch.bool)
     drawn = iter([(images, known), (texts, known & (texts != 5))])  # one picture had no other text
-    monkeypatch.setattr(blip2_stage1, "hard_negatives", lambda *_: next(drawn))
+    asked = []
+    monkeypatch.setattr(
+        blip2_stage1, "hard_negatives", lambda *arguments: (asked.append(arguments), next(drawn))[1]
+    )
     pairs = [(i, i, 1) for i in range(COUNT)]
     pairs += [(int(images[i]), i, 0) for i in range(COUNT)]
     pairs += [(i, int(texts[i]), 0) for i in range(COUNT) if texts[i] != 5]
@@ -253,6 +256,12 @@ def test_matching_is_judged_on_each_pair_and_its_two_hard_negatives(model, sampl
     with torch.no_grad():
         got = model(samples)
     torch.testing.assert_close(got["loss_itm"], torch.stack(losses).mean(), atol=1e-5, rtol=1e-5)
+    queries = model.extract_features(samples, mode="image")["image_embeds_proj"]
+    texts = model.extract_features(samples, mode="text")["text_embeds_proj"][:, 0]
+    cosines = torch.stack([(q @ texts.T).amax(0) for q in queries]) / model.temp  # [pictures, texts]
+    for (similarity, positive), expected in zip(asked, (cosines.T, cosines), strict=True):
+        torch.testing.assert_close(similarity, expected, atol=1e-4, rtol=1e-5)
+        assert torch.equal(positive, torch.eye(COUNT, dtype=torch.bool))
     assert got["loss"].item() == pytest.approx(sum(got[f"loss_{k}"].item() for k in ("itc", "itm", "lm")))
 
 
