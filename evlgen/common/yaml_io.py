@@ -147,6 +147,19 @@ def dump_yaml(content: dict[str, Any]) -> str:
     return yaml.dump(content, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
 
 
+def as_yaml_would_be(content: Any, name: str) -> Any:
+    """Content from elsewhere, held to what `read_yaml` holds files to: plain, neither deep nor vast.
+
+    Raises:
+        ConfigError: it is not; calls it ``name``.
+    """
+    try:
+        text = dump_yaml(content)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{name} is no plain configuration.") from error
+    return _load(text, name)
+
+
 def parse_options(options: Sequence[str]) -> dict[str, Any]:
     """``["run.batch_size_train=32", "model.connector.r=[8, 2]"]`` as one nested mapping; values are YAML.
 

@@ -360,10 +360,20 @@ def test_a_round_trip_of_blip2(blip2, tmp_path):
     same_weights(tmp_path / "blip2.pth", tmp_path / "again.pth")
 
 
-def test_pieces_of_joined_weights_take_no_more_room_than_they_are(blip2, tmp_path):
-    convert("--to", "published", blip2, tmp_path / "blip2.pth")
-    size = sum(v.nbytes for v in read_weights(tmp_path / "blip2.pth").values())
-    assert (tmp_path / "blip2.pth").stat().st_size < 1.2 * size
+def test_a_round_trip_of_blip2s_first_stage_and_its_start_of_the_second(tmp_path):
+    torch.manual_seed(0)
+    model = registry.get_model_class("blip2").from_config(load_model_config("blip2", "shapes"))
+    model.save_pretrained(tmp_path / "first")
+    assert convert("--to", "published", tmp_path / "first", tmp_path / "first.pth") == 0
+    published = read_weights(tmp_path / "first.pth")
+    assert {"temp", "itm_head.weight", "vision_proj.weight", "text_proj.bias"} <= published.keys()
+    assert convert("--to", "own", tmp_path / "first.pth", tmp_path / "again") == 0
+    same_weights(tmp_path / "first", tmp_path / "again")
+
+    second = registry.get_model_class("blip2_opt").from_config(load_model_config("blip2_opt", "shapes"))
+    report = second.load_checkpoint(tmp_path / "first.pth")
+    assert report.missing == ["connector.proj_out.bias", "connector.proj_out.weight"]
+    assert torch.equal(second.connector.query_tokens.cpu(), published["query_tokens"])
 
 
 @pytest.mark.parametrize(
@@ -500,3 +510,16 @@ def test_weights_without_a_published_place_are_named():
     for stray in ("connector.layers.0.latents.weight", "connector.gate", "language.lora.weight"):
         with pytest.raises(CheckpointError, match=r"no place in the published layouts|have no place"):
             to_published_names({**state, stray: torch.zeros(2)})
+
+
+def test_a_config_in_the_file_is_held_to_what_files_are(golden, tmp_path, capsys):
+    state = read_weights(golden / "evlgen_opt" / "checkpoint_4.pth")
+    circular: dict = {"arch": "liptome_opt"}
+    circular["vision"] = circular
+    for model in (circular, {"arch": torch.zeros(2)}, {"arch": "liptome_opt", 1: 2}):
+        torch.save({"model": state, "config": {"model": model}}, tmp_path / "new.pth")
+        message = refusal(capsys, "--to", "own", tmp_path / "new.pth", tmp_path / "x")
+        assert f"the config in {tmp_path / 'new.pth'}" in message
+    model = {"arch": "liptome_opt", "model_type": "pretrain_opt2.7b", "opt_model": "${oc.env:HOME}"}
+    torch.save({"model": state, "config": {"model": model}}, tmp_path / "new.pth")
+    assert "oc.env" in refusal(capsys, "--to", "own", tmp_path / "new.pth", tmp_path / "x")

@@ -30,11 +30,11 @@ ARCHITECTURES = {
 _VIDEO = ("liptome_video_opt", "liptome_video_vicuna")
 
 # (own architecture, published type) -> own type, and the flat keys it stands for
-_WEIGHTS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
 _TYPES: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
     ("blip2_vicuna", "vicuna7b"): ("pretrain_vicuna7b", {}),
     ("blip2_vicuna", "vicuna13b"): ("pretrain_vicuna13b", {}),
     ("blip2_t5", "pretrain_flant5xl_vitL"): ("pretrain_flant5xl", {"vit_model": "clip_L"}),
+    ("blip2", "pretrain_vitL"): ("pretrain", {"vit_model": "clip_L"}),
 }
 
 # flat key of the model section -> section and key
@@ -64,6 +64,7 @@ _MODEL_IGNORED = (
     "qformer_text_input",
 )
 
+_WEIGHTS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
 # What the finetuned and the pretrained path are where a type's own YAML in LAVIS names them
 # (lavis/configs/models/blip2/): file names below _WEIGHTS.
 _TYPE_FILES: dict[tuple[str, str], tuple[str, str]] = {

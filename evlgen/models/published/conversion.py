@@ -19,7 +19,7 @@ from evlgen.common.io import atomic_file, make_readable, resolve, write_atomical
 from evlgen.common.layers import Layer, display, options_layer, read_layer
 from evlgen.common.registry import registry
 from evlgen.common.weights import read_pickle, read_weights
-from evlgen.common.yaml_io import dump_yaml
+from evlgen.common.yaml_io import as_yaml_would_be, dump_yaml
 from evlgen.models.published.checkpoints import (
     PROJECTIONS,
     is_published,
@@ -88,10 +88,7 @@ def _write_published(state: dict[str, Tensor], section: dict[str, Any], source: 
     _check_sizes(state, section, source)
     if (section.get("vision") or {}).get("name") == "clip_L" and any(k.startswith("vision.") for k in state):
         raise CheckpointError(f"{source} holds weights of clip_L, whose published names are not written.")
-    # clones, since a piece of a joined matrix would bring all of it along
-    published = {
-        name: value.clone() for name, value in to_published_names(state, _projection(section)).items()
-    }
+    published = to_published_names(state, _projection(section))
     with atomic_file(target, "wb") as file:
         torch.save({"model": published, "config": {"model": section}}, file)
     return len(published)
@@ -116,7 +113,8 @@ def _layer_of(source: Path) -> Layer:
     config = content.get("config") if isinstance(content, Mapping) else None
     if not isinstance(config, Mapping) or not isinstance(config.get("model"), Mapping):
         raise CheckpointError(f"{source} does not say of what model it is. Name a YAML file in --cfg-path.")
-    return Layer(display(source.absolute()), {"model": dict(config["model"])})
+    name = display(source.absolute())
+    return Layer(name, {"model": as_yaml_would_be(config["model"], f"the config in {name}")})
 
 
 def _check_sizes(state: Mapping[str, Tensor], section: Mapping[str, Any], source: Path) -> None:
