@@ -62,9 +62,11 @@ _NAMES = (
     *("url", "md5", "ground_truth", "val", "train_size", "seed", "task", "runner", "lr_sched", "init_lr"),
     *("min_lr", "max_epoch", "max_iters", "batch_size_train", "train_splits", "metrics", "amp", "resume"),
     *("train_dataset_ratios", "cache_root", "output_dir", "num_beams", "keep_last", "drop_path_rate"),
+    *("tome_r", "vit_model", "freeze_vit", "opt_model", "load_finetuned", "finetuned", "type", "device"),
 )
 _TEXTS = (
     *("evlgen_opt", "tomeformer", "eva_clip_g", "shapes", "captioning", "linear_warmup_cosine_lr", "bf16"),
+    *("liptome_opt", "liptome_video_opt", "blip2_t5", "pretrain_flant5xl_vitL"),
     *("pretrain_opt2.7b", "blip2_image_train", "blip_caption", "runner_base", "auto", "facebook/opt-2.7b"),
     *(
         "${model}",

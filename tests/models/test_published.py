@@ -206,14 +206,14 @@ def test_keys_that_mean_nothing_are_named_in_one_warning(project, caplog):
         ("load_finetuned: 5", "", "model.load_finetuned ({}): must be true or false, not 5."),
         ("vision: 5, image_size: 224", "", "model.vision ({}): "),
         ("pretrained: [1]", "", "model.checkpoint ({}): "),
+        ("arch: {a: 1}", "", "model.arch ({}): "),
         ("tome_r: 3", "lr_layer_decay: 0.9, ", "run.lr_layer_decay ({}): all layers learn at one rate"),
         ("tome_r: 3", "save_frequency: 1, ", "run.save_frequency ({}): "),
     ],
 )
 def test_what_is_wrong_is_named_with_its_file(project, model, run, expected):
-    path = project(
-        f"{{arch: liptome_opt, model_type: pretrain_opt2.7b, {model}}}", f"run: {{{run}max_epoch: 1}}\n"
-    )
+    arch = "" if model.startswith("arch") else "arch: liptome_opt, "
+    path = project(f"{{{arch}model_type: pretrain_opt2.7b, {model}}}", f"run: {{{run}max_epoch: 1}}\n")
     with pytest.raises(ConfigError) as error:
         Config.load(path)
     assert expected.format(path) in str(error.value)

@@ -218,7 +218,8 @@ class _Weights:
     far."""
 
     def __init__(self, arch: Any, model_type: Any) -> None:
-        names = _TYPE_FILES.get((arch, model_type), ("", "")) if isinstance(model_type, str) else ("", "")
+        are_names = isinstance(arch, str) and isinstance(model_type, str)
+        names = _TYPE_FILES.get((arch, model_type), ("", "")) if are_names else ("", "")
         urls = [f"{_WEIGHTS}{name}" if name else None for name in names]
         self._values = {**dict.fromkeys(_SWITCHES, True), **dict(zip(_PATHS, urls, strict=True))}
 
