@@ -9,8 +9,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-# an absolute path of two parts at least, that begins where a word does and is no address
-_FOLDERS = re.compile(r"(?<![\w:/.~-])(?:~|[A-Za-z]:)?(?:/[^\s/:'\"()\[\],=]+)+/([^\s/:'\"()\[\],=]+)")
+# an absolute path of two parts at least, that begins where a word does and is no address; a plus joins stages
+_PART = r"(?:[^\s/:'\"()\[\],=+]|\+(?![/~]))+"
+_FOLDERS = re.compile(rf"(?<![\w:/.~-])(?:~|[A-Za-z]:)?(?:/{_PART})+/({_PART})")
 
 
 def machine() -> dict[str, Any]:

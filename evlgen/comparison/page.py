@@ -17,7 +17,7 @@ from evlgen.comparison.plots import (
     sweep_figure,
 )
 from evlgen.comparison.stages import Run
-from evlgen.comparison.table import best_rows, columns, errors, rows
+from evlgen.comparison.table import best_rows, cost_table, errors, quality_table
 
 Report = Mapping[str, Any]
 
@@ -33,8 +33,9 @@ td:first-child, th:first-child, td.text, th.text { text-align: left; }
 td.best { font-weight: 700; } tr.failed td { color: #a33; }
 .wide { overflow-x: auto; } img.plot { width: 100%; max-width: 1100px; }
 .swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .5em; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 1.1rem; }
-.card { border: 1px solid #e3e5e8; border-radius: 8px; padding: .8rem; }
+td, th { white-space: nowrap; } td.text { white-space: normal; min-width: 7rem; }
+.card { display: inline-block; vertical-align: top; width: 30%; min-width: 270px; box-sizing: border-box;
+  margin: 0 1% 1rem 0; border: 1px solid #e3e5e8; border-radius: 8px; padding: .8rem; }
 .card img { width: 150px; height: 150px; object-fit: contain; display: block; margin: 0 auto .6rem;
   background: #f6f7f8; image-rendering: auto; border-radius: 4px; }
 .card dl { margin: 0; } .card dt { font-size: 12.5px; color: #555; margin-top: .4rem; }
@@ -62,7 +63,7 @@ def page(report: Report, runs: Sequence[Run], swept: str | None = None) -> str:
         _notes(report),
         *(_plot(sweep_figure(report, swept), _sweep_caption(report)) if swept else []),
         "<h2>Results</h2>",
-        _table(report),
+        _tables(report),
         *_errors(report),
         "<h2>What differs</h2>",
         _differences(report),
@@ -100,26 +101,31 @@ def _notes(report: Report) -> str:
     return f'<ul class="notes">{lines}</ul>' if lines else ""
 
 
-def _table(report: Report) -> str:
+def _tables(report: Report) -> str:
     best = best_rows(report)
-    titles = columns(report)
+    several = len(report["seeds"]) > 1
+    meaning = "Mean ± standard deviation over the seeds that finished. " if several else ""
+    return (
+        _table(*quality_table(report), best)
+        + f'<p class="note">{meaning}The highest mean of a metric is bold.</p>'
+        + _table(*cost_table(report), {})
+        + '<p class="note">Training time is without start-up and evaluation, wall-clock with both. Peak '
+        "memory is what the process had resident, libraries included.</p>"
+    )
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], best: Mapping[str, int]) -> str:
     head = "".join(f"<th>{escape(title)}</th>" for title in titles)
     body = []
-    for number, row in enumerate(rows(report)):
-        failed = "failed" in row[-1]
+    for number, row in enumerate(rows):
         cells = []
         for title, cell in zip(titles, row, strict=True):
             mark = ' class="best"' if best.get(title) == number else ""
             swatch = _swatch(number) if title == titles[0] else ""
             cells.append(f"<td{mark}>{swatch}{escape(cell)}</td>")
-        body.append(f"<tr{' class=failed' if failed else ''}>{''.join(cells)}</tr>")
-    several = len(report["seeds"]) > 1
-    meaning = "Mean ± standard deviation over the seeds that finished. " if several else ""
-    return (
-        f'<div class="wide"><table><tr>{head}</tr>{"".join(body)}</table></div>'
-        f'<p class="note">{meaning}The highest mean of a metric is bold. Peak memory is what the process had '
-        "resident, libraries included; wall-clock includes start-up and evaluation.</p>"
-    )
+        failed = " class=failed" if "failed" in row[-1] else ""
+        body.append(f"<tr{failed}>{''.join(cells)}</tr>")
+    return f'<div class="wide"><table><tr>{head}</tr>{"".join(body)}</table></div>'
 
 
 def _errors(report: Report) -> list[str]:
@@ -165,7 +171,7 @@ def _plot(figure: Any, caption: str) -> list[str]:
 
 def _curve_caption(report: Report) -> str:
     metrics = " and ".join(plotted_metrics(report))
-    band = "; the band is one standard deviation over seeds" if len(report["seeds"]) > 1 else ""
+    band = "; the band is from the lowest seed to the highest" if len(report["seeds"]) > 1 else ""
     stages = any(run["stage_seconds"][1:] for c in report["configurations"] for run in c["runs"])
     counted = " Of a run in stages, time and samples of the earlier ones are counted." if stages else ""
     return f"{metrics} on the held-out samples{band}.{counted}"
@@ -205,7 +211,7 @@ def _captions(report: Report, runs: Sequence[Run]) -> list[str]:
     return [
         "<h2>What they write</h2>",
         f'<p class="note">The latest evaluation of the runs with seed {seed}.</p>',
-        f'<div class="cards">{"".join(cards)}</div>',
+        f"<div>{''.join(cards)}</div>",
     ]
 
 

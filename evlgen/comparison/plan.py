@@ -254,7 +254,11 @@ def _check_different(configurations: Sequence[Configuration]) -> None:
         raise ConfigError("name the project files to compare, or one with --cfg-path and the --grid.")
     seen: dict[str, str] = {}
     for configuration in configurations:
-        text = json.dumps([stage.config for stage in configuration.stages], sort_keys=True, default=str)
+        leaves = [
+            [(key, value) for key, value in flattened(stage.config) if key not in _SAME]
+            for stage in configuration.stages
+        ]
+        text = json.dumps(leaves, default=str)
         if text in seen:
             raise ConfigError(f"'{seen[text]}' and '{configuration.label}' are the same configuration.")
         seen[text] = configuration.label

@@ -159,9 +159,8 @@ def _draw_curves(axis: Axes, report: Report, metric: str, over: str) -> None:
         colour, marker, dashes = _look(number)
         x, y = [p["x"] for p in points], [p["mean"] for p in points]
         axis.plot(x, y, dashes, color=colour, marker=marker, lw=2, ms=5)
-        if any(p["std"] for p in points):
-            low = [p["mean"] - (p["std"] or 0.0) for p in points]
-            high = [p["mean"] + (p["std"] or 0.0) for p in points]
+        if len(configuration["runs"]) > 1:
+            low, high = [p["low"] for p in points], [p["high"] for p in points]
             axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
     axis.set_xlim(left=0)
     axis.margins(y=0.08)
@@ -174,6 +173,7 @@ def _grid(rows: int, columns: int, report: Report) -> tuple[Figure, Any]:
     per_row = max(1, min(len(labels), 120 // (max(map(len, labels)) + 8)))
     legend_rows = -(-len(labels) // per_row)
     figure = Figure(figsize=(10.6, 3.5 * rows + 0.3 * legend_rows + 0.2), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.03)
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
     handles = []

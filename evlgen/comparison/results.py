@@ -138,14 +138,14 @@ def mean_and_deviation(values: Sequence[float | None]) -> dict[str, float | None
     return {"mean": statistics.fmean(known), "std": statistics.stdev(known) if len(known) > 1 else None}
 
 
-def mean_curve(runs: Sequence[Mapping[str, Any]], metric: str, over: str) -> list[dict[str, float | None]]:
+def mean_curve(runs: Sequence[Mapping[str, Any]], metric: str, over: str) -> list[dict[str, float]]:
     """A metric's curve, averaged over seeds at each evaluation that all of them have reached.
 
     Args:
         over: ``seconds`` or ``samples``.
 
     Returns:
-        points of ``x``, ``mean`` and ``std``.
+        points of ``x``, ``mean``, ``low`` and ``high``.
     """
     curves = [
         {(p["stage"], p["slot"]): p for p in run["curve"] if metric in p} for run in runs if run["curve"]
@@ -155,12 +155,10 @@ def mean_curve(runs: Sequence[Mapping[str, Any]], metric: str, over: str) -> lis
     for slot in curves[0] if curves else ():
         if all(slot in curve for curve in curves):
             at = [curve[slot] for curve in curves]
-            points.append(
-                {
-                    "x": statistics.fmean(p[over] for p in at),
-                    **mean_and_deviation([p[metric] for p in at]),
-                }
-            )
+            values = [p[metric] for p in at]
+            x = statistics.fmean(p[over] for p in at)
+            mean, low, high = statistics.fmean(values), min(values), max(values)
+            points.append({"x": x, "mean": mean, "low": low, "high": high})
     return points
 
 
@@ -179,14 +177,18 @@ def notes(runs: Sequence[Run]) -> list[str]:
             "run.cache_vision: the first run that needs an encoder's tokens encodes the pictures, and its "
             "time holds that; the others read them."
         )
-    for run in runs:
-        for stage in run.stages:
-            warm_up, iterations = stage.stage.config["run"]["warmup_steps"], stage.effort()[2]
-            if stage.is_done() and warm_up > iterations / 2:
-                found.append(
-                    f"{run.configuration.label}, seed {run.seed}: {warm_up} of its {iterations} iterations "
-                    "were to be warm-up; lower run.warmup_steps for so small a budget."
-                )
+    short = {
+        run.configuration.label: (warm_up, iterations)
+        for run in runs
+        for stage in run.stages
+        if stage.is_done()
+        and (warm_up := stage.stage.config["run"]["warmup_steps"]) > (iterations := stage.effort()[2]) / 2
+    }
+    for label, (warm_up, iterations) in short.items():
+        found.append(
+            f"{label}: run.warmup_steps is {warm_up}, much of the {iterations} iterations that the "
+            "budget was enough for. Lower it for so small a budget."
+        )
     return found
 
 

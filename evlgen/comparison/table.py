@@ -10,43 +10,28 @@ from evlgen.comparison.metrics import shown_value, table_metrics
 Report = Mapping[str, Any]
 
 
-def columns(report: Report) -> list[str]:
-    """The titles, with units."""
+def quality_table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows of the final metrics: means, with the standard deviation where there are several
+    seeds."""
+    names = table_metrics(report["metrics"])
+    rows = [
+        [c["label"], *(_spread(c["summary"]["final"].get(name), shown_value) for name in names), status(c)]
+        for c in report["configurations"]
+    ]
+    return ["configuration", *names, "status"], rows
+
+
+def cost_table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows of sizes, times and memory, with units."""
     gpu = any(c["summary"]["peak_gpu_bytes"] for c in report["configurations"])
-    return [
-        "configuration",
-        *table_metrics(report["metrics"]),
-        "trained parameters, M",
-        "all parameters, M",
-        "soft prompts",
-        "training, s",
-        "samples",
-        "samples/s",
-        "peak memory, GB",
-        *(["peak GPU memory, GB"] if gpu else []),
-        "wall-clock, s",
-        "status",
+    titles = [
+        *("configuration", "trained / all parameters, M", "soft prompts", "training, s", "samples"),
+        *("samples/s", "peak memory, GB", *(["peak GPU memory, GB"] if gpu else []), "wall-clock, s"),
     ]
+    return titles, [[c["label"], *_costs(c["summary"], gpu)] for c in report["configurations"]]
 
 
-def rows(report: Report) -> list[list[str]]:
-    """One row for each configuration: means, with the standard deviation where there are several seeds."""
-    gpu = "peak GPU memory, GB" in columns(report)
-    return [
-        [
-            configuration["label"],
-            *(
-                _spread(configuration["summary"]["final"].get(name), shown_value)
-                for name in table_metrics(report["metrics"])
-            ),
-            *_numbers(configuration["summary"], gpu),
-            status(configuration),
-        ]
-        for configuration in report["configurations"]
-    ]
-
-
-def _numbers(summary: Mapping[str, Any], gpu: bool) -> list[str]:
+def _costs(summary: Mapping[str, Any], gpu: bool) -> list[str]:
     def seconds(x: float) -> str:
         return f"{x:,.1f}" if x < 100 else f"{x:,.0f}"
 
@@ -54,8 +39,7 @@ def _numbers(summary: Mapping[str, Any], gpu: bool) -> list[str]:
         return f"{x / 1e9:.2f}"
 
     return [
-        _millions(summary["trainable_parameters"]),
-        _millions(summary["total_parameters"]),
+        f"{_millions(summary['trainable_parameters'])} / {_millions(summary['total_parameters'])}",
         "–" if summary["soft_prompts"] is None else str(summary["soft_prompts"]),
         _spread(summary["seconds"], seconds),
         _spread(summary["samples"], lambda x: f"{x:,.0f}"),
@@ -90,23 +74,26 @@ def best_rows(report: Report) -> dict[str, int]:
 
 
 def as_text(report: Report) -> str:
-    """The table for a terminal, without the columns that are the same in every row."""
-    titles, content = columns(report), rows(report)
-    wanted = [
-        i
-        for i, title in enumerate(titles)
-        if i == 0 or title == "status" or title in report["metrics"] or len({row[i] for row in content}) > 1
-    ]
-    lines = [[row[i] for i in wanted] for row in [titles, *content]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(wanted))]
+    """Both tables for a terminal, and why runs failed."""
+    return "\n".join(
+        [*_lines(*quality_table(report)), "", *_lines(*cost_table(report)), *_told(errors(report))]
+    )
+
+
+def _lines(titles: list[str], rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
     shown = [
         "  ".join(
-            f"{cell:<{w}}" if i in (0, len(wanted) - 1) else f"{cell:>{w}}"
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            f"{cell:<{width}}" if i == 0 or titles[i] == "status" else f"{cell:>{width}}"
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
-        for line in lines
+        for row in [titles, *rows]
     ]
-    return "\n".join([shown[0], "  ".join("-" * w for w in widths), *shown[1:], *errors(report)])
+    return [shown[0], "  ".join("-" * width for width in widths), *shown[1:]]
+
+
+def _told(lines: list[str]) -> list[str]:
+    return ["", *lines] if lines else []
 
 
 def errors(report: Report) -> list[str]:
