@@ -97,6 +97,19 @@ def test_any_of_several_tokens_ends_a_text(num_beams):
     assert {len(text) for text in ours} != {12}
 
 
+@torch.no_grad()
+def test_enough_beams_go_on_where_several_end_tokens_are_likely():
+    model = model_of("llama")
+    ends = [END, 11, 40]
+    bonus = torch.zeros(97)
+    bonus[ends] = 2.0
+    model.get_output_embeddings().register_forward_hook(lambda *args: 10.0 * args[2] + bonus)
+    embeds, mask = inputs(model, padded=True)
+    options = Decoding(num_beams=4, num_captions=4, max_length=8, length_penalty=3.0)
+    ours = texts(decode(model, embeds, mask, options, ends, PAD), ends)
+    assert ours == texts(decode_by_transformers(model, embeds, mask, options, ends, PAD), ends)
+
+
 def texts(ids: torch.Tensor, ends: Sequence[int] = (END,)) -> list[list[int]]:
     """Token ids up to the end."""
     return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in ids.tolist()]
