@@ -90,7 +90,7 @@ def compare_connectors(values: list[int], rounds: int, batch: int, warm_up: int 
     print(
         f"the published connector, batch {batch}, {device}, {torch.get_num_threads()} threads, "
         f"{rounds} rounds\n\n"
-        "| r | tokens after layers 1 to 12 | GFLOP forward, a picture | of r=0 | forward + backward | of r=0 |"
+        "| r | tokens after layers 1 to 12 | GFLOP forward, a picture | of r=0 | both passes | of r=0 |"
         "\n|---|---|---|---|---|---|"
     )
     whole, base = flops(0), sides[0].seconds
