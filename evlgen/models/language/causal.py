@@ -120,6 +120,8 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
     def _find_ends(self) -> list[int]:
         """The tokens that end a text; the first of them ends what is learned."""
         ends = end_tokens(self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id)
+        known = range(self.model.get_input_embeddings().weight.shape[0])
+        ends = [token for token in ends if token in known]
         if not ends:
             raise ConfigError(
                 f"the tokenizer of model.language.name '{self.name}' has no end token, where generation "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +13,13 @@ from transformers import PretrainedConfig
 from evlgen.common.errors import CheckpointError, ConfigError
 from evlgen.models.language.adapters import adapter_modules, add_adapters
 from evlgen.models.language.base import LanguageModel
-from evlgen.models.language.loading import find_folder, read_config, read_model, read_tokenizer
+from evlgen.models.language.loading import (
+    find_folder,
+    named_errors,
+    read_config,
+    read_model,
+    read_tokenizer,
+)
 from evlgen.models.language.quantization import quantization_options
 from evlgen.models.model_config import LoraConfig
 
@@ -71,9 +76,11 @@ class HuggingFaceLanguageModel(LanguageModel):
         self._check_kind(config)
         options = quantization_options(quantization, dtype, torch.device(device))
         self.tokenizer = read_tokenizer(name, folder)
-        self._prepare_tokenizer(folder)
+        with named_errors(name, folder):
+            self._prepare_tokenizer()
         self.model = read_model(self.AUTO_CLASS, name, folder, config, dtype, attention, **options)
-        self._prepare_model()
+        with named_errors(name, folder):
+            self._prepare_model()
         self.pad_token_id = self._filler()
         if chat_template:
             self._read_chat_template()
@@ -103,7 +110,7 @@ class HuggingFaceLanguageModel(LanguageModel):
         """Token ids [...] -> what the model takes as ``inputs_embeds`` in their place, [..., C]."""
         return self.model.get_input_embeddings()(ids)
 
-    def _prepare_tokenizer(self, folder: Path) -> None:
+    def _prepare_tokenizer(self) -> None:
         """Checks or completes the tokenizer, before the weights are read."""
 
     def _prepare_model(self) -> None:

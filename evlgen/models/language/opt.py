@@ -7,13 +7,11 @@ Zhang et al., *OPT: Open Pre-trained Transformer Language Models*, 2022. A text 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
 from evlgen.models.language.causal import CausalLanguageModel, Tokens
-from evlgen.models.language.loading import named_errors
 
 
 @registry.register_language_model("opt")
@@ -49,15 +47,14 @@ class OPTLanguageModel(CausalLanguageModel):
     def _find_ends(self) -> list[int]:
         return self._token_ids(self.END)
 
-    def _prepare_tokenizer(self, folder: Path) -> None:
+    def _prepare_tokenizer(self) -> None:
         if self.tokenizer.pad_token_id is None:
             raise ConfigError(
                 f"the tokenizer of model.language.name '{self.name}' has no pad token, which batches of "
                 "texts need. "
                 "Set `pad_token` in its tokenizer_config.json (OPT's is <pad>)."
             )
-        with named_errors(self.name, folder):
-            ids = self._token_ids(self.END)
+        ids = self._token_ids(self.END)
         if len(ids) != 1:
             raise ConfigError(
                 f"the tokenizer of model.language.name '{self.name}' has no token of its own for the "

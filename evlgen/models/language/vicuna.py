@@ -9,7 +9,6 @@ stands for what is unknown; ``[PAD]`` is added to the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ import torch
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
 from evlgen.models.language.causal import CausalLanguageModel, Tokens
-from evlgen.models.language.loading import named_errors
 
 
 @registry.register_language_model("vicuna")
@@ -48,10 +46,8 @@ class VicunaLanguageModel(CausalLanguageModel):
     def _find_ends(self) -> list[int]:
         return [self.tokenizer.eos_token_id]
 
-    def _prepare_tokenizer(self, folder: Path) -> None:
-        with named_errors(self.name, folder):
-            known = self.END in self.tokenizer.get_vocab()
-        if not known:
+    def _prepare_tokenizer(self) -> None:
+        if self.END not in self.tokenizer.get_vocab():
             raise ConfigError(
                 f"the tokenizer of model.language.name '{self.name}' has no token {self.END}, with which "
                 "Vicuna's texts begin and end. Set model.language.kind: causal, which takes what a tokenizer "
