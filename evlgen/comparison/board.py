@@ -36,7 +36,8 @@ class Board:
             self._drawn = len(self.runs)
             return
         for run in self.runs:
-            news = (run.state, tuple(len(s.evaluations()) for s in run.stages))
+            state = "going on" if run.state in ("training", "paused") else run.state
+            news = (state, tuple(len(s.evaluations()) for s in run.stages))
             if news != self._said.get(id(run), ("waiting", tuple(0 for _ in run.stages))):
                 print(self.line(run), flush=True)
             self._said[id(run)] = news

@@ -87,7 +87,7 @@ class Execution:
             why it failed, or None; whether it was stopped because its turn is over.
         """
         job = stage.write_job()
-        before = len(stage.evaluations())
+        before, begun = len(stage.evaluations()), stage.effort()
         started, drawn, told = time.monotonic(), 0.0, False
         with open(stage.folder / OUTPUT_FILE, "ab") as output:
             child = subprocess.Popen(
@@ -105,7 +105,7 @@ class Execution:
                     if time.monotonic() - drawn > _REDRAW:
                         drawn = time.monotonic()
                         self.board.show()
-                    is_turn_over = self.interleave and self._is_turn_over(stage, before)
+                    is_turn_over = self.interleave and self._is_turn_over(stage, before, begun)
                     if not told and (self.stop.requested or is_turn_over):
                         child.send_signal(signal.SIGTERM)
                         told = True
@@ -119,12 +119,23 @@ class Execution:
         stage.note_attempt(started, error)
         return error, was_stopped
 
-    def _is_turn_over(self, stage: StageRun, before: int) -> bool:
-        """Whether it has been evaluated once more, and has something left to train."""
-        records = stage.evaluations()
-        if len(records) <= before:
+    def _is_turn_over(self, stage: StageRun, before: int, begun: tuple[float, int, int]) -> bool:
+        """Whether it has been evaluated once more, and has something left to train.
+
+        Args:
+            before: evaluations it had when its turn began.
+            begun: its effort then.
+        """
+        run, every = stage.stage.config["run"], self.settings.evaluate_every
+        if run["valid_splits"]:
+            records = stage.evaluations()[before:]
+        else:  # a stage that is not evaluated has turns as long as those of the others
+            records = stage.steps()
+            at = 0 if every is None or every.unit == "s" else 2
+            if every is None or not records or stage.effort()[at] < begun[at] + every.value:
+                return False
+        if not records:
             return False
-        run = stage.stage.config["run"]
         last = records[-1]
         if run["max_seconds"]:
             return last["trained_seconds"] < run["max_seconds"]

@@ -33,7 +33,7 @@ td:first-child, th:first-child, td.text, th.text { text-align: left; }
 td.best { font-weight: 700; } tr.failed td { color: #a33; }
 .wide { overflow-x: auto; } img.plot { width: 100%; max-width: 1100px; }
 .swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .5em; }
-td, th { white-space: nowrap; } td.text { white-space: normal; min-width: 7rem; }
+td { white-space: nowrap; } td.text { white-space: normal; min-width: 7rem; }
 .card { display: inline-block; vertical-align: top; width: 30%; min-width: 270px; box-sizing: border-box;
   margin: 0 1% 1rem 0; border: 1px solid #e3e5e8; border-radius: 8px; padding: .8rem; }
 .card img { width: 150px; height: 150px; object-fit: contain; display: block; margin: 0 auto .6rem;
@@ -70,7 +70,7 @@ def page(report: Report, runs: Sequence[Run], swept: str | None = None) -> str:
         "<h2>Quality while training</h2>",
         *_plot(quality_figure(report), _curve_caption(report)),
         "<h2>Training loss</h2>",
-        *_plot(loss_figure(report), "Means over neighbouring steps; one line for each seed."),
+        *_plot(loss_figure(report), _loss_caption(report)),
         *_captions(report, runs),
         "<h2>How this was made</h2>",
         _origin(report),
@@ -172,9 +172,18 @@ def _plot(figure: Any, caption: str) -> list[str]:
 def _curve_caption(report: Report) -> str:
     metrics = " and ".join(plotted_metrics(report))
     band = "; the band is from the lowest seed to the highest" if len(report["seeds"]) > 1 else ""
-    stages = any(run["stage_seconds"][1:] for c in report["configurations"] for run in c["runs"])
-    counted = " Of a run in stages, time and samples of the earlier ones are counted." if stages else ""
+    counted = " Of a run in stages, time and samples of the earlier ones are counted."
+    counted = counted if _has_stages(report) else ""
     return f"{metrics} on the held-out samples{band}.{counted}"
+
+
+def _loss_caption(report: Report) -> str:
+    of_last = " Of a run in stages it is the last one's." if _has_stages(report) else ""
+    return f"Means over neighbouring steps; one line for each seed.{of_last}"
+
+
+def _has_stages(report: Report) -> bool:
+    return any(run["stage_seconds"][1:] for c in report["configurations"] for run in c["runs"])
 
 
 def _sweep_caption(report: Report) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from evlgen.comparison.results import mean_curve
 
@@ -71,14 +71,17 @@ def loss_figure(report: Report) -> Figure | None:
             lowest, highest = math.inf, 0.0
             for number, configuration in enumerate(report["configurations"]):
                 for seed, run in enumerate(configuration["runs"]):
-                    x, y = _smoothed([p[over] for p in run["loss"]], [p["loss"] for p in run["loss"]])
+                    # of a run in stages the last one: the loss of another stage is another loss
+                    last = [p for p in run["loss"] if p["stage"] == len(run["stage_seconds"])]
+                    x, y = _smoothed([p[over] for p in last], [p["loss"] for p in last])
                     colour, _, dashes = _look(number)
                     axis.plot(x, y, dashes, color=colour, lw=1.6, alpha=1.0 if seed == 0 else 0.45)
                     lowest, highest = min([lowest, *y]), max([highest, *y])
             if highest > 5 * max(lowest, 1e-9):
                 axis.set_yscale("log")
                 axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-                axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: ""))
+                axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.yaxis.set_minor_formatter(NullFormatter())
             axis.set_xlim(left=0)
             axis.set_xlabel(label)
             axis.set_ylabel("training loss")
