@@ -92,7 +92,8 @@ def follow_model(cfg: Config) -> None:
 
     vision = cfg.model.vision
     pixels = {"image_size": vision.image_size, **vision_encoder_class(vision.name).normalisation(vision.name)}
-    text = {"prompt": f"{cfg.model.prompt} "} if cfg.model.prompt else {}
+    prompt = cfg.model.get("prompt")
+    text = {"prompt": f"{prompt} "} if prompt else {}
     for name, dataset in cfg.datasets.items():
         for key, follow in (("vis_processor", pixels), ("text_processor", text)):
             for role, section in dataset.get(key, {}).items():

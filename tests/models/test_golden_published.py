@@ -1,4 +1,4 @@
-"""EVLGen with OPT, of images and of clips, from its YAML and a published checkpoint, equals what is published."""
+"""EVLGen with OPT from its YAML and a published checkpoint, gives the published numbers."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from evlgen.common.hub import local_model_folder
 from evlgen.common.weights import reading, weights_only
 from evlgen.models.connectors.qformer import INITIALISER_STD, FeedForward, QFormer
 from evlgen.models.connectors.qformer_weights import load_bert
-from evlgen.models.language.generation import Decoding, _beam_search, _extend, _rows, _sample
+from evlgen.models.language.generation import Decoding, branch_rows, search
 from evlgen.models.ops import linear
 
 
@@ -236,21 +236,11 @@ def generate(
         ids of the new tokens, [B x num_captions, T].
     """
     ends = torch.tensor([end_token], device=start.device)
-    if options.use_nucleus_sampling:
-        prefix = _Prefix(queries, text, past, start, options.num_captions)
-        ids = _extend(prefix, options, ends, pad_token, lambda scores: _sample(scores, options))
-    elif options.num_beams > 1:
-        prefix = _Prefix(queries, text, past, start, options.num_beams)
-        ids = _beam_search(prefix, options, ends, pad_token)[:, : options.num_captions]
-    else:
-        prefix = _Prefix(queries, text, past, start, 1)
-        ids = _extend(prefix, options, ends, pad_token, lambda scores: scores.argmax(-1))
-    return ids.flatten(0, 1)
+    return search(lambda branches: _Prefix(queries, text, past, start, branches), options, ends, pad_token)
 
 
 class _Prefix:
-    """What has been read, with R branches behind it in one sequence: to `evlgen.models.language.generation`
-    what its own prefix of a language model is."""
+    """What has been read, with R branches behind it in one sequence: a `generation.Prefix`."""
 
     def __init__(
         self, queries: QFormer, text: QFormerText, past: list[Tensor], start: Tensor, branches: int
@@ -270,7 +260,7 @@ class _Prefix:
         """One more token in each branch, [B, R] -> scores of the next one [B, R, vocabulary]; ``branches``
         [B, R] names the branch that each continues, None its own."""
         if branches is not None:
-            self.visible = _rows(self.visible, branches)
+            self.visible = branch_rows(self.visible, branches)
         self.visible = torch.cat([self.visible, self.own], dim=2)
         hidden, self.past = write(
             self.queries, self.text, tokens, self.past, self.next_position, self.visible[:, None]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -85,15 +86,49 @@ def decode(
     if not can_read_trees(model, embeds.shape[1] + options.max_length):
         return decode_by_transformers(model, embeds, mask.to(embeds.device), options, end_tokens, pad_token)
     ends = torch.tensor(end_tokens, device=embeds.device)
+    return search(
+        lambda branches: _SharedPrefix(model, embeds, mask, branches, options.max_length),
+        options,
+        ends,
+        pad_token,
+    )
+
+
+class Prefix(Protocol):
+    """What a search continues: what has been read once, and R branches behind it.
+
+    Attributes:
+        next_position: [B, R], of each branch's next token.
+        logits: [B, 1, vocabulary], of the token after the prefix.
+    """
+
+    next_position: Tensor
+    logits: Tensor
+
+    def read(self, tokens: Tensor, branches: Tensor | None = None) -> Tensor:
+        """One more token in each branch: [B, R], and the branches [B, R] they continue (None: their own) ->
+        logits of the next, [B, R, vocabulary]."""
+        ...
+
+
+def search(prefix_of: Callable[[int], Prefix], options: Decoding, ends: Tensor, pad_token: int) -> Tensor:
+    """Continues by sampling, beams or greedily, as ``options`` say.
+
+    Args:
+        prefix_of: from a number of branches to the prefix that has them.
+        ends: [E], the tokens that end a text.
+        pad_token: fills what is behind one.
+
+    Returns:
+        ids of the new tokens, [B x num_captions, T], those of one picture in a row.
+    """
     if options.use_nucleus_sampling:
-        prefix = _SharedPrefix(model, embeds, mask, options.num_captions, options.max_length)
+        prefix = prefix_of(options.num_captions)
         ids = _extend(prefix, options, ends, pad_token, lambda scores: _sample(scores, options))
     elif options.num_beams > 1:
-        prefix = _SharedPrefix(model, embeds, mask, options.num_beams, options.max_length)
-        ids = _beam_search(prefix, options, ends, pad_token)[:, : options.num_captions]
+        ids = _beam_search(prefix_of(options.num_beams), options, ends, pad_token)[:, : options.num_captions]
     else:
-        prefix = _SharedPrefix(model, embeds, mask, 1, options.max_length)
-        ids = _extend(prefix, options, ends, pad_token, lambda scores: scores.argmax(-1))
+        ids = _extend(prefix_of(1), options, ends, pad_token, lambda scores: scores.argmax(-1))
     return ids.flatten(0, 1)
 
 
@@ -201,7 +236,7 @@ class _SharedPrefix:
         mask = None
         if self.visible is not None:
             if branches is not None:
-                self.visible = _rows(self.visible, branches)
+                self.visible = branch_rows(self.visible, branches)
             self.visible = torch.cat([self.visible, self.own], dim=2)
             hidden = torch.finfo(self.logits.dtype).min
             mask = torch.zeros_like(self.visible, dtype=self.logits.dtype).masked_fill_(~self.visible, hidden)
@@ -216,9 +251,7 @@ class _SharedPrefix:
         return logits
 
 
-def _extend(
-    prefix: _SharedPrefix, options: Decoding, ends: Tensor, pad_token: int, choose: Callable
-) -> Tensor:
+def _extend(prefix: Prefix, options: Decoding, ends: Tensor, pad_token: int, choose: Callable) -> Tensor:
     """Every branch for itself: ``choose`` takes scores [B, R, vocabulary] and gives tokens [B, R]; ``ends``
     [E] end a text. Returns [B, R, T]."""
     texts = prefix.next_position.new_empty(*prefix.next_position.shape, 0)  # [B, R, 0]
@@ -252,7 +285,7 @@ def nucleus(scores: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     return probabilities.masked_fill(likelier >= top_p, 0.0), tokens
 
 
-def _beam_search(prefix: _SharedPrefix, options: Decoding, ends: Tensor, pad_token: int) -> Tensor:
+def _beam_search(prefix: Prefix, options: Decoding, ends: Tensor, pad_token: int) -> Tensor:
     """The best texts, best first: [B, beams, max_length].
 
     A text's score is its log probability / length ** length_penalty. A picture is done when its best
@@ -273,7 +306,7 @@ def _beam_search(prefix: _SharedPrefix, options: Decoding, ends: Tensor, pad_tok
         best, tokens = top_k(log_probs, min(wide, log_probs.shape[-1]))
         best, index = (best + running[:, :, None]).flatten(1).topk(wide)  # [B, wide]
         parents, tokens = index // tokens.shape[2], tokens.flatten(1).gather(1, index)
-        candidates = torch.cat([_rows(texts, parents), tokens[:, :, None]], dim=2)
+        candidates = torch.cat([branch_rows(texts, parents), tokens[:, :, None]], dim=2)
         ended = (
             torch.isin(tokens, ends)
             if length < options.max_length
@@ -286,7 +319,7 @@ def _beam_search(prefix: _SharedPrefix, options: Decoding, ends: Tensor, pad_tok
         new = (best / length**options.length_penalty).masked_fill(~closing, -torch.inf)
         scores, kept = torch.cat([scores, new], dim=1).topk(beams)
         padded = F.pad(candidates, (0, options.max_length - length), value=pad_token)
-        finished = _rows(torch.cat([finished, padded], dim=1), kept)
+        finished = branch_rows(torch.cat([finished, padded], dim=1), kept)
 
         running, going_on = best.masked_fill(ended, -torch.inf).topk(beams)
         improvable = improvable & (
@@ -294,14 +327,14 @@ def _beam_search(prefix: _SharedPrefix, options: Decoding, ends: Tensor, pad_tok
         )
         if length == options.max_length or not improvable.any():
             break
-        texts = _rows(candidates, going_on)
+        texts = branch_rows(candidates, going_on)
         # behind the prefix there are no branches yet that could change places
         branches = parents.gather(1, going_on) if length > 1 else None
         logits = prefix.read(texts[:, :, -1], branches)
     return finished
 
 
-def _rows(x: Tensor, rows: Tensor) -> Tensor:
+def branch_rows(x: Tensor, rows: Tensor) -> Tensor:
     """[B, R, T] -> the named rows of each batch entry, [B, K, T]."""
     return x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))
 
