@@ -138,7 +138,9 @@ def _differences(report: Report) -> str:
     head = "".join(
         f'<th class="text">{_swatch(i)}{escape(c["label"])}</th>' for i, c in enumerate(configurations)
     )
-    files = "".join(f'<td class="text">{escape(" + ".join(c["files"]))}</td>' for c in configurations)
+    files = [" + ".join(c["files"]) for c in configurations]
+    file_cells = "".join(f'<td class="text">{escape(file)}</td>' for file in files)
+    file_row = f"<tr><td>project file</td>{file_cells}</tr>" if len(set(files)) > 1 else ""
     body = "".join(
         f"<tr><td><code>{escape(key)}</code></td>"
         + "".join(f'<td class="text">{escape(_value(c["differs"], key))}</td>' for c in configurations)
@@ -146,7 +148,7 @@ def _differences(report: Report) -> str:
         for key in keys
     )
     return (
-        f'<div class="wide"><table><tr><th>key</th>{head}</tr><tr><td>project file</td>{files}</tr>{body}'
+        f'<div class="wide"><table><tr><th>key</th>{head}</tr>{file_row}{body}'
         "</table></div><p class='note'>All other keys have the same value in every configuration.</p>"
     )
 
@@ -162,7 +164,7 @@ def _value(differs: Mapping[str, Any], key: str) -> str:
 
 def _plot(figure: Any, caption: str) -> list[str]:
     if figure is None:
-        return ['<p class="note">Nothing to draw yet.</p>']
+        return ['<p class="note">There are not enough numbers to draw.</p>']
     return [
         f'<figure style="margin:0"><img class="plot" alt="{escape(caption)}" src="{as_data_address(figure)}">'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
@@ -188,7 +190,7 @@ def _has_stages(report: Report) -> bool:
 
 def _sweep_caption(report: Report) -> str:
     bars = "Bars are one standard deviation over seeds. " if len(report["seeds"]) > 1 else ""
-    return f"{bars}Training time is that of a sample, so that it can be compared under any budget."
+    return f"{bars}The percentages are shares of the longest training time."
 
 
 def _captions(report: Report, runs: Sequence[Run]) -> list[str]:

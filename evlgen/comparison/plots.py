@@ -42,9 +42,10 @@ def plotted_metrics(report: Report) -> list[str]:
 
 
 def quality_figure(report: Report) -> Figure | None:
-    """Each metric against seconds of training and against samples seen; None where nothing was scored."""
+    """Each metric against seconds of training and against samples seen; None where no run was scored more
+    than once."""
     metrics = plotted_metrics(report)
-    if not metrics:
+    if not metrics or max(len(run["curve"]) for c in report["configurations"] for run in c["runs"]) < 2:
         return None
     with _styled():
         figure, axes = _grid(len(metrics), 2, report)
@@ -107,30 +108,33 @@ def sweep_figure(report: Report, key: str) -> Figure | None:
             _draw_against(axis, x, [c["summary"]["final"].get(metric) for c in done], COLOURS[0], "o")
             axis.set_ylabel(metric)
             axis.set_title("quality at the end", loc="left")
-        _draw_time(axes[-1], x, done)
+        _draw_time(axes[-1], x, report, done)
         for axis in axes:
             axis.set_xlabel(key)
             axis.set_xticks(x, values)
         return figure
 
 
-def _draw_time(axis: Axes, x: Sequence[float], done: Sequence[Mapping[str, Any]]) -> None:
-    """Time for each sample, which has a meaning with and without a budget of time."""
-    rates = [c["summary"]["samples_per_s"] for c in done]
-    per_sample = [
-        None if r is None else {"mean": 1e3 / r["mean"], "std": _relative(r, 1e3 / r["mean"])} for r in rates
-    ]
-    _draw_against(axis, x, per_sample, COLOURS[1], "s")
+def _draw_time(axis: Axes, x: Sequence[float], report: Report, done: Sequence[Mapping[str, Any]]) -> None:
+    """Training time; under a budget of time, which is the same for all, that of one sample."""
+    if str(report["budget"] or "").endswith(" s"):
+        rates = [c["summary"]["samples_per_s"] for c in done]
+        times = [r and {"mean": 1e3 / r["mean"], "std": _relative(r, 1e3 / r["mean"])} for r in rates]
+        axis.set_ylabel("training time per sample, ms")
+    else:
+        times = [c["summary"]["seconds"] for c in done]
+        axis.set_ylabel("training time, s")
+    _draw_against(axis, x, times, COLOURS[1], "s")
     axis.set_ylim(bottom=0)
-    axis.set_ylabel("training time per sample, ms")
     axis.set_title("training time (and share of the slowest)", loc="left")
-    slowest = max((p["mean"] for p in per_sample if p), default=1.0)
-    for place, point in zip(x, per_sample, strict=True):
-        if point:
+    slowest = max((time["mean"] for time in times if time), default=1.0)
+    for place, time in zip(x, times, strict=True):
+        if time:
+            below = time["mean"] - (time["std"] or 0.0)
             axis.annotate(
-                f"{100 * point['mean'] / slowest:.0f} %",
-                (place, point["mean"]),
-                xytext=(0, -17),
+                f"{100 * time['mean'] / slowest:.0f} %",
+                (place, below),
+                xytext=(0, -18),
                 textcoords="offset points",
                 ha="center",
                 fontsize=9,

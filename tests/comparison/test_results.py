@@ -156,8 +156,12 @@ def test_many_configurations_all_look_different(report):
     assert len(figure.legends[0].get_texts()) == 12
 
 
-def test_a_sweep_shows_time_per_sample(report):
+def test_a_sweep_shows_training_time_and_under_a_budget_of_time_that_of_a_sample(report):
     axes = sweep_figure(report, "model.connector.r").axes
     assert [axis.get_ylabel() for axis in axes] == ["CIDEr", "training time per sample, ms"]
     (line,) = axes[1].get_lines()
     assert list(line.get_xdata()) == [0.0, 4.0] and list(line.get_ydata()) == [100.0, 100.0]
+    for budget in (None, "20 iterations"):
+        axis = sweep_figure({**report, "budget": budget}, "model.connector.r").axes[1]
+        assert axis.get_ylabel() == "training time, s"
+        assert list(axis.get_lines()[0].get_ydata()) == [20.5, 20.0]
