@@ -212,15 +212,19 @@ class Blip2Stage1(BaseModel):
                 picture are known.
 
         Returns:
-            ``loss``, ``loss_itc``, ``loss_itm``, ``loss_lm``: scalars, float32.
+            ``loss``, ``loss_itc``, ``loss_itm``, ``loss_lm``: scalars, float32. In training their means over
+            processes, weighed by samples, are the losses of all samples in one batch.
         """
         tokens = self._tokens(samples)
         ids = self.tokenizer(samples["text_input"])  # [B, L], on the CPU
         visual = self.connector.keys_values(self._normed(tokens))
         queries, past = self.connector.read(visual, len(tokens))
-        loss_lm = self._writing_loss(ids, past)
-        ids = ids.to(tokens.device)
         everyone = Everyone(len(tokens), tokens.device, alone=not self.training)
+        # texts are of different lengths, and losses of processes weigh by their samples. The other two losses
+        # are means over samples: negatives are wanting for all samples of all processes or for none
+        written = int((ids[:, 1:] != self.tokenizer.pad).sum())
+        loss_lm = self._writing_loss(ids, past) * everyone.weight(written, tokens.device)
+        ids = ids.to(tokens.device)
         loss_itc, image_to_text, text_to_image, positive = self._contrast(
             queries, ids, self._picture_keys(samples, everyone), everyone
         )

@@ -88,6 +88,7 @@ class Everyone:
     def __init__(self, batch: int, device: torch.device, alone: bool = False) -> None:
         self.is_alone = alone or not (dist.is_available() and dist.is_initialized())
         self.is_alone = self.is_alone or dist.get_world_size() == 1
+        self._own = batch
         self.sizes, self.offset = [batch], 0
         if not self.is_alone:
             self.sizes = _gathered(torch.tensor([batch], device=device)).tolist()
@@ -102,6 +103,16 @@ class Everyone:
         padding = x.new_zeros(largest - len(x), *x.shape[1:])
         parts = _Gather.apply(torch.cat([x, padding])).split(largest)
         return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
+
+
+    def weight(self, count: int, device: torch.device) -> Tensor | float:
+        """What to multiply one's own mean over ``count`` things with, where processes weigh by their samples
+        (`BaseModel.forward`), so that it becomes the mean over the things of all processes."""
+        if self.is_alone:
+            return 1.0
+        total = torch.tensor(float(count), device=device)
+        dist.all_reduce(total)
+        return count / self._own * sum(self.sizes) / total
 
 
 class _Gather(torch.autograd.Function):

@@ -299,12 +299,18 @@ def _argmax_negatives(similarity, positive):
 
 
 def _gradients(model, samples, weight: float = 1.0) -> dict[str, torch.Tensor]:
+    """Of all three losses; and the losses, all times what the samples weigh."""
     losses = model(samples)
-    ((losses["loss_itc"] + losses["loss_itm"]) * weight).backward()
-    return {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    (losses["loss"] * weight).backward()
+    gradients = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    return {**gradients, **{k: v.detach() * weight for k, v in losses.items()}}
 
 
-def _one_of_two(rank: int, address: str, samples) -> dict[str, torch.Tensor]:
+# of the last, no picture has a negative
+PICTURES = [list(range(COUNT)), [0, 1, 0, 2, 3, 0], [0] * COUNT]
+
+
+def _one_of_two(rank: int, address: str, samples) -> list[dict[str, torch.Tensor]]:
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timeout)
@@ -312,10 +318,13 @@ def _one_of_two(rank: int, address: str, samples) -> dict[str, torch.Tensor]:
         blip2_stage1.hard_negatives = _argmax_negatives
         mine = slice(0, 4) if rank == 0 else slice(4, COUNT)  # of other sizes, and texts of other lengths
         part = {key: value[mine] for key, value in samples.items()}
-        gradients = _gradients(shake(build()).train(), part, len(part["text_input"]) / COUNT)
-        for value in gradients.values():
-            dist.all_reduce(value)
-        return gradients
+        found = []
+        for pictures in PICTURES:
+            part["image_id"] = pictures[mine]
+            found.append(_gradients(shake(build()).train(), part, len(part["text_input"]) / COUNT))
+            for value in found[-1].values():
+                dist.all_reduce(value)
+        return found
     finally:
         dist.destroy_process_group()
 
@@ -328,10 +337,13 @@ def test_two_processes_learn_what_one_learns_of_all_their_samples(samples, tmp_p
     got = _one_of_two(0, address, samples)
     other.join()
     assert other.exitcode == 0
-    expected = _gradients(shake(build()).train(), samples)
-    assert got.keys() == expected.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(got[key], value, atol=2e-6, rtol=2e-4, msg=key)
+    for pictures, ours in zip(PICTURES, got, strict=True):
+        expected = _gradients(shake(build()).train(), {**samples, "image_id": pictures})
+        assert ours.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(
+                ours[key], value, atol=2e-6, rtol=2e-4, msg=lambda text, key=key: f"{key}: {text}"
+            )
 
 
 # ---- training ----
