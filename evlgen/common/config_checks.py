@@ -97,6 +97,8 @@ def check_model(section: Mapping[str, Any], problems: Problems) -> dict[str, Any
 
 def check_together(model: Mapping[str, Any], run: RunConfig | None, problems: Problems) -> None:
     """What a ``model`` and a ``run`` section, each right in itself, ask for that cannot be together."""
+    if run is not None and run.shard_language:
+        _check_sharding(model, problems)
     vision = model.get("vision")
     if run is None or not run.cache_vision or run.evaluate or not isinstance(vision, Mapping):
         return
@@ -107,6 +109,17 @@ def check_together(model: Mapping[str, Any], run: RunConfig | None, problems: Pr
     elif isinstance(temporal, Mapping) and temporal.get("form") in ("average", "residual"):
         why = "temporal attention is trained inside the vision encoder: its tokens cannot be kept"
         problems.add("run.cache_vision", f"{why}. Set model.vision.temporal.form: mean, or this to false")
+
+
+def _check_sharding(model: Mapping[str, Any], problems: Problems) -> None:
+    """Whether ``run.shard_language`` can be."""
+    arch, language = model.get("arch"), model.get("language")
+    if arch in registry.list_models() and language is None:
+        why = f"model.arch: {arch} has no language model to spread over the processes"
+        problems.add("run.shard_language", f"{why}. Set it to false")
+    elif isinstance(language, Mapping) and language.get("quantization", "none") != "none":
+        why = "quantised weights cannot be spread over the processes"
+        problems.add("run.shard_language", f"{why}. Set model.language.quantization: none, or this to false")
 
 
 def check_datasets(section: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
