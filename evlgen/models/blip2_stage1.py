@@ -56,6 +56,9 @@ LABEL_SMOOTHING = 0.1  # LAVIS: blip2_qformer.py (contrast), Qformer.py (writing
 TEMPERATURE = 0.07  # LAVIS: blip2_qformer.py
 TEMPERATURES = (0.001, 0.5)  # bounds it is kept in: those of LAVIS's blip_pretrain.py, BLIP-2's has none
 UNKNOWN = -100  # label of pairs that are none
+SECOND_STAGE = (
+    "Take model.arch: blip2_opt, blip2_vicuna or blip2_t5, and this model's weights as its model.checkpoint."
+)
 
 
 @dataclasses.dataclass
@@ -368,6 +371,14 @@ class Blip2Stage1(BaseModel):
         start = start.expand(len(tokens), -1)
         ends = self.tokenizer.end, self.tokenizer.pad
         return self.tokenizer.decode(generate(self.connector, self.text, past, start, options, *ends))
+
+    def predict_answers(self, samples: dict[str, Any], **options) -> list[str]:
+        """Raises `ConfigError`: what answers is a language model."""
+        raise ConfigError(f"BLIP-2's first stage answers no questions. {SECOND_STAGE}")
+
+    def soft_prompts(self, samples: dict[str, Any]) -> Tensor:
+        """Raises `ConfigError`: what reads soft prompts is a language model."""
+        raise ConfigError(f"BLIP-2's first stage has no soft prompts. {SECOND_STAGE}")
 
     @torch.no_grad()
     def extract_features(
