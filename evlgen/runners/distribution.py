@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from evlgen.common.errors import ProcessLost
+from evlgen.common.errors import ConfigError, ProcessLost
 from evlgen.common.precision import resolve_precision
 from evlgen.models.base_model import BaseModel
 from evlgen.runners.meeting import meeting
@@ -57,6 +57,9 @@ class Distribution:
 
     Attributes:
         wrapped: the model to call in training.
+
+    Raises:
+        ConfigError: ``shard_language``, and there is no language model, or none that can be spread.
     """
 
     def __init__(self, accelerator: Accelerator, model: BaseModel, run: RunConfig) -> None:
@@ -65,7 +68,7 @@ class Distribution:
         if run.shard_language and accelerator.num_processes > 1:
             from evlgen.runners.sharding import Sharding
 
-            self.sharding = Sharding(model.language, accelerator.device)
+            self.sharding = Sharding(_language_of(model), accelerator.device)
         apart = self.sharding.weights() if self.sharding else set()
         _move(model, accelerator.device, apart)
         _exchange_only_trained(model, apart)
@@ -88,6 +91,16 @@ class Distribution:
     def generating(self) -> contextlib.AbstractContextManager:
         """Inside, each process may generate as often as it likes."""
         return self.sharding.in_step() if self.sharding else contextlib.nullcontext()
+
+
+def _language_of(model: BaseModel) -> nn.Module:
+    language = getattr(model, "language", None)
+    if not isinstance(language, nn.Module):
+        raise ConfigError(
+            f"run.shard_language: the architecture ({type(model).__name__}) has no language model to spread "
+            "over the processes. Set it to false."
+        )
+    return language
 
 
 def _move(model: nn.Module, device: torch.device, apart: set[nn.Parameter]) -> None:

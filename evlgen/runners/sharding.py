@@ -1,9 +1,9 @@
 """A language model that does not fit on each process, spread over them by torch's FSDP2 (`fully_shard`).
 
-Every process keeps a part of each decoder layer, and gathers the whole layer while it computes with it. The
-rest of the model (vision encoder, connector, word embeddings) is small beside them and whole on every
-process; what of it is trained is kept equal by DDP, as without sharding. So the weights, optimizer state and
-checkpoints of a run with a frozen language model are those of any other run.
+Every process keeps a part of each layer, of the encoder too where there is one, and gathers the whole layer
+while it computes with it. The rest of the model (vision encoder, connector, word embeddings) is small beside
+them and whole on every process; what of it is trained is kept equal by DDP, as without sharding. So the
+weights, optimizer state and checkpoints of a run with a frozen language model are those of any other run.
 
 This is `fully_shard` itself and not accelerate's ``FullyShardedDataParallelPlugin`` (1.15), which
 
@@ -35,7 +35,7 @@ from evlgen.runners.spread import part_of
 
 
 class Sharding:
-    """The decoder layers of a language model, on all processes of a machine together.
+    """The layers of a language model, on all processes of a machine together.
 
     Layers are gathered by all processes at once. In training each runs the model once for each batch; in
     generation one may need more steps, or have more batches, than another: see `in_step`.
@@ -45,63 +45,88 @@ class Sharding:
         device: where a process computes.
 
     Raises:
-        ConfigError: no layers are found in it.
+        ConfigError: no layers are found in it; its weights are quantised.
     """
 
     def __init__(self, language: nn.Module, device: torch.device) -> None:
         self.device = device
-        self.stack, self.layers = _layers(language)
+        self.stacks = _stacks(language)
+        self._refuse_quantised()
         self.mesh = _mesh(device)
         self.group = self.mesh.get_group(self.mesh.ndim - 1)  # those that hold one copy of the model together
 
     def weights(self) -> set[nn.Parameter]:
         """The weights that are spread, before or after `apply`."""
-        return {p for layer in self.layers for p in layer.parameters()}
+        return {p for layers in self.stacks.values() for layer in layers for p in layer.parameters()}
 
     def apply(self) -> None:
         """Moves layer after layer to the device, of which this process keeps its part: the whole model is
         never there. From now on the weights are `DTensor`."""
-        for layer in self.layers:
-            fully_shard(layer, mesh=self.mesh, reshard_after_forward=True)
-            for module in layer.modules():
-                module.register_load_state_dict_pre_hook(_take_part)
         # FSDP warns of layers that return views, as transformers' do; nothing writes into those
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
-        # without weights of its own, but it gathers the next layer while one computes
-        rest = set(self.stack.parameters()) - self.weights()
-        fully_shard(self.stack, mesh=self.mesh, ignored_params=rest)
+        spread = self.weights()
+        for stack, layers in self.stacks.items():
+            rest = set(stack.parameters()) - spread
+            for layer in layers:
+                fully_shard(layer, mesh=self.mesh, reshard_after_forward=True)
+                for module in layer.modules():
+                    module.register_load_state_dict_pre_hook(_take_part)
+            # without weights of its own, but it gathers the next layer while one computes
+            fully_shard(stack, mesh=self.mesh, ignored_params=rest)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Gradients of the layers are summed here; the next backward pass after the block exchanges them."""
-        self.stack.set_requires_gradient_sync(False)
+        for stack in self.stacks:
+            stack.set_requires_gradient_sync(False)
         try:
             yield
         finally:
-            self.stack.set_requires_gradient_sync(True)
+            for stack in self.stacks:
+                stack.set_requires_gradient_sync(True)
 
     @contextlib.contextmanager
     def in_step(self) -> Iterator[None]:
         """Inside, processes may run the language model at different times and different numbers of times.
 
-        Before each run of the layers all processes agree that there is one; a process that reaches the end of
-        the block gathers the layers along with those that still run, until there are none.
+        Before each run of a stack of layers all processes agree on the stack that runs next. Those that wait
+        for the other stack, or have reached the end of the block, gather its layers along with those that
+        run it; the block ends when nobody runs any.
         """
-        announced = self.stack.register_forward_pre_hook(lambda *_: self._agree(True), prepend=True)
+        announced = [
+            stack.register_forward_pre_hook(lambda *_, number=number: self._wait_for(number), prepend=True)
+            for number, stack in enumerate(self.stacks)
+        ]
         try:
             yield
         finally:
-            announced.remove()
-        while self._agree(False).item():
-            for layer in self.layers:
+            for hook in announced:
+                hook.remove()
+        self._wait_for(None)
+
+    def _wait_for(self, wanted: int | None) -> None:
+        """Until it is the turn of a stack, or, for None, until no process wants any."""
+        while True:
+            wishes = torch.zeros(len(self.stacks), device=self.device)
+            if wanted is not None:
+                wishes[wanted] = 1
+            dist.all_reduce(wishes, group=self.group)
+            if wanted is not None and len(self.stacks) == 1:
+                return  # whatever the others want: one need not wait for the device to know
+            turn = next((number for number, wish in enumerate(wishes.tolist()) if wish), None)
+            if turn == wanted:
+                return
+            for layer in list(self.stacks.values())[turn]:
                 layer.unshard()
                 layer.reshard()
 
-    def _agree(self, running: bool) -> Tensor | None:
-        """How many processes run the layers now."""
-        number = torch.tensor(float(running), device=self.device)
-        dist.all_reduce(number, group=self.group)
-        return None if running else number
+    def _refuse_quantised(self) -> None:
+        kinds = {str(p.dtype) for p in self.weights() if not p.is_floating_point()}
+        if kinds:
+            raise ConfigError(
+                f"run.shard_language: quantised weights ({', '.join(sorted(kinds))}) cannot be spread over "
+                "the processes. Set it to false, or model.language.quantization: none."
+            )
 
 
 def _take_part(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
@@ -111,22 +136,26 @@ def _take_part(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: obj
             state[prefix + name] = part_of(state[prefix + name], weight)
 
 
-def _layers(language: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
-    """The module that holds a language model's layers, and the layers: of all lists of modules the one with
-    the most weights."""
-    lists = [
-        (sum(p.numel() for p in child.parameters()), owner, child)
-        for owner in language.modules()
-        for child in owner.children()
-        if isinstance(child, nn.ModuleList)
-    ]
-    if not lists:
+def _stacks(language: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    """The modules that run a language model's layers one after the other, and their layers: one, or encoder
+    and decoder. Layers are a list of modules that lies in no other and has at least a tenth of the weights of
+    the largest."""
+    sizes = {lists: sum(p.numel() for p in lists.parameters()) for lists in _outermost_lists(language)}
+    if not sizes:
         raise ConfigError(
             f"run.shard_language: {type(language).__name__} has no list of layers (nn.ModuleList) that could "
             "be spread over the processes. Set run.shard_language: false."
         )
-    _, owner, layers = max(lists, key=lambda item: item[0])
-    return owner, list(layers)
+    kept = [lists for lists, size in sizes.items() if size >= max(sizes.values()) / 10]
+    kept.sort(key=sizes.get)  # of two lists of one module the larger is its layers
+    owners = {lists: owner for owner in language.modules() for lists in owner.children() if lists in sizes}
+    return {owners[lists]: list(lists) for lists in kept}
+
+
+def _outermost_lists(module: nn.Module) -> list[nn.ModuleList]:
+    if isinstance(module, nn.ModuleList):
+        return [module]
+    return [lists for child in module.children() for lists in _outermost_lists(child)]
 
 
 def _mesh(device: torch.device) -> DeviceMesh:

@@ -88,7 +88,11 @@ def read_lines(path: Path) -> list[dict]:
 def logged(folder: Path, kind: str) -> list[dict]:
     """The ``train`` or ``evaluation`` lines of a run's log, but for times."""
     return [
-        {k: v for k, v in line.items() if k not in ("type", "time", "seconds", "samples_per_s")}
+        {
+            k: v
+            for k, v in line.items()
+            if k not in ("type", "time", "seconds", "trained_seconds", "samples_per_s")
+        }
         for line in read_lines(folder / "log.jsonl")
         if line["type"] == kind
     ]

@@ -99,7 +99,9 @@ class UnevenOPT(EvlgenOPT):
         return model
 
     def unused_weight(self):
-        return self.language.model.model.decoder.embed_positions.weight[-1]
+        decoder = self.language.model.get_decoder()
+        # T5's has none
+        return decoder.embed_positions.weight[-1] if hasattr(decoder, "embed_positions") else torch.zeros(1)
 
 
 def digest(model) -> str:

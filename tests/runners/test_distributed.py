@@ -6,8 +6,15 @@ import json
 import shutil
 
 import pytest
+import torch
+import transformers
+from omegaconf import OmegaConf
 from runners.processes import alone, logged, read_lines, torchrun
 from safetensors.torch import load_file
+
+from evlgen.common.config import Config
+from evlgen.common.errors import ConfigError
+from evlgen.runners.sharding import Sharding, _stacks
 
 SIZES = {"one": 1, "two": 2, "five": 5, "seven": 7}
 FINAL = "step_00000015"
@@ -91,11 +98,32 @@ def test_a_broken_sample_of_one_process_is_left_out_of_an_evaluation_and_counted
     assert (line["samples"], line["skipped"]) == (5, 1)
 
 
-@pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "trained"])
+@pytest.fixture(scope="module")
+def t5(golden, tmp_path_factory):
+    """A random T5 of the golden model's width, whose tokenizer it has."""
+    folder = tmp_path_factory.mktemp("t5")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(golden / "evlgen_opt" / "language")
+    tokenizer.save_pretrained(folder)
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4}
+    ids = {"decoder_start_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = transformers.T5Config(
+        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **sizes, **ids
+    )
+    torch.manual_seed(0)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", ["frozen", "trained", "t5 with adapters"])
 def test_a_spread_language_model_trains_like_a_whole_one_from_and_to_its_checkpoints(
-    write_pair_project, tmp_path, freeze
+    write_pair_project, tmp_path, t5, case
 ):
-    project = write_pair_project(tmp_path)
+    project, freeze = write_pair_project(tmp_path), case != "trained"
+    if case == "t5 with adapters":
+        content = OmegaConf.load(project)
+        # adapters in encoder and decoder
+        content.model.language = {"name": str(t5), "precision": "fp32", "lora": {"r": 2}}
+        OmegaConf.save(content, project)
     whole, spread, back = (tmp_path / name for name in ("whole", "spread", "back"))
     one_process = (f"model.language.freeze={freeze}", "run.batch_size_train=4", "run.valid_splits=[]")
     alone(project, f"run.output_dir={whole}", *one_process)
@@ -117,8 +145,34 @@ def test_a_spread_language_model_trains_like_a_whole_one_from_and_to_its_checkpo
     assert {k: (v.shape, v.dtype) for k, v in weights.items()} == {
         k: (v.shape, v.dtype) for k, v in others.items()
     }
-    assert any(name.startswith("language.") for name in weights) != freeze
+    parts = {part for part in ("encoder", "decoder") for name in weights if f".{part}." in name}
+    assert parts == {"frozen": set(), "trained": {"decoder"}}.get(case, {"encoder", "decoder"})
 
+    if case == "t5 with adapters":
+        return  # those of "trained" are read the same way
     shutil.copytree(spread / "run", back / "run", symlinks=True)
     alone(project, *one_process, f"run.resume={back}/run/checkpoints/step_00000010")
     assert_same_curve(train_lines(back / "run"), expected)
+
+
+def test_layers_of_encoder_and_decoder_are_spread_and_quantised_ones_are_refused(t5):
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(t5)
+    stacks = _stacks(model)
+    assert {stack: len(layers) for stack, layers in stacks.items()} == {model.encoder: 3, model.decoder: 2}
+    weight = torch.ones(4, 4, dtype=torch.int8)
+    model.encoder.block[1].quantised = torch.nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(ConfigError, match=r"run.shard_language.*int8.*model.language.quantization: none"):
+        Sharding(model, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["model.arch=blip2"], "blip2 has no language model"),
+        (["model.language.quantization=4bit"], "quantised weights cannot be spread"),
+    ],
+)
+def test_what_has_nothing_to_spread_is_found_before_a_run(options, why):
+    project = "projects/blip2/shapes_stage1.yaml" if "blip2" in options[0] else "projects/evlgen/shapes.yaml"
+    with pytest.raises(ConfigError, match=rf"run.shard_language.*{why}"):
+        Config.load(project, [*options, "run.shard_language=true"])
