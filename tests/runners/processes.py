@@ -18,6 +18,7 @@ from evlgen.common.config import Config
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = Path(__file__).with_name("ranks.py")
 QUICK = {"OMP_NUM_THREADS": "1", "PATH": "", "JAVA_HOME": ""}  # scoring without Java: it starts slowly
+TIMES = ("time", "seconds", "trained_seconds", "samples_per_s")  # of a log's lines
 TIMEOUT = 120  # seconds: a run takes some ten on free cores
 
 
@@ -88,11 +89,7 @@ def read_lines(path: Path) -> list[dict]:
 def logged(folder: Path, kind: str) -> list[dict]:
     """The ``train`` or ``evaluation`` lines of a run's log, but for times."""
     return [
-        {
-            k: v
-            for k, v in line.items()
-            if k not in ("type", "time", "seconds", "trained_seconds", "samples_per_s")
-        }
+        {k: v for k, v in line.items() if k not in ("type", *TIMES)}
         for line in read_lines(folder / "log.jsonl")
         if line["type"] == kind
     ]

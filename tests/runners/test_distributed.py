@@ -166,13 +166,13 @@ def test_layers_of_encoder_and_decoder_are_spread_and_quantised_ones_are_refused
 
 
 @pytest.mark.parametrize(
-    ("options", "why"),
+    ("option", "why"),
     [
-        (["model.arch=blip2"], "blip2 has no language model"),
-        (["model.language.quantization=4bit"], "quantised weights cannot be spread"),
+        ("model.arch=blip2", "blip2 has no language model"),
+        ("model.language.quantization=4bit", "quantised weights cannot be spread"),
     ],
 )
-def test_what_has_nothing_to_spread_is_found_before_a_run(options, why):
-    project = "projects/blip2/shapes_stage1.yaml" if "blip2" in options[0] else "projects/evlgen/shapes.yaml"
+def test_what_has_nothing_to_spread_is_found_before_a_run(option, why):
+    stage = 1 if "blip2" in option else 2
     with pytest.raises(ConfigError, match=rf"run.shard_language.*{why}"):
-        Config.load(project, [*options, "run.shard_language=true"])
+        Config.load(f"projects/blip2/shapes_stage{stage}.yaml", [option, "run.shard_language=true"])
