@@ -16,14 +16,31 @@ from torch import Tensor, nn
 
 from evlgen.common.checkpoints import CONFIG_FILE, WEIGHTS_FILE, write_folder
 from evlgen.common.config import load_model_config, load_model_file
-from evlgen.common.errors import CheckpointError, ConfigError
+from evlgen.common.errors import CheckpointError, ConfigError, EVLGenError
 from evlgen.common.io import make_readable, resolve, write_atomically
+from evlgen.common.registry import registry
 from evlgen.common.schema import build_dataclass
 from evlgen.common.weights import read_weights
 from evlgen.models.model_config import ModelConfig
-from evlgen.models.published.checkpoints import to_own_names
+from evlgen.models.published.checkpoints import is_published, to_own_names
+from evlgen.models.published.configs import own_names
 
 logger = logging.getLogger(__name__)
+
+_ADAPTER, _TEMPORAL = ".lora_", ".temporal_merge."  # in the names of weights
+_WITHOUT = "model.checkpoint: null starts without it."
+_SAYS = "the config.yaml beside the weights says"
+# What gives learned weights a place that have none.
+_PLACES = {
+    _ADAPTER: "it is of adapters in the language model. Set model.language.lora to what they were trained "
+    f"with (r, alpha, target_modules: {_SAYS})",
+    _TEMPORAL: "it is of attention over the frames. Set model.vision.temporal.form to what it was trained "
+    f"with ({_SAYS}; published weights: residual), and model.vision to the same encoder",
+}
+_READS_TEXT = (
+    "it is of a Q-Former that reads the question too, as InstructBLIP's does, and model.connector reads "
+    "pictures only. Take BLIP-2's weights, of the first stage or of the second"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +89,17 @@ class BaseModel(nn.Module):
             cfg: the ``model`` section, a whole config that has one, or the path of a YAML file that has one
                 (relative paths in it are looked up beside that file first).
             device: the device it will run on; decides what ``precision: auto`` means. The model itself stays
-                on CPU.
+                on CPU, but for quantised weights, which are put there as they are read.
 
         Raises:
-            ConfigError, CheckpointError: see the parts.
+            ConfigError: the section is another architecture's; and see the parts.
+            CheckpointError: see the parts and `load_checkpoint`.
         """
         if isinstance(cfg, str | Path):
             cfg = load_model_file(cfg)
         section = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
         section = section.get("model", section)
+        _check_arch(cls, section)
         config = build_dataclass(cls.CONFIG, section, path="model")
         try:
             model = cls.from_parts_config(config, torch.device(device))
@@ -125,6 +144,14 @@ class BaseModel(nn.Module):
         """One text for each sample."""
         raise NotImplementedError(f"{type(self).__name__} must define generate(samples)")
 
+    def predict_answers(self, samples: dict[str, Any], **options) -> list[str]:
+        """One short answer for each sample's question."""
+        raise NotImplementedError(f"{type(self).__name__} must define predict_answers(samples)")
+
+    def soft_prompts(self, samples: dict[str, Any]) -> Tensor:
+        """What the language model reads of the pictures, [B, M, C_language]."""
+        raise NotImplementedError(f"{type(self).__name__} must define soft_prompts(samples)")
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
@@ -147,23 +174,19 @@ class BaseModel(nn.Module):
         return self
 
     def trained_state_dict(self) -> dict[str, Tensor]:
-        """The weights that are trained, by name, and the buffers of parts that are not frozen."""
+        """The weights that are trained, by name, and what else parts that are not frozen keep, such as
+        buffers."""
+        weights = dict(self.named_parameters(remove_duplicate=False))
+        owners = dict(self.named_modules(remove_duplicate=False))
         frozen = {id(m) for part in self.frozen_modules() for m in part.modules()}
         frozen -= {id(m) for part in self.trained_modules() for m in part.modules()}
-        frozen_buffers = {
-            f"{prefix}.{name}" if prefix else name
-            for prefix, module in self.named_modules()
-            if id(module) in frozen
-            for name, _ in module.named_buffers(recurse=False)
-        }
-        frozen_weights = {
-            name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad
-        }
-        left_out = frozen_buffers | frozen_weights
         state: dict[str, Tensor] = {}
         known: set[int] = set()
         for name, value in self.state_dict(keep_vars=True).items():
-            if name not in left_out and id(value) not in known:  # tied weights once
+            # quantised layers keep more than parameters and buffers: those go by their module
+            is_weight = name in weights
+            learned = weights[name].requires_grad if is_weight else id(_owner(name, owners)) not in frozen
+            if learned and id(value) not in known:  # tied weights once
                 known.add(id(value))
                 state[name] = value.detach()
         return state
@@ -173,19 +196,24 @@ class BaseModel(nn.Module):
         ``evlgen://``.
 
         Says in the log what was loaded, missing and unexpected. Weights that the connector names in its class
-        attribute ``SPARE_WEIGHTS`` (prefixes) are those of an earlier stage, and left out.
+        attribute ``SPARE_WEIGHTS`` (prefixes) are those of an earlier stage, and left out; those of
+        ``SPARE_TEXT`` only with weights of all its ``FIRST_STAGE``.
 
         Raises:
             CheckpointError: nothing there, damaged, refused, another shape, or another architecture's
-                weights.
+                weights; another temporal form; adapters or temporal weights without a place.
         """
-        state = to_own_names(read_weights(resolve(path)))
+        file = resolve(path)
+        state = read_weights(file)
+        self._check_temporal_form(path, file, state)
+        state = to_own_names(state)
         own = self.state_dict()
         wanted = self.trained_state_dict()
         _check_shapes(path, state, own)
         loaded = sorted(set(state) & set(own))
         missing = sorted(set(wanted) - set(state))
-        spare, unexpected = self._without_place(set(state) - set(own))
+        spare, unexpected = self._without_place(set(state) - set(own), set(state))
+        self._check_places(path, unexpected)
         layers = {k for k in wanted if k.startswith("connector.layers.")}
         is_other = (missing and unexpected) or any(k.startswith("connector.") for k in unexpected)
         if is_other or not set(loaded) & set(wanted) or 0 < len(layers & set(missing)) < len(layers):
@@ -211,11 +239,52 @@ class BaseModel(nn.Module):
             )
         return LoadReport(loaded, missing, unexpected)
 
-    def _without_place(self, names: set[str]) -> tuple[list[str], list[str]]:
-        """Weights that the model has no place for: those that are left out on purpose, and the others."""
-        prefixes = getattr(getattr(self, "connector", None), "SPARE_WEIGHTS", ())
-        spare = {name for name in names if f"{name}.".startswith(tuple(prefixes))}
+    def _without_place(self, names: set[str], all_names: set[str]) -> tuple[list[str], list[str]]:
+        """Weights that the model has no place for: those that are left out on purpose, and the others.
+
+        Args:
+            names: without a place.
+            all_names: of the checkpoint.
+        """
+        connector = getattr(self, "connector", None)
+        prefixes = tuple(getattr(connector, "SPARE_WEIGHTS", ()))
+        marks = getattr(connector, "FIRST_STAGE", ())
+        if all(any(f"{name}.".startswith(mark) for name in all_names) for mark in marks):
+            prefixes += tuple(getattr(connector, "SPARE_TEXT", ()))
+        spare = {name for name in names if f"{name}.".startswith(prefixes)}
         return sorted(spare), sorted(names - spare)
+
+    def _check_temporal_form(self, path: str | Path, file: str | Path, state: dict[str, Tensor]) -> None:
+        """Attention over the frames has the same weights in both of its forms, and means another thing in
+        each: raises `CheckpointError` where the model's is not the checkpoint's.
+
+        Args:
+            path: what the user named.
+            file: where that is.
+            state: under the names it has there.
+        """
+        if not hasattr(self, "temporal") or not any(_TEMPORAL in name for name in state):
+            return
+        is_theirs = is_published(state)
+        trained = "residual" if is_theirs else _temporal_form_beside(Path(file))
+        if trained not in (None, self.temporal):
+            raise CheckpointError(
+                f"{path} was trained with model.vision.temporal.form: {trained}"
+                f"{', as all published weights of clips' if is_theirs else ''}, and this model has "
+                f"{self.temporal or 'none'}, where they mean another thing. Set model.vision.temporal.form: "
+                f"{trained}; {_WITHOUT}"
+            )
+
+    def _check_places(self, path: str | Path, unexpected: list[str]) -> None:
+        """Raises `CheckpointError` for learned weights that a key of the config would give a place."""
+        if any(name.startswith("connector.") for name in unexpected):
+            return  # of another architecture altogether
+        text = tuple(getattr(getattr(self, "connector", None), "SPARE_TEXT", ()))
+        for name in unexpected:
+            why = next((why for mark, why in _PLACES.items() if mark in name), None)
+            why = _READS_TEXT if name.startswith(text) else why
+            if why:
+                raise CheckpointError(f"{path} holds {name}, which has no place here: {why}; {_WITHOUT}")
 
     def save_pretrained(self, path: str | Path) -> Path:
         """Writes the trained weights and the config into a folder that `from_pretrained` reads. Other files
@@ -245,8 +314,45 @@ class BaseModel(nn.Module):
         write_atomically(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create({"model": section})))
 
 
+def _owner(name: str, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """The innermost module a key of a state dict belongs to."""
+    while name not in modules:
+        name = name.rpartition(".")[0]
+    return modules[name]
+
+
+def _check_arch(cls: type[BaseModel], section: Any) -> None:
+    """Raises `ConfigError` where a section is of an architecture that another class is registered for."""
+    arch = section.get("arch") if isinstance(section, Mapping) else None
+    arch = own_names(arch, None)[0] if isinstance(arch, str) else None
+    if arch not in registry.list_models():
+        return  # none named; or unknown, which the section's own check says
+    right = registry.get_model_class(arch)
+    # by name: a plugin that is loaded again makes its classes anew
+    if not any((c.__module__, c.__qualname__) == (right.__module__, right.__qualname__) for c in cls.__mro__):
+        raise ConfigError(
+            f"model.arch is {arch}, whose class is {right.__name__}, and it was given to {cls.__name__}. "
+            f'Use {right.__name__}, or registry.get_model_class("{arch}").'
+        )
+
+
+def _temporal_form_beside(weights: Path) -> str | None:
+    """The temporal form that the ``config.yaml`` beside weights says; None where it says nothing."""
+
+    file = (weights.parent if weights.name == WEIGHTS_FILE else weights) / CONFIG_FILE
+    if not os.path.isfile(file):
+        return None
+    try:
+        section = load_model_file(file)
+        architecture = registry.get_model_class(section.arch)
+    except EVLGenError as error:  # a plugin's that is not loaded, or of another version
+        logger.warning("%s cannot be read, so the temporal form is not compared: %s", file, error)
+        return None
+    form = OmegaConf.select(section, "vision.temporal.form")
+    return form or getattr(architecture, "TEMPORAL", None)
+
+
 def _names_of(cls: type[BaseModel]) -> list[str]:
-    from evlgen.common.registry import registry
 
     return [name for name in registry.list_models() if registry.get_model_class(name) is cls]
 
@@ -280,7 +386,7 @@ def _check_shapes(path: str | Path, state: dict[str, Tensor], own: dict[str, Ten
             f"{path} does not fit: {key} has shape {tuple(state[key].shape)}, the model's is "
             f"{tuple(own[key].shape)}"
             f"{f' ({len(wrong)} such weights)' if len(wrong) > 1 else ''}. Check model.vision, "
-            "model.connector, model.language."
+            f"model.connector, model.language; {_WITHOUT}"
         )
 
 

@@ -152,8 +152,12 @@ class QFormer(Connector):
         hidden_dropout_prob, attention_probs_dropout_prob: dropouts, by default ``init``'s, else 0.1.
     """
 
-    #: Weights of the first stage that a second stage has no use for: what reads and writes text, and heads.
-    SPARE_WEIGHTS: ClassVar[tuple[str, ...]] = ("text.", "vision_proj.", "text_proj.", "itm_head.", "temp.")
+    #: Weights of the first stage that a second stage has no use for: heads.
+    SPARE_WEIGHTS: ClassVar[tuple[str, ...]] = ("vision_proj.", "text_proj.", "itm_head.", "temp.")
+    #: And what reads and writes text, where a checkpoint is known by all of these to be of a first stage:
+    #: InstructBLIP's Q-Former reads the question, and would not be itself without.
+    SPARE_TEXT: ClassVar[tuple[str, ...]] = ("text.",)
+    FIRST_STAGE: ClassVar[tuple[str, ...]] = ("itm_head.", "vision_proj.", "temp.")
 
     def __init__(
         self,
