@@ -188,7 +188,7 @@ def load_model_config(
     """The ``model`` section of a registered model's type, checked.
 
     Args:
-        arch: a registered model.
+        arch: a registered model; or a published name, which means what it means in a file.
         model_type: one of its types; None: its default type.
         overrides: keys of the section that win over the type's, nested as in YAML.
 
@@ -197,8 +197,7 @@ def load_model_config(
         ConfigError: there is no such type, or the overrides do not fit.
     """
     load_entry_points()
-    arch, model_type = own_names(arch, model_type)
-    cls = registry.get_model_class(arch)
+    cls = registry.get_model_class(own_names(arch, None)[0])
     if model_type is None:
         model_type = cls.DEFAULT_MODEL_TYPE
     section = {**(overrides or {}), "arch": arch, "model_type": model_type}

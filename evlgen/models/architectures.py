@@ -65,7 +65,8 @@ class Blip2OPT(VLM):
     LANGUAGE_MODEL = "opt"
     DEFAULT_MODEL_TYPE = "pretrain_opt2.7b"
     MODEL_TYPES: ClassVar[dict[str, str]] = _types(
-        "blip2_opt", "shapes", "pretrain_opt2.7b", "pretrain_opt6.7b", "caption_coco_opt2.7b"
+        "blip2_opt",
+        *("shapes", "pretrain_opt2.7b", "pretrain_opt6.7b", "caption_coco_opt2.7b", "caption_coco_opt6.7b"),
     )
 
 
@@ -84,4 +85,6 @@ class Blip2T5(VLM):
 
     LANGUAGE_MODEL = "seq2seq"
     DEFAULT_MODEL_TYPE = "pretrain_flant5xl"
-    MODEL_TYPES: ClassVar[dict[str, str]] = _types("blip2_t5", "pretrain_flant5xl")
+    MODEL_TYPES: ClassVar[dict[str, str]] = _types(
+        "blip2_t5", "pretrain_flant5xl", "pretrain_flant5xxl", "caption_coco_flant5xl"
+    )

@@ -30,7 +30,7 @@ def load_model(
     """A registered model, built and loaded.
 
     Args:
-        name: architecture, ``evlgen_opt``; see `model_zoo`.
+        name: architecture, ``evlgen_opt``; see `model_zoo`. Or a published name of one, ``liptome_opt``.
         model_type: one of its types; by default the bundled one.
         is_eval: eval mode; false for training mode.
         device: where it goes.
@@ -40,18 +40,18 @@ def load_model(
         RegistryError, ConfigError: no such architecture or type.
         CheckpointError: weights that are missing or do not fit; says how to get them.
     """
-    name, model_type = own_names(name, model_type)
-    model_class = registry.get_model_class(name)
+    own_name, own_type = own_names(name, model_type)
+    model_class = registry.get_model_class(own_name)
     if model_type is None:
-        model_type = model_class.DEFAULT_MODEL_TYPE
-        logger.warning("no model type was named: '%s' of %s is loaded. Others: model_zoo", model_type, name)
-    if model_type not in model_class.MODEL_TYPES:
+        model_type = own_type = model_class.DEFAULT_MODEL_TYPE
+        logger.warning("no model type was named: '%s' of %s is loaded. Others: model_zoo", own_type, own_name)
+    if own_type not in model_class.MODEL_TYPES:
         raise ConfigError(
-            f"{name} has no model type "
+            f"{own_name} has no model type "
             f"'{model_type}'.{did_you_mean(str(model_type), model_class.MODEL_TYPES)} "
             f"Types: {', '.join(model_class.MODEL_TYPES)}."
         )
-    cfg = load_model_config(name, model_type)
+    cfg = load_model_config(name, model_type)  # names as given: a published one stands for more settings
     if checkpoint is not None:
         cfg.checkpoint = str(checkpoint)
     return model_class.from_config(cfg, device).to(device).train(not is_eval)

@@ -16,6 +16,8 @@ from evlgen.common.registry import registry
 from evlgen.common.weights import read_pickle, read_weights
 from evlgen.models.published.checkpoints import to_own_names, to_published_names
 from evlgen.models.published.configs import own_names
+from evlgen.models.vision.temporal import TemporalAttention
+from evlgen.models.zoo import load_model
 
 PROJECTS = Path(__file__).parent / "published_projects"
 LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
@@ -25,7 +27,8 @@ LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/model
 
 
 def load_project(name: str, tmp_path: Path, options: tuple[str, ...] = ()) -> Config:
-    """A project file as it is, but for datasets and tasks that are not registered."""
+    """A project file without the datasets that are not registered, and a task in place of such a one: its
+    sections ``model`` and ``run`` are otherwise as they are."""
     content = yaml.safe_load((PROJECTS / f"{name}.yaml").read_text(encoding="utf-8"))
     content["datasets"] = {k: v for k, v in content["datasets"].items() if k in registry.list_datasets()}
     ratios = content["run"].pop("train_dataset_ratios", {})
@@ -97,7 +100,9 @@ def value_at(section: dict, path: str):
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in PROJECTS.glob("*.yaml")))
-def test_a_published_project_file_is_read_as_it_is(name, tmp_path, caplog):
+def test_the_sections_model_and_run_of_a_published_project_are_read(name, tmp_path, caplog):
+    """Datasets and tasks that there are not here are taken out before (`load_project`): of them this says
+    nothing. Of ``run`` it says that every key but the task is known, or named in the one warning."""
     if name == "blip2_pretrain_stage1" and "blip2" not in registry.list_models():
         pytest.skip("the first stage is not registered")
     config = load_project(name, tmp_path)
@@ -186,12 +191,12 @@ def test_keys_that_mean_nothing_are_named_in_one_warning(project, caplog):
         "datasets: {coco_caption: {type: eval, data_dir: /data}}\n"
         "run: {max_epoch: 1, save_freq: -1, num_ans_candidates: 128, val_freq: 2, lr_layer_decay: 1}\n"
     )
-    path = project("{arch: liptome_opt, model_type: pretrain_opt2.7b, beta: 0.1}", rest)
+    path = project("{arch: liptome_opt, model_type: pretrain_opt2.7b, alpha: 0.1}", rest)
 
     config = Config.load(path, ["model.apply_lemmatizer=true"])
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert warnings == [
-        "preprocess, model.beta, model.apply_lemmatizer, datasets.coco_caption.type, "
+        "preprocess, model.alpha, model.apply_lemmatizer, datasets.coco_caption.type, "
         "datasets.coco_caption.data_dir, run.save_freq, run.num_ans_candidates: without effect here"
     ]
     assert config.run.valid_freq == 2
@@ -248,8 +253,8 @@ def test_a_key_that_an_architecture_declares_is_its_own(project, tmp_path):
     [
         (("liptome_opt", "pretrain_opt2.7b"), ("evlgen_opt", "pretrain_opt2.7b")),
         (("liptome_video_vicuna", "pretrain_vicuna7b"), ("evlgen_video_vicuna", "pretrain_vicuna7b")),
-        (("blip2_vicuna_instruct", "vicuna13b"), ("blip2_vicuna", "pretrain_vicuna13b")),
         (("blip2_t5", "pretrain_flant5xl_vitL"), ("blip2_t5", "pretrain_flant5xl")),
+        (("blip2_vicuna", "vicuna13b"), ("blip2_vicuna", "pretrain_vicuna13b")),
         (("evlgen_opt", None), ("evlgen_opt", None)),
     ],
 )
@@ -260,12 +265,136 @@ def test_names_of_architectures_and_types(published, own):
         assert (model.arch, model.model_type) == own
 
 
-def test_a_type_that_stands_for_another_vision_encoder_brings_it(project):
-    model = Config.load(project("{arch: blip2_t5, model_type: pretrain_flant5xl_vitL}")).model
-    assert (model.vision.name, model.checkpoint) == (
-        "clip_L",
-        f"{LAVIS}blip2_pretrained_flant5xl_vitL.pth",
-    )
+# published names -> vision encoder, checkpoint, temporal form
+STAND_FOR = {
+    ("blip2_t5", "pretrain_flant5xl"): ("eva_clip_g", f"{LAVIS}blip2_pretrained_flant5xl.pth", None),
+    ("blip2_t5", "pretrain_flant5xl_vitL"): ("clip_L", f"{LAVIS}blip2_pretrained_flant5xl_vitL.pth", None),
+    ("blip2", "pretrain_vitL"): ("clip_L", f"{LAVIS}blip2_pretrained_vitL.pth", None),
+    ("evlgen_video_opt", "pretrain_opt2.7b"): ("eva_clip_g", None, "average"),
+    ("liptome_video_opt", "pretrain_opt2.7b"): ("eva_clip_g", None, "residual"),
+    ("liptome_video_vicuna", "pretrain_vicuna13b"): ("eva_clip_g", None, "residual"),
+}
+
+
+def stands_for(cfg) -> tuple:
+    return cfg.vision.name, cfg.get("checkpoint"), (cfg.vision.get("temporal") or {}).get("form")
+
+
+@pytest.mark.parametrize(("names", "expected"), STAND_FOR.items(), ids=map("-".join, STAND_FOR))
+def test_published_names_stand_for_the_same_in_python_as_in_a_file(names, expected, project, monkeypatch):
+    assert stands_for(load_model_config(*names)) == expected
+    file = project(f"{{arch: {names[0]}, model_type: {names[1]}}}")
+    assert stands_for(Config.load(file).model) == expected
+    assert stands_for(load_model_file(file)) == expected
+
+    built = []
+    cls = registry.get_model_class(own_names(names[0], None)[0])
+    monkeypatch.setattr(cls, "from_config", lambda cfg, device: built.append(cfg) or torch.nn.Module())
+    load_model(*names)
+    assert [stands_for(cfg) for cfg in built] == [expected]
+
+
+def test_overrides_win_over_what_published_names_stand_for():
+    overrides = {"checkpoint": "o.pth", "vision": {"name": "eva_clip_g"}}
+    cfg = load_model_config("blip2_t5", "pretrain_flant5xl_vitL", overrides)
+    assert stands_for(cfg) == ("eva_clip_g", "o.pth", None)
+    cfg = load_model_config("liptome_video_opt", None, {"vision": {"temporal": {"form": "mean"}}})
+    assert (cfg.model_type, cfg.vision.temporal.form) == ("shapes", "mean")
+
+
+def test_a_published_video_model_loaded_by_name_is_built_with_its_own_form():
+    forms = {
+        name: {m.form for m in load_model(name, "shapes").modules() if isinstance(m, TemporalAttention)}
+        for name in ("liptome_video_opt", "evlgen_video_opt")
+    }
+    assert forms == {"liptome_video_opt": {"residual"}, "evlgen_video_opt": {"average"}}
+
+
+@pytest.mark.parametrize(
+    ("arch", "model_type", "finetuned", "pretrained", "language"),
+    [
+        ("blip2_opt", "caption_coco_opt6.7b", "caption_opt6.7b", "pretrained_opt6.7b", "facebook/opt-6.7b"),
+        ("blip2_t5", "caption_coco_flant5xl", "caption_flant5xl", "pretrained_flant5xl", "google/flan-t5-xl"),
+        ("blip2_t5", "pretrain_flant5xxl", None, "pretrained_flant5xxl", "google/flan-t5-xxl"),
+    ],
+)  # fmt: skip
+def test_types_of_lavis_are_read(project, arch, model_type, finetuned, pretrained, language):
+    """Facts of lavis/configs/models/blip2/*.yaml."""
+    file = project(f"{{arch: {arch}, model_type: {model_type}}}")
+    model = Config.load(file).model
+    assert model.checkpoint == f"{LAVIS}blip2_{finetuned or pretrained}.pth"
+    assert (model.vision.name, model.language.name) == ("eva_clip_g", language)
+    assert (model.vision.image_size, model.vision.freeze) == ((364, False) if finetuned else (224, True))
+    assert model.prompt == ("a photo of" if finetuned else "")
+    from_the_start = Config.load(file, ["model.load_finetuned=false"]).model
+    assert from_the_start.checkpoint == f"{LAVIS}blip2_{pretrained}.pth"
+
+
+# ---- what is not computed here
+
+
+INSTRUCT = "arch: blip2_vicuna_instruct, model_type: vicuna7b"
+
+
+def test_instruct_blip_is_not_taken_for_blip2(project):
+    path = project(f"{{{INSTRUCT}}}")
+    with pytest.raises(ConfigError) as error:
+        Config.load(path)
+    assert f"model.arch ({path}): 'blip2_vicuna_instruct' is InstructBLIP" in str(error.value)
+    assert "`qformer_text_input: false`" in str(error.value)
+    for load in (load_model_config, load_model):
+        with pytest.raises(ConfigError, match="is InstructBLIP"):
+            load("blip2_vicuna_instruct", "vicuna7b")
+
+
+@pytest.mark.parametrize(
+    ("keys", "options"),
+    [
+        (f"{INSTRUCT}, qformer_text_input: true", []),
+        (f"{INSTRUCT}, qformer_text_input: null", []),
+        ("arch: blip2_vicuna, model_type: vicuna7b, qformer_text_input: true", []),
+        (f"{INSTRUCT}, qformer_text_input: false", ["model.qformer_text_input=true"]),
+    ],
+)
+def test_a_qformer_that_reads_the_instruction_is_refused(project, keys, options):
+    with pytest.raises(
+        ConfigError, match=r"model\.qformer_text_input \(.*\): must be false, not (true|null)"
+    ):
+        Config.load(project(f"{{{keys}}}"), options)
+
+
+def test_without_the_instruction_it_is_blip2(project, caplog):
+    path = project(f"{{{INSTRUCT}, qformer_text_input: false}}")
+    for model in (
+        Config.load(path).model,
+        Config.load(project(f"{{{INSTRUCT}}}"), ["model.qformer_text_input=false"]).model,
+        load_model_config("blip2_vicuna_instruct", "vicuna7b", {"qformer_text_input": False}),
+    ):
+        assert (model.arch, model.model_type) == ("blip2_vicuna", "pretrain_vicuna7b")
+    assert not caplog.records
+
+
+def test_a_loss_that_there_is_not_is_refused(project, caplog):
+    keys = "arch: liptome_opt, model_type: pretrain_opt2.7b"
+    for beta in ("0.1", "-1", "null"):
+        path = project(f"{{{keys}, beta: {beta}}}")
+        with pytest.raises(ConfigError) as error:
+            Config.load(path)
+        assert f"model.beta ({path}): {beta} would add a contrastive loss" in str(error.value)
+    assert Config.load(path, ["model.beta=0"]).model.arch == "evlgen_opt"
+    assert "beta" not in Config.load(project(f"{{{keys}, beta: 0.0}}")).model
+    with pytest.raises(ConfigError, match=r"model\.beta \(--options\)"):
+        Config.load(path, ["model.beta=0.2"])
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("arch", ["blip2", "blip2_opt"])
+def test_the_frequency_of_cross_attention_is_the_connectors(project, arch, caplog):
+    path = project(f"{{arch: {arch}, model_type: shapes, cross_attention_freq: 3}}")
+    assert Config.load(path).model.connector.cross_attention_freq == 3
+    assert not caplog.records
+    Config.load(project("{arch: liptome_opt, model_type: shapes, cross_attention_freq: 3}"))
+    assert [r.getMessage() for r in caplog.records] == ["model.cross_attention_freq: without effect here"]
 
 
 # ---- checkpoints

@@ -28,6 +28,8 @@ ARCHITECTURES = {
     "blip2_vicuna_instruct": "blip2_vicuna",
 }
 _VIDEO = ("liptome_video_opt", "liptome_video_vicuna")
+_TOMEFORMERS = tuple(own for published, own in ARCHITECTURES.items() if published.startswith("liptome_"))
+_INSTRUCT = "blip2_vicuna_instruct"
 
 # (own architecture, published type) -> own type, and the flat keys it stands for
 _TYPES: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
@@ -48,21 +50,15 @@ _MODEL_KEYS = {
     "num_layers": ("connector", "num_layers"),
     "tome_r": ("connector", "r"),
     "num_query_token": ("connector", "num_query_token"),
+    "cross_attention_freq": ("connector", "cross_attention_freq"),
     "opt_model": ("language", "name"),
     "llm_model": ("language", "name"),
     "t5_model": ("language", "name"),
 }
 _SWITCHES = ("load_finetuned", "load_pretrained")
 _PATHS = ("finetuned", "pretrained")
-# EVLGen reads `alpha` nowhere; `beta` weighs a contrastive loss, by 0 in its published projects.
-_MODEL_IGNORED = (
-    "alpha",
-    "beta",
-    "apply_lemmatizer",
-    "cross_attention_freq",
-    "embed_dim",
-    "qformer_text_input",
-)
+# EVLGen reads `alpha` nowhere, and `embed_dim` only for the loss that `beta` weighs.
+_MODEL_IGNORED = ("alpha", "apply_lemmatizer", "embed_dim", "qformer_text_input")
 
 _WEIGHTS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
 # What the finetuned and the pretrained path are where a type's own YAML in LAVIS names them
@@ -111,11 +107,14 @@ def from_published(layers: Sequence[Layer]) -> tuple[list[Layer], list[str]]:
         The layers, and the paths of keys that mean nothing here and were left out.
 
     Raises:
-        ConfigError: ``load_finetuned`` or ``load_pretrained`` is neither true nor false.
+        ConfigError: ``load_finetuned`` or ``load_pretrained`` is neither true nor false; or what is described
+            is computed in another way than here: a contrastive loss (``beta``), InstructBLIP's Q-Former.
     """
-    arch, model_type = (_strongest(layers, key) for key in ("arch", "model_type"))
+    arch, model_type = (_strongest(layers, key)[0] for key in ("arch", "model_type"))
     own_arch = own_names(arch, None)[0]
-    translation = _Translation(own_arch, _own_keys(own_arch), _Weights(own_arch, model_type))
+    own_keys = _own_keys(own_arch)
+    met = [*_check_beta(layers, own_keys), *_check_instruction(layers, own_arch, own_keys)]
+    translation = _Translation(own_arch, own_keys, _Weights(own_arch, model_type), met)
     out = []
     for layer in layers:
         content = {key: value for key, value in layer.content.items() if key not in IGNORED_SECTIONS}
@@ -171,12 +170,17 @@ class _Translation:
     arch: Any
     own_keys: Collection[str]
     weights: _Weights
+    met: Collection[str]  # keys that say what is so here anyway
     ignored: list[str] = dataclasses.field(default_factory=list)
 
     def section(self, section: Mapping[str, Any], source: str) -> dict[str, Any]:
         """One layer's section."""
         out, implied = self._names(section)
-        for key in _MODEL_IGNORED:
+        for key in self.met:
+            out.pop(key, None)
+        # EVLGen's models do not read the last one; a TomeFormer has no cross-attention
+        without_effect = (*_MODEL_IGNORED, *(["cross_attention_freq"] if self.arch in _TOMEFORMERS else []))
+        for key in without_effect:
             if key in out and key not in self.own_keys:
                 del out[key]
                 self.ignored.append(f"model.{key}")
@@ -245,20 +249,57 @@ def _type_of(arch: Any, model_type: Any) -> tuple[Any, dict[str, Any]]:
     return own_type, implied
 
 
+def _check_beta(layers: Sequence[Layer], own_keys: Collection[str]) -> list[str]:
+    """Raises `ConfigError` where ``beta`` adds EVLGen's contrastive loss (lavis/models/blip2_models/
+    liptome_opt.py), 0 in its published projects. Returns the key, to be left out."""
+    if "beta" in own_keys:
+        return []
+    beta, source = _strongest(layers, "beta")
+    if source is not None and beta != 0:
+        raise ConfigError(
+            f"model.beta ({source}): {show(beta)} would add a contrastive loss, which there is not here. "
+            "Leave the key out, or set it to 0, to train on the texts alone."
+        )
+    return ["beta"]
+
+
+def _check_instruction(layers: Sequence[Layer], own_arch: Any, own_keys: Collection[str]) -> list[str]:
+    """Raises `ConfigError` for a Q-Former that reads the instruction. What ``blip2_vicuna_instruct`` means
+    without ``qformer_text_input`` depends on the repository: true in LAVIS, false in EVLGen. Returns the key,
+    to be left out, where it is read at all."""
+    if own_arch != ARCHITECTURES[_INSTRUCT] or "qformer_text_input" in own_keys:
+        return []
+    arch, arch_source = _strongest(layers, "arch")
+    reads, source = _strongest(layers, "qformer_text_input")
+    if source is None and arch == _INSTRUCT:
+        raise ConfigError(
+            f"model.arch ({arch_source}): '{arch}' is InstructBLIP, whose Q-Former also reads the "
+            "instruction; there is no such Q-Former here. If yours does not read it, say so with "
+            f"`qformer_text_input: false`, or name '{own_arch}'."
+        )
+    if source is not None and reads is not False:
+        raise ConfigError(
+            f"model.qformer_text_input ({source}): must be false, not {show(reads)}: there is no Q-Former "
+            "here that also reads the instruction, as InstructBLIP's does."
+        )
+    return ["qformer_text_input"]
+
+
 def _own_keys(arch: Any) -> Collection[str]:
     """Keys that the architecture's ``model`` section has in this project."""
     is_known = isinstance(arch, str) and arch in registry.list_models()
     return parameters_of(registry.get_model_class(arch).CONFIG if is_known else ModelConfig)
 
 
-def _strongest(layers: Iterable[Layer], key: str) -> Any:
-    """The value of a key of ``model`` in the strongest layer that has it."""
-    value = None
+def _strongest(layers: Iterable[Layer], key: str) -> tuple[Any, str | None]:
+    """The value of a key of ``model`` in the strongest layer that has it, and that layer's source; None where
+    no layer has it."""
+    found = (None, None)
     for layer in layers:
         section = layer.content.get("model")
         if isinstance(section, Mapping) and key in section:
-            value = section[key]
-    return value
+            found = (section[key], layer.source)
+    return found
 
 
 def _put(section: dict[str, Any], path: Sequence[str], value: Any) -> None:
