@@ -15,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evlgen.common.errors import ConfigError
+from evlgen.common.hub import looks_like_path
 from evlgen.common.interpolation import check_interpolations, check_resolved
-from evlgen.common.io import PACKAGE_ROOT
+from evlgen.common.io import PACKAGE_PREFIX, PACKAGE_ROOT
 from evlgen.common.yaml_io import parse_options, read_yaml
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ PATH_KEYS = (
     ("model", "checkpoint"),
     ("model", "vision", "name"),
     ("model", "vision", "pretrained"),
+    ("model", "text", "tokenizer"),
     ("model", "connector", "init"),
     ("model", "language", "name"),
     *(("model", key) for key in ("finetuned", "pretrained", "opt_model", "llm_model", "t5_model")),  # LAVIS's
@@ -186,8 +188,9 @@ def _drop_replaced(layers: list[Layer], path: KeyPath, keys: frozenset[str] | No
             continue
         if current is not None and name != current:
             dropped = [key for lower in layers[:i] for key in _drop(lower.content, path, keys)]
-            if path == ("model", "connector"):  # weights of another connector fit nowhere
-                dropped += [
+            is_same = path == ("model", "language") and _may_be_the_same(str(current), str(name))
+            if path[0] == "model" and not is_same:
+                dropped += [  # the weights were trained between other parts
                     "model.checkpoint"
                     for lower in layers[:i]
                     if (_get(lower.content, ("model",)) or {}).pop("checkpoint", None)
@@ -202,6 +205,16 @@ def _drop_replaced(layers: list[Layer], path: KeyPath, keys: frozenset[str] | No
                     ", ".join(dict.fromkeys(dropped)),
                 )
         current = name
+
+
+def _may_be_the_same(name: str, other: str) -> bool:
+    """Whether two names may be of one language model: a folder may hold what a hub id names, and there are
+    copies of hub ids."""
+    if any(
+        looks_like_path(n) and not n.startswith(PACKAGE_PREFIX) or os.path.isdir(n) for n in (name, other)
+    ):
+        return True
+    return name.rpartition("/")[2] == other.rpartition("/")[2]
 
 
 def _drop(content: dict[str, Any], path: KeyPath, keys: frozenset[str] | None) -> list[str]:

@@ -28,10 +28,12 @@ def ask(prompt: str, samples: dict[str, Any], count: int) -> list[str]:
         count: the number of samples.
 
     Raises:
-        ConfigError: a prompt of another number of slots, or two slots and nothing for the second.
+        ConfigError: another number of questions than samples; a prompt of another number of slots, or two
+            slots and nothing for the second.
     """
     questions = samples["text_input"]
     questions = [questions] * count if isinstance(questions, str) else list(questions)
+    check_count(questions, count, "questions (text_input)")
     if not prompt:
         return questions
     slots = prompt.count(SLOT)
@@ -56,6 +58,12 @@ def fill_ocr_slots(prompts: Sequence[str], samples: dict[str, Any]) -> list[str]
         return list(prompts)
     pairs = zip(prompts, samples["ocr_tokens"], strict=True)
     return [_fill(prompt, _joined(words)) if SLOT in prompt else prompt for prompt, words in pairs]
+
+
+def check_count(texts: Sequence[str], count: int, what: str) -> None:
+    """Raises `ConfigError` unless there is one text for each sample."""
+    if len(texts) != count:
+        raise ConfigError(f"{len(texts)} {what} for {count} pictures: give one for all, or one for each.")
 
 
 def _fill(prompt: str, *values: str) -> str:

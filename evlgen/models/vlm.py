@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from evlgen.common.errors import ConfigError
+from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.hub import looks_like_path, missing_model
 from evlgen.common.io import resolve
 from evlgen.common.registry import registry
@@ -19,7 +19,7 @@ from evlgen.models.connectors.base import Connector
 from evlgen.models.language import LanguageModel, build_language_model
 from evlgen.models.model_config import ModelConfig
 from evlgen.models.ops import quicken
-from evlgen.models.prompts import ask, fill_ocr_slots
+from evlgen.models.prompts import ask, check_count, fill_ocr_slots
 from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.temporal import pool_frames, temporal_modules
@@ -155,11 +155,12 @@ class VLM(BaseModel):
 
         Raises:
             ConfigError: clips for a model of images.
+            DataError: pictures of another size, another number of dimensions, clips without a frame.
         """
+        self._check_image(image)
         frames = image.to(self.device, next(self.vision.parameters()).dtype)
         num_frames = 1
         if image.ndim == 5:
-            self._check_reads_clips()
             num_frames = image.shape[2]
             frames = frames.transpose(1, 2).flatten(0, 1)  # [B * T, 3, H, W]
         tokens = self.encode_frames(frames, num_frames)
@@ -176,12 +177,27 @@ class VLM(BaseModel):
         with torch.set_grad_enabled(learns), self._own_precision(frames.device):
             return self.vision(frames)
 
-    def _check_reads_clips(self) -> None:
-        if self.temporal is None:
+    def _check_image(self, image: Tensor) -> None:
+        """Raises `DataError` for another shape than [B, 3, H, W] or [B, 3, T, H, W] of the encoder's size,
+        `ConfigError` for clips where the model is one of images."""
+        size, shape = self.vision.image_size, list(image.shape)
+        if image.ndim not in (4, 5) or shape[1] != 3:
+            raise DataError(
+                f"image has shape {shape}: it must be [B, 3, H, W], or [B, 3, T, H, W] for clips. One "
+                "picture is a batch of one: image.unsqueeze(0)."
+            )
+        if shape[-2:] != [size, size]:
+            raise DataError(
+                f"image has shape {shape}, and the vision encoder reads {size} x {size} pixels "
+                "(model.vision.image_size). Give the processors the same image_size."
+            )
+        if image.ndim == 5 and self.temporal is None:
             raise ConfigError(
                 "this is a model of images, and a clip was given to it. Set model.vision.temporal: "
                 "{form: average}, or take an architecture of clips, such as evlgen_video_opt."
             )
+        if image.ndim == 5 and shape[2] == 0:
+            raise DataError(f"image has shape {shape}: a clip needs at least one frame.")
 
     def _normed(self, tokens: Tensor) -> Tensor:
         return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
@@ -218,6 +234,7 @@ class VLM(BaseModel):
         prompts = samples.get("prompt", self.prompt)
         if isinstance(prompts, str):
             prompts = [prompts] * _count(samples)
+        check_count(prompts, _count(samples), "prompts")
         return self._continue(
             samples,
             fill_ocr_slots(prompts, samples),

@@ -111,6 +111,20 @@ def test_another_connector_drops_the_checkpoint_below_and_not_its_own(project):
     assert Config.load(project(text), ["model.connector.r=3"]).model.checkpoint == "old.pth"
 
 
+@pytest.mark.parametrize(
+    ("option", "kept"),
+    [
+        ("model.language.name=Qwen/Qwen3-0.6B", False),
+        ("model.vision.name=vit_base_patch16_siglip_224", False),
+        ("model.language.name=mirror/opt-2.7b", True),
+        ("model.language.name=/models/opt", True),  # a folder may hold the same model
+    ],
+)
+def test_another_frozen_part_drops_the_checkpoint_below_too(project, option, kept):
+    text = PROJECT.replace("pretrain_opt2.7b", "pretrain_opt2.7b\n  checkpoint: old.pth")
+    assert ("checkpoint" in Config.load(project(text), [option]).model) is kept
+
+
 def test_the_same_part_keeps_the_defaults(project):
     text = PROJECT.replace(
         "pretrain_opt2.7b", "pretrain_opt2.7b\n  connector: {name: tomeformer, num_layers: 6}"

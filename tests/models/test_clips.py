@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evlgen.common.config import load_model_config
-from evlgen.common.errors import ConfigError
+from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.registry import registry
 from evlgen.models.vision.temporal import ATTENTIVE_FORMS, TemporalAttention, temporal_modules
 
@@ -212,3 +212,29 @@ def test_encoders_that_cannot_attend_over_frames(vision, problem):
 def test_a_clip_for_a_model_of_images_names_the_key(clip):
     with pytest.raises(ConfigError, match=r"model\.vision\.temporal"):
         build("evlgen_opt").encode(clip)
+
+
+@pytest.mark.parametrize(
+    ("shape", "problem"),
+    [
+        ((2, 3, 0, 32, 32), "at least one frame"),
+        ((3, 32, 32), r"must be \[B, 3, H, W\]"),
+        ((2, 1, 32, 32), r"must be \[B, 3, H, W\]"),
+        ((2, 3, 48, 48), "reads 32 x 32 pixels"),
+    ],
+)
+def test_images_of_other_shapes_are_named(shape, problem):
+    with pytest.raises(DataError, match=problem):
+        build().encode(torch.zeros(shape))
+
+
+def test_as_many_prompts_as_pictures(image):
+    with pytest.raises(ConfigError, match="3 prompts for 2 pictures"):
+        build().generate({"image": image, "prompt": ["a", "b", "c"]})
+
+
+def test_every_temporal_weight_has_a_gradient_after_pictures_too(image):
+    model = build(temporal={"form": "average"}).train()
+    model({"image": image, "text_input": ["a circle", "a square"]})["loss"].backward()
+    weights = [p for module in temporal_modules(model.vision) for p in module.parameters()]
+    assert all(p.grad is not None for p in weights)  # DistributedDataParallel waits for all of them

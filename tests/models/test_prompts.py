@@ -55,3 +55,8 @@ def test_prompts_to_continue_take_the_words_read():
     samples = {"ocr_tokens": [["stop"], ["go", "left"]]}
     assert fill_ocr_slots(["it says {}", "a sign"], samples) == ["it says stop", "a sign"]
     assert fill_ocr_slots(["a {}"], {}) == ["a {}"]
+
+
+def test_another_number_of_questions_than_pictures():
+    with pytest.raises(ConfigError, match="2 questions .* for 3 pictures"):
+        ask("", {"text_input": QUESTIONS}, 3)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import BertConfig, BertModel
 
-from evlgen.common.errors import CheckpointError
+from evlgen.common.errors import CheckpointError, ConfigError
 from evlgen.models.connectors.tomeformer import TomeFormer
 
 SMALL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
@@ -58,15 +59,39 @@ def test_the_number_of_soft_prompts_is_as_declared(r, tokens):
     assert out.shape == (2, connector.num_soft_prompts(tokens), 40)
 
 
-@pytest.mark.parametrize("tokens", [26, 31])
-def test_more_tokens_than_positions_stretch_the_table(tokens):
+def test_more_tokens_than_positions_stretch_the_table_over_the_grid():
     connector = small(max_position_embeddings=17)
-    table = connector._position_table(tokens)
-    assert table.shape == (tokens, 32)
-    assert torch.equal(table[0], connector.positions.weight[0])
-    torch.testing.assert_close(table[1], connector.positions.weight[1])
-    torch.testing.assert_close(table[-1], connector.positions.weight[16])
-    assert connector(torch.randn(1, tokens, 24)).shape[2] == 40
+    table = connector._position_table(26)
+    assert table.shape == (26, 32)
+    own = connector.positions.weight
+    assert torch.equal(table[0], own[0])
+    grid = own[1:].T.view(1, 32, 4, 4)
+    wanted = F.interpolate(grid, (5, 5), mode="bilinear", align_corners=True).flatten(2)[0].T
+    torch.testing.assert_close(table[1:], wanted)
+    assert connector(torch.randn(1, 26, 24)).shape[2] == 40
+
+
+def test_and_along_the_frames_of_clips_even_where_all_patches_would_make_a_square():
+    connector = small(
+        max_position_embeddings=17, num_tokens=16, num_prefix_tokens=0
+    )  # four frames: 64 = 8 x 8
+    line = connector.positions.weight.T.unsqueeze(0)
+    wanted = F.interpolate(line, 64, mode="linear", align_corners=True)[0].T
+    torch.testing.assert_close(connector._position_table(4 * 16), wanted)
+
+
+def test_registers_are_no_part_of_the_grid():
+    connector = small(max_position_embeddings=5 + 16, num_prefix_tokens=5)
+    table = connector._position_table(5 + 36)
+    assert torch.equal(table[:5], connector.positions.weight[:5])
+    torch.testing.assert_close(table[5], connector.positions.weight[5])
+    torch.testing.assert_close(table[-1], connector.positions.weight[-1])
+
+
+def test_more_tokens_than_positions_without_a_grid_are_refused():
+    connector = small(max_position_embeddings=17)
+    with pytest.raises(ConfigError, match="31 visual tokens are more than the 17 positions.*square grid"):
+        connector(torch.randn(1, 31, 24))
 
 
 def test_soft_prompts_start_at_the_scale_of_the_word_embeddings():

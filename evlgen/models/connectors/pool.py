@@ -5,6 +5,7 @@ The simplest way to fewer tokens: what merges is decided by place alone, where a
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -16,6 +17,14 @@ from evlgen.common.registry import registry
 from evlgen.common.schema import PositiveInt
 from evlgen.models.connectors.base import Connector
 from evlgen.models.connectors.projection import count_frames, projection
+
+
+@functools.cache
+def _windows(side: int, grid: int) -> Tensor:
+    """The matrix [grid^2, side^2] of means over the windows of a grid. A product with it has a gradient that
+    is the same every time, which torch's own pooling has not on a GPU."""
+    each = torch.eye(side * side).view(1, -1, side, side)
+    return F.adaptive_avg_pool2d(each, grid).flatten(2)[0].T
 
 
 @registry.register_connector("pool")
@@ -71,8 +80,7 @@ class Pool(Connector):
         frames, side = self._layout(tokens.shape[1])
         tokens = tokens.unflatten(1, (frames, -1)).flatten(0, 1)  # [B * T, n, C]
         prefix, patches = tokens.tensor_split([self.num_prefix_tokens], dim=1)
-        patches = patches.transpose(1, 2).unflatten(2, (side, side))  # [B * T, C, side, side]
-        pooled = F.adaptive_avg_pool2d(patches, self.grid).flatten(2).transpose(1, 2)  # [B * T, grid^2, C]
+        pooled = _windows(side, self.grid).to(patches) @ patches  # [B * T, grid^2, C]
         if self.keep_prefix:
             pooled = torch.cat([prefix, pooled], dim=1)
         return self.proj(self.norm(pooled.unflatten(0, (-1, frames)).flatten(1, 2)))

@@ -7,6 +7,7 @@ Jian et al., *Expedited Training of Visual Conditioned Language Generation via R
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Annotated, Literal
 
@@ -14,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evlgen.common.errors import ConfigError
 from evlgen.common.memory import check_fits
 from evlgen.common.registry import registry
 from evlgen.common.schema import AtLeast, NonNegativeInt, PositiveFloat, PositiveInt, Share
 from evlgen.models.connectors.base import Connector
 from evlgen.models.connectors.bert_weights import BertSizes, bert_sizes, load_bert_layers
+from evlgen.models.connectors.projection import count_frames
 from evlgen.models.ops import Dropout, self_attention
 from evlgen.models.token_merging import (
     compose_maps,
@@ -100,6 +103,16 @@ def proportional_attention(qkv: Tensor, num_heads: int, counts: Tensor, dropout:
     return F.scaled_dot_product_attention(q, k, v, bias, dropout).transpose(1, 2).flatten(2)
 
 
+@functools.cache
+def _stretching(size: tuple[int, ...], new_size: tuple[int, ...]) -> Tensor:
+    """The matrix [new positions, positions] of linear interpolation over a line or a grid. A product with it
+    has a gradient that is the same every time, which torch's own interpolation has not on a GPU."""
+    count = math.prod(size)
+    mode = "linear" if len(size) == 1 else "bilinear"
+    each = torch.eye(count).view(1, count, *size)
+    return F.interpolate(each, new_size, mode=mode, align_corners=True).flatten(2)[0].T
+
+
 @registry.register_connector("tomeformer")
 class TomeFormer(Connector):
     """Linear(vision_dim -> hidden), BERT layers that each merge r pairs of tokens, Linear(hidden ->
@@ -160,6 +173,7 @@ class TomeFormer(Connector):
         width = sizes.hidden_size
         check_fits(sizes.num_weights(num_layers) + width * (vision_dim + language_dim), "model.connector")
         self.r = merge_schedule(r, num_layers)
+        self.num_tokens, self.num_prefix_tokens = num_tokens, num_prefix_tokens
         self.num_protected = min(num_prefix_tokens, 1)
         self.counts_tokens = proportional_attention or merge == "size_weighted"
         self.proj_in = nn.Linear(vision_dim, width)
@@ -226,23 +240,28 @@ class TomeFormer(Connector):
         return self.dropout(self.input_norm(x))
 
     def _position_table(self, num_tokens: int) -> Tensor:
-        """[num_tokens, C]; more tokens than positions stretch the table over the token grid (bilinear)."""
+        """[num_tokens, C]; more tokens than positions stretch the table: bilinearly over the token grid of
+        an image, linearly along the frames that stand in a row.
+
+        Raises:
+            ConfigError: more tokens than positions, and no square grid to stretch the table over.
+        """
         table = self.positions.weight
         if num_tokens <= len(table):
             return table[:num_tokens]
-        prefix = self.num_protected
-        side = math.isqrt(num_tokens - prefix)
-        known = math.isqrt(len(table) - prefix)
-        if side * side == num_tokens - prefix:
-            grid = table[prefix : prefix + known * known].view(1, known, known, -1).permute(0, 3, 1, 2)
-            grid = F.interpolate(grid, size=(side, side), mode="bilinear", align_corners=True)
-            patches = grid.flatten(2).squeeze(0).T
-        else:  # no square grid (several frames, a cropped picture): stretch along the sequence
-            line = table[prefix:].T.unsqueeze(0)
-            patches = (
-                F.interpolate(line, size=num_tokens - prefix, mode="linear", align_corners=True).squeeze(0).T
+        prefix = min(self.num_prefix_tokens, len(table))
+        side, known = math.isqrt(num_tokens - prefix), math.isqrt(len(table) - prefix)
+        if count_frames(num_tokens, self.num_tokens) > 1:
+            used, weights = table[prefix:], _stretching((len(table) - prefix,), (num_tokens - prefix,))
+        elif side * side == num_tokens - prefix and known:
+            used, weights = table[prefix : prefix + known**2], _stretching((known, known), (side, side))
+        else:
+            raise ConfigError(
+                f"model.connector: {num_tokens} visual tokens are more than the {len(table)} positions, and "
+                "without a square grid to stretch these over. Use square pictures, or set init: null and "
+                f"max_position_embeddings: {num_tokens}."
             )
-        return torch.cat([table[:prefix], patches])
+        return torch.cat([table[:prefix], weights.to(table) @ used])
 
     @torch.no_grad()
     def _initialise(self, init: str | None, embedding_rms: float | None) -> None:

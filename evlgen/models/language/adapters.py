@@ -29,9 +29,11 @@ def add_adapters(model: nn.Module, cfg: LoraConfig) -> None:
     targets = cfg.target_modules
     linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
     for target in targets or ():
-        if not any(n == target or n.endswith(f".{target}") for n, _ in model.named_modules()):
+        named = [m for n, m in model.named_modules() if n == target or n.endswith(f".{target}")]
+        if not named or any(isinstance(module, nn.Embedding) for module in named):
+            problem = "takes no adapter on its embedding" if named else "has no layer"
             raise ConfigError(
-                f"model.language.lora.target_modules: this {model.config.model_type} model has no layer "
+                f"model.language.lora.target_modules: this {model.config.model_type} model {problem} "
                 f"'{target}'.{did_you_mean(target, linear)} Its linear layers: {', '.join(linear)}."
             )
     config = peft.LoraConfig(

@@ -45,8 +45,8 @@ class TemporalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B * T, N, C], the frames of a clip in a row -> the same shape. Computed in the type of ``x``."""
-        if self.num_frames == 1 and self.form == "average":
-            return x  # one frame is its own average
+        if self.num_frames == 1 and self.form == "average" and not self.training:
+            return x  # one frame is its own average; in training, processes wait for every weight's gradient
         alpha = self.alpha.to(x.dtype)
         if self.form == "average":
             return torch.lerp(x, self._attended(x), alpha)

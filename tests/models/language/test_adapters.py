@@ -127,6 +127,12 @@ def test_a_layer_that_is_not_there_is_named_with_the_nearest(model_folder):
         OPTLanguageModel(str(model_folder("opt")), lora=lora)
 
 
+def test_embeddings_take_no_adapter(model_folder):
+    lora = LoraConfig(target_modules=["embed_tokens"])
+    with pytest.raises(ConfigError, match="takes no adapter on its embedding 'embed_tokens'"):
+        OPTLanguageModel(str(model_folder("opt")), lora=lora)
+
+
 def test_a_layer_that_takes_no_adapter_is_named(model_folder):
     lora = LoraConfig(target_modules=["final_layer_norm"])
     with pytest.raises(ConfigError, match="peft cannot put adapters into a opt model: .*layers: fc1"):
