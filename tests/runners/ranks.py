@@ -5,6 +5,7 @@ long to draw, everything else is the real thing."""
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import hashlib
 import json
 import os
@@ -112,6 +113,10 @@ def digest(model) -> str:
 
 @registry.register_task("ranked")
 class RankedTask(CaptioningTask):
+    def __init__(self, run):
+        # a process that writes less than another is at its next batch while that one still writes
+        super().__init__(dataclasses.replace(run, max_len=run.max_len - 2 * RANK * run.shard_language))
+
     def train_step(self, model, samples):
         here("train")
         losses = super().train_step(model, samples)
