@@ -1,18 +1,20 @@
-"""Captions for picture files: what ``python -m evlgen caption`` does."""
+"""Captions for picture files, and for clips by models of clips: what ``python -m evlgen caption`` does."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from evlgen.common.checkpoints import CONFIG_FILE
 from evlgen.common.config import Config, load_model_file
 from evlgen.common.errors import ConfigError, DataError
+from evlgen.common.frames import VIDEO_SUFFIXES, read_frames
 from evlgen.common.images import open_image
 from evlgen.common.io import resolve
 from evlgen.common.registry import registry
@@ -33,6 +35,7 @@ def caption_files(
     num_beams: int = 5,
     max_length: int = 30,
     batch_size: int = 16,
+    num_frames: int = 4,
 ) -> Iterator[tuple[str, str]]:
     """(path, caption) for each picture; those that cannot be read are named in a warning and left out.
 
@@ -41,22 +44,28 @@ def caption_files(
         cfg_path, options: a project file and changes to it: its model writes the captions.
         checkpoint: a folder of `save_pretrained` or of a run; with ``cfg_path``, weights for that model. With
             neither, the bundled model.
+        num_frames: of each clip at most, evenly spaced, where the model is one of clips.
 
     Raises:
         DataError: not one picture could be read.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    paths = [path for image in images for path in _expand(image)]
     model = load_for_captioning(cfg_path, checkpoint, options, device)
     processor = load_preprocess(model)[0]["eval"]
     samples = {} if prompt is None else {"prompt": prompt}
-    read = _read(paths)
+    reads_clips = getattr(model, "temporal", None) is not None
+    suffixes = SUFFIXES | VIDEO_SUFFIXES if reads_clips else SUFFIXES
+    paths = [path for image in images for path in _expand(image, suffixes)]
+    read = _read(paths, num_frames if reads_clips else None)
     done = 0
-    while batch := list(islice(read, batch_size)):
-        samples["image"] = torch.stack([processor(picture) for _, picture in batch]).to(device)
-        texts = model.generate(samples, num_beams=num_beams, max_length=max_length)
-        done += len(texts)
-        yield from zip((path for path, _ in batch), texts, strict=True)
+    for _, alike in groupby(read, key=lambda item: len(item[1])):  # a batch has clips of one length
+        while batch := list(islice(alike, batch_size)):
+            clips = [torch.stack([processor(frame) for frame in frames], dim=1) for _, frames in batch]
+            image = torch.stack(clips).to(device)  # [B, 3, T, H, W]
+            samples["image"] = image if reads_clips else image.squeeze(2)
+            texts = model.generate(samples, num_beams=num_beams, max_length=max_length)
+            done += len(texts)
+            yield from zip((path for path, _ in batch), texts, strict=True)
     if not done:
         raise DataError(f"none of the {len(paths)} files could be read as a picture.")
 
@@ -86,16 +95,17 @@ def load_for_captioning(
     return registry.get_model_class(arch).from_pretrained(file.parent, device).to(device)
 
 
-def _expand(image: str) -> list[str]:
+def _expand(image: str, suffixes: set[str]) -> list[str]:
     folder = Path(image)
     if os.path.isdir(folder):
-        return [str(p) for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES]
+        return [str(p) for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes]
     return [image]
 
 
-def _read(paths: Sequence[str]) -> Iterator[tuple[str, object]]:
+def _read(paths: Sequence[str], num_frames: int | None) -> Iterator[tuple[str, list[Image.Image]]]:
+    """(path, frames): at most ``num_frames`` of a clip; the picture alone where that is None."""
     for path in paths:
         try:
-            yield path, open_image(resolve(path))
+            yield path, [open_image(resolve(path))] if num_frames is None else read_frames(path, num_frames)
         except DataError as error:
             logger.warning("left out: %s", error)

@@ -6,12 +6,15 @@ import argparse
 
 from evlgen.commands.arguments import add_common, add_options, positive
 
-HELP = "write a caption for each picture"
+HELP = "write a caption for each picture, or clip"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="picture files, addresses or folders of pictures"
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="picture files (or clips, for a model of clips), addresses or folders",
     )
     parser.add_argument("--cfg-path", help="project or model file; its model writes the captions")
     parser.add_argument(
@@ -22,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", help="the text a caption continues")
     parser.add_argument("--num-beams", type=positive, default=5)
     parser.add_argument("--max-length", type=positive, default=30, help="new tokens at most")
+    parser.add_argument("--frames", type=positive, default=4, help="of each clip at most, evenly spaced")
     add_common(parser)
 
 
@@ -41,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
         prompt=args.prompt,
         num_beams=args.num_beams,
         max_length=args.max_length,
+        num_frames=args.frames,
     ):
         print(f"{path}: {caption}", flush=True)
     return 0

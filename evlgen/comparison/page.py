@@ -218,10 +218,9 @@ def _captions(report: Report, runs: Sequence[Run]) -> list[str]:
         )
         told = f"<dt>a reference</dt><dd>{escape(reference)}</dd>" if reference else ""
         cards.append(f'<div class="card">{_image(key, file)}<dl>{lines}{told}</dl></div>')
-    seed = report["seeds"][0]
     return [
         "<h2>What they write</h2>",
-        f'<p class="note">The latest evaluation of the runs with seed {seed}.</p>',
+        '<p class="note">The latest evaluation of the first seed that has one.</p>',
         f"<div>{''.join(cards)}</div>",
     ]
 

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from evlgen.common.errors import ConfigError
+from evlgen.common.frames import read_frames
 from evlgen.models.base_model import BaseModel
-from evlgen.visualization.frames import read_frames
 from evlgen.visualization.merging import Merging, Stage, find_merging
 from evlgen.visualization.regions import draw_regions
 from evlgen.visualization.sheet import Row, draw_sheet, write_on

@@ -15,11 +15,11 @@ from evlgen.captioning import SUFFIXES, load_for_captioning
 from evlgen.common.checkpoints import CONFIG_FILE
 from evlgen.common.config import Config
 from evlgen.common.errors import DataError
+from evlgen.common.frames import VIDEO_SUFFIXES, read_frames
 from evlgen.common.io import resolve, write_atomically
 from evlgen.common.yaml_io import read_yaml
 from evlgen.runners.run_config import RunConfig
 from evlgen.visualization.figure import draw_found, merge_clips, untrained
-from evlgen.visualization.frames import VIDEO_SUFFIXES, read_frames
 
 logger = logging.getLogger(__name__)
 

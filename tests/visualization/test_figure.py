@@ -12,11 +12,11 @@ from PIL import Image
 
 from evlgen import cli
 from evlgen.common.errors import ConfigError, DataError
+from evlgen.common.frames import evenly, read_frames
 from evlgen.common.registry import registry
 from evlgen.datasets.shapes.world import draw, scene
 from evlgen.visualization import draw_merging, untrained
 from evlgen.visualization.figure import _note, draw_found, merge_clips
-from evlgen.visualization.frames import evenly, read_frames
 from evlgen.visualization.merging import Merging, Stage, find_merging
 from evlgen.visualization.regions import draw_regions
 from evlgen.visualization.sheet import Row, draw_sheet

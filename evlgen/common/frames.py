@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from PIL import Image, ImageSequence
@@ -10,12 +11,14 @@ from evlgen.common.errors import DataError
 from evlgen.common.images import open_image, to_rgb
 from evlgen.common.io import resolve
 
+logger = logging.getLogger(__name__)
+
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv"}
 
 
 def read_frames(path: str | Path, num_frames: int) -> list[Image.Image]:
     """One picture, or of a clip (video file, animated GIF) at most ``num_frames`` frames, evenly spaced from
-    its first.
+    its first. A clip of fewer frames is named in a warning, and gives those it has.
 
     Raises:
         DataError: it is missing, or nothing that can be read.
@@ -28,13 +31,21 @@ def read_frames(path: str | Path, num_frames: int) -> list[Image.Image]:
         return [picture]
     with Image.open(file, formats=["GIF"]) as clip:
         frames = [to_rgb(frame.copy()) for frame in ImageSequence.Iterator(clip)]
-    return [frames[i] for i in evenly(len(frames), num_frames)]
+    return [frames[i] for i in _chosen(file, len(frames), num_frames)]
 
 
 def evenly(count: int, wanted: int) -> list[int]:
     """At most ``wanted`` of ``count`` positions, evenly spaced from the first on (LAVIS's ``uniform``)."""
     wanted = min(count, wanted)
     return [i * count // wanted for i in range(wanted)]
+
+
+def _chosen(file: str, count: int, wanted: int) -> list[int]:
+    if count < wanted:
+        logger.warning(
+            "%s has %d frames, fewer than the %d asked for: each is taken once", file, count, wanted
+        )
+    return evenly(count, wanted)
 
 
 def _video_frames(file: str, num_frames: int) -> list[Image.Image]:
@@ -48,7 +59,7 @@ def _video_frames(file: str, num_frames: int) -> list[Image.Image]:
         ) from error
     try:
         reader = VideoReader(file, num_threads=1)
-        pixels = reader.get_batch(evenly(len(reader), num_frames)).asnumpy()  # [T, H, W, 3]
+        pixels = reader.get_batch(_chosen(file, len(reader), num_frames)).asnumpy()  # [T, H, W, 3]
     except (DECORDError, RuntimeError) as error:
         raise DataError(f"cannot read video {file}: it is damaged or of no known format.") from error
     return [Image.fromarray(frame) for frame in pixels]
