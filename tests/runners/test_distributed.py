@@ -145,6 +145,10 @@ def test_a_spread_language_model_trains_like_a_whole_one_from_and_to_its_checkpo
     assert {k: (v.shape, v.dtype) for k, v in weights.items()} == {
         k: (v.shape, v.dtype) for k, v in others.items()
     }
+    moments, expected_moments = (
+        gradients(f / "checkpoints" / FINAL) for f in (spread / "run", whole / "latest")
+    )
+    assert_same_tensors(moments, expected_moments)
     parts = {part for part in ("encoder", "decoder") for name in weights if f".{part}." in name}
     assert parts == {"frozen": set(), "trained": {"decoder"}}.get(case, {"encoder", "decoder"})
 
