@@ -104,7 +104,6 @@ class Everyone:
         parts = _Gather.apply(torch.cat([x, padding])).split(largest)
         return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
 
-
     def weight(self, count: int, device: torch.device) -> Tensor | float:
         """What to multiply one's own mean over ``count`` things with, where processes weigh by their samples
         (`BaseModel.forward`), so that it becomes the mean over the things of all processes."""
