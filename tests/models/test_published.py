@@ -450,6 +450,16 @@ def test_temporal_weights_keep_their_names(golden):
         assert own_value is state[f"visual_encoder.blocks.1.temporal_merge.{name}"]
 
 
+def test_temporal_weights_of_the_form_average_have_no_published_layout(without_strays, tmp_path, capsys):
+    published, cfg = without_strays("evlgen_video_opt")
+    average = ("--options", "model.vision.temporal.form=average")
+    assert convert("--to", "own", published, tmp_path / "no", "--cfg-path", cfg, *average) == 1
+    assert "model.vision.temporal.form=residual" in capsys.readouterr().err
+    assert convert("--to", "own", published, tmp_path / "own", "--cfg-path", cfg) == 0
+    assert convert("--to", "published", tmp_path / "own", tmp_path / "no.pth", *average) == 1
+    assert not (tmp_path / "no").exists() and not (tmp_path / "no.pth").exists()
+
+
 def test_a_converted_folder_is_the_golden_model(golden, tmp_path):
     from safetensors.torch import load_file
 

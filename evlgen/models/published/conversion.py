@@ -64,6 +64,7 @@ def convert(
     layer = read_layer(find_config(cfg_path)) if cfg_path is not None else _layer_of(source)
     section = OmegaConf.to_container(load_model_layers([layer, options_layer(options)]), resolve=True)
     section["checkpoint"] = None
+    _check_temporal_form(state, section, source)
     try:
         number = (_write_own if layout == "own" else _write_published)(state, section, source, target)
     except OSError as error:
@@ -132,6 +133,19 @@ def _check_sizes(state: Mapping[str, Tensor], section: Mapping[str, Any], source
                 f"{source} holds a connector of {key} {size}, and the config says {connector[key]}. Name the "
                 "right YAML file in --cfg-path."
             )
+
+
+def _check_temporal_form(state: Mapping[str, Tensor], section: Mapping[str, Any], source: Path) -> None:
+    """Published code computes attention over the frames in the form `residual` alone, with the same weights
+    as the other form has: raises `CheckpointError` where the config says another."""
+    temporal = (section.get("vision") or {}).get("temporal") or {}
+    form = temporal.get("form") or getattr(registry.get_model_class(section["arch"]), "TEMPORAL", None)
+    if form != "residual" and any(".temporal_merge." in name for name in state):
+        raise CheckpointError(
+            f"{source} has attention over the frames. Its form is residual in published checkpoints, and "
+            f"{form or 'none'} in the config. Where it was trained so, say so with --options "
+            "model.vision.temporal.form=residual; the other form has no published layout."
+        )
 
 
 def _projection(section: Mapping[str, Any]) -> str:
