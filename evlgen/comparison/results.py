@@ -11,6 +11,7 @@ from evlgen.comparison.metrics import metric_names, metrics_of
 from evlgen.comparison.plan import Configuration, Settings, differing_keys
 from evlgen.comparison.stages import Run, StageRun
 
+_ALIKE = 3  # numbers of trained weights that differ by less than this factor need no note
 _SIZES = ("trainable_parameters", "total_parameters", "soft_prompts")
 _PEAKS = ("peak_rss_bytes", "peak_gpu_bytes")
 
@@ -170,6 +171,13 @@ def notes(runs: Sequence[Run]) -> list[str]:
         found.append(
             "The runs did not see the same batches: number of samples, batch size or ratios of their data "
             "differ."
+        )
+    sizes = [n for run in runs if (n := run.stages[-1].facts().get("trainable_parameters"))]
+    if sizes and max(sizes) > _ALIKE * min(sizes):
+        found.append(
+            f"The sizes differ: the largest trains {max(sizes) / min(sizes):.0f} times as many weights as "
+            "the smallest. A connector that is only named has its own default sizes; to compare kinds, give "
+            "sizes too, such as --grid 'model.connector={name: qformer, num_layers: 3, hidden_size: 128}'."
         )
     stages = [stage for run in runs for stage in run.stages]
     if any(stage.stage.config["run"]["cache_vision"] for stage in stages):

@@ -3,7 +3,7 @@
 Li et al., *BLIP-2: Bootstrapping Language-Image Pre-training with Frozen Image Encoders and Large Language
 Models*, 2023 (arXiv 2301.12597), section 3.1. Published setting: BERT-base weights, 12 layers, 32 queries,
 cross-attention in every second layer. What reads and writes text in the first stage stands in
-`evlgen.models.blip2_stage1`, and shares the self-attention of the layers here.
+`evlgen.models.connectors.qformer_text`, and shares the self-attention of the layers here.
 """
 
 from __future__ import annotations
