@@ -269,3 +269,9 @@ def test_adapters_and_quantisation_are_for_frozen_models(model_folder, settings,
     )
     with pytest.raises(ConfigError, match=f"model.language.{key} is for a frozen language model"):
         build_language_model(cfg, "opt")
+
+
+def test_a_model_without_an_end_token_is_named(model_folder):
+    folder = model_folder("qwen2", tokenizer_settings={"eos": None}, eos_token_id=None)
+    with pytest.raises(ConfigError, match="has no end token, .* Set `eos_token` in its"):
+        CausalLanguageModel(str(folder))
