@@ -4,11 +4,27 @@ present."""
 from __future__ import annotations
 
 import functools
+import logging
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    """A command that runs in this process sets up the terminal's log: that ends with its test."""
+    loggers = (logging.getLogger(), logging.getLogger("evlgen"), logging.getLogger("evlgen.common.layers"))
+    handlers, levels = list(loggers[0].handlers), [logger.level for logger in loggers]
+    yield
+    loggers[0].handlers[:] = [h for h in loggers[0].handlers if h in handlers or not _is_ours(h)]
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+def _is_ours(handler: logging.Handler) -> bool:
+    return type(handler).__module__.startswith("evlgen")
 
 
 @pytest.fixture(scope="session")
