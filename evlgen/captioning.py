@@ -86,6 +86,8 @@ def load_for_captioning(
     folder = Path(resolve(checkpoint))
     best = folder / "checkpoints" / "best"
     file = (best if os.path.isdir(best) else folder) / CONFIG_FILE
+    if not os.path.exists(folder):
+        raise DataError(f"there is no checkpoint at {checkpoint}.")
     if not os.path.isfile(file):
         raise DataError(
             f"{checkpoint} is no folder with a {CONFIG_FILE}, so the model it belongs to is not known: name "

@@ -177,7 +177,8 @@ def notes(runs: Sequence[Run]) -> list[str]:
         found.append(
             f"The sizes differ: the largest trains {max(sizes) / min(sizes):.0f} times as many weights as "
             "the smallest. A connector that is only named has its own default sizes; to compare kinds, give "
-            "sizes too, such as --grid 'model.connector={name: qformer, num_layers: 3, hidden_size: 128}'."
+            "sizes too, such as --grid 'model.connector={name: qformer, num_layers: 3, hidden_size: 128, "
+            "num_attention_heads: 4}'."
         )
     stages = [stage for run in runs for stage in run.stages]
     if any(stage.stage.config["run"]["cache_vision"] for stage in stages):
