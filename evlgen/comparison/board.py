@@ -53,7 +53,9 @@ class Board:
         scores = run.stages[-1].evaluations()
         name = main_metric(scores)
         if name is not None:
-            parts.append(f"{name} {shown_value(scores[-1][name])}")
+            at = scores[-1]["iteration"]  # training may be further by now
+            where = "" if at == run.stages[-1].effort()[2] else f" after {at}"
+            parts.append(f"{name} {shown_value(scores[-1][name])}{where}")
         if run.state == "failed":
             parts.append((run.error or "").splitlines()[0])
         return "  ".join(parts)
