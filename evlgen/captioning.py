@@ -9,21 +9,17 @@ from itertools import groupby, islice
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from evlgen.common.checkpoints import CONFIG_FILE
 from evlgen.common.config import Config, load_model_file
 from evlgen.common.errors import ConfigError, DataError
-from evlgen.common.frames import VIDEO_SUFFIXES, read_frames
-from evlgen.common.images import open_image
+from evlgen.common.frames import find_files, read_files
 from evlgen.common.io import resolve
 from evlgen.common.registry import registry
 from evlgen.models.base_model import BaseModel
 from evlgen.models.zoo import load_model, load_preprocess
 
 logger = logging.getLogger(__name__)
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def caption_files(
@@ -54,9 +50,8 @@ def caption_files(
     processor = load_preprocess(model)[0]["eval"]
     samples = {} if prompt is None else {"prompt": prompt}
     reads_clips = getattr(model, "temporal", None) is not None
-    suffixes = SUFFIXES | VIDEO_SUFFIXES if reads_clips else SUFFIXES
-    paths = [path for image in images for path in _expand(image, suffixes)]
-    read = _read(paths, num_frames if reads_clips else None)
+    paths = find_files(images, clips=reads_clips)
+    read = read_files(paths, num_frames if reads_clips else None)
     done = 0
     for _, alike in groupby(read, key=lambda item: len(item[1])):  # a batch has clips of one length
         while batch := list(islice(alike, batch_size)):
@@ -67,7 +62,8 @@ def caption_files(
             done += len(texts)
             yield from zip((path for path, _ in batch), texts, strict=True)
     if not done:
-        raise DataError(f"none of the {len(paths)} files could be read as a picture.")
+        kind = "picture or clip" if reads_clips else "picture"
+        raise DataError(f"none of the {len(paths)} files could be read as a {kind}.")
 
 
 def load_for_captioning(
@@ -95,19 +91,3 @@ def load_for_captioning(
         )
     arch = load_model_file(file).arch
     return registry.get_model_class(arch).from_pretrained(file.parent, device).to(device)
-
-
-def _expand(image: str, suffixes: set[str]) -> list[str]:
-    folder = Path(image)
-    if os.path.isdir(folder):
-        return [str(p) for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes]
-    return [image]
-
-
-def _read(paths: Sequence[str], num_frames: int | None) -> Iterator[tuple[str, list[Image.Image]]]:
-    """(path, frames): at most ``num_frames`` of a clip; the picture alone where that is None."""
-    for path in paths:
-        try:
-            yield path, [open_image(resolve(path))] if num_frames is None else read_frames(path, num_frames)
-        except DataError as error:
-            logger.warning("left out: %s", error)

@@ -49,3 +49,11 @@ def test_a_clip_of_fewer_frames_than_asked_is_named(files, video_project, caplog
 def test_a_model_of_images_takes_a_clips_first_picture(files):
     found = captions(files[:2])
     assert found[files[0]] == found[files[1]]
+
+
+def test_a_video_for_a_model_of_images_is_left_out_by_name(files, tmp_path, caplog):
+    (tmp_path / "clip.mp4").touch()
+    with caplog.at_level(logging.WARNING):
+        found = captions([files[0], str(tmp_path / "clip.mp4")])
+    assert list(found) == [files[0]]
+    assert "clip.mp4 is a video; models of clips read those" in caplog.text

@@ -1,8 +1,10 @@
-"""Picture files and the frames of clips."""
+"""Picture files and clips: finding them, and reading their frames."""
 
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageSequence
@@ -13,7 +15,40 @@ from evlgen.common.io import resolve
 
 logger = logging.getLogger(__name__)
 
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv"}
+
+
+def find_files(paths: Sequence[str], clips: bool) -> list[str]:
+    """The paths, and in the place of a folder the pictures in it, by name; its videos too where ``clips``."""
+    suffixes = PICTURE_SUFFIXES | VIDEO_SUFFIXES if clips else PICTURE_SUFFIXES
+    found: list[str] = []
+    for path in paths:
+        if os.path.isdir(path):
+            found += [str(p) for p in sorted(Path(path).iterdir()) if p.suffix.lower() in suffixes]
+        else:
+            found.append(path)
+    return found
+
+
+def read_files(paths: Sequence[str], num_frames: int | None) -> Iterator[tuple[str, list[Image.Image]]]:
+    """(path, frames) of each file that can be read; the others are named in a warning.
+
+    Args:
+        num_frames: of a clip at most; None: pictures alone are read.
+    """
+    for path in paths:
+        try:
+            if num_frames is not None:
+                frames = read_frames(path, num_frames)
+            elif Path(path).suffix.lower() in VIDEO_SUFFIXES:
+                raise DataError(f"{path} is a video; models of clips read those, such as evlgen_video_opt.")
+            else:
+                frames = [open_image(resolve(path))]
+        except DataError as error:
+            logger.warning("left out: %s", error)
+            continue
+        yield path, frames
 
 
 def read_frames(path: str | Path, num_frames: int) -> list[Image.Image]:

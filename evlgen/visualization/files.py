@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,17 +10,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from evlgen.captioning import SUFFIXES, load_for_captioning
+from evlgen.captioning import load_for_captioning
 from evlgen.common.checkpoints import CONFIG_FILE
 from evlgen.common.config import Config
 from evlgen.common.errors import DataError
-from evlgen.common.frames import VIDEO_SUFFIXES, read_frames
+from evlgen.common.frames import find_files, read_files
 from evlgen.common.io import resolve, write_atomically
 from evlgen.common.yaml_io import read_yaml
 from evlgen.runners.run_config import RunConfig
 from evlgen.visualization.figure import draw_found, merge_clips, untrained
-
-logger = logging.getLogger(__name__)
 
 
 def visualize_files(
@@ -55,7 +52,10 @@ def visualize_files(
     """
     targets = _Targets(output)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    read = _read([path for image in images for path in _expand(image)], num_frames)
+    paths = find_files(images, clips=True)
+    read = list(read_files(paths, num_frames))
+    if not read:
+        raise DataError(f"none of the {len(paths)} files could be read as a picture or a clip.")
     seed = _seed(cfg_path, checkpoint, options) if seed is None else seed
     torch.manual_seed(seed)  # an encoder without pretrained weights is then the same in both
     model = load_for_captioning(cfg_path, checkpoint, options, device)
@@ -98,24 +98,6 @@ class _Targets:
         except OSError as error:
             raise DataError(f"cannot write {path}: {os.strerror(error.errno or 0)}.") from error
         return path
-
-
-def _expand(image: str) -> list[str]:
-    if not os.path.isdir(image):
-        return [image]
-    return [str(p) for p in sorted(Path(image).iterdir()) if p.suffix.lower() in SUFFIXES | VIDEO_SUFFIXES]
-
-
-def _read(paths: Sequence[str], num_frames: int) -> list[tuple[str, list[Image.Image]]]:
-    read = []
-    for path in paths:
-        try:
-            read.append((path, read_frames(path, num_frames)))
-        except DataError as error:
-            logger.warning("left out: %s", error)
-    if not read:
-        raise DataError(f"none of the {len(paths)} files could be read as a picture or a clip.")
-    return read
 
 
 def _seed(cfg_path: str | None, checkpoint: str | None, options: Sequence[str]) -> int:
