@@ -154,19 +154,25 @@ def tomeformer_to_bert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def read_bert(init: str) -> tuple[Path, dict[str, Tensor]]:
+    """The folder of a BERT (hub id or folder), and its weights under today's names: old files carry a
+    ``bert.`` prefix and LayerNorm's gamma and beta. Raises `CheckpointError` where it is not there."""
+    folder = _folder_of(init)
+    state = read_weights(folder)
+    renamed = {
+        k.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias"): v
+        for k, v in state.items()
+    }
+    return folder, renamed
+
+
 def load_bert_layers(connector: nn.Module, init: str) -> None:
     """Copies the embeddings and the first layers of the BERT ``init`` (hub id or folder) into a TomeFormer.
 
     Raises:
         CheckpointError: the folder holds no BERT, or one of other sizes.
     """
-    folder = _folder_of(init)
-    raw = read_weights(folder)
-    # old BERT files carry a "bert." prefix and LayerNorm's gamma and beta
-    raw = {
-        k.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias"): v
-        for k, v in raw.items()
-    }
+    folder, raw = read_bert(init)
     own = connector.state_dict()
     state = {k: v for k, v in bert_to_tomeformer(raw).items() if k in own}
     wanted = {k for k in own if not k.startswith(("proj_in.", "proj_out."))}

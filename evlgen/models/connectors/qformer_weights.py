@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from evlgen.common.errors import CheckpointError
-from evlgen.common.hub import local_model_folder
-from evlgen.common.weights import read_weights
-from evlgen.models.connectors.bert_weights import bert_to_tomeformer
+from evlgen.models.connectors.bert_weights import bert_to_tomeformer, read_bert
 
 # Names in LAVIS's salesforce/LAVIS lavis/models/blip2_models/Qformer.py, and own ones.
 _NAMES = {
@@ -139,15 +137,7 @@ def load_bert(module: nn.Module, init: str, part: str) -> None:
     Raises:
         CheckpointError: the folder holds no BERT, or one of other sizes.
     """
-    try:
-        folder = local_model_folder(init)
-    except CheckpointError as error:
-        raise CheckpointError(f"model.connector.init {error}") from error
-    # old BERT files carry a "bert." prefix and LayerNorm's gamma and beta
-    raw = {
-        k.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias"): v
-        for k, v in read_weights(folder).items()
-    }
+    folder, raw = read_bert(init)
     own = module.state_dict()
     found = {**bert_to_tomeformer(raw), **{_BERT_TEXT[k]: v for k, v in raw.items() if k in _BERT_TEXT}}
     state = {k: v for k, v in found.items() if k in own}
