@@ -115,7 +115,7 @@ def drop_foreign_sources(cfg: Config) -> None:
         info = dataset.get("build_info") or {}
         path = f"datasets.{name}.build_info"
         parts = {f"annotations.{split}": part for split, part in info.get("annotations", {}).items()}
-        parts |= {"images": info["images"]} if "images" in info else {}
+        parts |= {key: info[key] for key in ("images", "videos") if info.get(key)}
         for key, part in parts.items():
             own = cfg.source(f"{path}.{key}.storage")
             if part.get("storage") == part.get("url"):

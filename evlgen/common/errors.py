@@ -25,7 +25,16 @@ class CheckpointError(EVLGenError):
 
 
 class DataError(EVLGenError):
-    """An annotation, image or video is missing or cannot be read."""
+    """An annotation, image or video is missing or cannot be read.
+
+    Attributes:
+        cause: in two or three words what kind of trouble this is, by which broken samples are counted:
+            ``missing file``, ``not an image``.
+    """
+
+    def __init__(self, message: str, cause: str = "unreadable") -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class TrainingError(EVLGenError):

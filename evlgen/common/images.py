@@ -8,6 +8,7 @@ import stat
 import struct
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -45,23 +46,34 @@ _DECODER_ERRORS = (
 )
 
 
-def open_image(path: str | os.PathLike) -> Image.Image:
+def open_image(path: str | os.PathLike | BinaryIO, draft_size: int | None = None) -> Image.Image:
     """Reads one picture file as upright RGB.
 
+    Args:
+        path: the file, or one that is open for reading (with a ``name`` for messages).
+        draft_size: a JPEG may be decoded at a half, a quarter or an eighth of its size, at a fraction of the
+            time, as long as no side falls below so many pixels. None: as it is.
+
     Raises:
-        DataError: the file is missing, a folder, empty, truncated, too large or not an image.
+        DataError: the file is missing, a folder, empty, truncated, too large or not an image. Its ``cause``
+            says which of these.
     """
+    name = getattr(path, "name", "(a stream)") if hasattr(path, "read") else path
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe or a device may never end
-            raise DataError("it is no regular file")
+        if name is path and not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe may never end
+            raise DataError("it is no regular file.", "not a file")
         with Image.open(path, formats=_formats()) as image:
+            if draft_size is not None:
+                image.draft(image.mode, (draft_size, draft_size))
             return to_rgb(image)
     except Image.DecompressionBombError as error:
         raise DataError(
-            f"cannot read image {path}: {error} Raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file."
+            f"cannot read image {name}: {error} Raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file.",
+            "too large",
         ) from error
     except (*_DECODER_ERRORS, DataError) as error:
-        raise DataError(f"cannot read image {path}: {_cause(path, error)}") from error
+        why, cause = _cause(name, error)
+        raise DataError(f"cannot read image {name}: {why}", cause) from error
 
 
 @functools.cache
@@ -141,16 +153,19 @@ def _value_range(values: np.ndarray) -> tuple[float, float]:
     return low, max(high, low + 1e-6)
 
 
-def _cause(path: str | os.PathLike, error: Exception) -> str:
+def _cause(path: str | os.PathLike, error: Exception) -> tuple[str, str]:
+    """Why a picture cannot be read, and the `DataError.cause` of it."""
     path = Path(path)
     if isinstance(error, FileNotFoundError):
-        return "the file does not exist."
+        return "the file does not exist.", "missing file"
     if path.is_dir():
-        return "it is a folder."
+        return "it is a folder.", "not a file"
     if isinstance(error, PermissionError):
-        return "no permission to read it."
+        return "no permission to read it.", "no permission"
     if path.is_file() and path.stat().st_size == 0:
-        return "the file is empty."
+        return "the file is empty.", "empty file"
     if isinstance(error, UnidentifiedImageError):
-        return f"it is not an image of a format that is read here ({', '.join(FORMATS)})."
-    return f"{str(error).rstrip('.') or type(error).__name__}."
+        return f"it is not an image of a format that is read here ({', '.join(FORMATS)}).", "not an image"
+    if isinstance(error, DataError):
+        return str(error), error.cause
+    return f"{str(error).rstrip('.') or type(error).__name__}.", "damaged image"

@@ -51,14 +51,18 @@ def read_records(path: str | os.PathLike, keys: Sequence[str]) -> list[dict[str,
     return records
 
 
-def check_image_folders(images: Iterable[str], root: str | os.PathLike, remedy: str) -> None:
-    """Raises `DataError` when a folder that file names (relative to ``root``) point into is not there."""
-    folders = Counter(os.path.dirname(image) for image in images)
+def check_folders(names: Iterable[str], root: str | os.PathLike, what: str, remedy: str) -> None:
+    """Raises `DataError` when a folder that file names (relative to ``root``) point into is not there.
+
+    Args:
+        what: what the folder holds, for messages: ``image``.
+    """
+    folders = Counter(os.path.dirname(name) for name in names)
     for folder, count in sorted(folders.items()):
         path = os.path.join(root, folder)
         if not os.path.isdir(path):
             raise DataError(
-                f"image folder {path} is missing: {count} of {folders.total()} records "
+                f"{what} folder {path} is missing: {count} of {folders.total()} records "
                 f"point into it. {remedy}"
             )
 

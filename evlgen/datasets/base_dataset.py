@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from evlgen.common.errors import DataError
+from evlgen.datasets.media import Media
 from evlgen.processors.base_processor import BaseProcessor
 
 
@@ -21,6 +22,22 @@ class Skipped:
     index: int
     id: str
     reason: str
+    cause: str = "unreadable"  # see `DataError`
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """Stands among a dataset's records in the place of one that makes no sample.
+
+    Attributes:
+        id: what reports call it: ``record 17 of captions.json``.
+        reason: what is wrong with it.
+        cause: see `DataError`.
+    """
+
+    id: str
+    reason: str
+    cause: str = "bad record"
 
 
 class BaseDataset(Dataset):
@@ -33,7 +50,7 @@ class BaseDataset(Dataset):
     and torch alone, so that whoever seeds them decides what a sample looks like.
 
     Args:
-        records: one entry per sample.
+        records: one entry per sample, or a `BadRecord`.
         vis_processor: for the image or video of a sample.
         text_processor: for its text.
 
@@ -57,9 +74,14 @@ class BaseDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any] | Skipped:
+        record = self.records[index]
+        if isinstance(record, BadRecord):
+            return Skipped(index, record.id, record.reason, record.cause)
         try:
             return self.load_sample(index)
-        except (DataError, OSError) as error:
+        except DataError as error:
+            return Skipped(index, self.sample_id(index), str(error), error.cause)
+        except OSError as error:
             return Skipped(index, self.sample_id(index), str(error))
 
     def load_sample(self, index: int) -> dict[str, Any]:
@@ -93,6 +115,10 @@ class BaseDataset(Dataset):
         """What people wrote about each picture or video, by image id; empty where no text is scored."""
         return {}
 
+    def answers(self) -> dict[int | str, list[str]]:
+        """What people answered to each question, by question id; empty where no answer is scored."""
+        return {}
+
     def picture(self, index: int) -> Image.Image | None:
         """The picture of a record as a person sees it, for sheets of results; None where there is none."""
         return None
@@ -108,6 +134,42 @@ class BaseDataset(Dataset):
     def collater(self, samples: Sequence[Mapping[str, Any] | Skipped]) -> dict[str, Any]:
         """A batch of samples; see `collate`."""
         return collate(samples)
+
+
+class MediaDataset(BaseDataset):
+    """Records, mappings with ``visual``: the name of a picture or clip among ``media``.
+
+    A subclass defines `load_text`.
+
+    Args:
+        records: see above.
+        media: where pictures or clips are read.
+        vis_processor: of what ``media`` opens -> tensor.
+        text_processor: of a text.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Mapping[str, Any] | BadRecord],
+        media: Media,
+        vis_processor: BaseProcessor,
+        text_processor: BaseProcessor | None = None,
+    ) -> None:
+        super().__init__(records, vis_processor, text_processor)
+        self.media = media
+
+    def load_visual(self, index: int) -> torch.Tensor:
+        draft_size = getattr(self.vis_processor, "draft_size", None)
+        return self.vis_processor(self.media.open(self.records[index]["visual"], draft_size))
+
+    def visual_source(self, index: int) -> Hashable:
+        return self.media.source(self.records[index]["visual"])
+
+    def picture(self, index: int) -> Image.Image:
+        return self.media.picture(self.records[index]["visual"])
+
+    def sample_id(self, index: int) -> str:
+        return self.records[index]["visual"]
 
 
 def collate(samples: Sequence[Mapping[str, Any] | Skipped]) -> dict[str, Any]:

@@ -9,45 +9,24 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
-import torch
-from PIL import Image
-
 from evlgen.common.errors import DataError
-from evlgen.common.images import open_image
 from evlgen.datasets.annotations import describe, read_annotation, read_records, text_problem
-from evlgen.datasets.base_dataset import BaseDataset
+from evlgen.datasets.base_dataset import MediaDataset
+from evlgen.datasets.media import Media
 from evlgen.processors.base_processor import BaseProcessor
 
 References = dict[int | str, list[str]]
 
 
-class _PictureFiles(BaseDataset):
-    """Records whose ``image`` is a file name relative to ``image_root``."""
-
-    image_root: str | os.PathLike
-
-    def picture(self, index: int) -> Image.Image:
-        return open_image(self.visual_source(index))
-
-    def load_visual(self, index: int) -> torch.Tensor:
-        return self.vis_processor(self.picture(index))
-
-    def visual_source(self, index: int) -> Path:
-        return Path(self.image_root, self.records[index]["image"])
-
-    def sample_id(self, index: int) -> str:
-        return self.records[index]["image"]
-
-
-class CaptionDataset(_PictureFiles):
+class CaptionDataset(MediaDataset):
     """One sample per caption: ``image`` float32 [3, H, W], ``text_input``, ``image_id``, ``instance_id``.
 
     Args:
         records: of `read_caption_records`.
-        image_root: the folder that file names are relative to.
+        media: where pictures or clips are read.
         vis_processor: Pillow image -> tensor.
         text_processor: caption -> text to learn.
     """
@@ -55,12 +34,11 @@ class CaptionDataset(_PictureFiles):
     def __init__(
         self,
         records: Sequence[Mapping[str, Any]],
-        image_root: str | os.PathLike,
+        media: Media,
         vis_processor: BaseProcessor,
         text_processor: BaseProcessor,
     ) -> None:
-        super().__init__(one_per_caption(records), vis_processor, text_processor)
-        self.image_root = image_root
+        super().__init__(one_per_caption(records), media, vis_processor, text_processor)
 
     def load_text(self, index: int) -> dict[str, Any]:
         record = self.records[index]
@@ -77,12 +55,12 @@ class CaptionDataset(_PictureFiles):
         return found
 
 
-class CaptionEvalDataset(_PictureFiles):
+class CaptionEvalDataset(MediaDataset):
     """One sample per picture: ``image`` float32 [3, H, W], ``image_id``, ``instance_id``.
 
     Args:
         records: of `read_caption_records`.
-        image_root: the folder that file names are relative to.
+        media: where pictures or clips are read.
         vis_processor: Pillow image -> tensor.
         text_processor: not applied to references; kept for tasks that ask for it.
         references: captions to score against instead of those in the records, by image id.
@@ -94,19 +72,18 @@ class CaptionEvalDataset(_PictureFiles):
     def __init__(
         self,
         records: Sequence[Mapping[str, Any]],
-        image_root: str | os.PathLike,
+        media: Media,
         vis_processor: BaseProcessor,
         text_processor: BaseProcessor | None = None,
         references: References | None = None,
     ) -> None:
-        super().__init__(one_per_image(records), vis_processor, text_processor)
-        self.image_root = image_root
+        super().__init__(one_per_image(records), media, vis_processor, text_processor)
         self._ground_truth = references
         for record in self.records if references is not None else ():
             if record["image_id"] not in references:
                 raise DataError(
                     f"the ground truth has no caption for image_id {record['image_id']!r} "
-                    f"({record['image']}). Take another file, or none: the annotation's captions serve then."
+                    f"({record['visual']}). Take another file, or none: the annotation's captions serve then."
                 )
 
     def load_text(self, index: int) -> dict[str, Any]:
@@ -119,28 +96,30 @@ class CaptionEvalDataset(_PictureFiles):
 
 
 def read_caption_records(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of a Karpathy file: ``image`` is a file name, ``caption`` a text or a list of texts.
+    """The records of a Karpathy file: ``visual`` is the file name of the picture or clip, ``caption`` a text
+    or a list of texts, ``image_id`` may be there.
 
     Raises:
         DataError: names the file, the record and what is wrong with it.
     """
-    records = read_records(path, ("image", "caption"))
+    records = read_records(path, ("caption",))
+    key = "video" if "video" in records[0] else "image"
     for index, record in enumerate(records):
-        image, caption, image_id = record["image"], record["caption"], record.get("image_id", 0)
-        if not isinstance(image, str) or not image or text_problem(image):
-            raise DataError(f"record {index} of {path}: 'image' must be a file name, not {describe(image)}.")
+        place = f"record {index} of {path}"
+        if key not in record:
+            raise DataError(f"{place} has no '{key}'; it has {', '.join(map(repr, record))}.")
+        visual, caption, image_id = record.pop(key), record["caption"], record.get("image_id", 0)
+        record["visual"] = visual
+        if not isinstance(visual, str) or not visual or text_problem(visual):
+            raise DataError(f"{place}: '{key}' must be a file name, not {describe(visual)}.")
         texts = caption if isinstance(caption, list) else [caption]
         if not texts or not all(isinstance(text, str) for text in texts):
-            raise DataError(
-                f"record {index} of {path}: 'caption' must be text or a list of it, not {describe(caption)}."
-            )
+            raise DataError(f"{place}: 'caption' must be text or a list of it, not {describe(caption)}.")
         for text in texts:
             if problem := text_problem(text):
-                raise DataError(f"record {index} of {path}: 'caption' holds {problem}: {describe(text)}.")
+                raise DataError(f"{place}: 'caption' holds {problem}: {describe(text)}.")
         if not _is_id(image_id):
-            raise DataError(
-                f"record {index} of {path}: 'image_id' must be a number or text, not {describe(image_id)}."
-            )
+            raise DataError(f"{place}: 'image_id' must be a number or text, not {describe(image_id)}.")
     return records
 
 
@@ -167,22 +146,22 @@ def read_ground_truth(path: str | os.PathLike) -> References:
 
 
 def one_per_caption(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Records with exactly ``image``, ``caption`` (one text) and ``image_id``, in the captions' order."""
+    """Records with exactly ``visual``, ``caption`` (one text) and ``image_id``, in the captions' order."""
     ids = image_ids(records)
     return [
-        {"image": record["image"], "caption": caption, "image_id": ids[record["image"]]}
+        {"visual": record["visual"], "caption": caption, "image_id": ids[record["visual"]]}
         for record in records
         for caption in _texts(record)
     ]
 
 
 def one_per_image(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Records with exactly ``image``, ``caption`` (all its texts), ``image_id``, in the pictures' order."""
+    """Records with exactly ``visual``, ``caption`` (all its texts), ``image_id``, in the pictures' order."""
     captions: dict[str, list[str]] = {}
     for record in records:
-        captions.setdefault(record["image"], []).extend(_texts(record))
+        captions.setdefault(record["visual"], []).extend(_texts(record))
     ids = image_ids(records)
-    return [{"image": image, "caption": texts, "image_id": ids[image]} for image, texts in captions.items()]
+    return [{"visual": image, "caption": texts, "image_id": ids[image]} for image, texts in captions.items()]
 
 
 def image_ids(records: Sequence[Mapping[str, Any]]) -> dict[str, int | str]:
@@ -192,7 +171,7 @@ def image_ids(records: Sequence[Mapping[str, Any]]) -> dict[str, int | str]:
     Raises:
         DataError: two pictures carry the same ``image_id``.
     """
-    given = {record["image"]: record.get("image_id") for record in records}
+    given = {record["visual"]: record.get("image_id") for record in records}
     if None not in given.values():
         _check_distinct(given)
         return given

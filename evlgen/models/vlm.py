@@ -129,6 +129,24 @@ class VLM(BaseModel):
             )
         return {"loss": loss, "num_tokens": num_tokens}
 
+    def sample_losses(self, samples: dict[str, Any], soft_prompts: Tensor | None = None) -> dict[str, Tensor]:
+        """As `forward`, of each sample by itself.
+
+        Args:
+            samples: as in `forward`.
+            soft_prompts: [B, M, C_language] where they are known already; ``samples`` then needs no pixels.
+
+        Returns:
+            ``losses``: [B], float32, the sum over each sample's tokens: the negated log-likelihood of
+            its text; ``num_tokens``: [B].
+        """
+        soft_prompts = self.soft_prompts(samples) if soft_prompts is None else soft_prompts
+        with self._own_precision(soft_prompts.device):
+            losses, num_tokens = self.language.sample_losses(
+                soft_prompts, samples["text_input"], samples.get("text_output")
+            )
+        return {"losses": losses, "num_tokens": num_tokens}
+
     def soft_prompts(self, samples: dict[str, Any]) -> Tensor:
         """``image`` [B, 3, H, W] or [B, 3, T, H, W], or in its place ``visual_tokens`` [B, N, C_vision] that
         `encode` gave earlier -> soft prompts [B, M, C_language]."""

@@ -286,6 +286,12 @@ class SkippedSamples:
         self._named.add(key)
         if len(self._named) <= 5:
             logger.warning("skipped a broken sample: %s", key)
-        record = {"index": sample.index, "id": sample.id, "reason": sample.reason, "iteration": iteration}
+        record = {
+            "index": sample.index,
+            "id": sample.id,
+            "cause": sample.cause,
+            "reason": sample.reason,
+            "iteration": iteration,
+        }
         with open(self.folder / "skipped.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record, default=str) + "\n")

@@ -12,6 +12,7 @@ from PIL import Image
 from evlgen.common.images import open_image
 from evlgen.datasets.base_dataset import Skipped
 from evlgen.datasets.caption_dataset import CaptionDataset, CaptionEvalDataset, read_caption_records
+from evlgen.datasets.media import ImageFiles
 from evlgen.processors import build_processor
 
 READABLE = [
@@ -54,26 +55,26 @@ def pixels(path: Path) -> np.ndarray:
 @pytest.mark.parametrize("name", ["blip2_image_train", "blip_image_train", "blip_image_eval"])
 def test_broken_files_are_skipped_in_their_own_place_and_named(broken, records, name: str) -> None:
     image = build_processor({"name": name, "image_size": 32})
-    dataset = CaptionDataset(records, broken, image, build_processor({"name": "blip_caption"}))
+    dataset = CaptionDataset(records, ImageFiles(broken), image, build_processor({"name": "blip_caption"}))
     samples = [dataset[i] for i in range(len(dataset))]
     for i, (record, sample) in enumerate(zip(records, samples, strict=True)):
-        if record["image"] in UNREADABLE:
+        if record["visual"] in UNREADABLE:
             assert isinstance(sample, Skipped)
-            assert (sample.index, sample.id) == (i, record["image"])
+            assert (sample.index, sample.id) == (i, record["visual"])
             assert (
-                UNREADABLE[record["image"]] in sample.reason
-                and str(broken / record["image"]) in sample.reason
+                UNREADABLE[record["visual"]] in sample.reason
+                and str(broken / record["visual"]) in sample.reason
             )
         else:
             assert sample["image"].shape == (3, 32, 32) and sample["image"].isfinite().all()
-            assert sample["image_id"] == record["image"]
+            assert sample["image_id"] == record["visual"]
     batch = dataset.collater(samples)
     assert len(batch["image"]) == len(READABLE) and len(batch["skipped"]) == len(UNREADABLE)
 
 
 def test_evaluation_skips_the_same_files(broken, records) -> None:
     dataset = CaptionEvalDataset(
-        records, broken, build_processor({"name": "blip_image_eval", "image_size": 8})
+        records, ImageFiles(broken), build_processor({"name": "blip_image_eval", "image_size": 8})
     )
     skipped = [s.id for s in (dataset[i] for i in range(len(dataset))) if isinstance(s, Skipped)]
     assert sorted(skipped) == sorted(UNREADABLE)

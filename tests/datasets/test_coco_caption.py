@@ -98,7 +98,7 @@ def test_training_layout_can_be_scored_and_the_other_way_round(root) -> None:
 
 def test_ids_are_numbers_only_where_those_tell_pictures_apart() -> None:
     def ids(*names: str) -> list:
-        return list(image_ids([{"image": name} for name in names]).values())
+        return list(image_ids([{"visual": name} for name in names]).values())
 
     assert ids("a/COCO_val2014_000000000042.jpg", "b/7.jpg") == [42, 7]
     assert ids("a/1.jpg", "b/1.jpg") == ["a/1.jpg", "b/1.jpg"]

@@ -25,6 +25,7 @@ from evlgen.common.errors import ConfigError, DataError, Interrupted, TrainingEr
 from evlgen.common.registry import registry
 from evlgen.datasets.base_dataset import BaseDataset, Skipped
 from evlgen.datasets.caption_dataset import CaptionDataset
+from evlgen.datasets.media import ImageFiles
 from evlgen.datasets.shapes_dataset import ShapesCaptionDataset
 from evlgen.models.vision.timm_encoder import TimmEncoder
 from evlgen.processors import build_processor
@@ -248,7 +249,7 @@ def test_of_a_transform_that_is_not_random_one_view_is_kept_whatever_the_seed(mo
 
 def test_a_picture_with_several_captions_is_kept_once_and_a_broken_one_is_skipped(model, tmp_path):
     records = photographs(tmp_path / "pictures")
-    dataset = CaptionDataset(records, tmp_path / "pictures", build_processor(PLAIN), TEXT)
+    dataset = CaptionDataset(records, ImageFiles(tmp_path / "pictures"), build_processor(PLAIN), TEXT)
     kept = fill(dataset, model)
     assert kept.store.entries == 6 and len(kept) == 12
     assert [kept[i]["text_input"] for i in (0, 1)] == ["grey noise", "a wall"]
@@ -307,8 +308,8 @@ def test_the_key_follows_what_a_transform_does_where_no_setting_says_it(model, m
 def test_the_key_follows_the_files(model, tmp_path, change):
     records = photographs(tmp_path / "pictures", count=20, broken=())
     processor = build_processor(PLAIN)
-    before = key(CaptionDataset(records, tmp_path / "pictures", processor, TEXT), model)
-    again = key(CaptionDataset(records, tmp_path / "pictures", processor, TEXT), model)
+    before = key(CaptionDataset(records, ImageFiles(tmp_path / "pictures"), processor, TEXT), model)
+    again = key(CaptionDataset(records, ImageFiles(tmp_path / "pictures"), processor, TEXT), model)
     picture = tmp_path / "pictures" / "13.png"  # none of those whose pixels are looked at
     if change == "time":
         os.utime(picture, ns=(1, 1))
@@ -321,7 +322,7 @@ def test_the_key_follows_the_files(model, tmp_path, change):
         records = [{**r, "image": r["image"].replace("13.png", "thirteen.png")} for r in records]
     else:
         records = records[::-1]
-    after = key(CaptionDataset(records, tmp_path / "pictures", processor, TEXT), model)
+    after = key(CaptionDataset(records, ImageFiles(tmp_path / "pictures"), processor, TEXT), model)
     assert before == again != after
 
 

@@ -47,6 +47,17 @@ class LanguageModel(nn.Module):
         """
         raise NotImplementedError
 
+    def sample_losses(
+        self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `loss`, of each sample by itself: for ranking texts, weighing them, and rewarding them.
+
+        Returns:
+            The *sum* of the losses of each sample's tokens ([B], float32: the negated log-likelihood of the
+            text), and how many tokens that are ([B]).
+        """
+        raise NotImplementedError
+
     def generate(self, soft_prompts: Tensor, prompts: list[str], **options) -> list[str]:
         """Continues each prompt after its soft prompts; the new text only, ``num_captions`` texts for each
         prompt."""

@@ -23,7 +23,7 @@ from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
 from evlgen.models.language.chat import ChatTemplate
 from evlgen.models.language.generation import Decoding, decode
-from evlgen.models.language.hugging_face import IGNORED, HuggingFaceLanguageModel
+from evlgen.models.language.hugging_face import IGNORED, HuggingFaceLanguageModel, Predictions
 
 
 class Tokens(NamedTuple):
@@ -48,15 +48,9 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
     def reads(cls, config: Mapping[str, Any]) -> bool:
         return is_causal(config)
 
-    def loss(
-        self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None = None
-    ) -> tuple[Tensor, int]:
-        """The mean next-token loss of the texts after the soft prompts. A prompt's tokens do not count, nor
-        do ``text_in``'s where there is a ``text_out``, nor padding.
-
-        Returns:
-            The loss (scalar, float32) and the number of tokens it is the mean of.
-        """
+    def _predictions(
+        self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None
+    ) -> Predictions:
         if self._chat is not None:
             samples = [self._turns(*texts) for texts in self._split(text_in, text_out)]
         else:
@@ -72,7 +66,7 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         # right padding needs no mask: what is causal does not see it
         embeds, _ = self._embed(soft_prompts, samples, padding_side="right")
         # a token is predicted one position before it stands
-        return self._loss_at(rows, columns - 1, labels[rows, columns], inputs_embeds=embeds)
+        return self._predictions_at(rows, columns - 1, labels[rows, columns], inputs_embeds=embeds)
 
     @torch.no_grad()
     def generate(self, soft_prompts: Tensor, prompts: list[str], **options) -> list[str]:

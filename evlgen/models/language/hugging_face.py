@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +27,24 @@ IGNORED = -100  # label of positions that are not learned
 _EMBEDDED_AT_ONCE = 8192
 
 
+class Predictions(NamedTuple):
+    """The n tokens of a batch that are learned, those of one sample in a row.
+
+    Attributes:
+        logits: [n, vocabulary], float32.
+        targets: [n], the tokens.
+        rows: [n], the sample each belongs to.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    rows: Tensor
+
+
 class HuggingFaceLanguageModel(LanguageModel):
     """A model of transformers by hub id or folder.
 
-    A subclass says which models it reads, and how texts become token ids.
+    A subclass says which models it reads, and how texts become token ids and predictions of them.
 
     Args:
         name: hub id or local folder, weights as safetensors or PyTorch files; read memory-mapped.
@@ -96,6 +110,23 @@ class HuggingFaceLanguageModel(LanguageModel):
         """The adapters, if there are any."""
         return adapter_modules(self.model)
 
+    def loss(
+        self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None = None
+    ) -> tuple[Tensor, int]:
+        """The mean next-token loss of the texts after the soft prompts; see `LanguageModel.loss`. A prompt's
+        tokens do not count, nor do ``text_in``'s where there is a ``text_out``, nor padding."""
+        logits, targets, rows = self._predictions(soft_prompts, text_in, text_out)
+        return F.cross_entropy(logits, targets), len(rows)
+
+    def sample_losses(
+        self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Each sample's loss by itself; see `LanguageModel.sample_losses`."""
+        logits, targets, rows = self._predictions(soft_prompts, text_in, text_out)
+        losses = F.cross_entropy(logits, targets, reduction="none")  # [n]
+        sums = losses.new_zeros(len(soft_prompts)).index_add(0, rows, losses)
+        return sums, torch.bincount(rows, minlength=len(soft_prompts))
+
     @torch.no_grad()
     def embedding_rms(self) -> float:
         """Root mean square of the word embeddings' entries, as the model adds soft prompts to them: Gemma's
@@ -143,12 +174,20 @@ class HuggingFaceLanguageModel(LanguageModel):
             return [self._caption(text) for text in text_in]
         return list(zip(text_in, text_out, strict=True))
 
-    def _loss_at(self, rows: Tensor, columns: Tensor, targets: Tensor, **inputs) -> tuple[Tensor, int]:
-        """The mean cross-entropy of ``targets`` [n] at the positions (rows [n], columns [n]) that predict
-        them; indices on the CPU, so that a GPU waits for nothing. Logits are computed there alone."""
+    def _predictions(
+        self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None
+    ) -> Predictions:
+        """What the model expects where a token is learned."""
+        raise NotImplementedError
+
+    def _predictions_at(self, rows: Tensor, columns: Tensor, targets: Tensor, **inputs) -> Predictions:
+        """The predictions of ``targets`` [n] at the positions (rows [n], columns [n]); indices on the CPU, so
+        that a GPU waits for nothing. Logits are computed there alone."""
         device = inputs["inputs_embeds"].device
-        logits = self._logits_at(rows.to(device), columns.to(device), inputs)  # [n, vocabulary]
-        return F.cross_entropy(logits.float(), targets.to(device)), len(rows)
+        rows = rows.to(device)
+        return Predictions(
+            self._logits_at(rows, columns.to(device), inputs).float(), targets.to(device), rows
+        )
 
     def _logits_at(self, rows: Tensor, columns: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """What the model's own forward does before and after its output layer (a scale, a cap) stays in

@@ -17,7 +17,7 @@ from transformers import AutoModelForSeq2SeqLM
 from evlgen.common.registry import registry
 from evlgen.models.language.causal import end_tokens, is_encoder_decoder
 from evlgen.models.language.generation import Decoding, decode_by_transformers
-from evlgen.models.language.hugging_face import IGNORED, HuggingFaceLanguageModel
+from evlgen.models.language.hugging_face import IGNORED, HuggingFaceLanguageModel, Predictions
 
 
 @registry.register_language_model("seq2seq")
@@ -32,15 +32,11 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
     def reads(cls, config: Mapping[str, Any]) -> bool:
         return is_encoder_decoder(config)
 
-    def loss(
-        self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None = None
-    ) -> tuple[Tensor, int]:
-        """The mean next-token loss of what the decoder writes: ``text_out``; or, without one, ``text_in``,
-        while the encoder reads the prompt.
-
-        Returns:
-            The loss (scalar, float32) and the number of tokens it is the mean of.
-        """
+    def _predictions(
+        self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None
+    ) -> Predictions:
+        """What the decoder learns is ``text_out``; or, without one, ``text_in``, while the encoder reads the
+        prompt."""
         texts = self._split(text_in, text_out)
         embeds, mask = self._encoder_inputs(soft_prompts, [read for read, _ in texts])
         ids = [self._with_ends(learned, self.max_output_txt_len) for _, learned in texts]
@@ -50,7 +46,7 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
         self._check_length(labels.shape[1], "model.max_output_txt_len")
         # the decoder reads the text one position later, after its start token
         read = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
-        return self._loss_at(
+        return self._predictions_at(
             rows,
             columns,
             labels[rows, columns],
