@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from evlgen.common.errors import TrainingError
 from evlgen.common.io import write_atomically
-from evlgen.runners.data import batch_size
 from evlgen.runners.run_config import RunConfig
+from evlgen.runners.skipped import told
 from evlgen.runners.training_state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -120,13 +117,14 @@ class RunLog:
         state: TrainingState | None,
         metrics: dict[str, float],
         count: int,
-        skipped: int,
+        causes: Mapping[str, int],
         seconds: float,
     ) -> None:
         """Notes the metrics of an evaluated split, the samples scored and those that could not be read.
 
         Args:
             state: of the run that is being validated; None for a test.
+            causes: how many samples were skipped, by cause.
         """
         if not self.enabled:
             return
@@ -138,14 +136,15 @@ class RunLog:
                 "label": label,
                 "iteration": None if state is None else state.iteration,
                 "samples": count,
-                "skipped": skipped,
+                "skipped": sum(causes.values()),
+                "skipped_by_cause": dict(causes),
                 "seconds": seconds,
                 **({} if state is None else _effort(state)),
                 **metrics,
             }
         )
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        left_out = f", {skipped} skipped," if skipped else ""
+        left_out = f", {told(causes)} skipped," if causes else ""
         self._say(
             f"{' '.join(x for x in (key, label) if x)}: {count} samples{left_out} in {seconds:.1f} s  {shown}"
         )
@@ -220,78 +219,3 @@ def _forget_later(path: Path, state: TrainingState) -> None:
         if is_past:
             kept.append(line + "\n")
     write_atomically(path, "".join(kept))
-
-
-class SkippedSamples:
-    """Takes broken samples out of batches, counts and lists them, and stops a run with too many. Every
-    process lists its own in the same file.
-
-    Args:
-        folder: where ``skipped.jsonl`` lists them.
-        max_share: share of the samples read that may be broken.
-    """
-
-    MIN_SEEN = 100  # a share of fewer samples says little: judged at the end of an evaluation only
-
-    def __init__(self, folder: Path, max_share: float) -> None:
-        self.folder, self.max_share = folder, max_share
-        self.seen = self.broken = 0
-        self._named: set[str] = set()
-
-    def anew(self) -> SkippedSamples:
-        """A counter from zero, that does not list again what this one did, and judges when `check` is
-        called."""
-        other = SkippedSamples(self.folder, self.max_share)
-        other._named = self._named
-        other.MIN_SEEN = math.inf
-        return other
-
-    def add_up(self) -> None:
-        """Makes the counts those of all processes together; all of them call it."""
-        counts = gather_object([(self.seen, self.broken)])
-        self.seen, self.broken = (sum(numbers) for numbers in zip(*counts, strict=True))
-
-    def take_out(self, batch: dict[str, Any], iteration: int | None) -> dict[str, Any] | None:
-        """The batch without its list of skipped samples; None where nothing is left."""
-        skipped = batch.pop("skipped", [])
-        self.seen += len(skipped) + batch_size(batch)
-        self.broken += len(skipped)
-        for sample in skipped:
-            self._note(sample, iteration)
-        if skipped and self.seen >= self.MIN_SEEN:
-            self.check()
-        return batch or None
-
-    def check(self) -> None:
-        """Raises `TrainingError` when more than the allowed share was broken."""
-        if self.broken > self.max_share * self.seen:
-            raise TrainingError(
-                f"{self.broken} of {self.seen} samples could not be read, more than run.max_skipped_share "
-                f"({self.max_share:g}) allows. They are listed in {self.folder / 'skipped.jsonl'}; mend "
-                "them or raise the share."
-            )
-
-    def to_json(self) -> dict[str, int]:
-        """What a resumed run needs to go on counting."""
-        return {"seen": self.seen, "broken": self.broken}
-
-    def restore(self, values: dict[str, int]) -> None:
-        """Takes over what `to_json` gave."""
-        self.seen, self.broken = int(values.get("seen", 0)), int(values.get("broken", 0))
-
-    def _note(self, sample: Any, iteration: int | None) -> None:
-        key = f"{sample.id}: {sample.reason}"
-        if key in self._named:
-            return
-        self._named.add(key)
-        if len(self._named) <= 5:
-            logger.warning("skipped a broken sample: %s", key)
-        record = {
-            "index": sample.index,
-            "id": sample.id,
-            "cause": sample.cause,
-            "reason": sample.reason,
-            "iteration": iteration,
-        }
-        with open(self.folder / "skipped.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, default=str) + "\n")

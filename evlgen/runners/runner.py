@@ -25,8 +25,9 @@ from evlgen.runners.distribution import Distribution, WeightedMeans, make_accele
 from evlgen.runners.interruption import StopRequest
 from evlgen.runners.loss_watch import LossWatch
 from evlgen.runners.optimizer import build_optimizer
-from evlgen.runners.progress import RunLog, SkippedSamples, validation_label
+from evlgen.runners.progress import RunLog, validation_label
 from evlgen.runners.run_config import RunConfig
+from evlgen.runners.skipped import SkippedSamples
 from evlgen.runners.spread import multiply, total_norm
 from evlgen.runners.training_state import TrainingState, kept_random_state
 from evlgen.runners.vision_cache import cached
@@ -97,6 +98,7 @@ class Runner:
                 state.epoch = self.next_epoch()
                 self.checkpointer.end_epoch(state, is_best)
             self.log.end_training()
+            self.skipped.report()
             self.checkpointer.raise_problem()
             if not self.run.test_splits:
                 return {}
@@ -404,7 +406,7 @@ class Runner:
             folder = self.folder / "result" / "_".join(x for x in (key.replace("/", "_"), label) if x)
             metrics = self.task.after_evaluation(results, dataset, split, folder)
             seconds = time.perf_counter() - started
-            self.log.evaluation(key, state, metrics, len(results), broken.broken, seconds)
+            self.log.evaluation(key, state, metrics, len(results), broken.causes, seconds)
         return gather_object([metrics])[0]
 
 

@@ -1,0 +1,121 @@
+"""Samples that cannot be read: taken out of their batches, counted by cause, listed, and limited."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from evlgen.common.errors import TrainingError
+from evlgen.datasets.base_dataset import Skipped
+from evlgen.runners.data import batch_size
+
+logger = logging.getLogger(__name__)
+
+FILE = "skipped.jsonl"
+
+
+class SkippedSamples:
+    """Takes broken samples out of batches, counts and lists them, and stops a run with too many. Every
+    process lists its own in the same file.
+
+    Args:
+        folder: where ``skipped.jsonl`` lists them.
+        max_share: share of the samples read that may be broken.
+
+    Attributes:
+        seen: how many samples were read or skipped.
+        causes: how many were skipped, by `Skipped.cause`.
+    """
+
+    MIN_SEEN = 100  # a share of fewer samples says little: judged at the end of an evaluation only
+
+    def __init__(self, folder: Path, max_share: float) -> None:
+        self.folder, self.max_share = folder, max_share
+        self.seen = 0
+        self.causes: Counter[str] = Counter()
+        self._named: set[str] = set()
+
+    def anew(self) -> SkippedSamples:
+        """A counter from zero, that does not list again what this one did, and judges when `check` is
+        called."""
+        other = SkippedSamples(self.folder, self.max_share)
+        other._named = self._named
+        other.MIN_SEEN = math.inf
+        return other
+
+    def add_up(self) -> None:
+        """Makes the counts those of all processes together; all of them call it."""
+        counts = gather_object([(self.seen, self.causes)])
+        self.seen = sum(seen for seen, _ in counts)
+        self.causes = sum((causes for _, causes in counts), Counter())
+
+    def take_out(self, batch: dict[str, Any], iteration: int | None) -> dict[str, Any] | None:
+        """The batch without its list of skipped samples; None where nothing is left."""
+        skipped = batch.pop("skipped", [])
+        self.seen += len(skipped) + batch_size(batch)
+        for sample in skipped:
+            self.causes[sample.cause] += 1
+            self._note(sample, iteration)
+        if skipped and self.seen >= self.MIN_SEEN:
+            self.check()
+        return batch or None
+
+    def check(self) -> None:
+        """Raises `TrainingError` when more than the allowed share was broken."""
+        if self.causes.total() > self.max_share * self.seen:
+            raise TrainingError(
+                f"{self.causes.total()} of {self.seen} samples could not be read ({told(self.causes)}), more "
+                f"than run.max_skipped_share ({self.max_share:g}) allows. They are listed in "
+                f"{self.folder / FILE}; mend them or raise the share."
+            )
+
+    def report(self) -> None:
+        """One line on what training skipped, where it skipped anything. All processes call it."""
+        total = self.anew()
+        total.seen, total.causes = self.seen, self.causes
+        total.add_up()
+        if total.causes:
+            logger.warning(
+                "%d of %d training samples were skipped: %s. They are listed in %s",
+                total.causes.total(),
+                total.seen,
+                told(total.causes),
+                self.folder / FILE,
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """What a resumed run needs to go on counting."""
+        return {"seen": self.seen, "causes": dict(self.causes)}
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """Takes over what `to_json` gave."""
+        self.seen, self.causes = int(values.get("seen", 0)), Counter(values.get("causes", {}))
+
+    def _note(self, sample: Skipped, iteration: int | None) -> None:
+        key = f"{sample.id}: {sample.reason}"
+        if key in self._named:
+            return
+        self._named.add(key)
+        if len(self._named) <= 5:
+            logger.warning("skipped a broken sample: %s", key)
+        record = {
+            "index": sample.index,
+            "id": sample.id,
+            "cause": sample.cause,
+            "reason": sample.reason,
+            "iteration": iteration,
+        }
+        with open(self.folder / FILE, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(json.dumps(record, default=str) + "\n")
+
+
+def told(causes: Mapping[str, int]) -> str:
+    """``3 missing file, 1 empty caption``, the commonest first."""
+    return ", ".join(f"{count} {cause}" for cause, count in Counter(causes).most_common())
