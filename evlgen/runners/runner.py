@@ -98,7 +98,7 @@ class Runner:
                 state.epoch = self.next_epoch()
                 self.checkpointer.end_epoch(state, is_best)
             self.log.end_training()
-            self.skipped.report()
+            self.skipped.report(self.accelerator.is_main_process)
             self.checkpointer.raise_problem()
             if not self.run.test_splits:
                 return {}

@@ -76,12 +76,13 @@ class SkippedSamples:
                 f"{self.folder / FILE}; mend them or raise the share."
             )
 
-    def report(self) -> None:
-        """One line on what training skipped, where it skipped anything. All processes call it."""
+    def report(self, speaks: bool = True) -> None:
+        """One line on what training skipped, where it skipped anything. All processes call it, one
+        ``speaks``."""
         total = self.anew()
         total.seen, total.causes = self.seen, self.causes
         total.add_up()
-        if total.causes:
+        if speaks and total.causes:
             logger.warning(
                 "%d of %d training samples were skipped: %s. They are listed in %s",
                 total.causes.total(),
