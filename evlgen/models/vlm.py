@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Sized
 from typing import Any, ClassVar
 
 import torch
@@ -117,11 +118,16 @@ class VLM(BaseModel):
         Args:
             samples: ``image`` [B, 3, H, W], of a clip [B, 3, T, H, W] (or ``visual_tokens``, see
                 `soft_prompts`); ``text_input`` list[str] to learn; with ``text_output`` list[str] that is
-                learned and ``text_input`` only read.
+                learned and ``text_input`` only read. With ``text_weights`` [N], one for each text, and
+                ``num_texts`` list[int], how many of the N texts belong to each picture (without it, one), the
+                loss is the weighted sum of the texts' negated log-likelihoods, by picture.
 
         Returns:
-            ``loss``: scalar, float32; ``num_tokens``: how many tokens it is the mean of.
+            ``loss``: scalar, float32; ``num_tokens``: how many tokens it is the mean of, and with
+            ``text_weights`` how many pictures.
         """
+        if "text_weights" in samples:
+            return self._weighted_loss(samples)
         soft_prompts = self.soft_prompts(samples)
         with self._own_precision(soft_prompts.device):
             loss, num_tokens = self.language.loss(
@@ -129,18 +135,37 @@ class VLM(BaseModel):
             )
         return {"loss": loss, "num_tokens": num_tokens}
 
+    def _weighted_loss(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+        """What `forward` gives for texts that weigh differently, such as the answers of several people."""
+        losses = self.sample_losses(samples)["losses"]
+        _check_length("text_weights", samples["text_weights"], len(losses), "texts")
+        weights = torch.as_tensor(samples["text_weights"], dtype=losses.dtype, device=losses.device)
+        num_pictures = _count(samples)
+        return {"loss": (weights * losses).sum() / num_pictures, "num_tokens": num_pictures}
+
     def sample_losses(self, samples: dict[str, Any], soft_prompts: Tensor | None = None) -> dict[str, Tensor]:
-        """As `forward`, of each sample by itself.
+        """As `forward`, of each text by itself.
 
         Args:
-            samples: as in `forward`.
-            soft_prompts: [B, M, C_language] where they are known already; ``samples`` then needs no pixels.
+            samples: as in `forward`; N texts with ``num_texts``, else one for each picture.
+            soft_prompts: of the pictures, [B, M, C_language], where they are known already; ``samples`` then
+                needs no pixels.
 
         Returns:
-            ``losses``: [B], float32, the sum over each sample's tokens: the negated log-likelihood of
-            its text; ``num_tokens``: [B].
+            ``losses``: [N], float32, the sum over each text's tokens: its negated log-likelihood;
+            ``num_tokens``: [N].
+
+        Raises:
+            DataError: the texts are not as many as the pictures, or as ``num_texts`` says.
         """
         soft_prompts = self.soft_prompts(samples) if soft_prompts is None else soft_prompts
+        if "num_texts" in samples:
+            _check_length("num_texts", samples["num_texts"], len(soft_prompts), "pictures")
+            counts = torch.tensor(samples["num_texts"], device=soft_prompts.device)
+            soft_prompts = soft_prompts.repeat_interleave(counts, dim=0)  # [N, M, C]
+        for key in ("text_input", "text_output"):
+            if key in samples:
+                _check_length(key, samples[key], len(soft_prompts), "texts, by num_texts or one a picture")
         with self._own_precision(soft_prompts.device):
             losses, num_tokens = self.language.sample_losses(
                 soft_prompts, samples["text_input"], samples.get("text_output")
@@ -328,6 +353,12 @@ class VLM(BaseModel):
                 inside,
                 str(weights[0].dtype).removeprefix("torch."),
             )
+
+
+def _check_length(key: str, values: Sized, count: int, what: str) -> None:
+    """Raises `DataError` unless a sample's key has ``count`` values."""
+    if len(values) != count:
+        raise DataError(f"'{key}' has {len(values)} values, and there are {count} {what}.")
 
 
 def _count(samples: dict[str, Any]) -> int:

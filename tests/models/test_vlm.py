@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evlgen.common.errors import CheckpointError, ConfigError
+from evlgen.common.errors import CheckpointError, ConfigError, DataError
 from evlgen.common.registry import registry
 
 
@@ -109,6 +109,58 @@ def test_text_output_is_learned_and_text_input_only_read(build, samples):
         "text_input": [f"{a} {b}" for a, b in zip(samples["text_input"], both["text_output"], strict=True)],
     }
     assert model(both)["loss"].item() != pytest.approx(model(whole)["loss"].item(), rel=1e-3)
+
+
+def test_a_texts_own_loss_is_that_of_a_batch_of_it_alone_times_its_tokens(build, samples):
+    model = build()
+    got = model.sample_losses(samples)
+    for i, text in enumerate(samples["text_input"]):
+        alone = model({"image": samples["image"][i : i + 1], "text_input": [text]})
+        assert got["losses"][i].item() == pytest.approx(alone["loss"].item() * alone["num_tokens"], rel=1e-5)
+        assert got["num_tokens"][i] == alone["num_tokens"]
+
+
+WEIGHED = {  # two texts of the first picture, none of the second, three of the third
+    "text_input": ["what?", "what is it?", "where?", "who?", "how many?"],
+    "text_output": ["red", "a blue star", "here", "nobody", "two"],
+    "num_texts": [2, 0, 3],
+    "text_weights": [0.7, 0.3, 1.0, -0.5, 0.0],
+}
+
+
+def test_texts_that_weigh_are_each_learned_by_its_weight_and_a_batch_weighs_by_its_pictures(build, samples):
+    model = build()
+    got = model({"image": samples["image"], **WEIGHED})
+    assert got["num_tokens"] == 3
+    got["loss"].backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    rows, expected = [0, 0, 2, 2, 2], 0.0
+    for i, (row, weight) in enumerate(zip(rows, WEIGHED["text_weights"], strict=True)):
+        one = {k: WEIGHED[k][i : i + 1] for k in ("text_input", "text_output")}
+        alone = model({"image": samples["image"][row : row + 1], **one})
+        loss = weight * alone["loss"] * alone["num_tokens"] / 3
+        loss.backward()
+        expected += loss.item()
+    assert got["loss"].item() == pytest.approx(expected, rel=1e-5)
+    assert gradients
+    for name, p in model.named_parameters():
+        if name in gradients:
+            assert torch.allclose(p.grad, gradients[name], rtol=1e-3, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"text_weights": [1.0]}, "'text_weights' has 1 values, and there are 5 texts"),
+        ({"num_texts": [2, 3]}, "'num_texts' has 2 values, and there are 3 pictures"),
+        ({"num_texts": [2, 1, 3]}, "'text_input' has 5 values, and there are 6 texts"),
+        ({"text_output": ["red"]}, "'text_output' has 1 values, and there are 5 texts"),
+    ],
+)
+def test_weights_and_texts_that_do_not_go_together_are_named(build, samples, change, message):
+    with pytest.raises(DataError, match=message):
+        build()({"image": samples["image"], **WEIGHED, **change})
 
 
 @pytest.mark.parametrize(
