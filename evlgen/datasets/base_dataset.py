@@ -119,6 +119,23 @@ class BaseDataset(Dataset):
         """What people answered to each question, by question id; empty where no answer is scored."""
         return {}
 
+    def answer_types(self) -> dict[int | str, str]:
+        """The kind of each question's answer (``yes/no``, ``number``, ``other``), by question id; empty where
+        it is not known."""
+        return {}
+
+    def question_types(self) -> dict[int | str, str]:
+        """The kind of each question (``how many``), by question id; empty where it is not known."""
+        return {}
+
+    def correct_choices(self) -> dict[int | str, str]:
+        """The right one of each question's ``choices``, by question id; empty where none are given."""
+        return {}
+
+    def answer_list(self) -> list[str]:
+        """The answers that ranking chooses from for every question; empty where there is no such list."""
+        return []
+
     def picture(self, index: int) -> Image.Image | None:
         """The picture of a record as a person sees it, for sheets of results; None where there is none."""
         return None

@@ -72,12 +72,21 @@ class RunConfig:
     min_len: NonNegativeInt = 1
     #: Beams of the search.
     num_beams: PositiveInt = 5
-    #: Exponent on the length in the beams' scores: above 0 longer texts win.
-    length_penalty: float = 1.0
+    #: Exponent on the length in the beams' scores: above 0 longer texts win. None: 1 for captions, 0 for
+    #: answers.
+    length_penalty: float | None = None
     #: Divides the scores of tokens already written; 1 is off.
     repetition_penalty: PositiveFloat = 1.0
-    #: Text before every generated text; None: the model's own ``prompt``.
+    #: Text before every generated text; None: the model's own ``prompt``. For questions a format with a slot
+    #: for the question, ``Question: {} Short answer:``; None: the bare question.
     prompt: str | None = None
+    #: How questions are answered: by writing the answer, or by ranking the dataset's list of answers.
+    inference_method: Literal["generate", "rank"] = "generate"
+    #: Of how many answers of the list ranking reads more than the first token; None: of all.
+    num_ans_candidates: PositiveInt | None = 128
+    #: Whether nouns and verbs of generated answers are put into their base form, as published for OK-VQA;
+    #: needs spaCy.
+    apply_lemmatizer: bool = False
 
     #: Seed of weights, data order and augmentation.
     seed: int = 42
@@ -160,6 +169,8 @@ class RunConfig:
             found.append(("min_lr", f"is {self.min_lr:g}, more than init_lr, {self.init_lr:g}"))
         if self.lr_sched == "linear_warmup_step_lr" and self.lr_decay_rate is None:
             found.append(("lr_decay_rate", "linear_warmup_step_lr needs this factor per epoch, such as 0.9"))
+        if self.apply_lemmatizer and self.inference_method == "rank":
+            found.append(("apply_lemmatizer", "is for generated answers; set inference_method: generate"))
         if self.cache_vision_views > 1 and not self.cache_vision:
             found.append(("cache_vision_views", "has a meaning with cache_vision: true only"))
         for name in self.train_dataset_ratios or () if datasets is not None else ():

@@ -383,6 +383,7 @@ class Runner:
             accelerator.num_processes,
             run.max_eval_samples,
         )
+        self.task.before_evaluation(dataset, split)
         was_training = self.model.training
         self.model.eval()
         results: list[dict[str, Any]] = []

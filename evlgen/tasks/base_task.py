@@ -26,6 +26,9 @@ class BaseTask:
         """The losses of a batch; ``loss`` is what is minimised, the others are logged."""
         return model(samples)
 
+    def before_evaluation(self, dataset: Dataset, split: str) -> None:
+        """Called before the first `valid_step` of a split, on every process."""
+
     def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]:
         """One JSON-able result for each sample of a batch."""
         raise NotImplementedError(f"{type(self).__name__} must define valid_step(model, samples)")

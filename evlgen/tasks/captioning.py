@@ -37,7 +37,7 @@ class CaptioningTask(BaseTask):
             num_beams=self.run.num_beams,
             max_length=self.run.max_len,
             min_length=self.run.min_len,
-            length_penalty=self.run.length_penalty,
+            length_penalty=1.0 if self.run.length_penalty is None else self.run.length_penalty,
             repetition_penalty=self.run.repetition_penalty,
         )
         keys = zip(samples["image_id"], samples["instance_id"], captions, strict=True)

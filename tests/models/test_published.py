@@ -196,10 +196,21 @@ def test_keys_that_mean_nothing_are_named_in_one_warning(project, caplog):
     config = Config.load(path, ["model.apply_lemmatizer=true"])
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert warnings == [
-        "preprocess, model.alpha, model.apply_lemmatizer, datasets.coco_caption.type, "
-        "datasets.coco_caption.data_dir, run.save_freq, run.num_ans_candidates: without effect here"
+        "preprocess, model.alpha, datasets.coco_caption.type, datasets.coco_caption.data_dir, "
+        "run.save_freq: without effect here"
     ]
     assert config.run.valid_freq == 2
+    assert config.run.num_ans_candidates == 128
+    assert config.run.apply_lemmatizer, "LAVIS gives it to the model"
+
+
+def test_the_lemmatizer_of_a_published_model_is_the_tasks_and_gives_way_to_run(project):
+    names = "arch: liptome_opt, model_type: pretrain_opt2.7b"
+    path = project(f"{{{names}, apply_lemmatizer: true}}", "run: {max_epoch: 1, apply_lemmatizer: false}\n")
+    assert not Config.load(path).run.apply_lemmatizer
+    assert load_model_file(path).arch == "evlgen_opt", "a model's file has no task"
+    with pytest.raises(ConfigError, match=r"run.apply_lemmatizer \(.*\): "):
+        Config.load(project(f"{{{names}, apply_lemmatizer: perhaps}}"))
 
 
 @pytest.mark.parametrize(

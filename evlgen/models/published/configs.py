@@ -58,7 +58,8 @@ _MODEL_KEYS = {
 _SWITCHES = ("load_finetuned", "load_pretrained")
 _PATHS = ("finetuned", "pretrained")
 # EVLGen reads `alpha` nowhere, and `embed_dim` only for the loss that `beta` weighs.
-_MODEL_IGNORED = ("alpha", "apply_lemmatizer", "embed_dim", "qformer_text_input")
+_MODEL_IGNORED = ("alpha", "embed_dim", "qformer_text_input")
+_LEMMATIZER = "apply_lemmatizer"
 
 _WEIGHTS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
 # What the finetuned and the pretrained path are where a type's own YAML in LAVIS names them
@@ -84,7 +85,7 @@ _RUN_IGNORED = (
     *("device", "distributed", "dist_url", "dist_backend", "world_size", "gpu", "rank"),
     *("use_dist_eval_sampler", "find_unused_parameters"),
     *("annotation_file", "img_ids", "sample_id_key", "caption_key", "load_gt_from_file", "split"),
-    *("inference_method", "num_ans_candidates", "top_p", "temperature", "save_freq", "milestone", "prefix"),
+    *("top_p", "temperature", "save_freq", "milestone", "prefix"),
 )
 _DATASET_IGNORED = ("type", "data_dir")
 IGNORED_SECTIONS = ("preprocess",)  # in the YAML of LAVIS's model types: what load_preprocess gives
@@ -120,6 +121,7 @@ def from_published(layers: Sequence[Layer]) -> tuple[list[Layer], list[str]]:
         content = {key: value for key, value in layer.content.items() if key not in IGNORED_SECTIONS}
         translation.ignored += [key for key in layer.content if key in IGNORED_SECTIONS]
         if isinstance(content.get("model"), Mapping):
+            content = _lemmatizer_to_run(content, own_keys)
             content["model"] = translation.section(content["model"], layer.source)
         out.append(Layer(layer.source, content))
     return out, list(dict.fromkeys(translation.ignored))
@@ -283,6 +285,15 @@ def _check_instruction(layers: Sequence[Layer], own_arch: Any, own_keys: Collect
             "here that also reads the instruction, as InstructBLIP's does."
         )
     return ["qformer_text_input"]
+
+
+def _lemmatizer_to_run(content: dict[str, Any], own_keys: Collection[str]) -> dict[str, Any]:
+    """A layer with ``apply_lemmatizer``, in LAVIS the model's, in ``run``: here the task applies it."""
+    model, run = content["model"], content.get("run", {})
+    if _LEMMATIZER not in model or _LEMMATIZER in own_keys or not isinstance(run, Mapping):
+        return content
+    rest = {key: value for key, value in model.items() if key != _LEMMATIZER}
+    return {**content, "model": rest, "run": {_LEMMATIZER: model[_LEMMATIZER], **run}}
 
 
 def _own_keys(arch: Any) -> Collection[str]:
