@@ -48,11 +48,7 @@ def run(cfg: Config, runner_class: type | None = None) -> dict[str, dict[str, fl
         )
     for key, problem in cfg.run.problems(list(cfg.datasets)):  # a file without a `run` section gets this far
         raise ConfigError(f"run.{key}: {problem}.")
-    follow_model(cfg)
-    drop_foreign_sources(cfg)
-    if cfg.env.get("cache_root"):  # downloads and worker processes look there too
-        os.environ.setdefault("EVLGEN_CACHE", str(cfg.env.cache_root))
-    builders = make_builders(cfg)
+    builders = ready_builders(cfg)
     check_splits(cfg, builders)
     check_nothing_missing(cfg, builders)
 
@@ -79,6 +75,19 @@ def run(cfg: Config, runner_class: type | None = None) -> dict[str, dict[str, fl
         scores = runner.evaluate(cfg.run.test_splits) if cfg.run.evaluate else runner.train()
         accelerator.end_training()  # takes leave of the other processes
         return scores
+
+
+def ready_builders(cfg: Config) -> dict[str, Any]:
+    """The builders of all datasets of a configuration, by name, as a run has them. Reads no data.
+
+    Raises:
+        ConfigError: a dataset's section does not fit the model.
+    """
+    follow_model(cfg)
+    drop_foreign_sources(cfg)
+    if cfg.env.get("cache_root"):  # downloads and worker processes look there too
+        os.environ.setdefault("EVLGEN_CACHE", str(cfg.env.cache_root))
+    return make_builders(cfg)
 
 
 def follow_model(cfg: Config) -> None:
