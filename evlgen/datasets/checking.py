@@ -1,0 +1,226 @@
+"""Walking over a dataset before a run: what is there, what is broken, how long the texts are."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from evlgen.common.errors import DataError
+from evlgen.common.io import atomic_file
+from evlgen.datasets.base_dataset import BadRecord, BaseDataset, Skipped
+from evlgen.runners.data import eval_loader, evenly_spread, seeded
+
+SHOWN = 16  # pictures on a contact sheet
+TEXT_KEYS = ("text_input", "text_output")
+
+
+class _Walked(NamedTuple):
+    """What a walk keeps of a sample that could be read."""
+
+    index: int
+    texts: dict[str, str]  # by key of the sample
+
+
+@dataclass
+class SplitReport:
+    """What a walk over one split of a dataset found.
+
+    Attributes:
+        name: ``coco_caption/train``.
+        num_samples: all samples, broken ones too.
+        num_visuals: distinct pictures or clips among them; None where the dataset does not tell.
+        num_references: texts to score against, of all pictures or questions.
+        skipped: the broken samples.
+        token_counts: of each text that is read or learned, by the sample's key.
+        shared: pictures or clips that are in another checked split too, by that split's name.
+    """
+
+    name: str
+    num_samples: int
+    num_visuals: int | None = None
+    num_references: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
+    token_counts: dict[str, list[int]] = field(default_factory=dict)
+    shared: dict[str, int] = field(default_factory=dict)
+    visuals: set[Hashable] = field(default_factory=set, repr=False)
+    readable: list[int] = field(default_factory=list, repr=False)
+
+    @property
+    def causes(self) -> Counter[str]:
+        """How many samples are broken, by cause."""
+        return Counter(sample.cause for sample in self.skipped)
+
+    def to_json(self, limits: Mapping[str, int], unit: str) -> dict[str, Any]:
+        """The report as it is written down.
+
+        Args:
+            limits: the most tokens of a text that are read, by the sample's key.
+            unit: ``tokens``, or ``words`` where the tokenizer is not on this machine.
+        """
+        return {
+            "samples": self.num_samples,
+            "distinct_visuals": self.num_visuals,
+            "references": self.num_references,
+            "broken": dict(self.causes.most_common()),
+            "shared_with": self.shared,
+            unit: {key: _lengths(counts, limits.get(key)) for key, counts in self.token_counts.items()},
+        }
+
+
+def check_split(
+    name: str, dataset: BaseDataset, count_tokens: Callable[[str], int], num_workers: int, seed: int = 42
+) -> SplitReport:
+    """Reads every sample of a dataset as training or evaluation would.
+
+    Args:
+        name: what reports call it.
+        count_tokens: the length of a text.
+        num_workers: processes that read; 0: this one.
+        seed: of the transforms' random choices.
+    """
+    report = SplitReport(name, len(dataset))
+    loader = eval_loader(_Summaries(dataset), 8, num_workers, pin_memory=False)
+    with seeded(seed), tqdm(total=len(dataset), desc=name, unit="sample", disable=None, leave=False) as bar:
+        for batch in loader:
+            for found in batch:
+                _note(report, found, count_tokens)
+            bar.update(len(batch))
+    report.visuals = _visuals(dataset)
+    report.num_visuals = len(report.visuals) or None
+    known = [*dataset.references().values(), *dataset.answers().values()]
+    report.num_references = sum(map(len, known))
+    return report
+
+
+def find_shared(reports: Sequence[SplitReport]) -> Iterator[str]:
+    """Notes in each report how many of its pictures or clips are in the others too; a line for each pair."""
+    for one, other in itertools.combinations(reports, 2):
+        if common := len(one.visuals & other.visuals):
+            one.shared[other.name] = other.shared[one.name] = common
+            yield f"{one.name} and {other.name} share {common} pictures or clips"
+
+
+def told(report: SplitReport, limits: Mapping[str, int], unit: str) -> Iterator[str]:
+    """A report in lines. See `SplitReport.to_json`."""
+    visuals = "" if report.num_visuals is None else f" of {report.num_visuals} pictures or clips"
+    references = f", {report.num_references} texts to score against" if report.num_references else ""
+    yield f"{report.name}: {report.num_samples} samples{visuals}{references}"
+    if report.skipped:
+        share = len(report.skipped) / report.num_samples
+        causes = ", ".join(f"{count} {cause}" for cause, count in report.causes.most_common())
+        yield f"  broken: {len(report.skipped)} ({share:.1%}): {causes}"
+    else:
+        yield "  broken: none"
+    for key, counts in report.token_counts.items():
+        limit = limits.get(key)
+        found = _lengths(counts, limit)
+        line = f"  {key}: {found['median']} {unit} in the middle, {found['p90']} at the 90th percentile, "
+        line += f"{found['longest']} at most"
+        if limit is not None:
+            cut = found["above_limit"]
+            kept = f"all within the limit of {limit}" if not cut else f"{cut} of {len(counts)} above {limit}"
+            line += f"; {kept}" + (": what is beyond is cut off" if cut else "")
+        yield line
+
+
+def write_sheet(report: SplitReport, dataset: BaseDataset, path: Path) -> bool:
+    """A sheet of some of a split's pictures with their texts, as one PNG. False where none can be shown."""
+    from evlgen.tasks.caption_sheet import caption_sheet
+
+    pictures, captions = [], []
+    references, answers = dataset.references(), dataset.answers()
+    for index in _spread(_distinct(report.readable, dataset), SHOWN):
+        try:
+            picture = dataset.picture(index)
+            sample = dataset.load_text(index)
+        except (DataError, OSError, NotImplementedError):
+            continue
+        if picture is None:
+            continue
+        texts = [sample[key] for key in TEXT_KEYS if isinstance(sample.get(key), str)]
+        scored = references.get(sample.get("image_id")) or answers.get(sample.get("question_id")) or []
+        pictures.append(picture)
+        captions.append((" - ".join(texts) or next(iter(scored), ""), dataset.sample_id(index)))
+    if pictures:
+        caption_sheet(pictures, captions, path)
+    return bool(pictures)
+
+
+def write_skipped(reports: Sequence[SplitReport], path: Path) -> None:
+    """Lists every broken sample, a line of JSON each."""
+    with atomic_file(path) as file:
+        for report in reports:
+            for s in report.skipped:
+                record = {"split": report.name, "index": s.index, "id": s.id, "cause": s.cause}
+                file.write(json.dumps({**record, "reason": s.reason}) + "\n")
+
+
+class _Summaries(Dataset):
+    """What a walk keeps of each sample: pixels are read, and not sent on."""
+
+    def __init__(self, dataset: BaseDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> _Walked | Skipped:
+        sample = self.dataset[index]
+        if isinstance(sample, Skipped):
+            return sample
+        return _Walked(index, {key: sample[key] for key in TEXT_KEYS if isinstance(sample.get(key), str)})
+
+    def collater(self, found: list[_Walked | Skipped]) -> list[_Walked | Skipped]:
+        return found
+
+
+def _note(report: SplitReport, found: _Walked | Skipped, count_tokens: Callable[[str], int]) -> None:
+    if isinstance(found, Skipped):
+        report.skipped.append(found)
+        return
+    report.readable.append(found.index)
+    for key, text in found.texts.items():
+        report.token_counts.setdefault(key, []).append(count_tokens(text))
+
+
+def _visuals(dataset: BaseDataset) -> set[Hashable]:
+    if not _tells_visuals(dataset):
+        return set()
+    readable = (i for i, record in enumerate(dataset.records) if not isinstance(record, BadRecord))
+    return {dataset.visual_source(index) for index in readable}
+
+
+def _distinct(indices: Sequence[int], dataset: BaseDataset) -> list[int]:
+    """One sample of each picture or clip."""
+    if not _tells_visuals(dataset):
+        return list(indices)
+    return list({dataset.visual_source(index): index for index in reversed(indices)}.values())[::-1]
+
+
+def _spread(indices: Sequence[int], count: int) -> list[int]:
+    return [indices[i] for i in evenly_spread(len(indices), count)]
+
+
+def _tells_visuals(dataset: BaseDataset) -> bool:
+    return type(dataset).visual_source is not BaseDataset.visual_source
+
+
+def _lengths(counts: Sequence[int], limit: int | None) -> dict[str, int | None]:
+    ordered = sorted(counts)
+    above = None if limit is None else sum(count > limit for count in ordered)
+    return {
+        "median": ordered[(len(ordered) - 1) // 2],
+        "p90": ordered[math.ceil(0.9 * len(ordered)) - 1],
+        "longest": ordered[-1],
+        "limit": limit,
+        "above_limit": above,
+    }
