@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import stat
 import struct
+import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -62,11 +65,11 @@ def open_image(path: str | os.PathLike | BinaryIO, draft_size: int | None = None
     try:
         if name is path and not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe may never end
             raise DataError("it is no regular file.", "not a file")
-        with Image.open(path, formats=_formats()) as image:
+        with _bombs_refused(), Image.open(path, formats=_formats()) as image:
             if draft_size is not None:
                 image.draft(image.mode, (draft_size, draft_size))
             return to_rgb(image)
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
             f"cannot read image {name}: {error} Raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file.",
             "too large",
@@ -74,6 +77,14 @@ def open_image(path: str | os.PathLike | BinaryIO, draft_size: int | None = None
     except (*_DECODER_ERRORS, DataError) as error:
         why, cause = _cause(name, error)
         raise DataError(f"cannot read image {name}: {why}", cause) from error
+
+
+@contextlib.contextmanager
+def _bombs_refused() -> Iterator[None]:
+    """Pillow only warns of a picture of up to twice MAX_IMAGE_PIXELS: half a gigabyte once decoded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 @functools.cache
