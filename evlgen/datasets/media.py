@@ -1,30 +1,41 @@
-"""Where the pictures and clips of a dataset come from, and what a person sees of them."""
+"""Where the pictures and clips of a dataset come from, and what a person sees of them.
+
+A name is that of a file, of a member of an archive (``photos.tar/0001.jpg``, or any name where the root is an
+archive), of a cell of a table (see `evlgen.datasets.archive_media.cell_name`), or an address.
+"""
 
 from __future__ import annotations
 
+import io
 import os
+from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from evlgen.common.errors import DataError
 from evlgen.common.images import open_image
+from evlgen.common.io import resolve
 from evlgen.common.video import Video
 from evlgen.datasets.annotations import check_folders
+from evlgen.datasets.archive_media import Container, Place, open_container, split_place
 
 
 class Media:
     """Files by the names that annotations have for them.
 
     Args:
-        root: the folder that names are relative to. Absolute names stand for themselves.
+        root: the folder, or archive, that names are relative to. Absolute names and addresses stand for
+            themselves.
     """
 
     what: str  # in messages: "image", "video"
 
     def __init__(self, root: str | os.PathLike) -> None:
         self.root = Path(root)
+        self._containers: dict[tuple[Path, str | None], Container] = {}
 
     def open(self, name: str, draft_size: int | None = None) -> Any:
         """What a processor takes: see the subclasses. Raises `DataError` or `OSError`.
@@ -41,23 +52,65 @@ class Media:
 
     def source(self, name: str) -> Hashable:
         """What the pixels are made from; see `BaseDataset.visual_source`."""
-        return self.root / name
+        if is_address(name):
+            return name
+        place = self.place(name)
+        if place is None:
+            return self.root / name
+        stamp = os.stat(place.file)
+        inside = place.member if place.column is None else f"{place.column}:{place.member}"
+        return f"{place.file} {stamp.st_size} {stamp.st_mtime_ns} {inside}"
+
+    def place(self, name: str) -> Place | None:
+        """Where a picture lies inside a larger file; None for one in a file of its own."""
+        return None if is_address(name) else split_place(os.path.join(self.root, name))
 
     def check(self, names: Iterable[str], remedy: str) -> None:
-        """Raises `DataError` where nothing can be there: a folder that names point into is missing."""
-        check_folders(names, self.root, self.what, remedy)
+        """Raises `DataError` where nothing can be there: a folder that names point into is missing, an
+        archive cannot be read or has none of its members."""
+        files: list[str] = []
+        inside: dict[tuple[Path, str | None], list[Place]] = defaultdict(list)
+        for name in names:
+            place = self.place(name)
+            if place is not None:
+                inside[place.file, place.column].append(place)
+            elif not is_address(name):
+                files.append(name)
+        check_folders(files, self.root, self.what, remedy)
+        for places in inside.values():
+            known = self._container(places[0]).names()
+            if not any(self._container(place).has(place.member) for place in places):
+                raise DataError(
+                    f"{places[0].file} has none of the {len(places)} {self.what}s that are named, such as "
+                    f"'{places[0].member}'; it has '{next(iter(known), 'nothing')}'. {remedy}"
+                )
+
+    def _container(self, place: Place) -> Container:
+        """The opened file of a place: opened once, and its directory kept for worker processes."""
+        key = place.file, place.column
+        if key not in self._containers:
+            self._containers[key] = open_container(place)
+        return self._containers[key]
 
 
 class ImageFiles(Media):
-    """Picture files: `open` gives an upright RGB Pillow image."""
+    """Pictures: `open` gives an upright RGB Pillow image."""
 
     what = "image"
 
     def open(self, name: str, draft_size: int | None = None) -> Image.Image:
-        return open_image(self.source(name), draft_size)
+        return open_image(self._file(name), draft_size)
 
     def picture(self, name: str) -> Image.Image:
         return self.open(name)
+
+    def _file(self, name: str) -> Path | io.BytesIO:
+        if is_address(name):
+            return _fetched(name)
+        place = self.place(name)
+        if place is None:
+            return self.root / name
+        return _NamedBytes(self._container(place).read(place.member), os.path.join(self.root, name))
 
 
 class VideoFiles(Media):
@@ -75,9 +128,35 @@ class VideoFiles(Media):
         self.reader = reader
 
     def open(self, name: str, draft_size: int | None = None) -> Video:
-        return Video(self.source(name), self.reader)
+        if (place := self.place(name)) is not None:
+            raise DataError(
+                f"{place.file} is an archive, and clips are not read inside of one: unpack it, and name the "
+                "folder.",
+                "clip in an archive",
+            )
+        return Video(_fetched(name) if is_address(name) else self.root / name, self.reader)
 
     def picture(self, name: str) -> Image.Image:
         """The frame in the middle."""
         video = self.open(name)
         return Image.fromarray(video.read([len(video) // 2])[0])
+
+
+class _NamedBytes(io.BytesIO):
+    """Bytes with a name for messages."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self.name = name
+
+
+def is_address(name: str) -> bool:
+    """Whether a name is an http(s) address, which is fetched once into the cache."""
+    return name.startswith(("http://", "https://"))
+
+
+def _fetched(address: str) -> Path:
+    try:
+        return Path(resolve(address))
+    except DataError as error:
+        raise DataError(str(error), "not downloaded") from error

@@ -1,0 +1,352 @@
+"""Tables in the formats people keep them in: CSV, TSV, JSON, JSON lines, Parquet, Arrow.
+
+A row that cannot be read comes out as a `BadRecord` in its place, and the rows around it are unharmed. Only a
+file that is no such table at all is an error.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from evlgen.common.errors import DataError
+from evlgen.datasets.annotations import describe, read_annotation
+from evlgen.datasets.archive_media import cell_name, open_arrow
+from evlgen.datasets.base_dataset import BadRecord
+
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow")
+_JSON_LISTS = ("annotations", "data", "records")  # keys under which JSON files keep their records
+_DELIMITERS = ",;\t|"
+_SNIFFED_ROWS = 20
+
+
+class Row(NamedTuple):
+    """A row of a table.
+
+    Attributes:
+        place: what messages call it: ``line 18 of my.csv``.
+        values: by column; one that the row lacks is not there.
+    """
+
+    place: str
+    values: Mapping[str, Any]
+
+
+class Table:
+    """A file of rows.
+
+    Args:
+        path: of the file.
+        columns: its columns, in their order.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path = path
+        self.columns = list(columns)
+
+    def rows(self, columns: Iterable[str]) -> Iterator[Row | BadRecord]:
+        """The rows in their order, with at least these of the `columns`."""
+        raise NotImplementedError(f"{type(self).__name__} must define rows(columns)")
+
+
+def open_table(path: Path) -> Table:
+    """The table in a file.
+
+    Raises:
+        DataError: missing, no regular file, of no known format, damaged as a whole.
+    """
+    if not os.path.isfile(path):
+        raise DataError(f"there is no table at {path}.", "missing file")
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        return DelimitedTable(path)
+    if suffix in (".jsonl", ".ndjson") or (suffix == ".json" and _is_json_lines(path)):
+        return JsonLinesTable(path)
+    if suffix == ".json":
+        return JsonTable(path)
+    if suffix == ".parquet":
+        return ParquetTable(path)
+    if suffix == ".arrow":
+        return ArrowTable(path)
+    raise DataError(f"{path} has no known format: a table is one of {', '.join(SUFFIXES)}.")
+
+
+class DelimitedTable(Table):
+    """CSV and TSV: UTF-8, with or without a byte order mark (or UTF-16 with one), as spreadsheets write them.
+
+    What parts the fields is looked for in the first rows: comma, semicolon, tab or bar; in a ``.tsv`` it is
+    the tab. Fields in quotes may have line ends. The first row names the columns.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with _reading(path), _text(path) as file:
+            start = [line for line, _ in zip(file, range(10 * _SNIFFED_ROWS), strict=False)]
+        self._delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(start)
+        header = next((found for _, found in _records(iter(start), self._delimiter)), None)
+        if not isinstance(header, list):
+            why = f"its first row cannot be read ({header})" if header else "it is empty"
+            raise DataError(f"{path} has no row that names its columns: {why}.")
+        if not _is_utf8(header):
+            raise DataError(f"{path} is not UTF-8 text: save it as UTF-8.", "not UTF-8")
+        columns = [column.strip() for column in header]
+        twice = sorted({column for column in columns if columns.count(column) > 1})
+        if twice:
+            raise DataError(f"{path} has two columns '{twice[0]}': give one of them another name.")
+        super().__init__(path, columns)
+
+    def rows(self, columns: Iterable[str]) -> Iterator[Row | BadRecord]:
+        with _reading(self.path), _text(self.path) as file:
+            records = _records(file, self._delimiter)
+            next(records)  # the header
+            for line, found in records:
+                yield self._row(f"line {line} of {self.path.name}", found)
+
+    def _row(self, place: str, found: list[str] | str) -> Row | BadRecord:
+        if isinstance(found, str):
+            return BadRecord(place, f"{place} cannot be read: {found}.", "bad quotes")
+        if not _is_utf8(found):
+            return BadRecord(place, f"{place} is not UTF-8 text.", "not UTF-8")
+        if len(found) != len(self.columns):
+            why = f"{place} has {len(found)} fields, and the first row names {len(self.columns)}"
+            hint = (
+                f"; a text with '{self._delimiter}' in it needs quotes"
+                if len(found) > len(self.columns)
+                else ""
+            )
+            return BadRecord(place, f"{why}{hint}.", "ragged row")
+        return Row(place, dict(zip(self.columns, found, strict=True)))
+
+
+class JsonTable(Table):
+    """JSON: a list of mappings, or a mapping with such a list under ``annotations``, ``data`` or
+    ``records``."""
+
+    def __init__(self, path: Path) -> None:
+        content = read_annotation(path)
+        records = content
+        if isinstance(content, Mapping):
+            records = next((content[key] for key in _JSON_LISTS if key in content), None)
+        if not isinstance(records, list):
+            raise DataError(
+                f"{path} must be a list of records, or have one under {' or '.join(map(repr, _JSON_LISTS))}; "
+                f"it is {describe(content)}."
+            )
+        self._records = records
+        super().__init__(path, _keys(record for record in records if isinstance(record, dict)))
+
+    def rows(self, columns: Iterable[str]) -> Iterator[Row | BadRecord]:
+        for index, record in enumerate(self._records):
+            yield _record(f"record {index} of {self.path.name}", record)
+
+
+class JsonLinesTable(Table):
+    """A JSON mapping in every line."""
+
+    def __init__(self, path: Path) -> None:
+        self._rows = list(_json_lines(path))
+        super().__init__(path, _keys(row.values for row in self._rows if isinstance(row, Row)))
+
+    def rows(self, columns: Iterable[str]) -> Iterator[Row | BadRecord]:
+        yield from self._rows
+
+
+class _ColumnarTable(Table):
+    """A table of typed columns.
+
+    A column of bytes, or of Hugging Face's ``{bytes, path}``, is one of pictures: its values are names by
+    which `evlgen.datasets.media` reads them.
+    """
+
+    def __init__(self, path: Path, schema: Any) -> None:
+        super().__init__(path, schema.names)
+        self._schema = schema
+
+    def rows(self, columns: Iterable[str]) -> Iterator[Row | BadRecord]:
+        wanted = list(columns)
+        number = 0
+        for batch in self._batches(wanted):
+            values = [self._values(column, batch.column(column), number) for column in wanted]
+            for row in zip(*values, strict=True):
+                yield Row(f"row {number} of {self.path.name}", dict(zip(wanted, row, strict=True)))
+                number += 1
+
+    def _batches(self, columns: list[str]) -> Iterator[Any]:
+        raise NotImplementedError(f"{type(self).__name__} must define _batches(columns)")
+
+    def _values(self, column: str, values: Any, first: int) -> list[Any]:
+        import pyarrow as pa
+
+        kind = self._schema.field(column).type
+        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            empty = values.is_null().to_pylist()
+            return [None if null else cell_name(self.path, column, first + i) for i, null in enumerate(empty)]
+        if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+            return values.to_pylist()
+        absent = values.field("bytes").is_null().to_pylist()
+        paths = (
+            values.field("path").to_pylist() if kind.get_field_index("path") >= 0 else [None] * len(absent)
+        )
+        return [
+            path if null else cell_name(self.path, column, first + i)
+            for i, (null, path) in enumerate(zip(absent, paths, strict=True))
+        ]
+
+
+class ParquetTable(_ColumnarTable):
+    """A Parquet file. Only the wanted columns are read."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow.parquet as pq
+
+        with _reading(path), pq.ParquetFile(path) as file:
+            super().__init__(path, file.schema_arrow)
+
+    def _batches(self, columns: list[str]) -> Iterator[Any]:
+        import pyarrow.parquet as pq
+
+        with _reading(self.path), pq.ParquetFile(self.path) as file:
+            yield from file.iter_batches(batch_size=256, columns=columns, use_threads=False)
+
+
+class ArrowTable(_ColumnarTable):
+    """An Arrow file, as Hugging Face's ``save_to_disk`` writes them. It is mapped into memory, not read."""
+
+    def __init__(self, path: Path) -> None:
+        self._table = open_arrow(path)
+        super().__init__(path, self._table.schema)
+
+    def _batches(self, columns: list[str]) -> Iterator[Any]:
+        yield from self._table.select(columns).to_batches()
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Errors of a whole file, with its name."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:  # of UTF-16 that is none; pyarrow's errors are ValueErrors too
+        raise DataError(f"{path} cannot be read: {str(error).splitlines()[0].rstrip('.')}.") from error
+
+
+def _text(path: Path) -> TextIO:
+    """The file as text, its line ends as they are. Bytes that are not UTF-8 become lone surrogates, so that
+    they spoil no other row."""
+    with open(path, "rb") as file:
+        is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    encoding, errors = ("utf-16", "strict") if is_utf16 else ("utf-8-sig", "surrogateescape")
+    return open(path, encoding=encoding, errors=errors, newline="")
+
+
+def _is_utf8(fields: Sequence[str]) -> bool:
+    try:
+        "".join(fields).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _delimiter(lines: Sequence[str]) -> str:
+    """What parts the fields of these first lines: what gives most rows the header's number of fields, then
+    most fields; the comma where nothing does."""
+
+    def score(delimiter: str) -> tuple[float, int]:
+        found = [fields for _, fields in _records(iter(lines), delimiter) if isinstance(fields, list)]
+        rows = found[:_SNIFFED_ROWS]
+        if not rows or len(rows[0]) < 2:
+            return 0.0, 0
+        return sum(len(row) == len(rows[0]) for row in rows) / len(rows), len(rows[0])
+
+    return max(_DELIMITERS, key=score)
+
+
+class _Lines:
+    """Lines that can be given back, with the number of the one last taken."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines = lines
+        self._returned: list[str] = []
+        self.taken: list[str] = []
+        self.number = 0
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        self.taken.append(self._returned.pop() if self._returned else next(self._lines))
+        self.number += 1
+        return self.taken[-1]
+
+    def keep_first(self) -> None:
+        """Gives back what was taken, but for the first line."""
+        self._returned += reversed(self.taken[1:])
+        self.number -= len(self.taken) - 1
+
+
+def _records(lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
+    """The records of a delimited text: the number of the line each starts in, and its fields, or why it has
+    none. A quote that never ends spoils its own line only: reading goes on with the next."""
+    source = _Lines(lines)
+    reader = csv.reader(source, delimiter=delimiter, strict=True)
+    while True:
+        source.taken.clear()
+        start = source.number + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            source.keep_first()
+            yield start, _plain_fields(source.taken, delimiter) or str(error).rstrip(".")
+        else:
+            if fields:
+                yield start, fields
+
+
+def _plain_fields(lines: Sequence[str], delimiter: str) -> list[str] | None:
+    """The fields of a line in which quotes are text: ``1.jpg,"Stop" says a sign``. None for what went on over
+    several lines, where nobody knows what was meant."""
+    return lines[0].rstrip("\r\n").split(delimiter) if len(lines) == 1 else None
+
+
+def _is_json_lines(path: Path) -> bool:
+    """Whether a file called .json has a whole mapping in its first line, and more after it."""
+    with _reading(path), open(path, "rb") as file:
+        first, second = file.readline(1 << 20), file.readline(1 << 20)
+    try:
+        return bool(second.strip()) and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json_lines(path: Path) -> Iterator[Row | BadRecord]:
+    with _reading(path), open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(codecs.BOM_UTF8).strip()
+            place = f"line {number} of {path.name}"
+            if not line:
+                continue
+            try:
+                yield _record(place, json.loads(line.decode()))
+            except UnicodeDecodeError:
+                yield BadRecord(place, f"{place} is not UTF-8 text.", "not UTF-8")
+            except (ValueError, RecursionError) as error:
+                why = str(error).partition(":")[0] or "it is nested beyond reason"
+                yield BadRecord(place, f"{place} is not JSON: {why}.", "not JSON")
+
+
+def _record(place: str, record: Any) -> Row | BadRecord:
+    if isinstance(record, dict):
+        return Row(place, record)
+    return BadRecord(place, f"{place} must be a mapping, not {describe(record)}.")
+
+
+def _keys(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for record in records for key in record))
