@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evlgen.datasets import caption_builders, shapes_dataset  # noqa: F401 (registers)
+from evlgen.datasets import caption_builders, question_builders, shapes_dataset  # noqa: F401 (registers)
 from evlgen.datasets.base_builder import BaseDatasetBuilder
 from evlgen.datasets.base_dataset import BaseDataset, Skipped
 

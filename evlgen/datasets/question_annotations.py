@@ -1,0 +1,304 @@
+"""Reading questions and their answers, in the layouts they are published in.
+
+A split may be in several files, in any order; what each holds is told by its content:
+
+=============================================  ==============================================================
+``[{"image" | "video", "question", ..}, ..]``  questions, as LAVIS lists them; ``answer`` is a text or a list
+``{"questions": [..], "data_subtype"}``        questions of VQA (visualqa.org) and OK-VQA; pictures are COCO's
+``{"annotations": [{"question_id", ..}]}``     their answers
+``{id: {"imageId", "question", ..}}``          questions of GQA as Stanford publishes them
+``["yes", ..]``, ``{"yes": 0, ..}``            the answers that ranking chooses from
+=============================================  ==============================================================
+
+A-OKVQA's records are read with LAVIS's ``image``, or as published, where the name of COCO's picture follows
+from ``image_id`` and ``split``. Those marked ``difficult_direct_answer`` have no answers where they are
+scored: the publisher leaves them out of that score (allenai/aokvqa, evaluation/eval_predictions.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evlgen.common.errors import DataError
+from evlgen.datasets.annotations import describe, read_annotation, text_problem
+from evlgen.datasets.base_dataset import BadRecord
+from evlgen.datasets.packed import PackedRecords
+
+Id = int | str
+Record = dict[str, Any]
+Rows = Iterable[tuple[str, Any]]  # what messages call a row, and the row
+
+_ANSWERS = ("answer", "direct_answers", "answers")  # where records have them; the second is A-OKVQA's
+
+
+@dataclass(frozen=True)
+class QuestionFiles:
+    """What the files of one split hold.
+
+    Attributes:
+        records: ``visual`` (a file name), ``question``, ``question_id``, ``answers`` (a list, which may be
+            empty), and where they are known ``image_id``, ``choices`` with ``correct_choice`` (its text),
+            ``answer_type``, ``question_type``; a `BadRecord` in the place of each that makes no sample.
+        answer_list: the answers that ranking chooses from.
+    """
+
+    records: Sequence[Record | BadRecord]
+    answer_list: list[str]
+
+
+def read_questions(
+    paths: Sequence[str | os.PathLike], truth: str | os.PathLike | None = None, scored: bool = True
+) -> QuestionFiles:
+    """The questions of a split.
+
+    Args:
+        paths: its files.
+        truth: one more file of answers, which count in place of the records' own.
+        scored: whether the questions are to be answered and scored: ids must then differ and answers may be
+            missing. Else they are to be learned: each needs an answer.
+
+    Raises:
+        DataError: a file has none of the layouts, or all of its records are bad; names file, record and what
+            is wrong with it.
+    """
+    by_layout: dict[str, list[tuple[str | os.PathLike, Any]]] = {}
+    for path in paths:
+        content = read_annotation(path)
+        by_layout.setdefault(_layout(content, path), []).append((path, content))
+    given: dict[Id, Record] = {}
+    for path, content in by_layout.get("answers", ()):
+        given |= _given_answers(content, path)
+    if truth is not None:
+        given |= _read_truth(truth)
+    # Official questions last: LAVIS names them beside its own list of the same questions, for the scorer.
+    files = [
+        (layout, path, rows_of(content))
+        for layout, rows_of in _ROWS.items()
+        for path, content in by_layout.get(layout, ())
+    ]
+    if not files:
+        raise DataError(f"{', '.join(map(str, paths))}: no questions are in there, only answers.")
+    lists = [_answer_list(content) for _, content in by_layout.get("answer list", ())]
+    return QuestionFiles(PackedRecords(_records(files, given, scored)), [a for found in lists for a in found])
+
+
+def read_answer_list(path: str | os.PathLike) -> list[str]:
+    """The answers that ranking chooses from: a JSON list of texts, or a mapping of texts to their numbers.
+
+    Raises:
+        DataError: another layout.
+    """
+    content = read_annotation(path)
+    if _layout(content, path) != "answer list":
+        raise DataError(f"answer list {path} must be a list of texts, not {describe(content)}.")
+    return _answer_list(content)
+
+
+def is_id(value: Any) -> bool:
+    """Whether a question id is a number or a text such as they are written."""
+    if isinstance(value, str):
+        return bool(value) and text_problem(value) is None
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _layout(content: Any, path: str | os.PathLike) -> str:
+    if isinstance(content, list) and content:
+        return "answer list" if all(isinstance(item, str) for item in content) else "list"
+    if isinstance(content, Mapping) and content:
+        if isinstance(content.get("questions"), list):
+            return "official"
+        if isinstance(content.get("annotations"), list):
+            return "answers"
+        if all(isinstance(item, Mapping) for item in content.values()):
+            return "gqa"
+        if all(isinstance(item, int) for item in content.values()):
+            return "answer list"
+    raise DataError(
+        f"annotation {path} must be a list of records with 'image' or 'video' and 'question', or one of the "
+        f"layouts that VQA and GQA are published in; it is {describe(content)}."
+    )
+
+
+def _list_rows(content: Sequence[Any]) -> Rows:
+    return ((f"record {index}", row) for index, row in enumerate(content))
+
+
+def _gqa_rows(content: Mapping[str, Any]) -> Rows:
+    return ((f"question {key}", {"question_id": key, **row}) for key, row in content.items())
+
+
+def _official_rows(content: Mapping[str, Any]) -> Rows:
+    subtype = str(content.get("data_subtype", ""))
+    for index, row in enumerate(content["questions"]):
+        if isinstance(row, Mapping) and isinstance(row.get("image_id"), int):
+            row = {**row, "image": coco_2014_name(subtype, row["image_id"])}
+        yield f"question {index}", row
+
+
+_ROWS = {"list": _list_rows, "gqa": _gqa_rows, "official": _official_rows}
+
+
+def _read_truth(path: str | os.PathLike) -> dict[Id, Record]:
+    content = read_annotation(path)
+    if not isinstance(content, Mapping) or not isinstance(content.get("annotations"), list):
+        raise DataError(
+            f"ground truth {path} must be {{'annotations': [{{'question_id', 'answers'}}, ..]}}; it is "
+            f"{describe(content)}."
+        )
+    return _given_answers(content, path)
+
+
+def _given_answers(content: Mapping[str, Any], path: str | os.PathLike) -> dict[Id, Record]:
+    """``answers`` and the two types by question id, of VQA's annotations. OK-VQA's name their question types
+    by a key of the file's ``question_types``."""
+    names = content.get("question_types")
+    names = names if isinstance(names, Mapping) else {}
+    found = {}
+    for index, row in enumerate(content["annotations"]):
+        try:
+            question_id, answers = row["question_id"], _answers_of(row)
+            if not is_id(question_id) or not answers:
+                raise TypeError(question_id)
+        except (AttributeError, DataError, KeyError, TypeError) as error:
+            raise DataError(
+                f"annotation {index} of {path} must have a 'question_id' and 'answers', "
+                f"[{{'answer': text}}, ..]; it is {describe(row)}."
+            ) from error
+        kinds = {key: str(row[key]) for key in ("answer_type", "question_type") if row.get(key)}
+        found[question_id] = {"answers": answers, **{k: str(names.get(v, v)) for k, v in kinds.items()}}
+    return found
+
+
+def _answer_list(content: Sequence[str] | Mapping[str, int]) -> list[str]:
+    return sorted(content, key=content.get) if isinstance(content, Mapping) else list(content)
+
+
+def coco_2014_name(subtype: str, image_id: int) -> str:
+    """COCO's picture in the naming of 2014 and 2015: ``val2014/COCO_val2014_000000000042.jpg``. The pictures
+    of ``test-dev2015`` are among those of ``test2015``."""
+    folder = subtype.replace("test-dev", "test")
+    return f"{folder}/COCO_{folder}_{image_id:012d}.jpg"
+
+
+def coco_2017_name(split: str, image_id: int) -> str:
+    """COCO's picture in the naming of 2017, which A-OKVQA takes: ``val2017/000000000042.jpg``."""
+    return f"{split}2017/{image_id:012d}.jpg"
+
+
+def _records(
+    files: Sequence[tuple[str, str | os.PathLike, Rows]], given: Mapping[Id, Record], scored: bool
+) -> Iterator[Record | BadRecord]:
+    """What the rows of all files say. Raises `DataError` where all rows of a file are bad."""
+    seen: set[Id] = set()
+    number = 0
+    for layout, path, rows in files:
+        usable, bad = 0, None
+        for name, row in rows:
+            try:
+                record = _record(row, number)
+                if layout == "official" and record["question_id"] in seen:
+                    continue
+                _complete(record, given, scored, seen)
+                usable += 1
+            except DataError as error:
+                record = BadRecord(f"{name} of {path}", f"{name} of {path} {error}", error.cause)
+                bad = bad or record
+            number += 1
+            yield record
+        if bad is not None and not usable:
+            raise DataError(f"no record of {path} can be used: {bad.reason}", bad.cause)
+
+
+def _complete(record: Record, given: Mapping[Id, Record], scored: bool, seen: set[Id]) -> None:
+    """Puts the answers that came in a file of their own into a record. Raises `DataError` where it lacks what
+    it is needed for."""
+    key, difficult = record["question_id"], record.pop("difficult", False)
+    record.update(given.get(key, {}))
+    if not record["answers"] and given:
+        raise DataError(f"(question {key}) has no answer among those given for the others.", "no answer")
+    if not scored and not any(map(str.strip, record["answers"])):
+        raise DataError(f"(question {key}) has no answer to learn.", "no answer")
+    if scored and key in seen:
+        raise DataError(f"has question id {key!r} a second time.", "duplicate id")
+    if scored and difficult:
+        record["answers"] = []
+    seen.add(key)
+
+
+def _record(row: Any, number: int) -> Record:
+    """A row in our words. Raises `DataError` with what is wrong, to be read after the row's name."""
+    if not isinstance(row, Mapping):
+        raise DataError(f"must be a mapping with 'image' and 'question', not {describe(row)}.", "bad record")
+    record = {"visual": _visual_of(row), "question": _question_of(row), "answers": _answers_of(row)}
+    record["question_id"] = row.get("question_id", number)
+    if not is_id(record["question_id"]):
+        raise DataError(f"has the question id {describe(record['question_id'])}.", "bad record")
+    if is_id(row.get("image_id", row.get("imageId"))):
+        record["image_id"] = row.get("image_id", row.get("imageId"))
+    for key in ("answer_type", "question_type"):
+        if isinstance(row.get(key), str):
+            record[key] = row[key]
+    kinds = row.get("types")
+    if isinstance(kinds, Mapping) and isinstance(kinds.get("structural"), str):  # GQA's: verify, choose, ..
+        record["question_type"] = kinds["structural"]
+    if row.get("choices") is not None:
+        record |= _choices_of(row)
+    if row.get("difficult_direct_answer") is True:
+        record["difficult"] = True
+    return record
+
+
+def _visual_of(row: Mapping[str, Any]) -> str:
+    key = "video" if "video" in row else "image"
+    visual, image_id = row.get(key), row.get("image_id")
+    if key not in row and isinstance(row.get("imageId"), str | int):
+        visual = f"{row['imageId']}.jpg"
+    elif key not in row and isinstance(image_id, int) and isinstance(row.get("split"), str):
+        visual = coco_2017_name(row["split"], image_id)
+    elif key not in row:
+        raise DataError(f"has no 'image' and no 'video'; it is {describe(row)}.", "bad record")
+    if not isinstance(visual, str) or not visual or text_problem(visual):
+        raise DataError(f"must have a file name as '{key}', not {describe(visual)}.", "bad record")
+    return visual
+
+
+def _question_of(row: Mapping[str, Any]) -> str:
+    if "question" not in row:
+        raise DataError(f"has no 'question'; it is {describe(row)}.", "bad record")
+    _check_text(row["question"], "'question'")
+    if not row["question"].strip():
+        raise DataError("has an empty question.", "empty question")
+    return row["question"]
+
+
+def _answers_of(row: Mapping[str, Any]) -> list[str]:
+    """Texts, of one text, a list of them, or a list of ``{"answer": text}``; none where there are none."""
+    given = next((row[key] for key in _ANSWERS if row.get(key) is not None), [])
+    given = given if isinstance(given, list) else [given]
+    answers = [item.get("answer") if isinstance(item, Mapping) else item for item in given]
+    for answer in answers:
+        _check_text(answer, "an answer")
+    return answers
+
+
+def _choices_of(row: Mapping[str, Any]) -> Record:
+    choices, right = row["choices"], row.get("correct_choice_idx")
+    if not isinstance(choices, list) or not choices:
+        raise DataError(f"must have a list of texts as 'choices', not {describe(choices)}.", "bad record")
+    for choice in choices:
+        _check_text(choice, "a choice")
+    if right is None:
+        return {"choices": choices}
+    if not isinstance(right, int) or not 0 <= right < len(choices):
+        raise DataError(f"has {len(choices)} choices and the right one is {describe(right)}.", "bad record")
+    return {"choices": choices, "correct_choice": choices[right]}
+
+
+def _check_text(value: Any, what: str) -> None:
+    if not isinstance(value, str):
+        raise DataError(f"must have text as {what}, not {describe(value)}.", "bad record")
+    if problem := text_problem(value):
+        raise DataError(f"holds {problem} in {what}: {describe(value)}.", "bad record")

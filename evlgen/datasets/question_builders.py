@@ -1,0 +1,131 @@
+"""Builders of questions about pictures and clips in files. A dataset like them is a subclass of two lines."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from evlgen.common.constraints import PositiveFloat
+from evlgen.common.errors import DataError
+from evlgen.common.registry import registry
+from evlgen.datasets.annotations import check_inside
+from evlgen.datasets.base_builder import role_of
+from evlgen.datasets.base_dataset import BadRecord
+from evlgen.datasets.file_builder import BuildInfo, FileBuilder, Source
+from evlgen.datasets.question_annotations import QuestionFiles, read_answer_list, read_questions
+from evlgen.datasets.question_dataset import QuestionDataset, QuestionEvalDataset, QuestionMediaDataset
+
+_ANSWER_SPLIT = "ans2label"  # where LAVIS's video questions name their list of answers, among the splits
+
+
+class QuestionBuilder(FileBuilder):
+    """Questions on disk, in the layouts of `read_questions`, and a folder of images or videos.
+
+    Args:
+        train_answers, answer_weight: see `QuestionDataset`.
+        answer_list: the answers that ranking chooses from. As in LAVIS it may also be the second file of a
+            split's annotations, or the split ``ans2label``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        cache_root: str | Path,
+        vis_processor: dict,
+        text_processor: dict,
+        build_info: BuildInfo,
+        train_answers: Literal["sample", "all"] = "sample",
+        answer_weight: PositiveFloat = 1.0,
+        answer_list: Source | None = None,
+        data_type: Literal["images", "videos"] = "images",
+        dataset_card: str | None = None,
+    ) -> None:
+        super().__init__(name, cache_root, vis_processor, text_processor, build_info, data_type, dataset_card)
+        self.train_answers = train_answers
+        self.answer_weight = answer_weight
+        self.answer_list = Source(**answer_list) if isinstance(answer_list, dict) else answer_list
+
+    @property
+    def splits(self) -> list[str]:
+        return [split for split in super().splits if split != _ANSWER_SPLIT]
+
+    def build_split(self, split: str) -> QuestionMediaDataset:
+        learned = role_of(split) == "train"
+        found, media = self._read(split, scored=not learned), self.media()
+        visuals = (record["visual"] for record in found.records if not isinstance(record, BadRecord))
+        media.check(visuals, self.media_remedy())
+        parts = (found.records, media, self.vis_processor(split), self.text_processor(split))
+        if learned:
+            return QuestionDataset(*parts, self.train_answers, self.answer_weight)
+        candidates = partial(list, found.answer_list) if found.answer_list else self._answer_list
+        return QuestionEvalDataset(*parts, candidates)
+
+    def _read(self, split: str, scored: bool) -> QuestionFiles:
+        files = self.annotation_files(split)
+        found = read_questions([path for path, _ in files], self.ground_truth_file(split), scored)
+        foreign = [str(path) for path, is_foreign in files if is_foreign]
+        if foreign:
+            visuals = (record["visual"] for record in found.records if not isinstance(record, BadRecord))
+            check_inside(visuals, ", ".join(foreign))
+        return found
+
+    def _answer_list(self) -> list[str]:
+        source = self.answer_list or self.build_info.annotations.get(_ANSWER_SPLIT)
+        if source is None:
+            return []
+        path = self.source_path(source)
+        if not os.path.isfile(path):
+            fetch = "".join(f" Download {address} to that path." for address in source.downloads())
+            raise DataError(f"{self.name}: the list of answers to rank is not at {path}.{fetch}")
+        return read_answer_list(path)
+
+
+@registry.register_builder("coco_vqa")
+class CocoVQABuilder(QuestionBuilder):
+    """VQAv2 (Goyal et al., CVPR 2017): ten people's answers to each question about COCO's pictures."""
+
+    DEFAULT_CONFIG = "configs/datasets/coco_vqa.yaml"
+
+
+@registry.register_builder("vg_vqa")
+class VGVQABuilder(QuestionBuilder):
+    """Visual Genome's questions (Krishna et al., IJCV 2017), for training."""
+
+    DEFAULT_CONFIG = "configs/datasets/vg_vqa.yaml"
+
+
+@registry.register_builder("ok_vqa")
+class OKVQABuilder(QuestionBuilder):
+    """OK-VQA (Marino et al., CVPR 2019): questions that need outside knowledge."""
+
+    DEFAULT_CONFIG = "configs/datasets/ok_vqa.yaml"
+
+
+@registry.register_builder("aok_vqa")
+class AOKVQABuilder(QuestionBuilder):
+    """A-OKVQA (Schwenk et al., ECCV 2022): four choices and ten direct answers to each question."""
+
+    DEFAULT_CONFIG = "configs/datasets/aok_vqa.yaml"
+
+
+@registry.register_builder("gqa")
+class GQABuilder(QuestionBuilder):
+    """GQA (Hudson and Manning, CVPR 2019): questions made from scene graphs, with one answer each."""
+
+    DEFAULT_CONFIG = "configs/datasets/gqa.yaml"
+
+
+@registry.register_builder("msrvtt_qa")
+class MSRVTTQABuilder(QuestionBuilder):
+    """MSRVTT-QA (Xu et al., ACM MM 2017): questions made from MSR-VTT's captions, with one answer each."""
+
+    DEFAULT_CONFIG = "configs/datasets/msrvtt_qa.yaml"
+
+
+@registry.register_builder("msvd_qa")
+class MSVDQABuilder(QuestionBuilder):
+    """MSVD-QA (Xu et al., ACM MM 2017): questions made from MSVD's captions, with one answer each."""
+
+    DEFAULT_CONFIG = "configs/datasets/msvd_qa.yaml"
