@@ -120,7 +120,8 @@ class VLM(BaseModel):
                 `soft_prompts`); ``text_input`` list[str] to learn; with ``text_output`` list[str] that is
                 learned and ``text_input`` only read. With ``text_weights`` [N], one for each text, and
                 ``num_texts`` list[int], how many of the N texts belong to each picture (without it, one), the
-                loss is the weighted sum of the texts' negated log-likelihoods, by picture.
+                loss is the weighted sum of the texts' negated log-likelihoods, by picture. ``text_tokens``,
+                N texts of `generate_tokens`, may stand in place of ``text_input``.
 
         Returns:
             ``loss``: scalar, float32; ``num_tokens``: how many tokens it is the mean of, and with
@@ -147,7 +148,8 @@ class VLM(BaseModel):
         """As `forward`, of each text by itself.
 
         Args:
-            samples: as in `forward`; N texts with ``num_texts``, else one for each picture.
+            samples: as in `forward`; N texts with ``num_texts``, else one for each picture. With
+                ``text_tokens`` also ``prompt``, as in `generate`.
             soft_prompts: of the pictures, [B, M, C_language], where they are known already; ``samples`` then
                 needs no pixels.
 
@@ -159,18 +161,24 @@ class VLM(BaseModel):
             DataError: the texts are not as many as the pictures, or as ``num_texts`` says.
         """
         soft_prompts = self.soft_prompts(samples) if soft_prompts is None else soft_prompts
-        if "num_texts" in samples:
-            _check_length("num_texts", samples["num_texts"], len(soft_prompts), "pictures")
-            counts = torch.tensor(samples["num_texts"], device=soft_prompts.device)
-            soft_prompts = soft_prompts.repeat_interleave(counts, dim=0)  # [N, M, C]
-        for key in ("text_input", "text_output"):
+        counts = samples.get("num_texts", [1] * len(soft_prompts))
+        _check_length("num_texts", counts, len(soft_prompts), "pictures")
+        for key in ("text_input", "text_output", "text_tokens"):
             if key in samples:
-                _check_length(key, samples[key], len(soft_prompts), "texts, by num_texts or one a picture")
+                _check_length(key, samples[key], sum(counts), "texts, by num_texts or one a picture")
+        if "num_texts" in samples:
+            repeats = torch.tensor(counts, device=soft_prompts.device)
+            soft_prompts = soft_prompts.repeat_interleave(repeats, dim=0)  # [N, M, C]
         with self._own_precision(soft_prompts.device):
-            losses, num_tokens = self.language.sample_losses(
-                soft_prompts, samples["text_input"], samples.get("text_output")
-            )
-        return {"losses": losses, "num_tokens": num_tokens}
+            if "text_tokens" in samples:
+                pairs = zip(self._prompts(samples, len(counts)), counts, strict=True)
+                prompts = [prompt for prompt, count in pairs for _ in range(count)]
+                found = self.language.token_losses(soft_prompts, prompts, samples["text_tokens"])
+            else:
+                found = self.language.sample_losses(
+                    soft_prompts, samples["text_input"], samples.get("text_output")
+                )
+        return dict(zip(("losses", "num_tokens"), found, strict=True))
 
     def soft_prompts(self, samples: dict[str, Any]) -> Tensor:
         """``image`` [B, 3, H, W] or [B, 3, T, H, W], or in its place ``visual_tokens`` [B, N, C_vision] that
@@ -178,6 +186,14 @@ class VLM(BaseModel):
         tokens = samples.get("visual_tokens")
         tokens = self.encode(samples["image"]) if tokens is None else tokens.to(self.device)
         return self.connector(self._normed(tokens))
+
+    def encoded(self, samples: dict[str, Any]) -> dict[str, Any]:
+        """Samples that are read more than once: ``visual_tokens`` in place of ``image``, so that the encoder
+        runs once; as they are where it learns."""
+        if "visual_tokens" in samples or any(p.requires_grad for p in self.vision.parameters()):
+            return samples
+        rest = {key: value for key, value in samples.items() if key != "image"}
+        return {**rest, "visual_tokens": self.encode(samples["image"])}
 
     def visual_tokens(self, image: Tensor) -> Tensor:
         """[B, 3, H, W] or [B, 3, T, H, W] -> the encoder's tokens after ``ln_vision``, [B, N, C_vision]."""
@@ -274,13 +290,9 @@ class VLM(BaseModel):
         Returns:
             B x num_captions texts, those of one picture in a row.
         """
-        prompts = samples.get("prompt", self.prompt)
-        if isinstance(prompts, str):
-            prompts = [prompts] * _count(samples)
-        check_count(prompts, _count(samples), "prompts")
         return self._continue(
             samples,
-            fill_ocr_slots(prompts, samples),
+            self._prompts(samples, _count(samples)),
             num_beams=num_beams,
             max_length=max_length,
             min_length=min_length,
@@ -291,6 +303,21 @@ class VLM(BaseModel):
             num_captions=num_captions,
             temperature=temperature,
         )
+
+    @torch.no_grad()
+    def generate_tokens(self, samples: dict[str, Any], **options) -> list[list[int]]:
+        """As `generate`, the tokens of the texts, whose log-likelihoods `sample_losses` gives as
+        ``text_tokens``; the last one of a text is an end token unless ``max_length`` cut it.
+
+        Args:
+            samples: as in `generate`.
+            options: fields of `generation.Decoding`. ``use_nucleus_sampling=True, top_p=1.0, top_k=None,
+                min_length=0`` draws from the model's own distribution.
+        """
+        soft_prompts = self.soft_prompts(samples)
+        with self._own_precision(soft_prompts.device):
+            prompts = self._prompts(samples, len(soft_prompts))
+            return self.language.generate_tokens(soft_prompts, prompts, **options)
 
     @torch.no_grad()
     def predict_answers(
@@ -328,6 +355,14 @@ class VLM(BaseModel):
     def trained_modules(self) -> list[nn.Module]:
         """Modules inside frozen parts that are trained nonetheless."""
         return [module for part in self.frozen_modules() for module in part.trained_modules()]
+
+    def _prompts(self, samples: dict[str, Any], count: int) -> list[str]:
+        """The prompt to continue of each of ``count`` pictures; see `generate`."""
+        prompts = samples.get("prompt", self.prompt)
+        if isinstance(prompts, str):
+            prompts = [prompts] * count
+        check_count(prompts, count, "prompts")
+        return fill_ocr_slots(prompts, samples)
 
     def _continue(self, samples: dict[str, Any], prompts: list[str], **options) -> list[str]:
         soft_prompts = self.soft_prompts(samples)

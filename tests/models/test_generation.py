@@ -172,6 +172,32 @@ def test_sampling_from_a_nucleus_of_one_token_is_greedy_in_every_branch():
     assert sampled == [text for text in greedy for _ in range(3)]
 
 
+@torch.no_grad()
+def test_without_limits_tokens_are_drawn_as_often_as_the_model_says():
+    model = model_of("opt")
+    embeds, mask = inputs(model, padded=False)
+    free = {"use_nucleus_sampling": True, "top_p": 1.0, "top_k": None, "min_length": 0}
+    torch.manual_seed(0)
+    draws = 4000
+    options = Decoding(num_captions=draws, max_length=1, **free)
+    drawn = decode(model, embeds[:1], mask[:1], options, [END], PAD).flatten()
+    probabilities = model(inputs_embeds=embeds[:1]).logits[0, -1].softmax(-1)
+    share = torch.bincount(drawn, minlength=97) / draws
+    deviation = (probabilities * (1 - probabilities) / draws).sqrt()
+    assert share.count_nonzero() > TOP_K and share[END] > 0
+    assert ((share - probabilities).abs() / deviation).max() < 4.5
+
+
+@torch.no_grad()
+def test_a_nucleus_of_more_tokens_than_top_k_is_what_top_k_none_takes():
+    scores = torch.randn(3, 97, generator=torch.Generator().manual_seed(0))
+    probabilities, tokens = nucleus(scores, 0.999, None)
+    assert (probabilities > 0).sum(-1).min() > TOP_K
+    assert torch.equal(tokens.sort(-1).values, torch.arange(97).expand(3, -1))
+    limited, _ = nucleus(scores, 0.999, 10)
+    assert limited.shape == (3, 10)
+
+
 def test_the_nucleus_is_the_smallest_set_of_that_probability():
     scores = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     for top_p, size in ((0.4, 1), (0.5, 1), (0.6, 2), (0.8, 2), (0.94, 3), (1.0, 4)):
@@ -196,6 +222,7 @@ def test_top_k_is_torchs(size, k):
         ({"num_beams": 2, "num_captions": 3}, "num_captions=3 different texts cannot come from num_beams=2"),
         ({"num_beams": 0, "use_nucleus_sampling": True}, "num_beams=0 for generation must be at least 1"),
         ({"top_p": 0.0}, "top_p=0.0 for generation must be above 0"),
+        ({"top_k": 0}, "top_k=0 for generation must be at least 1, or None"),
         ({"temperature": 0.0}, "temperature=0.0 for generation must be above 0"),
         ({"max_length": 0}, "max_length=0 for generation must be at least 1"),
     ],

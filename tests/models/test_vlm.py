@@ -149,6 +149,43 @@ def test_texts_that_weigh_are_each_learned_by_its_weight_and_a_batch_weighs_by_i
             assert torch.allclose(p.grad, gradients[name], rtol=1e-3, atol=1e-6), name
 
 
+FREELY = {"use_nucleus_sampling": True, "top_p": 1.0, "top_k": None, "min_length": 0}
+
+
+@pytest.mark.parametrize("prompt", ["", ["a photo of", "", "here is"]])
+@torch.no_grad()
+def test_losses_of_tokens_are_those_of_the_choices_that_wrote_them(build, samples, prompt):
+    model = build()
+    asked = {"image": samples["image"], "prompt": prompt}
+    torch.manual_seed(0)
+    texts = model.generate_tokens(asked, num_captions=2, max_length=5, **FREELY)
+    asked |= {"text_tokens": texts, "num_texts": [2, 2, 2]}
+    got = model.sample_losses(asked)
+    assert got["num_tokens"].tolist() == [len(text) for text in texts]
+    soft, language = model.soft_prompts(samples), model.language
+    words = language.model.get_input_embeddings()
+    for i, text in enumerate(texts):  # one token after the other
+        read = prompt if isinstance(prompt, str) else prompt[i // 2]
+        ids, loss = language.tokenizer(read).input_ids, 0.0
+        for token in text:
+            embeds = torch.cat([soft[i // 2 : i // 2 + 1], words(torch.tensor([ids]))], dim=1)
+            loss -= language.model(inputs_embeds=embeds).logits[0, -1].log_softmax(-1)[token].item()
+            ids = [*ids, token]
+        assert got["losses"][i].item() == pytest.approx(loss, rel=1e-4)
+    assert model.language.texts(texts) == [
+        language.tokenizer.decode([t for t in text if t not in language.end_token_ids]).strip()
+        for text in texts
+    ]
+
+
+def test_pictures_read_twice_are_encoded_once_where_the_encoder_is_frozen(build, samples):
+    model = build()
+    assert set(model.encoded(samples)) == {"visual_tokens", "text_input"}
+    assert torch.equal(model(model.encoded(samples))["loss"], model(samples)["loss"])
+    learning = build(vision={"freeze": False})
+    assert learning.encoded(samples) is samples
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

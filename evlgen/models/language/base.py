@@ -58,7 +58,23 @@ class LanguageModel(nn.Module):
         """
         raise NotImplementedError
 
+    def token_losses(
+        self, soft_prompts: Tensor, prompts: list[str], texts: list[list[int]]
+    ) -> tuple[Tensor, Tensor]:
+        """As `sample_losses`, of texts that are tokens already, each after its prompt just as
+        `generate_tokens` writes it: the losses are of the very choices that were made there. A text without
+        an end token is one that was cut, and its end is not learned."""
+        raise NotImplementedError
+
     def generate(self, soft_prompts: Tensor, prompts: list[str], **options) -> list[str]:
         """Continues each prompt after its soft prompts; the new text only, ``num_captions`` texts for each
         prompt."""
+        return self.texts(self.generate_tokens(soft_prompts, prompts, **options))
+
+    def generate_tokens(self, soft_prompts: Tensor, prompts: list[str], **options) -> list[list[int]]:
+        """As `generate`, the tokens: the last one is an end token unless ``max_length`` cut the text."""
+        raise NotImplementedError
+
+    def texts(self, tokens: list[list[int]]) -> list[str]:
+        """What is written in tokens of `generate_tokens`."""
         raise NotImplementedError

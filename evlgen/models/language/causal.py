@@ -23,7 +23,7 @@ from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
 from evlgen.models.language.chat import ChatTemplate
 from evlgen.models.language.generation import Decoding, decode
-from evlgen.models.language.hugging_face import IGNORED, HuggingFaceLanguageModel, Predictions
+from evlgen.models.language.hugging_face import IGNORED, HuggingFaceLanguageModel, Predictions, up_to_end
 
 
 class Tokens(NamedTuple):
@@ -55,6 +55,15 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
             samples = [self._turns(*texts) for texts in self._split(text_in, text_out)]
         else:
             samples = self._to_learn(text_in, text_out)
+        return self._predictions_of(soft_prompts, samples)
+
+    def _predictions_of_tokens(
+        self, soft_prompts: Tensor, prompts: list[str], texts: list[list[int]]
+    ) -> Predictions:
+        pairs = zip(self._to_continue_all(prompts), texts, strict=True)
+        return self._predictions_of(soft_prompts, [s._replace(learned=ids) for s, ids in pairs])
+
+    def _predictions_of(self, soft_prompts: Tensor, samples: list[Tokens]) -> Predictions:
         num_soft = soft_prompts.shape[1]
         labels = [
             [IGNORED] * (len(s.before) + num_soft + len(s.read)) + s.learned for s in samples
@@ -69,7 +78,7 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         return self._predictions_at(rows, columns - 1, labels[rows, columns], inputs_embeds=embeds)
 
     @torch.no_grad()
-    def generate(self, soft_prompts: Tensor, prompts: list[str], **options) -> list[str]:
+    def generate_tokens(self, soft_prompts: Tensor, prompts: list[str], **options) -> list[list[int]]:
         """Continues each prompt after its soft prompts, up to an end token or ``max_length`` new tokens.
 
         Args:
@@ -78,18 +87,20 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
             options: fields of `Decoding`.
 
         Returns:
-            B x num_captions texts without the prompt, those of one picture in a row.
+            the tokens of B x num_captions texts without the prompt, those of one picture in a row; the last
+            one is an end token unless ``max_length`` cut the text.
         """
         options = Decoding(**options)
-        if self._chat is not None:
-            samples = [Tokens(*self._question(prompt), []) for prompt in prompts]
-        else:
-            samples = [self._to_continue(prompt) for prompt in prompts]
+        samples = self._to_continue_all(prompts)
         # padding stands before everything: a model whose past is a state would carry on what it reads later
         embeds, mask = self._embed(soft_prompts, samples, padding_side="left")
         self._check_length(embeds.shape[1] + options.max_length, "max_length (run.max_len)")
         ids = decode(self.model, embeds, mask, options, self.end_token_ids, self.pad_token_id)
-        return [self._text(row) for row in ids.tolist()]
+        return [up_to_end(row, self.end_token_ids) for row in ids.tolist()]
+
+    def texts(self, tokens: list[list[int]]) -> list[str]:
+        """What is written in tokens of `generate_tokens`."""
+        return [self._text(ids) for ids in tokens]
 
     def _to_learn(self, text_in: list[str], text_out: list[str] | None) -> list[Tokens]:
         """The tokens of a batch to learn from. Input and output are tokenised apart, so that a token belongs
@@ -106,6 +117,12 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
                 )
             )
         return samples
+
+    def _to_continue_all(self, prompts: list[str]) -> list[Tokens]:
+        """The tokens of a batch of prompts to continue."""
+        if self._chat is not None:
+            return [Tokens(*self._question(prompt), []) for prompt in prompts]
+        return [self._to_continue(prompt) for prompt in prompts]
 
     def _to_continue(self, prompt: str) -> Tokens:
         """The tokens of a prompt to continue."""

@@ -27,8 +27,8 @@ TOP_K = 50
 
 @dataclass(frozen=True)
 class Decoding:
-    """How text is chosen. ``max_length`` and ``min_length`` count new tokens; the rest is as in
-    `VLM.generate`.
+    """How text is chosen. ``max_length`` and ``min_length`` count new tokens; ``top_k`` is how many tokens
+    sampling chooses from at most, None for all; the rest is as in `VLM.generate`.
 
     Raises:
         ConfigError: options that exclude each other or are out of range.
@@ -43,6 +43,7 @@ class Decoding:
     length_penalty: float = 1.0
     num_captions: int = 1
     temperature: float = 1.0
+    top_k: int | None = TOP_K
 
     def __post_init__(self) -> None:
         if not self.use_nucleus_sampling and self.num_captions > self.num_beams:
@@ -57,6 +58,7 @@ class Decoding:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("temperature", self.temperature > 0, "above 0"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None"),
         ):
             if not good:
                 raise ConfigError(f"{name}={getattr(self, name)} for generation must be {wanted}.")
@@ -87,7 +89,7 @@ def decode(
         return decode_by_transformers(model, embeds, mask.to(embeds.device), options, end_tokens, pad_token)
     ends = torch.tensor(end_tokens, device=embeds.device)
     return search(
-        lambda branches: _SharedPrefix(model, embeds, mask, branches, options.max_length),
+        lambda branches: SharedPrefix(model, embeds, mask, branches, options.max_length),
         options,
         ends,
         pad_token,
@@ -182,7 +184,7 @@ class _PreallocatedLayer(DynamicLayer):
         return self.length
 
 
-class _SharedPrefix:
+class SharedPrefix:
     """What a model has read: one prefix for each picture and R branches behind it.
 
     Args:
@@ -209,10 +211,10 @@ class _SharedPrefix:
                 for _ in range(model.config.get_text_config(decoder=True).num_hidden_layers)
             ]
         )
-        self.next_position = positions[:, -1:].expand(-1, branches) + 1  # [B, R]
-        self.visible = None  # [B, R, tokens read]; None: everything
+        next_position = positions[:, -1:].expand(-1, branches) + 1  # [B, R]
+        visible = None  # [B, R, tokens read]; None: everything
         if padded or branches > 1:
-            self.visible = mask[:, None].expand(-1, branches, -1)
+            visible = mask[:, None].expand(-1, branches, -1)
             self.own = torch.eye(branches, dtype=torch.bool, device=embeds.device).expand(len(embeds), -1, -1)
         self.logits = model(
             inputs_embeds=embeds,
@@ -222,6 +224,14 @@ class _SharedPrefix:
             logits_to_keep=1,
             **{self.cache_name: self.cache},
         ).logits
+        self._start = next_position, visible, embeds.shape[1]
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Forgets what was read behind the prefix."""
+        self.next_position, self.visible, length = self._start
+        for layer in self.cache.layers:
+            layer.length = length
 
     def read(self, tokens: Tensor, branches: Tensor | None = None) -> Tensor:
         """One more token in each branch.
@@ -269,17 +279,19 @@ def _extend(prefix: Prefix, options: Decoding, ends: Tensor, pad_token: int, cho
 
 def _sample(scores: Tensor, options: Decoding) -> Tensor:
     """[..., vocabulary] -> tokens [...], drawn by torch's global generator from the likeliest of total
-    probability ``top_p`` among the `TOP_K` likeliest. Holtzman et al., *The Curious Case of Neural Text
+    probability ``top_p`` among the ``top_k`` likeliest. Holtzman et al., *The Curious Case of Neural Text
     Degeneration*, ICLR 2020, section 3.1."""
-    probabilities, tokens = nucleus(scores / options.temperature, options.top_p)
+    scores = scores / options.temperature
+    if options.top_k is None and options.top_p == 1:  # of all tokens: nothing to sort
+        return torch.multinomial(scores.softmax(-1).flatten(0, -2), 1).view(scores.shape[:-1])
+    probabilities, tokens = nucleus(scores, options.top_p, options.top_k)
     drawn = torch.multinomial(probabilities.flatten(0, -2), 1).view(*scores.shape[:-1], 1)
     return tokens.gather(-1, drawn).squeeze(-1)
 
 
-def nucleus(scores: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """[..., vocabulary] -> probabilities that need not sum to 1 and their tokens, both [..., at most
-    TOP_K]."""
-    best, tokens = top_k(scores, min(TOP_K, scores.shape[-1]))
+def nucleus(scores: Tensor, top_p: float, k: int | None = TOP_K) -> tuple[Tensor, Tensor]:
+    """[..., vocabulary] -> probabilities that need not sum to 1 and their tokens, both [..., at most k]."""
+    best, tokens = top_k(scores, min(k or scores.shape[-1], scores.shape[-1]))
     probabilities = best.softmax(-1)
     likelier = probabilities.cumsum(-1) - probabilities
     return probabilities.masked_fill(likelier >= top_p, 0.0), tokens
@@ -381,7 +393,13 @@ def decode_by_transformers(
     """`decode` by transformers, which repeats the prefix for every beam; ``embeds`` of an encoder-decoder are
     what its encoder reads."""
     if options.use_nucleus_sampling:
-        how = {"do_sample": True, "top_k": TOP_K, "top_p": options.top_p, "temperature": options.temperature}
+        how = {
+            "do_sample": True,
+            "num_beams": 1,
+            "top_k": options.top_k or 0,
+            "top_p": options.top_p,
+            "temperature": options.temperature,
+        }
     elif options.num_beams > 1:
         how = {"do_sample": False, "num_beams": options.num_beams, "length_penalty": options.length_penalty}
     else:

@@ -122,10 +122,13 @@ class HuggingFaceLanguageModel(LanguageModel):
         self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Each sample's loss by itself; see `LanguageModel.sample_losses`."""
-        logits, targets, rows = self._predictions(soft_prompts, text_in, text_out)
-        losses = F.cross_entropy(logits, targets, reduction="none")  # [n]
-        sums = losses.new_zeros(len(soft_prompts)).index_add(0, rows, losses)
-        return sums, torch.bincount(rows, minlength=len(soft_prompts))
+        return _by_sample(self._predictions(soft_prompts, text_in, text_out), len(soft_prompts))
+
+    def token_losses(
+        self, soft_prompts: Tensor, prompts: list[str], texts: list[list[int]]
+    ) -> tuple[Tensor, Tensor]:
+        """The losses of texts as `generate_tokens` wrote them; see `LanguageModel.token_losses`."""
+        return _by_sample(self._predictions_of_tokens(soft_prompts, prompts, texts), len(soft_prompts))
 
     @torch.no_grad()
     def embedding_rms(self) -> float:
@@ -178,6 +181,12 @@ class HuggingFaceLanguageModel(LanguageModel):
         self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None
     ) -> Predictions:
         """What the model expects where a token is learned."""
+        raise NotImplementedError
+
+    def _predictions_of_tokens(
+        self, soft_prompts: Tensor, prompts: list[str], texts: list[list[int]]
+    ) -> Predictions:
+        """As `_predictions`, of tokens after prompts."""
         raise NotImplementedError
 
     def _predictions_at(self, rows: Tensor, columns: Tensor, targets: Tensor, **inputs) -> Predictions:
@@ -234,3 +243,16 @@ class HuggingFaceLanguageModel(LanguageModel):
                 f"model.language.kind '{self.KIND}' does not read. Leave model.language.kind out, or set "
                 "another: causal for any decoder, seq2seq for any encoder-decoder."
             )
+
+
+def up_to_end(ids: list[int], ends: list[int]) -> list[int]:
+    """The tokens of a text up to and with its end token, without what fills the row behind it."""
+    end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: end + 1]
+
+
+def _by_sample(predictions: Predictions, count: int) -> tuple[Tensor, Tensor]:
+    """The sum of the losses of each sample's tokens, [count], and how many those are, [count]."""
+    logits, targets, rows = predictions
+    losses = F.cross_entropy(logits, targets, reduction="none")  # [n]
+    return losses.new_zeros(count).index_add(0, rows, losses), torch.bincount(rows, minlength=count)

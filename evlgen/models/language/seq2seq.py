@@ -17,7 +17,7 @@ from transformers import AutoModelForSeq2SeqLM
 from evlgen.common.registry import registry
 from evlgen.models.language.causal import end_tokens, is_encoder_decoder
 from evlgen.models.language.generation import Decoding, decode_by_transformers
-from evlgen.models.language.hugging_face import IGNORED, HuggingFaceLanguageModel, Predictions
+from evlgen.models.language.hugging_face import IGNORED, HuggingFaceLanguageModel, Predictions, up_to_end
 
 
 @registry.register_language_model("seq2seq")
@@ -38,9 +38,14 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
         """What the decoder learns is ``text_out``; or, without one, ``text_in``, while the encoder reads the
         prompt."""
         texts = self._split(text_in, text_out)
-        embeds, mask = self._encoder_inputs(soft_prompts, [read for read, _ in texts])
         ids = [self._with_ends(learned, self.max_output_txt_len) for _, learned in texts]
-        labels = pad_sequence([torch.tensor(row) for row in ids], True, IGNORED)  # [B, T]
+        return self._predictions_of_tokens(soft_prompts, [read for read, _ in texts], ids)
+
+    def _predictions_of_tokens(
+        self, soft_prompts: Tensor, prompts: list[str], texts: list[list[int]]
+    ) -> Predictions:
+        embeds, mask = self._encoder_inputs(soft_prompts, prompts)
+        labels = pad_sequence([torch.tensor(row) for row in texts], True, IGNORED)  # [B, T]
         rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
         self._check_something_is_learned(len(rows))
         self._check_length(labels.shape[1], "model.max_output_txt_len")
@@ -56,9 +61,9 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
         )
 
     @torch.no_grad()
-    def generate(self, soft_prompts: Tensor, prompts: list[str], **options) -> list[str]:
+    def generate_tokens(self, soft_prompts: Tensor, prompts: list[str], **options) -> list[list[int]]:
         """What the decoder writes, up to its end token or ``max_length`` new tokens. See
-        `CausalLanguageModel.generate`."""
+        `CausalLanguageModel.generate_tokens`."""
         options = Decoding(**options)
         embeds, mask = self._encoder_inputs(soft_prompts, prompts)
         self._check_length(1 + options.max_length, "max_length (run.max_len)")
@@ -66,7 +71,11 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
         ids = decode_by_transformers(
             self.model, embeds, mask.to(embeds.device), options, ends, self.pad_token_id
         )
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return [up_to_end(row, ends) for row in ids[:, 1:].tolist()]  # without the start token
+
+    def texts(self, tokens: list[list[int]]) -> list[str]:
+        """What is written in tokens of `generate_tokens`."""
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def _encoder_inputs(self, soft_prompts: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Embeddings [B, M + L, C] and their mask [B, M + L], 0 for padding, on the CPU."""

@@ -52,6 +52,20 @@ def test_the_loss_is_transformers_own_over_the_output(model, soft_prompts):
 
 
 @torch.no_grad()
+def test_losses_of_tokens_are_those_of_the_choices_that_wrote_them(model, soft_prompts):
+    soft = soft_prompts(model)
+    torch.manual_seed(0)
+    freely = {"use_nucleus_sampling": True, "top_p": 1.0, "top_k": None, "min_length": 0, "max_length": 4}
+    texts = model.generate_tokens(soft, QUESTIONS, **freely)
+    losses, counts = model.token_losses(soft, QUESTIONS, texts)
+    assert counts.tolist() == [len(text) for text in texts]
+    for i, embeds in enumerate(encoder_inputs(model, soft, QUESTIONS)):
+        labels = torch.tensor([texts[i]])
+        expected = model.model(inputs_embeds=embeds, labels=labels).loss.item() * labels.numel()
+        assert losses[i].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@torch.no_grad()
 def test_a_caption_is_what_the_decoder_learns(seq2seq_folder, soft_prompts):
     model = Seq2SeqLanguageModel(str(seq2seq_folder("t5")), prompt="a photo of").eval()
     soft = soft_prompts(model)
