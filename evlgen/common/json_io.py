@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from evlgen.common.errors import EVLGenError
@@ -25,8 +27,15 @@ def read_json(
     Raises:
         error: missing, too large, not text, not JSON (with line and column), nested beyond reason.
     """
-    try:
+    with json_errors(path, error, what):
         return json.loads(read_bytes(path, max_bytes).decode("utf-8"))
+
+
+@contextlib.contextmanager
+def json_errors(path: str | os.PathLike, error: type[EVLGenError], what: str) -> Iterator[None]:
+    """Raises whatever reading and parsing a JSON file raises as ``error``; see `read_json`."""
+    try:
+        yield
     except json.JSONDecodeError as cause:
         raise error(
             f"{what} {path} is not JSON: {cause.msg} at line {cause.lineno}, column {cause.colno}. "

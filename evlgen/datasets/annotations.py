@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import PureWindowsPath
 from typing import Any
 
 from evlgen.common.errors import DataError, did_you_mean
-from evlgen.common.json_io import read_json
+from evlgen.common.io import read_bytes
+from evlgen.common.json_io import json_errors
 
+_WHAT = "annotation"
 _NO_TEXT = re.compile("[\x00\ud800-\udfff]")
+_NO_UTF8 = re.compile("[\udc80-\udcff]")  # what Python's "surrogateescape" makes of bytes that are not UTF-8
+_SPACE = re.compile(r"[ \t\n\r]*")  # of JSON
+_FEW = 0.01  # of the records may point into folders that are not there: those are skipped, as others are
 
 
 def read_annotation(path: str | os.PathLike) -> Any:
@@ -23,48 +29,31 @@ def read_annotation(path: str | os.PathLike) -> Any:
     Raises:
         DataError: the file is missing, not text, or not JSON (with line and column).
     """
-    return read_json(path, DataError, "annotation", max_bytes=None)
+    return _parsed(path, _read_text(path))
 
 
-def read_records(path: str | os.PathLike, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """A JSON list of mappings that all have ``keys``.
-
-    Raises:
-        DataError: another layout, an empty list, or a record without one of the keys.
-    """
-    records = read_annotation(path)
-    if not isinstance(records, list):
-        raise DataError(f"annotation {path} must be a list of records, not {describe(records)}.")
-    if not records:
-        raise DataError(f"annotation {path} has no records: it can be neither trained on nor scored.")
-    for index, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise DataError(
-                f"record {index} of {path} must be a mapping with {_listed(keys)}, not {describe(record)}."
-            )
-        for key in keys:
-            if key not in record:
-                raise DataError(
-                    f"record {index} of {path} has no '{key}'; it has {_listed(record) or 'no keys'}."
-                    f"{did_you_mean(key, islice(record, 100))}"
-                )
-    return records
+def open_annotation(path: str | os.PathLike) -> Any:
+    """As `read_annotation`, but a list comes as an iterator over its items, each parsed when it is asked for:
+    the records of a large file are not all there at once."""
+    text = _read_text(path)
+    return _list_items(path, text) if _SPACE.match(text).end() == text.find("[") else _parsed(path, text)
 
 
 def check_folders(names: Iterable[str], root: str | os.PathLike, what: str, remedy: str) -> None:
-    """Raises `DataError` when a folder that file names (relative to ``root``) point into is not there.
+    """Raises `DataError` when folders that file names (relative to ``root``) point into are not there, and
+    more than a few names do.
 
     Args:
-        what: what the folder holds, for messages: ``image``.
+        what: what the folders hold, for messages: ``image``.
     """
     folders = Counter(os.path.dirname(name) for name in names)
-    for folder, count in sorted(folders.items()):
-        path = os.path.join(root, folder)
-        if not os.path.isdir(path):
-            raise DataError(
-                f"{what} folder {path} is missing: {count} of {folders.total()} records "
-                f"point into it. {remedy}"
-            )
+    missing = [folder for folder in folders if not os.path.isdir(os.path.join(root, folder))]
+    if sum(folders[folder] for folder in missing) > _FEW * folders.total():
+        folder = max(missing, key=folders.get)
+        raise DataError(
+            f"{what} folder {os.path.join(root, folder)} is missing: {folders[folder]} of {folders.total()} "
+            f"records point into it. {remedy}"
+        )
 
 
 def text_problem(text: str) -> str | None:
@@ -72,7 +61,16 @@ def text_problem(text: str) -> str | None:
     found = _NO_TEXT.search(text)
     if found is None:
         return None
-    return "a null byte" if found.group() == "\0" else "half of a surrogate pair"
+    if found.group() == "\0":
+        return "a null byte"
+    return "bytes that are not UTF-8" if _NO_UTF8.match(found.group()) else "half of a surrogate pair"
+
+
+def is_id(value: Any) -> bool:
+    """Whether an id is a number or a text, such as they are written: no null byte, no 4,000 digits."""
+    if isinstance(value, str):
+        return text_problem(value) is None
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def check_inside(images: Iterable[str], path: str | os.PathLike) -> None:
@@ -90,10 +88,21 @@ def check_inside(images: Iterable[str], path: str | os.PathLike) -> None:
             )
 
 
+def has_keys(record: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """Raises `DataError` naming the first of the keys that a record lacks."""
+    for key in keys:
+        if key not in record:
+            raise DataError(
+                f"it has no '{key}' but {listed(record) or 'no keys'}."
+                f"{did_you_mean(key, islice(map(str, record), 100))}",
+                "bad record",
+            )
+
+
 def describe(value: Any) -> str:
     """A JSON value in a few words, for messages."""
     if isinstance(value, Mapping):
-        return f"a mapping with {_listed(value)}" if value else "an empty mapping"
+        return f"a mapping with {listed(value)}" if value else "an empty mapping"
     text = json.dumps(_pruned(value), ensure_ascii=True)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
@@ -111,6 +120,50 @@ def _pruned(value: Any, depth: int = 3) -> Any:
     return value
 
 
-def _listed(names: Iterable[Any], most: int = 8) -> str:
+def listed(names: Iterable[Any], most: int = 8) -> str:
+    """The first of some names, quoted, for messages."""
     names = [repr(str(name)[:50]) for name in islice(names, most + 1)]
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _read_text(path: str | os.PathLike) -> str:
+    """The text of a file, with or without a byte order mark. What is not UTF-8 in it comes as surrogates, so
+    that the records that have it are bad, not the file; see `text_problem`."""
+    with json_errors(path, DataError, _WHAT):
+        return read_bytes(path).decode("utf-8-sig", "surrogateescape")
+
+
+def _parsed(path: str | os.PathLike, text: str) -> Any:
+    with json_errors(path, DataError, _WHAT), _utf8_errors(text):
+        return json.loads(text)
+
+
+def _list_items(path: str | os.PathLike, text: str) -> Iterator[Any]:
+    parse = json.JSONDecoder().raw_decode
+    with json_errors(path, DataError, _WHAT), _utf8_errors(text):
+        start = _SPACE.match(text, text.index("[") + 1).end()
+        end = start if text.startswith("]", start) else None
+        while end is None:
+            item, at = parse(text, start)
+            yield item
+            at = _SPACE.match(text, at).end()
+            if text.startswith(",", at):
+                start = _SPACE.match(text, at + 1).end()
+            elif text.startswith("]", at):
+                end = at
+            else:
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+        if (rest := _SPACE.match(text, end + 1).end()) < len(text):
+            raise json.JSONDecodeError("Extra data", text, rest)
+
+
+@contextlib.contextmanager
+def _utf8_errors(text: str) -> Iterator[None]:
+    """Where a text is no JSON and was no UTF-8, the latter is why."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        if not (found := _NO_UTF8.search(text)):
+            raise
+        start = len(text[: found.start()].encode())
+        raise UnicodeDecodeError("utf-8", b"", start, start + 1, "not UTF-8") from error

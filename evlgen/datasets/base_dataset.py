@@ -136,6 +136,11 @@ class BaseDataset(Dataset):
         """The answers that ranking chooses from for every question; empty where there is no such list."""
         return []
 
+    def domains(self) -> dict[int | str, str]:
+        """The part of the dataset that each picture belongs to, by image id, for scores of each part; empty
+        where there are no parts."""
+        return {}
+
     def picture(self, index: int) -> Image.Image | None:
         """The picture of a record as a person sees it, for sheets of results; None where there is none."""
         return None
@@ -177,16 +182,24 @@ class MediaDataset(BaseDataset):
 
     def load_visual(self, index: int) -> torch.Tensor:
         draft_size = getattr(self.vis_processor, "draft_size", None)
-        return self.vis_processor(self.media.open(self.records[index]["visual"], draft_size))
+        return self.vis_processor(self.media.open(self._visual(index), draft_size))
 
     def visual_source(self, index: int) -> Hashable:
-        return self.media.source(self.records[index]["visual"])
+        record = self.records[index]
+        return record.id if isinstance(record, BadRecord) else self.media.source(record["visual"])
 
     def picture(self, index: int) -> Image.Image:
-        return self.media.picture(self.records[index]["visual"])
+        return self.media.picture(self._visual(index))
 
     def sample_id(self, index: int) -> str:
-        return self.records[index]["visual"]
+        record = self.records[index]
+        return record.id if isinstance(record, BadRecord) else record["visual"]
+
+    def _visual(self, index: int) -> str:
+        record = self.records[index]
+        if isinstance(record, BadRecord):
+            raise DataError(record.reason, record.cause)
+        return record["visual"]
 
 
 def collate(samples: Sequence[Mapping[str, Any] | Skipped]) -> dict[str, Any]:

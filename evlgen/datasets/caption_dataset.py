@@ -1,126 +1,194 @@
-"""Pictures with captions in Karpathy's JSON layout, for training and for scoring.
+"""Captioned pictures and clips: records in any of the published layouts, for training and for scoring.
 
-Training files are ``[{"image", "caption", "image_id"}]``, others ``[{"image", "caption": [..]}]``. Either
-layout is read for either purpose: training sees one sample per caption, scoring one per picture.
+``[{"image", "caption", "image_id"}]``, one record for each caption, and ``[{"image", "caption": [..]}]``,
+one for each picture, are Karpathy's files as LAVIS distributes them and what most datasets use; clips have
+``video`` in place of ``image``; nocaps has ``img_id``, and no captions. COCO's own layout is ``{"images",
+"annotations"}``. Any is read for either purpose: training sees one sample per caption, scoring one per
+picture.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
+
 from evlgen.common.errors import DataError
-from evlgen.datasets.annotations import describe, read_annotation, read_records, text_problem
-from evlgen.datasets.base_dataset import MediaDataset
+from evlgen.datasets.annotations import (
+    describe,
+    has_keys,
+    is_id,
+    open_annotation,
+    read_annotation,
+    text_problem,
+)
+from evlgen.datasets.base_dataset import BadRecord, MediaDataset
+from evlgen.datasets.coco_format import coco_items, is_coco_format
 from evlgen.datasets.media import Media
+from evlgen.datasets.packed import PackedRecords
+from evlgen.datasets.records import good, refuse_bad, sift
 from evlgen.processors.base_processor import BaseProcessor
 
+_BAD = "bad record"
+
 References = dict[int | str, list[str]]
+Records = Sequence[Mapping[str, Any] | BadRecord]
 
 
 class CaptionDataset(MediaDataset):
-    """One sample per caption: ``image`` float32 [3, H, W], ``text_input``, ``image_id``, ``instance_id``.
+    """One sample per caption: ``image`` float32 [3, H, W] (a clip: [3, T, H, W]), ``text_input``,
+    ``image_id``, ``instance_id``.
 
     Args:
-        records: of `read_caption_records`.
+        records: mappings with ``visual``, a file name; ``caption``, a text or a list of them; ``image_id``
+            where they have one; or `BadRecord`s.
         media: where pictures or clips are read.
-        vis_processor: Pillow image -> tensor.
+        vis_processor: what ``media`` opens -> tensor.
         text_processor: caption -> text to learn.
+
+    Raises:
+        DataError: no record has a caption.
     """
 
     def __init__(
-        self,
-        records: Sequence[Mapping[str, Any]],
-        media: Media,
-        vis_processor: BaseProcessor,
-        text_processor: BaseProcessor,
+        self, records: Records, media: Media, vis_processor: BaseProcessor, text_processor: BaseProcessor
     ) -> None:
-        super().__init__(one_per_caption(records), media, vis_processor, text_processor)
+        super().__init__(PackedRecords(one_per_caption(records)), media, vis_processor, text_processor)
+        refuse_bad(self.records)
 
     def load_text(self, index: int) -> dict[str, Any]:
         record = self.records[index]
         return {
             "text_input": self.text_processor(record["caption"]),
-            "image_id": record["image_id"],
+            "image_id": _id(record),
             "instance_id": str(index),
         }
 
     def references(self) -> References:
         found: References = {}
-        for record in self.records:
-            found.setdefault(record["image_id"], []).append(record["caption"])
+        for record in good(self.records):
+            found.setdefault(_id(record), []).append(record["caption"])
         return found
 
 
 class CaptionEvalDataset(MediaDataset):
-    """One sample per picture: ``image`` float32 [3, H, W], ``image_id``, ``instance_id``.
+    """One sample per picture: ``image`` float32 [3, H, W] (a clip: [3, T, H, W]), ``image_id``,
+    ``instance_id``.
+
+    Where no record has a caption, and no references are given, captions can be written and not scored. Else a
+    picture without any is a `BadRecord`, and so is the second of two with the same image id.
 
     Args:
-        records: of `read_caption_records`.
+        records: see `CaptionDataset`; captions may be missing.
         media: where pictures or clips are read.
-        vis_processor: Pillow image -> tensor.
+        vis_processor: what ``media`` opens -> tensor.
         text_processor: not applied to references; kept for tasks that ask for it.
-        references: captions to score against instead of those in the records, by image id.
+        references: captions to score against instead of those in the records, by image id. Where they have
+            ids as numbers and the records as text, or the other way round, theirs are taken: results are
+            compared with them.
+        domains: the part of the dataset that a picture belongs to, by image id; see `BaseDataset.domains`.
 
     Raises:
-        DataError: ``references`` lacks a picture, or two pictures have the same image id.
+        DataError: not one record makes a sample.
     """
 
     def __init__(
         self,
-        records: Sequence[Mapping[str, Any]],
+        records: Records,
         media: Media,
         vis_processor: BaseProcessor,
         text_processor: BaseProcessor | None = None,
         references: References | None = None,
+        domains: Mapping[int | str, str] | None = None,
     ) -> None:
-        super().__init__(one_per_image(records), media, vis_processor, text_processor)
+        pictures = one_per_image(records, references)
+        super().__init__(PackedRecords(pictures), media, vis_processor, text_processor)
+        refuse_bad(pictures)
         self._ground_truth = references
-        for record in self.records if references is not None else ():
-            if record["image_id"] not in references:
-                raise DataError(
-                    f"the ground truth has no caption for image_id {record['image_id']!r} "
-                    f"({record['visual']}). Take another file, or none: the annotation's captions serve then."
-                )
+        self._domains = domains or {}
 
     def load_text(self, index: int) -> dict[str, Any]:
-        return {"image_id": self.records[index]["image_id"], "instance_id": str(index)}
+        return {"image_id": _id(self.records[index]), "instance_id": str(index)}
 
     def references(self) -> References:
-        if self._ground_truth is None:
-            return {record["image_id"]: record["caption"] for record in self.records}
-        return {record["image_id"]: self._ground_truth[record["image_id"]] for record in self.records}
+        pictures = {_id(record): record["caption"] for record in good(self.records)}
+        if self._ground_truth is not None:
+            return {image_id: self._ground_truth[image_id] for image_id in pictures}
+        return {image_id: captions for image_id, captions in pictures.items() if captions}
+
+    def domains(self) -> dict[int | str, str]:
+        own = (_id(record) for record in good(self.records))
+        return {image_id: self._domains[image_id] for image_id in own if image_id in self._domains}
 
 
-def read_caption_records(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of a Karpathy file: ``visual`` is the file name of the picture or clip, ``caption`` a text
-    or a list of texts, ``image_id`` may be there.
+def read_caption_records(
+    path: str | os.PathLike, captioned: bool = True, root: Path | None = None
+) -> PackedRecords:
+    """The records of a file in one of the layouts above: ``visual``, the file name of the picture or clip;
+    ``caption``, a list of texts; ``image_id`` where there is one. A record that has not all of this is a
+    `BadRecord` in its place, and so is every empty caption.
+
+    Args:
+        captioned: a record without captions is bad; if not, its ``caption`` is an empty list.
+        root: the media folder, where COCO's own files need it; see `coco_items`.
 
     Raises:
-        DataError: names the file, the record and what is wrong with it.
+        DataError: the file cannot be read, has another layout, or no record is good. Names the file, the
+            first record and what is wrong with it.
     """
-    records = read_records(path, ("caption",))
-    key = "video" if "video" in records[0] else "image"
-    for index, record in enumerate(records):
-        place = f"record {index} of {path}"
-        if key not in record:
-            raise DataError(f"{place} has no '{key}'; it has {', '.join(map(repr, record))}.")
-        visual, caption, image_id = record.pop(key), record["caption"], record.get("image_id", 0)
-        record["visual"] = visual
-        if not isinstance(visual, str) or not visual or text_problem(visual):
-            raise DataError(f"{place}: '{key}' must be a file name, not {describe(visual)}.")
-        texts = caption if isinstance(caption, list) else [caption]
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise DataError(f"{place}: 'caption' must be text or a list of it, not {describe(caption)}.")
-        for text in texts:
-            if problem := text_problem(text):
-                raise DataError(f"{place}: 'caption' holds {problem}: {describe(text)}.")
-        if not _is_id(image_id):
-            raise DataError(f"{place}: 'image_id' must be a number or text, not {describe(image_id)}.")
-    return records
+    content, what = open_annotation(path), "record"
+    if is_coco_format(content):
+        content, what = coco_items(content, path, root), "image"
+    elif not isinstance(content, Iterator):
+        raise DataError(
+            f"annotation {path} must be a list of records, or {{'images': [..], 'annotations': [..]}} as "
+            f"COCO's own files are, not {describe(content)}."
+        )
+    return sift(content, path, lambda item, place: _parse(item, place, captioned), what)
+
+
+def _parse(item: Any, place: str, captioned: bool) -> Iterator[dict[str, Any] | BadRecord]:
+    if not isinstance(item, Mapping):
+        raise DataError(f"it must be a mapping with 'image' and 'caption', not {describe(item)}.", _BAD)
+    key = "video" if "video" in item else "image"
+    has_keys(item, (key, "caption") if captioned else (key,))
+    record = {"visual": _file_name(item[key], key), "caption": []}
+    image_id = item.get("image_id", item.get("img_id"))
+    if image_id is not None:
+        if not is_id(image_id):
+            raise DataError(f"'image_id' must be a number or text, not {describe(image_id)}.", _BAD)
+        record["image_id"] = image_id
+    caption = item.get("caption")
+    texts = caption if isinstance(caption, list) else [] if caption is None else [caption]
+    problems = [problem for text in texts if (problem := _caption_problem(text))]
+    record["caption"] = [text for text in texts if not _caption_problem(text)]
+    if record["caption"] or not (captioned or problems):
+        yield record
+    elif not problems:
+        raise DataError("it has no caption.", "no caption")
+    yield from (BadRecord(place, reason, cause) for reason, cause in problems)
+
+
+def _file_name(value: Any, key: str) -> str:
+    if not isinstance(value, str) or not value or text_problem(value):
+        raise DataError(f"'{key}' must be a file name, not {describe(value)}.", _BAD)
+    return value
+
+
+def _caption_problem(text: Any) -> tuple[str, str] | None:
+    """What is wrong with a caption, and the `DataError.cause` of it; None where it can be learned."""
+    if not isinstance(text, str):
+        return f"'caption' must be text or a list of it, not {describe(text)}.", _BAD
+    if not text.strip():
+        return "its caption is empty.", "empty caption"
+    if problem := text_problem(text):
+        return f"its caption holds {problem}: {describe(text)}.", "damaged text"
+    return None
 
 
 def read_ground_truth(path: str | os.PathLike) -> References:
@@ -134,7 +202,7 @@ def read_ground_truth(path: str | os.PathLike) -> References:
     try:
         for annotation in content["annotations"]:
             image_id, caption = annotation["image_id"], annotation["caption"]
-            if not _is_id(image_id) or not isinstance(caption, str) or text_problem(caption):
+            if not is_id(image_id) or not isinstance(caption, str) or text_problem(caption):
                 raise TypeError(f"{image_id!r:.40}: {caption!r:.40}")
             found.setdefault(image_id, []).append(caption)
     except (KeyError, TypeError) as error:
@@ -145,67 +213,130 @@ def read_ground_truth(path: str | os.PathLike) -> References:
     return found
 
 
-def one_per_caption(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Records with exactly ``visual``, ``caption`` (one text) and ``image_id``, in the captions' order."""
-    ids = image_ids(records)
-    return [
-        {"visual": record["visual"], "caption": caption, "image_id": ids[record["visual"]]}
-        for record in records
-        for caption in _texts(record)
-    ]
+def read_domains(path: str | os.PathLike) -> dict[int | str, str]:
+    """The domain of each image by its id, from a ground truth whose images have one:
+    ``{"images": [{"id", "domain"}]}``, as nocaps' do. Empty where they have none."""
+    content = read_annotation(path)
+    images = content["images"] if is_coco_format(content) else []
+    return {
+        image["id"]: image["domain"]
+        for image in images
+        if isinstance(image, Mapping) and is_id(image.get("id")) and isinstance(image.get("domain"), str)
+    }
 
 
-def one_per_image(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Records with exactly ``visual``, ``caption`` (all its texts), ``image_id``, in the pictures' order."""
-    captions: dict[str, list[str]] = {}
+def one_per_caption(records: Records) -> Iterator[dict[str, Any] | BadRecord]:
+    """Records with ``visual``, ``caption`` (one text) and, where it is another than ``visual``, ``image_id``,
+    in the captions' order."""
+    name = id_rule(records)
     for record in records:
-        captions.setdefault(record["visual"], []).extend(_texts(record))
-    ids = image_ids(records)
-    return [{"visual": image, "caption": texts, "image_id": ids[image]} for image, texts in captions.items()]
+        if isinstance(record, BadRecord):
+            yield record
+            continue
+        texts, image_id = _texts(record), name(record)
+        if not texts:
+            yield BadRecord(record["visual"], "it has no caption.", "no caption")
+        for text in texts:
+            yield _named({"visual": record["visual"], "caption": text}, image_id)
 
 
-def image_ids(records: Sequence[Mapping[str, Any]]) -> dict[str, int | str]:
-    """An id for every file name: its records' ``image_id``; else the number at the end of the name, as COCO
-    counts its pictures; else, where a name has no number or two have the same, the names themselves.
-
-    Raises:
-        DataError: two pictures carry the same ``image_id``.
-    """
-    given = {record["visual"]: record.get("image_id") for record in records}
-    if None not in given.values():
-        _check_distinct(given)
-        return given
-    numbers = {image: _number_at_end(image) for image in given}
-    if None in numbers.values() or len(set(numbers.values())) < len(numbers):
-        return {image: image for image in given}
-    return numbers
-
-
-def _check_distinct(ids: Mapping[str, int | str]) -> None:
-    if len(set(ids.values())) == len(ids):
-        return
+def one_per_image(
+    records: Records, references: Mapping[int | str, Any] | None = None
+) -> list[dict[str, Any] | BadRecord]:
+    """Records with ``visual``, ``caption`` (all its texts) and, where it is another than ``visual``,
+    ``image_id``, in the pictures' order; see `CaptionEvalDataset` for those that become `BadRecord`s."""
+    name = id_rule(records)
+    found: list[dict[str, Any] | BadRecord] = []
+    places: dict[str, int] = {}
     owners: dict[int | str, str] = {}
-    for image, image_id in ids.items():
-        if image_id in owners:
-            raise DataError(
-                f"image_id {image_id!r} is given to two pictures, {owners[image_id]} and {image}. "
-                "Give every picture its own, or leave image_id out."
-            )
-        owners[image_id] = image
+    for record in records:
+        if isinstance(record, BadRecord):
+            found.append(record)
+            continue
+        visual = record["visual"]
+        if visual in places:
+            known = found[places[visual]]
+            if not isinstance(known, BadRecord):
+                known["caption"] += _texts(record)
+            continue
+        places[visual] = len(found)
+        image_id = name(record) if references is None else _known_as(name(record), references)
+        if image_id is None:
+            reason = f"the ground truth has no caption for image_id {name(record)!r}."
+            found.append(BadRecord(visual, reason, "no caption"))
+        elif (owner := owners.setdefault(image_id, visual)) != visual:
+            reason = f"its image_id {image_id!r} is that of {owner} too. Give every picture its own, or none."
+            found.append(BadRecord(visual, reason, "duplicate id"))
+        else:
+            found.append(_named({"visual": visual, "caption": [*_texts(record)]}, image_id))
+    return found if references is not None else _captioned(found)
 
 
-def _is_id(value: Any) -> bool:
-    """Whether an image id is a number or a text, such as they are written: no null byte, no 4,000 digits."""
-    if isinstance(value, str):
-        return text_problem(value) is None
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+def id_rule(records: Iterable[Mapping[str, Any] | BadRecord]) -> Callable[[Mapping[str, Any]], int | str]:
+    """How the pictures of records are called: by their ``image_id``, where every record has one; else by the
+    number at the end of the file name, as COCO counts its pictures; else, where a name has no number or two
+    have the same, by the file names themselves.
+
+    Of each record no more is kept in memory than two numbers.
+    """
+    names, numbers, given = array("q"), array("q"), True
+    for record in good(records):
+        given = given and record.get("image_id") is not None
+        number = number_at_end(record["visual"])
+        names.append(hash(record["visual"]))
+        numbers.append(-1 if number is None else number)
+    if given:
+        return lambda record: record["image_id"]
+    if _one_to_one(np.frombuffer(names, dtype=np.int64), np.frombuffer(numbers, dtype=np.int64)):
+        return lambda record: number_at_end(record["visual"])
+    return lambda record: record["visual"]
 
 
-def _number_at_end(image: str) -> int | None:
-    digits = re.search(r"[0-9]+$", PurePath(image).stem)
+def number_at_end(name: str) -> int | None:
+    """The number that a file name ends with, its suffix aside."""
+    digits = re.search(r"[0-9]+$", PurePath(name).stem)
     return int(digits.group()) if digits and len(digits.group()) <= 18 else None
 
 
+def _one_to_one(names: np.ndarray, numbers: np.ndarray) -> bool:
+    """Whether no number (-1: none) stands beside two names."""
+    order = np.argsort(numbers, kind="stable")
+    names, numbers = names[order], numbers[order]
+    shared = (numbers[1:] == numbers[:-1]) & (names[1:] != names[:-1])
+    return not shared.any() and (not len(numbers) or int(numbers[0]) >= 0)
+
+
+def _captioned(pictures: list[dict[str, Any] | BadRecord]) -> list[dict[str, Any] | BadRecord]:
+    """Where some pictures have captions, the others cannot be scored with them."""
+    if not any(picture["caption"] for picture in good(pictures)):
+        return pictures
+    return [
+        BadRecord(picture["visual"], "it has no caption.", "no caption")
+        if not isinstance(picture, BadRecord) and not picture["caption"]
+        else picture
+        for picture in pictures
+    ]
+
+
+def _known_as(image_id: int | str, references: Mapping[int | str, Any]) -> int | str | None:
+    """The id as references have it, number or text; None where they have neither."""
+    if image_id in references:
+        return image_id
+    if isinstance(image_id, int):
+        other = str(image_id)
+    else:
+        other = int(image_id) if re.fullmatch("[0-9]{1,18}", image_id) else None
+    return other if other in references else None
+
+
+def _named(record: dict[str, Any], image_id: int | str) -> dict[str, Any]:
+    return record if image_id == record["visual"] else {**record, "image_id": image_id}
+
+
+def _id(record: Mapping[str, Any]) -> int | str:
+    return record.get("image_id", record["visual"])
+
+
 def _texts(record: Mapping[str, Any]) -> list[str]:
-    caption = record["caption"]
-    return caption if isinstance(caption, list) else [caption]
+    caption = record.get("caption")
+    return caption if isinstance(caption, list) else [] if caption is None else [caption]

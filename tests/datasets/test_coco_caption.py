@@ -14,8 +14,9 @@ from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.io import PACKAGE_ROOT
 from evlgen.common.registry import registry
 from evlgen.common.schema import check_section
+from evlgen.datasets.base_dataset import Skipped
 from evlgen.datasets.caption_builders import CaptionBuilder
-from evlgen.datasets.caption_dataset import image_ids
+from evlgen.datasets.caption_dataset import id_rule
 
 TRAIN = [
     {"image": "train2014/COCO_train2014_000000000009.jpg", "caption": "A red bus.", "image_id": "coco_9"},
@@ -98,18 +99,24 @@ def test_training_layout_can_be_scored_and_the_other_way_round(root) -> None:
 
 def test_ids_are_numbers_only_where_those_tell_pictures_apart() -> None:
     def ids(*names: str) -> list:
-        return list(image_ids([{"visual": name} for name in names]).values())
+        records = [{"visual": name} for name in names]
+        return list(map(id_rule(records), records))
 
-    assert ids("a/COCO_val2014_000000000042.jpg", "b/7.jpg") == [42, 7]
+    assert ids("a/COCO_val2014_000000000042.jpg", "b/7.jpg", "b/7.jpg") == [42, 7, 7]
     assert ids("a/1.jpg", "b/1.jpg") == ["a/1.jpg", "b/1.jpg"]
     assert ids("dog.jpg", "1.jpg") == ["dog.jpg", "1.jpg"]
     assert ids("a.jpg.jpg", "gg.jpg") == ["a.jpg.jpg", "gg.jpg"]
 
 
-def test_two_pictures_with_one_given_id_are_refused(root) -> None:
-    write(annotation(root, "val"), [{**record, "image_id": 5} for record in VAL])
-    with pytest.raises(DataError, match=r"image_id 5 is given to two pictures, .*042\.jpg and .*895\.jpg"):
-        builder(root).get_split("val")
+def test_the_second_picture_with_a_given_id_is_skipped_in_scoring_and_learned_in_training(root) -> None:
+    records = [{**record, "image_id": 5} for record in VAL]
+    write(annotation(root, "val"), records)
+    write(annotation(root), records)
+    first, second = (builder(root).get_split("val")[i] for i in range(2))
+    assert first["image_id"] == 5
+    assert (second.index, second.id, second.cause) == (1, VAL[1]["image"], "duplicate id")
+    assert f"image_id 5 is that of {VAL[0]['image']} too" in second.reason
+    assert [sample["image_id"] for sample in builder(root).get_split("train")] == [5, 5, 5]
 
 
 def test_ground_truth_file_is_used_where_it_is(root) -> None:
@@ -120,14 +127,65 @@ def test_ground_truth_file_is_used_where_it_is(root) -> None:
     assert datasets["test"].references()[42] == ["Two dogs", "dogs"]
 
 
-def test_ground_truth_without_a_picture_or_of_another_layout_is_named(root) -> None:
+def test_a_picture_that_the_ground_truth_lacks_is_skipped_and_a_ground_truth_of_others_refused(root) -> None:
     path = root / "coco_gt/coco_karpathy_val_gt.json"
     write(path, {"annotations": [{"image_id": 42, "caption": "x"}]})
-    with pytest.raises(DataError, match="no caption for image_id 391895"):
+    dataset = builder(root).get_split("val")
+    assert dataset.references() == {42: ["x"]}
+    assert "no caption for image_id 391895" in dataset[1].reason and dataset[1].cause == "no caption"
+    write(path, {"annotations": [{"image_id": 7, "caption": "x"}]})
+    with pytest.raises(DataError, match=r"COCO_val2014_000000000042\.jpg: the ground truth has no .* all 2"):
         builder(root).get_split("val")
+
+
+def test_a_ground_truth_of_another_layout_is_named(root) -> None:
+    path = root / "coco_gt/coco_karpathy_val_gt.json"
     write(path, {"42": ["x"]})
     with pytest.raises(DataError, match=r"ground truth .*val_gt\.json must be .*it is a mapping with '42'"):
         builder(root).get_split("val")
+
+
+@pytest.mark.parametrize(("own", "theirs"), [("42", 42), (42, "42"), (42, 42), ("video1", "video1")])
+def test_ids_are_those_of_the_ground_truth_as_number_or_text(root, own, theirs) -> None:
+    write(annotation(root, "val"), [{"image": VAL[0]["image"], "image_id": own}])
+    truth = {"annotations": [{"image_id": theirs, "caption": "x"}]}
+    write(root / "coco_gt/coco_karpathy_val_gt.json", truth)
+    dataset = builder(root).get_split("val")
+    assert [dataset[0]["image_id"]] == list(dataset.references()) == [theirs]
+
+
+def test_a_bad_record_is_skipped_in_its_place_and_moves_no_other(root) -> None:
+    image = TRAIN[0]["image"]
+    content = [
+        {"image": image, "caption": "a"},
+        "x",
+        {"image": image},
+        {"image": image, "caption": " "},
+        {"image": image, "caption": ["b", "", 3, "c\0"]},
+        {"image": image, "caption": "word " * 10_000},
+    ]
+    write(annotation(root), content)
+    dataset = builder(root).get_split("train")
+    found = [
+        s.cause if isinstance(s := dataset[i], Skipped) else s["text_input"] for i in range(len(dataset))
+    ]
+    damaged = ["empty caption", "bad record", "damaged text"]
+    long = " ".join(["word"] * 50)  # what blip_caption keeps
+    assert found == ["a", "bad record", "bad record", "empty caption", "b", *damaged, long]
+    assert (
+        dataset[2].id == f"record 2 of {annotation(root)}" and "no 'caption' but 'image'" in dataset[2].reason
+    )
+    assert [dataset.sample_id(i) for i in (1, 4)] == [f"record 1 of {annotation(root)}", image]
+    write(annotation(root, "val"), content)
+    dataset = builder(root).get_split("val")
+    assert list(dataset.references().values()) == [["a", "b", content[-1]["caption"]]]
+
+
+def test_text_that_is_not_utf8_makes_one_record_bad(root) -> None:
+    text = json.dumps([{"image": TRAIN[0]["image"], "caption": c} for c in ("caf\u00e9", "cafe")])
+    annotation(root).write_bytes(text.replace("\\u00e9", "\u00e9").encode("latin-1"))
+    dataset = builder(root).get_split("train")
+    assert "bytes that are not UTF-8" in dataset[0].reason and dataset[1]["text_input"] == "cafe"
 
 
 def test_several_annotation_files_are_read_one_after_the_other(root) -> None:
@@ -196,20 +254,26 @@ def test_missing_image_folder_is_named_before_any_picture_is_read(root) -> None:
     [
         ('[{"image": "a.jpg",\n "caption": }]', r"is not JSON: .* at line 2, column 13"),
         ("<html>", r"is not JSON: .* at line 1, column 1"),
+        ('[{"image": "a.jpg", "caption": "x"}', r"is not JSON: .* at line 1, column 36"),
+        ('[{"image": "a.jpg", "caption": "x"}] 1', r"is not JSON: Extra data at line 1, column 38"),
+        ("[1,]", r"is not JSON: .* at line 1, column 4"),
         ([], r"has no records"),
+        ({"a": 1}, r"must be a list of records, or .*, not a mapping with 'a'"),
+        ({"images": [], "annotations": []}, r"has no images"),
         (
-            {"images": [], "annotations": []},
-            r"must be a list of records, not a mapping with 'images', 'annotations'",
+            {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [5]},
+            r"image 0 of .*: it has no caption",
         ),
-        ([TRAIN[0], "x"], r'record 1 of .* must be a mapping with \'image\', \'caption\', not "x"'),
+        ({"images": [1], "annotations": {}}, r"'annotations' must be a list"),
+        (["x", "y"], r'record 0 of .* must be a mapping with \'image\' and \'caption\', not "x".*all 2'),
         (
             [{"image": "a.jpg", "captions": ["x"]}],
-            r"record 0 of .* has no 'caption'; it has 'image', 'captions'.*mean",
+            r"record 0 of .* has no 'caption' but 'image', 'captions'.*mean",
         ),
-        ([{"caption": "x"}], r"record 0 of .* has no 'image'; it has 'caption'"),
+        ([{"caption": "x"}], r"record 0 of .* has no 'image' but 'caption'"),
         ([{"image": 3, "caption": "x"}], r"record 0 of .*: 'image' must be a file name, not 3"),
         ([{"image": "a", "caption": 3}], r"'caption' must be text or a list of it, not 3"),
-        ([{"image": "a", "caption": []}], r"'caption' must be text or a list of it, not \[\]"),
+        ([{"image": "a", "caption": []}], r"it has no caption"),
         (
             [{"image": "a", "caption": "x", "image_id": [1]}],
             r"'image_id' must be a number or text, not \[1\]",
