@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from evlgen.datasets import caption_builders, question_builders, shapes_dataset  # noqa: F401 (registers)
+from evlgen.datasets import (  # noqa: F401 (registers)
+    caption_builders,
+    question_builders,
+    shapes_dataset,
+    shapes_vqa_dataset,
+    shard_builders,
+)
 from evlgen.datasets.base_builder import BaseDatasetBuilder
 from evlgen.datasets.base_dataset import BaseDataset, Skipped
 
