@@ -56,6 +56,7 @@ def run(cfg: Config, runner_class: type | None = None) -> dict[str, dict[str, fl
 
     from evlgen.common.logs import log_to_file
     from evlgen.runners.distribution import make_accelerator, peers_named
+    from evlgen.runners.mixed_plan import check_streams
 
     accelerator = make_accelerator(cfg.run)
     with contextlib.ExitStack() as stack:
@@ -66,6 +67,7 @@ def run(cfg: Config, runner_class: type | None = None) -> dict[str, dict[str, fl
             logger.info("this run writes to %s", folder)
             write_atomically(folder / "config.yaml", cfg.to_yaml())
         datasets = build_datasets(cfg, builders)
+        check_streams(cfg.run, datasets)
         set_seed(cfg.run.seed)  # before the model draws its first weights
         model = registry.get_model_class(cfg.model.arch).from_config(cfg.model, accelerator.device)
         task = registry.get_task_class(cfg.run.task)(cfg.run)
@@ -141,10 +143,11 @@ def drop_foreign_sources(cfg: Config) -> None:
 def make_builders(cfg: Config) -> dict[str, Any]:
     """The builders of all datasets of a configuration, by name. Reads no data."""
     root = cache_root(cfg.env.get("cache_root"))
-    return {
-        name: registry.get_builder_class(name)(name=name, cache_root=root, **section)
-        for name, section in cfg.datasets_plain().items()
-    }
+    builders = {}
+    for name, section in cfg.datasets_plain().items():
+        cls = registry.get_builder_class(section.pop("builder", name))
+        builders[name] = cls(name=name, cache_root=root, **section)
+    return builders
 
 
 def wanted_splits(cfg: Config) -> list[str]:
@@ -164,8 +167,19 @@ def check_splits(cfg: Config, builders: dict[str, Any]) -> None:
                 raise ConfigError(
                     f"{path} ({cfg.source(path) or 'default'}): no dataset has a split "
                     f"'{split}'.{did_you_mean(split, known)} "
-                    f"Splits: {', '.join(known)}."
+                    f"Splits: {', '.join(known)}.{_for_training_only(builders)}"
                 )
+
+
+def _for_training_only(builders: dict[str, Any]) -> str:
+    """A remark for who asks shards for another split."""
+    names = [name for name, builder in builders.items() if getattr(builder, "TRAINING_ONLY", False)]
+    if not names:
+        return ""
+    return (
+        f" {', '.join(names)}: shards, for training only. Add a dataset to validate on, or set "
+        "run.valid_splits: []."
+    )
 
 
 def check_nothing_missing(cfg: Config, builders: dict[str, Any]) -> None:
@@ -197,13 +211,16 @@ def check_nothing_missing(cfg: Config, builders: dict[str, Any]) -> None:
 
 def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str, Dataset]]:
     """Dataset name -> split -> dataset, of the splits the run touches."""
+    from evlgen.runners.mixed_plan import known_length
+
     datasets = {
         name: {split: builder.get_split(split) for split in wanted_splits(cfg) if split in builder.splits}
         for name, builder in builders.items()
     }
     for name, splits in datasets.items():
         for split, dataset in splits.items():
-            logger.info("%s/%s: %d samples", name, split, len(dataset))
+            count = known_length(dataset)
+            logger.info("%s/%s: %s samples", name, split, "an unknown number of" if count is None else count)
     return datasets
 
 

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import os
 import re
 import stat
@@ -130,6 +131,14 @@ def read_bytes(path: str | os.PathLike, max_bytes: int | None = None) -> bytes:
         raise OSError(errno.EFBIG, f"its {found.st_size} bytes are more than {max_bytes}", str(path))
     with open(path, "rb") as file:
         return file.read()
+
+
+class NamedBytes(io.BytesIO):
+    """Bytes that are read as a file, with a name for messages."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self.name = name
 
 
 @contextlib.contextmanager

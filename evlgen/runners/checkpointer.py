@@ -238,10 +238,11 @@ class Checkpointer:
         state.effort = saved.effort
         if state.data != data:
             logger.warning(
-                "the data is not that of %s (%s there, %s here): its order differs from here on",
+                "the data is not that of %s (%s there, %s here): its order differs from here on%s",
                 folder.name,
                 state.data,
                 data,
+                "; of a stream, what was trained on in its pass so far may come again" * ("shards" in data),
             )
             state.data = data
         model.load_checkpoint(folder)

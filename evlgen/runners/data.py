@@ -1,7 +1,8 @@
 """The order of the training data and the loaders.
 
 Which samples a batch holds, and every random choice made while reading a sample, are functions of (seed,
-epoch, index) alone: not of the number of workers, nor of where a run was interrupted.
+epoch, index) alone: not of the number of workers, nor of where a run was interrupted. So it is with streams
+(`mixed_plan`), by lane and ordinal.
 """
 
 from __future__ import annotations
@@ -11,13 +12,18 @@ import contextlib
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from evlgen.datasets.stream import StreamDataset
 from evlgen.runners.interruption import leave_to_parent
+
+if TYPE_CHECKING:
+    from evlgen.runners.mixed_plan import MixedPlan, StreamSlot
 
 
 @contextlib.contextmanager
@@ -111,29 +117,37 @@ class BatchPlan:
         return order
 
 
-class _SeededDataset(ConcatDataset):
-    """Reads sample ``index`` of several datasets with all random generators seeded by the pair's second half,
-    and notes what to call it in messages: ``sample_id``."""
+class _SeededDataset(Dataset):
+    """Reads a plan's (place, seed) from several datasets, with all random generators seeded, and notes what
+    to call the sample in messages: ``sample_id``. A place is an index in all map-style datasets one after the
+    other, or a `StreamSlot`."""
 
     def __init__(self, datasets: Mapping[str, Dataset]) -> None:
-        super().__init__(datasets.values())
-        self.names = list(datasets)
+        self.datasets, self.names = list(datasets.values()), list(datasets)
+        self._ends = list(accumulate(0 if isinstance(d, StreamDataset) else len(d) for d in self.datasets))
 
-    def __getitem__(self, pair: tuple[int, int]):
-        index, seed = pair
-        which = bisect.bisect_right(self.cumulative_sizes, index)
-        index -= self.cumulative_sizes[which - 1] if which else 0
-        dataset = self.datasets[which]
+    def __getitem__(self, pair: tuple[int | StreamSlot, int]):
+        place, seed = pair
         with seeded(seed):
-            sample = dataset[index]
-        if isinstance(sample, dict):
-            own = dataset.sample_id(index)
-            sample["sample_id"] = own if len(self.names) == 1 else f"{self.names[which]}: {own}"
+            which, sample = self._in_map(place) if isinstance(place, int) else self._in_stream(place)
+        if isinstance(sample, dict) and len(self.names) > 1:
+            sample["sample_id"] = f"{self.names[which]}: {sample['sample_id']}"
         return sample
+
+    def _in_map(self, index: int) -> tuple[int, Any]:
+        which = bisect.bisect_right(self._ends, index)
+        index -= self._ends[which - 1] if which else 0
+        sample = self.datasets[which][index]
+        if isinstance(sample, dict):
+            sample["sample_id"] = self.datasets[which].sample_id(index)
+        return which, sample
+
+    def _in_stream(self, slot: StreamSlot) -> tuple[int, Any]:
+        return slot.dataset, self.datasets[slot.dataset].read(slot.lane, slot.ordinal)
 
 
 def train_loader(
-    datasets: Mapping[str, Dataset], plan: BatchPlan, num_workers: int, pin_memory: bool
+    datasets: Mapping[str, Dataset], plan: BatchPlan | MixedPlan, num_workers: int, pin_memory: bool
 ) -> DataLoader:
     """An endless loader over the datasets, by name, in the plan's order."""
     return DataLoader(

@@ -20,10 +20,11 @@ from evlgen.common.errors import ConfigError, TrainingError, did_you_mean
 from evlgen.common.registry import registry
 from evlgen.models.base_model import BaseModel
 from evlgen.runners.checkpointer import Checkpointer
-from evlgen.runners.data import BatchPlan, batch_size, eval_loader, seeded, to_device, train_loader
+from evlgen.runners.data import batch_size, eval_loader, seeded, to_device, train_loader
 from evlgen.runners.distribution import Distribution, WeightedMeans, make_accelerator
 from evlgen.runners.interruption import StopRequest
 from evlgen.runners.loss_watch import LossWatch
+from evlgen.runners.mixed_plan import known_length, make_plan, one_by_one, recorded
 from evlgen.runners.optimizer import build_optimizer
 from evlgen.runners.progress import RunLog, validation_label
 from evlgen.runners.run_config import RunConfig
@@ -114,8 +115,9 @@ class Runner:
             if split in run.train_splits
         }
         self._trained = {key: dataset for key, (_, dataset) in trained.items()}
-        self.plan = BatchPlan(
-            [len(d) for d in self._trained.values()],
+        self.task.before_training(self._trained, self.distribution)
+        self.plan = make_plan(
+            list(self._trained.values()),
             run.batch_size_train,
             run.seed,
             ratios=self._ratios(list(trained.values())),
@@ -139,6 +141,7 @@ class Runner:
                 "samples": self.plan.lengths,
                 "batch_size": run.batch_size_train,
                 "processes": accelerator.num_processes,
+                **recorded(self._trained.values()),
             }
         )
         self._last_samples: dict[str, Any] | None = None
@@ -296,8 +299,8 @@ class Runner:
         self.skipped.check()
         with seeded(self.run.seed):
             for dataset in self._trained.values():
-                for index in range(len(dataset)):
-                    batch = dataset.collater([dataset[index]])
+                for sample in one_by_one(dataset):
+                    batch = dataset.collater([sample])
                     if not batch.pop("skipped", None):
                         return batch
         raise TrainingError(f"no training sample can be read; see {self.folder / 'skipped.jsonl'}.")
@@ -343,14 +346,14 @@ class Runner:
             return None
         sizes: dict[str, int] = {}
         for name, dataset in named:
-            sizes[name] = sizes.get(name, 0) + len(dataset)
+            sizes[name] = sizes.get(name, 0) + (known_length(dataset) or 1)
         for name in given:
             if name not in sizes:
                 raise ConfigError(
                     f"run.train_dataset_ratios names '{name}', which is not trained on in this run."
                     f"{did_you_mean(name, sizes)}"
                 )
-        return [given.get(name, 0.0) * len(dataset) / sizes[name] for name, dataset in named]
+        return [given.get(name, 0.0) * (known_length(d) or 1) / sizes[name] for name, d in named]
 
     # ---- evaluation ----
 

@@ -1,0 +1,149 @@
+"""The contract of streams: datasets that are too large to be shuffled by index, and come in an order of their
+own.
+
+A stream is read in *lanes*: endless sequences, side by side, of which each goes again and again through a
+part of the stream. Training batches take the lanes in turn, so that several processes can read at the same
+time, each going on where it was. What a lane holds at an ordinal follows from the seed alone, so a run that
+is resumed asks for the next ordinals and gets what it would have got.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from evlgen.common.errors import DataError
+from evlgen.datasets.base_dataset import BadRecord, BaseDataset, Skipped
+from evlgen.processors.base_processor import BaseProcessor
+
+
+class Lane(NamedTuple):
+    """One of ``count`` lanes of all processes together, whose order follows from ``seed``."""
+
+    seed: int
+    index: int
+    count: int
+
+
+class StreamDataset(BaseDataset):
+    """A dataset that is read by lane and ordinal.
+
+    A subclass defines `places`, `load_place` and `place_id`, and sets ``num_samples``. A *place* says where
+    a sample is, and is small; a `BadRecord` stands for one that cannot be read. Samples have the keys of
+    map-style ones, so that both can stand in one batch.
+
+    Attributes:
+        num_samples: how many there are; None where nobody knows.
+    """
+
+    num_samples: int | None = None
+
+    def __init__(
+        self,
+        records: Sequence[Any],
+        vis_processor: BaseProcessor,
+        text_processor: BaseProcessor | None = None,
+    ) -> None:
+        super().__init__(records, vis_processor, text_processor)
+        self._cursors: dict[Lane, _Cursor] = {}
+
+    def places(self, lane: Lane | None, number: int = 0) -> Iterator[Any]:
+        """A lane's samples in its pass of that number; with None, all samples of the stream as they lie.
+
+        Every pass of a lane has the same places in another order; those of different lanes (of one seed and
+        count) have none in common.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define places(lane, number)")
+
+    def load_place(self, place: Any) -> dict[str, Any]:
+        """The sample at a place. Raises `DataError` or `OSError` where it cannot be read."""
+        raise NotImplementedError(f"{type(self).__name__} must define load_place(place)")
+
+    def place_id(self, place: Any) -> str:
+        """What a report calls the sample at a place."""
+        raise NotImplementedError(f"{type(self).__name__} must define place_id(place)")
+
+    def __len__(self) -> int:
+        if self.num_samples is None:
+            raise DataError(f"{type(self).__name__} does not know how many samples it has.")
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> dict[str, Any] | Skipped:
+        raise TypeError(f"{type(self).__name__} is read by lane; listed() can be read by index")
+
+    def read(self, lane: Lane, ordinal: int) -> dict[str, Any] | Skipped:
+        """The sample at an ordinal of a lane, counted from 0 over all passes.
+
+        Quick for the ordinal after the last one asked for; for another one the lane's places are gone
+        through without reading samples.
+
+        Raises:
+            DataError: the stream has no samples.
+        """
+        if lane not in self._cursors:
+            self._cursors[lane] = _Cursor(self, lane)
+        return self.read_place(self._cursors[lane].place(ordinal), ordinal)
+
+    def read_place(self, place: Any, index: int) -> dict[str, Any] | Skipped:
+        """The sample at a place, or why it cannot be read; ``index`` is what `Skipped` says."""
+        if isinstance(place, BadRecord):
+            return Skipped(index, place.id, place.reason, place.cause)
+        name = self.place_id(place)
+        try:
+            return {**self.load_place(place), "sample_id": name}
+        except DataError as error:
+            return Skipped(index, name, str(error), error.cause)
+        except OSError as error:
+            return Skipped(index, name, str(error))
+
+    def listed(self) -> BaseDataset:
+        """All samples as they lie, to be read by index."""
+        return _Listed(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cursors": {}}  # another process begins its own
+
+
+class _Listed(BaseDataset):
+    """A stream's samples by index."""
+
+    def __init__(self, stream: StreamDataset) -> None:
+        super().__init__(list(stream.places(None)), stream.vis_processor, stream.text_processor)
+        self._stream = stream
+
+    def load_sample(self, index: int) -> dict[str, Any]:
+        return self._stream.load_place(self.records[index])
+
+    def sample_id(self, index: int) -> str:
+        place = self.records[index]
+        return place.id if isinstance(place, BadRecord) else self._stream.place_id(place)
+
+
+class _Cursor:
+    """Where in a lane a process is."""
+
+    def __init__(self, stream: StreamDataset, lane: Lane) -> None:
+        self._stream, self._lane = stream, lane
+        self._begin(0, 0)
+
+    def place(self, ordinal: int) -> Any:
+        """What is at an ordinal of the lane."""
+        if ordinal < self._next:
+            self._begin(0, 0)
+        while True:
+            for place in self._places:
+                self._next += 1
+                if self._next > ordinal:
+                    return place
+            length = self._next // (self._pass + 1)  # of each pass
+            if length:
+                self._begin(ordinal // length, length)
+            elif self._lane.count > 1:  # fewer samples than lanes: this one shares all of them
+                self._lane = Lane(self._lane.seed, 0, 1)
+                self._begin(0, 0)
+            else:
+                raise DataError("a stream has no samples: there is nothing to train on.")
+
+    def _begin(self, number: int, length: int) -> None:
+        self._pass, self._next = number, number * length
+        self._places = self._stream.places(self._lane, number)
