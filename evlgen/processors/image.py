@@ -25,16 +25,37 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class ImageProcessor(BaseProcessor):
-    """RGB, then the subclass's geometry and colour, then normalisation.
+class Normalisation:
+    """uint8 pixels [3, ...] -> normalised ones, float32 of the same shape.
 
     Args:
-        transform: RGB picture -> RGB picture.
         mean: of each channel, on a scale of 0..1; CLIP's when None.
         std: likewise.
 
     Raises:
         ConfigError: mean or std are not three numbers, or a std is not positive.
+    """
+
+    def __init__(self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> None:
+        # For pixels of 0..255: one subtraction and one product instead of a scaling and a normalisation.
+        self._mean = _per_channel("mean", CLIP_MEAN if mean is None else mean) * 255
+        std = _per_channel("std", CLIP_STD if std is None else std)
+        if not (std > 0).all():
+            raise ConfigError(f"std must be positive in every channel, got {std.tolist()}.")
+        self._scale = 1 / (std * 255)
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        per_channel = (3,) + (1,) * (pixels.dim() - 1)
+        pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        return pixels.sub_(self._mean.view(per_channel)).mul_(self._scale.view(per_channel))
+
+
+class ImageProcessor(BaseProcessor):
+    """RGB, then the subclass's geometry and colour, then normalisation.
+
+    Args:
+        transform: RGB picture -> RGB picture.
+        mean, std: see `Normalisation`.
     """
 
     def __init__(
@@ -44,18 +65,12 @@ class ImageProcessor(BaseProcessor):
         std: Sequence[float] | None = None,
     ) -> None:
         self.transform = transform
-        # For pixels of 0..255: one subtraction and one product instead of a scaling and a normalisation.
-        self._mean = _per_channel("mean", CLIP_MEAN if mean is None else mean) * 255
-        std = _per_channel("std", CLIP_STD if std is None else std)
-        if not (std > 0).all():
-            raise ConfigError(f"std must be positive in every channel, got {std.flatten().tolist()}.")
-        self._scale = 1 / (std * 255)
+        self._normalise = Normalisation(mean, std)
 
     def __call__(self, item: Image.Image) -> torch.Tensor:
         """Normalised pixels, float32 [3, H, W]. Raises `DataError` for anything but a Pillow image."""
-        pixels = torch.from_numpy(np.array(self.transform(to_rgb(item)))).permute(2, 0, 1)  # [3, H, W] uint8
-        pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-        return pixels.sub_(self._mean).mul_(self._scale)
+        pixels = torch.from_numpy(np.array(self.transform(to_rgb(item))))  # [H, W, 3] uint8
+        return self._normalise(pixels.permute(2, 0, 1))
 
 
 @registry.register_processor("blip2_image_train")
@@ -103,12 +118,17 @@ class BlipImageEvalProcessor(ImageProcessor):
         super().__init__(resize, mean, std)
 
 
-def _crop_and_flip(image_size: int, min_scale: float, max_scale: float) -> list[Callable]:
+def check_scales(min_scale: float, max_scale: float) -> None:
+    """Raises `ConfigError` where these are no smallest and largest share of a picture's area."""
     if not 0 < min_scale <= max_scale:
         raise ConfigError(
             f"min_scale {min_scale} and max_scale {max_scale} are shares of a picture's area: "
             "they need 0 < min_scale <= max_scale <= 1."
         )
+
+
+def _crop_and_flip(image_size: int, min_scale: float, max_scale: float) -> list[Callable]:
+    check_scales(min_scale, max_scale)
     crop = v2.RandomResizedCrop(
         (image_size, image_size), scale=(min_scale, max_scale), interpolation=v2.InterpolationMode.BICUBIC
     )
@@ -120,4 +140,4 @@ def _per_channel(name: str, values: Sequence[float]) -> torch.Tensor:
         raise ConfigError(
             f"{name} takes three numbers, one for each of red, green and blue; got {list(values)}."
         )
-    return torch.tensor([float(v) for v in values]).view(3, 1, 1)
+    return torch.tensor([float(v) for v in values])

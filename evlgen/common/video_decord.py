@@ -1,0 +1,57 @@
+"""Videos, read by decord. See `evlgen.common.video`."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator, Sequence
+
+import decord
+import numpy as np
+
+decord.logging.set_level(decord.logging.QUIET)  # else ffmpeg writes every trouble to stderr
+
+_DAY = 24 * 3600  # seconds; a time that is missing shows as millions of years before the start
+
+
+class File:
+    """An open video file.
+
+    Frames are read from the first one on, without seeking: see the module this belongs to for why. decord
+    seeks where it skips past a key frame, so it is made to skip to the frame before each, and to decode that.
+    It knows the frames to skip by their times; where these are missing, every frame is decoded.
+    """
+
+    ERRORS = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, StopIteration)
+
+    def __init__(self, file: str) -> None:
+        self._reader = decord.VideoReader(file, num_threads=1)
+        self._keys = self._reader.get_key_indices()
+        self.num_frames = len(self._reader)
+        times = self._reader.get_frame_timestamp(range(self.num_frames))[:, 0]  # seconds
+        self._has_times = len(np.unique(times)) == self.num_frames and times.min() > -_DAY
+
+    def frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        at = 0
+        for index in indices:
+            while at < index:
+                at = self._skip(at, index)
+            yield self._reader.next().asnumpy()
+            at = index + 1
+
+    def _skip(self, at: int, index: int) -> int:
+        """Goes on towards ``index``, at most to the next key frame; where it is now."""
+        if not self._has_times:
+            self._reader.next()
+            return at + 1
+        following = bisect.bisect_right(self._keys, at)
+        key = self._keys[following] if following < len(self._keys) else index + 1
+        if key > index:
+            self._reader.skip_frames(index - at)
+            return index
+        if key - 1 > at:
+            self._reader.skip_frames(key - 1 - at)
+        self._reader.next()
+        return key
+
+    def close(self) -> None:
+        self._reader = None
