@@ -26,7 +26,7 @@ from evlgen.common.config_checks import (
 )
 from evlgen.common.errors import ConfigError, did_you_mean
 from evlgen.common.io import PACKAGE_ROOT, write_atomically
-from evlgen.common.layers import MODEL_PARTS, Layer, Layers, options_layer, read_layer
+from evlgen.common.layers import MODEL_PARTS, Layer, Layers, builder_name, options_layer, read_layer
 from evlgen.common.plugins import load_entry_points, load_plugins
 from evlgen.common.registry import registry
 from evlgen.common.schema import Problems
@@ -286,16 +286,20 @@ def _model_type(layers: Layers, cls: type) -> str | None:
 
 def _with_dataset_defaults(layers: Layers) -> Layers:
     defaults = []
+    sections = layers.get("datasets") or {}
     for name in layers.section_names("datasets"):
-        if name not in registry.list_datasets():
+        builder = builder_name(name, sections.get(name))
+        if builder not in registry.list_datasets():
             continue
-        path = getattr(registry.get_builder_class(name), "DEFAULT_CONFIG", None)
+        path = getattr(registry.get_builder_class(builder), "DEFAULT_CONFIG", None)
         if path is None:
             continue
-        layer = _default_layer(path, f"dataset '{name}'", "datasets")
-        if name not in layer.content["datasets"]:
-            raise ConfigError(f"{layer.source}, the defaults of '{name}', has no `{name}` under `datasets:`.")
-        layer.content["datasets"] = {name: layer.content["datasets"][name]}
+        layer = _default_layer(path, f"dataset '{builder}'", "datasets")
+        if builder not in layer.content["datasets"]:
+            raise ConfigError(
+                f"{layer.source}, the defaults of '{builder}', has no `{builder}` under `datasets:`."
+            )
+        layer.content["datasets"] = {name: layer.content["datasets"][builder]}
         defaults.append(layer)
     return Layers([*defaults, *layers.layers], layers.resolvers)
 

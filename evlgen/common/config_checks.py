@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evlgen.common.errors import did_you_mean
-from evlgen.common.layers import PROCESSOR_SECTIONS, Layers
+from evlgen.common.layers import PROCESSOR_SECTIONS, Layers, builder_name
 from evlgen.common.registry import registry
 from evlgen.common.schema import Problems, Registered, check_section, show, unknown_key
 from evlgen.models.model_config import ModelConfig
@@ -123,17 +123,27 @@ def _check_sharding(model: Mapping[str, Any], problems: Problems) -> None:
 
 
 def check_datasets(section: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
-    """The ``datasets`` section: each builder's parameters, and the processors' parameters."""
+    """The ``datasets`` section: each builder's parameters, and the processors' parameters.
+
+    A section is called as its dataset is registered, or as one likes and names that in ``builder``.
+    """
     out = {}
+    known = registry.list_datasets()
     for name, dataset in section.items():
         path = f"datasets.{name}"
-        if name not in registry.list_datasets():
-            known = registry.list_datasets()
-            hint = did_you_mean(str(name), known)
-            problems.add(path, f"no dataset is registered under this name.{hint} Known: {', '.join(known)}")
+        builder = builder_name(name, dataset)
+        if builder not in known:
+            at, what = (
+                (path, "under this name") if builder == name else (f"{path}.builder", f"as {show(builder)}")
+            )
+            hint, remedy = did_you_mean(str(builder), known), "A name of your own needs a `builder:` of these"
+            problems.add(at, f"no dataset is registered {what}.{hint} Known: {', '.join(known)}. {remedy}")
             continue
-        cls = registry.get_builder_class(name)
-        values = check_section(dataset, cls, path, ignore=cls.FROM_FRAMEWORK, problems=problems)
+        cls = registry.get_builder_class(builder)
+        named = {"builder": builder} if builder != name else {}
+        if named or (isinstance(dataset, Mapping) and "builder" in dataset):
+            dataset = {key: value for key, value in dataset.items() if key != "builder"}
+        values = named | check_section(dataset, cls, path, ignore=cls.FROM_FRAMEWORK, problems=problems)
         for key in PROCESSOR_SECTIONS:
             if isinstance(values.get(key), Mapping):
                 values[key] = _check_processors(values[key], f"{path}.{key}", problems)

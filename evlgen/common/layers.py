@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,11 @@ def read_layer(path: Path) -> Layer:
 def options_layer(options: Sequence[str]) -> Layer:
     """The layer of ``--options``; relative paths stay relative to the working folder."""
     return Layer(OPTIONS, parse_options(options))
+
+
+def builder_name(name: str, section: Any) -> Any:
+    """The registered dataset that a section of ``datasets`` is one of: its ``builder``, else its own name."""
+    return section.get("builder", name) if isinstance(section, Mapping) else name
 
 
 def display(path: Path) -> str:

@@ -6,7 +6,6 @@ archive), of a cell of a table (see `evlgen.datasets.archive_media.cell_name`), 
 
 from __future__ import annotations
 
-import io
 import os
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
@@ -17,7 +16,7 @@ from PIL import Image
 
 from evlgen.common.errors import DataError
 from evlgen.common.images import open_image
-from evlgen.common.io import resolve
+from evlgen.common.io import NamedBytes, read_bytes, resolve
 from evlgen.common.video import Video
 from evlgen.datasets.annotations import check_folders
 from evlgen.datasets.archive_media import Container, Place, open_container, split_place
@@ -65,6 +64,13 @@ class Media:
         """Where a picture lies inside a larger file; None for one in a file of its own."""
         return None if is_address(name) else split_place(os.path.join(self.root, name))
 
+    def read(self, name: str) -> bytes:
+        """The file as it is, for copying. Raises `DataError` or `OSError`."""
+        if is_address(name):
+            return read_bytes(_fetched(name))
+        place = self.place(name)
+        return read_bytes(self.root / name) if place is None else self._container(place).read(place.member)
+
     def check(self, names: Iterable[str], remedy: str) -> None:
         """Raises `DataError` where nothing can be there: a folder that names point into is missing, an
         archive cannot be read or has none of its members."""
@@ -104,13 +110,13 @@ class ImageFiles(Media):
     def picture(self, name: str) -> Image.Image:
         return self.open(name)
 
-    def _file(self, name: str) -> Path | io.BytesIO:
+    def _file(self, name: str) -> Path | NamedBytes:
         if is_address(name):
             return _fetched(name)
         place = self.place(name)
         if place is None:
             return self.root / name
-        return _NamedBytes(self._container(place).read(place.member), os.path.join(self.root, name))
+        return NamedBytes(self._container(place).read(place.member), os.path.join(self.root, name))
 
 
 class VideoFiles(Media):
@@ -140,14 +146,6 @@ class VideoFiles(Media):
         """The frame in the middle."""
         video = self.open(name)
         return Image.fromarray(video.read([len(video) // 2])[0])
-
-
-class _NamedBytes(io.BytesIO):
-    """Bytes with a name for messages."""
-
-    def __init__(self, content: bytes, name: str) -> None:
-        super().__init__(content)
-        self.name = name
 
 
 def is_address(name: str) -> bool:

@@ -109,11 +109,11 @@ class DelimitedTable(Table):
 
     def _row(self, place: str, found: list[str] | str) -> Row | BadRecord:
         if isinstance(found, str):
-            return BadRecord(place, f"{place} cannot be read: {found}.", "bad quotes")
+            return BadRecord(place, f"its quotes cannot be read: {found}.", "bad quotes")
         if not _is_utf8(found):
-            return BadRecord(place, f"{place} is not UTF-8 text.", "not UTF-8")
+            return BadRecord(place, "it is not UTF-8 text.", "not UTF-8")
         if len(found) != len(self.columns):
-            why = f"{place} has {len(found)} fields, and the first row names {len(self.columns)}"
+            why = f"it has {len(found)} fields, and the first row names {len(self.columns)}"
             hint = (
                 f"; a text with '{self._delimiter}' in it needs quotes"
                 if len(found) > len(self.columns)
@@ -336,16 +336,16 @@ def _json_lines(path: Path) -> Iterator[Row | BadRecord]:
             try:
                 yield _record(place, json.loads(line.decode()))
             except UnicodeDecodeError:
-                yield BadRecord(place, f"{place} is not UTF-8 text.", "not UTF-8")
+                yield BadRecord(place, "it is not UTF-8 text.", "not UTF-8")
             except (ValueError, RecursionError) as error:
                 why = str(error).partition(":")[0] or "it is nested beyond reason"
-                yield BadRecord(place, f"{place} is not JSON: {why}.", "not JSON")
+                yield BadRecord(place, f"it is not JSON: {why}.", "not JSON")
 
 
 def _record(place: str, record: Any) -> Row | BadRecord:
     if isinstance(record, dict):
         return Row(place, record)
-    return BadRecord(place, f"{place} must be a mapping, not {describe(record)}.")
+    return BadRecord(place, f"it must be a mapping, not {describe(record)}.")
 
 
 def _keys(records: Iterable[Mapping[str, Any]]) -> list[str]:

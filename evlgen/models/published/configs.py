@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from evlgen.common.errors import ConfigError
-from evlgen.common.layers import Layer
+from evlgen.common.layers import Layer, builder_name
 from evlgen.common.registry import registry
 from evlgen.common.schema import parameters_of, show
 from evlgen.models.model_config import ModelConfig
@@ -155,9 +155,10 @@ def datasets_in_own_words(section: Any) -> tuple[Any, list[str]]:
         return section, []
     out, ignored = dict(section), []
     for name, dataset in section.items():
-        if name not in registry.list_datasets() or not isinstance(dataset, Mapping):
+        builder = builder_name(name, dataset)
+        if builder not in registry.list_datasets() or not isinstance(dataset, Mapping):
             continue
-        parameters = parameters_of(registry.get_builder_class(name))
+        parameters = parameters_of(registry.get_builder_class(builder))
         left_out = [key for key in _DATASET_IGNORED if key in dataset and key not in parameters]
         if left_out and not parameters.any_key:
             out[name] = {key: value for key, value in dataset.items() if key not in left_out}

@@ -1,0 +1,299 @@
+"""Pictures or clips of one's own with captions, or with questions and answers: described in YAML alone."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from evlgen.common.errors import ConfigError, DataError
+from evlgen.common.registry import registry
+from evlgen.common.schema import NonNegativeInt, Share, build_dataclass
+from evlgen.common.video import Reader
+from evlgen.datasets.annotations import check_inside
+from evlgen.datasets.base_builder import BaseDatasetBuilder, role_of
+from evlgen.datasets.base_dataset import BadRecord, BaseDataset
+from evlgen.datasets.caption_dataset import CaptionDataset, CaptionEvalDataset
+from evlgen.datasets.media import ImageFiles, Media, VideoFiles, is_address
+from evlgen.datasets.own_records import Columns, ImageColumns, VideoColumns, read_records
+from evlgen.datasets.question_annotations import read_answer_list
+from evlgen.datasets.question_dataset import QuestionDataset, QuestionEvalDataset
+from evlgen.datasets.records import good
+from evlgen.datasets.table_folders import Tables, find_tables
+from evlgen.datasets.tables import open_table
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Which shares of the training pictures are held out: ``split`` in the YAML.
+
+    Args:
+        val, test: the share of the pictures in each; 0 is none.
+        seed: other seeds choose other pictures.
+    """
+
+    val: Share = 0.0
+    test: Share = 0.0
+    seed: NonNegativeInt = 42
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that get something."""
+        return [split for split in ("val", "test") if getattr(self, split)]
+
+
+@registry.register_builder("image_text")
+class ImageTextBuilder(BaseDatasetBuilder):
+    """Pictures and a table about them.
+
+    Paths in the YAML (of annotations, root, answer list) are tried from the working folder, then from the
+    data root; those that start with ``./`` or ``../`` are beside the YAML file. Addresses are fetched once.
+
+    Args:
+        annotations: a table (CSV, TSV, JSON, JSON lines, Parquet), or a Hugging Face dataset folder; or one
+            for each split: ``{train: my.csv, val: val.csv}``.
+        columns: what its columns are called; those left out are guessed, and the log says so.
+        root: the folder, or zip or tar archive, that the names of pictures start from; None: the table's own
+            folder.
+        split: shares of the training pictures that become ``val`` and ``test``. A picture with all its texts
+            is in one split. None: a tenth each where there is one table for everything, else nothing.
+        train_answers: of questions; see `QuestionDataset`.
+        answer_list: of questions: a JSON list of the answers that ranking chooses from.
+    """
+
+    DEFAULT_CONFIG = "configs/datasets/image_text.yaml"
+
+    visual = "image"
+    columns_class: type[Columns] = ImageColumns
+
+    def __init__(
+        self,
+        name: str,
+        cache_root: str | Path,
+        vis_processor: dict,
+        text_processor: dict,
+        annotations: str | dict[str, str],
+        columns: ImageColumns | None = None,
+        root: str | None = None,
+        split: Shares | None = None,
+        train_answers: Literal["sample", "all"] = "sample",
+        answer_list: str | None = None,
+    ) -> None:
+        super().__init__(name, cache_root, vis_processor, text_processor)
+        self._key = f"datasets.{name}"
+        if not annotations:
+            raise ConfigError(f"{self._key}.annotations: names no table. Give it one: my.csv.")
+        self.annotations = annotations
+        self.columns = _made(self.columns_class, columns or {}, f"{self._key}.columns")
+        self.root = root
+        self.shares = None if split is None else _made(Shares, split, f"{self._key}.split")
+        self.train_answers = train_answers
+        self.answer_list = answer_list
+
+    @property
+    def splits(self) -> list[str]:
+        return [*self._given_splits, *self._held_out.splits]
+
+    def missing(self, splits: Iterable[str] | None = None) -> list[str]:
+        wanted = {
+            self._table_path(split): "annotations" for split in (self.splits if splits is None else splits)
+        }
+        if self.root is not None:
+            wanted[self.root] = "root"
+        return [
+            f"{self.name}: the {what} is neither at {Path(text).expanduser().absolute()} nor at "
+            f"{self._path(text)}. Put it there, or set {self._key}.{what}."
+            for text, what in wanted.items()
+            if "://" not in text and not os.path.exists(self._path(text))
+        ]
+
+    def build_split(self, split: str) -> BaseDataset:
+        if self._held_out.splits and split in ("train", *self._held_out.splits):
+            root, records = self._tables("train").root, self._divided[split]
+        else:
+            root, records = self._read(split, needs_text=role_of(split) == "train")
+        media = self.media(root)
+        media.check(
+            (record["visual"] for record in good(records)),
+            f"Set {self._key}.root to the folder or archive that the names start from.",
+        )
+        is_question = any("question" in record for record in good(records))
+        return (self._question_dataset if is_question else self._caption_dataset)(split, records, media)
+
+    def media(self, root: Path) -> Media:
+        """Where pictures are read."""
+        return ImageFiles(root)
+
+    def _caption_dataset(self, split: str, records: Sequence[Any], media: Media) -> BaseDataset:
+        kind = CaptionDataset if role_of(split) == "train" else CaptionEvalDataset
+        return kind(records, media, self.vis_processor(split), self.text_processor(split))
+
+    def _question_dataset(self, split: str, records: Sequence[Any], media: Media) -> BaseDataset:
+        parts = (records, media, self.vis_processor(split), self.text_processor(split))
+        if role_of(split) == "train":
+            return QuestionDataset(*parts, self.train_answers)
+        return QuestionEvalDataset(*parts, self._answers_to_rank)
+
+    def _answers_to_rank(self) -> list[str]:
+        return [] if self.answer_list is None else read_answer_list(self._path(self.answer_list))
+
+    @functools.cached_property
+    def _given_splits(self) -> list[str]:
+        """The splits that have a table of their own."""
+        if not isinstance(self.annotations, str):
+            return list(self.annotations)
+        if "://" in self.annotations or not os.path.exists(self._path(self.annotations)):
+            return ["train"]
+        return [split or "train" for split in find_tables(self._path(self.annotations))]
+
+    @functools.cached_property
+    def _held_out(self) -> Shares:
+        """The shares of the training pictures that the other splits get."""
+        given = self._given_splits
+        if self.shares is None:
+            return ONE_TABLE if isinstance(self.annotations, str) and given == ["train"] else Shares()
+        for split in self.shares.splits:
+            if split in given or "train" not in given:
+                why = (
+                    "has annotations of its own"
+                    if split in given
+                    else "is a share of `train`, which has none"
+                )
+                raise ConfigError(f"{self._key}.split.{split}: the split {why}. Take one of them out.")
+        return self.shares
+
+    @functools.cached_property
+    def _divided(self) -> dict[str, list[Any]]:
+        """The training records by split. Read once, for the same pictures to be divided each time."""
+        divided = divide(self._read("train", needs_text=True)[1], self._held_out)
+        sizes = ", ".join(
+            f"{split} {len({r['visual'] for r in good(part)})}" for split, part in divided.items()
+        )
+        logger.info("%s: the pictures are divided by %s.split: %s", self.name, self._key, sizes)
+        return divided
+
+    def _read(self, split: str, needs_text: bool) -> tuple[Path, Sequence[Any]]:
+        """The root and the records of a split that has a table."""
+        tables = self._tables(split)
+        records = read_records(
+            [open_table(file) for file in tables.files],
+            self.columns,
+            self.visual,
+            tables.root,
+            f"{self._key}.columns",
+            needs_text,
+        )
+        if is_address(self._table_path(split)):
+            check_inside((record["visual"] for record in good(records)), self._table_path(split))
+        return tables.root, records
+
+    def _tables(self, split: str) -> Tables:
+        path = self._path(self._table_path(split))
+        found = find_tables(path)
+        tables = found.get(split) or found.get(None)
+        if tables is None:
+            known = ", ".join(map(str, found))
+            raise DataError(f"{self.name}: {path} has no tables of the split '{split}'. Splits: {known}.")
+        return tables if self.root is None else tables._replace(root=self._path(self.root))
+
+    def _table_path(self, split: str) -> str:
+        """Where the annotation of a split is, as the YAML says."""
+        if isinstance(self.annotations, str):
+            return self.annotations
+        return self.annotations[split if split in self.annotations else "train"]
+
+    def _path(self, text: str) -> Path:
+        """A path of the YAML: from the working folder where it is there, else from the data root."""
+        here = Path(text).expanduser().absolute()
+        return here if "://" not in text and os.path.exists(here) else self.storage_path(text)
+
+
+@registry.register_builder("video_text")
+class VideoTextBuilder(ImageTextBuilder):
+    """Clips and a table about them; see `ImageTextBuilder`.
+
+    Args:
+        reader: the library that decodes; see `evlgen.common.video.Video`.
+    """
+
+    DEFAULT_CONFIG = "configs/datasets/video_text.yaml"
+
+    visual = "video"
+    columns_class = VideoColumns
+
+    def __init__(
+        self,
+        name: str,
+        cache_root: str | Path,
+        vis_processor: dict,
+        text_processor: dict,
+        annotations: str | dict[str, str],
+        columns: VideoColumns | None = None,
+        root: str | None = None,
+        split: Shares | None = None,
+        train_answers: Literal["sample", "all"] = "sample",
+        answer_list: str | None = None,
+        reader: Reader = "auto",
+    ) -> None:
+        super().__init__(
+            name,
+            cache_root,
+            vis_processor,
+            text_processor,
+            annotations,
+            columns,
+            root,
+            split,
+            train_answers,
+            answer_list,
+        )
+        self.reader = reader
+
+    def media(self, root: Path) -> Media:
+        return VideoFiles(root, self.reader)
+
+
+ONE_TABLE = Shares(val=0.1, test=0.1)  # of one table for everything, where nothing is said
+
+
+def divide(records: Sequence[Any], shares: Shares) -> dict[str, list[Any]]:
+    """Records by split, all of a picture in one. Which split a picture is in follows from its name and the
+    seed, whatever the order of the records: the pictures are ordered by a digest of both, the first are the
+    test's, the next validation's. `BadRecord`s stay in training.
+
+    Raises:
+        DataError: there are too few pictures for every split to have one.
+    """
+    order = sorted(
+        {record["visual"] for record in good(records)}, key=lambda name: _digest(name, shares.seed)
+    )
+    split_of: dict[str, str] = {}
+    for split in reversed(shares.splits):
+        first = len(split_of)
+        count = max(1, round(getattr(shares, split) * len(order)))
+        split_of.update(dict.fromkeys(order[first : first + count], split))
+    if len(split_of) == len(order):
+        wanted = ", ".join(["train", *shares.splits])
+        raise DataError(f"{len(order)} pictures are too few to be divided into {wanted}: lower the shares.")
+    divided: dict[str, list[Any]] = {split: [] for split in ("train", *shares.splits)}
+    for record in records:
+        name = None if isinstance(record, BadRecord) else record["visual"]
+        divided[split_of.get(name, "train")].append(record)
+    return divided
+
+
+def _digest(name: str, seed: int) -> bytes:
+    return hashlib.blake2b(f"{seed} {name}".encode(), digest_size=16).digest()
+
+
+def _made(cls: type[T], given: T | Mapping[str, Any], path: str) -> T:
+    return given if isinstance(given, cls) else build_dataclass(cls, given, path)

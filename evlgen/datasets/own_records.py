@@ -1,0 +1,365 @@
+"""From the rows of a table to records of captions or questions: which columns are meant, what they hold."""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from evlgen.common.errors import ConfigError, DataError, did_you_mean
+from evlgen.datasets.annotations import describe, is_id, text_problem
+from evlgen.datasets.base_dataset import BadRecord
+from evlgen.datasets.media import is_address
+from evlgen.datasets.packed import PackedRecords
+from evlgen.datasets.records import refuse_bad
+from evlgen.datasets.tables import Row, Table
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+# What columns are usually called, by what they hold. Letters' case, blanks and hyphens do not count.
+_FILES = ("path", "file_name", "filename", "file_path", "filepath", "file", "url")
+USUAL_NAMES = {
+    "image": (
+        "image",
+        "image_path",
+        "img",
+        "img_path",
+        "image_file",
+        *_FILES,
+        "image_url",
+        "picture",
+        "photo",
+    ),
+    "video": ("video", "video_path", "video_file", *_FILES, "video_url", "clip"),
+    "text": ("caption", "captions", "text", "texts", "description", "sentence", "sentences"),
+    "id": ("image_id", "video_id"),
+    "question": ("question", "questions"),
+    "answer": ("answer", "answers"),
+    "question_id": ("question_id", "qid"),
+}
+_LITERAL = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of a table are called: ``columns`` in the YAML. What is left out is guessed from
+    `USUAL_NAMES`.
+
+    Args:
+        text: the captions: one in each row, lists of them, or several columns.
+        id: the picture's (or clip's) own id; without one its file name serves.
+        question: with it the dataset is one of questions.
+        answer: their answers; as ``text``.
+        question_id: without one the number of the row serves.
+    """
+
+    text: str | list[str] | None = None
+    id: str | None = None
+    question: str | None = None
+    answer: str | list[str] | None = None
+    question_id: str | None = None
+
+
+@dataclass(frozen=True)
+class ImageColumns(Columns):
+    """Columns of a table about pictures; see `Columns`.
+
+    Args:
+        image: names of files, addresses, or the bytes themselves.
+    """
+
+    image: str | None = None
+
+
+@dataclass(frozen=True)
+class VideoColumns(Columns):
+    """Columns of a table about clips; see `Columns`.
+
+    Args:
+        video: names of files, or addresses.
+    """
+
+    video: str | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """The columns of one table that make its records.
+
+    Attributes:
+        visual: of the pictures or clips.
+        texts: of captions or, where there is a question, answers; may be none.
+        id, question, question_id: None where there is none.
+        guessed: those of the keys of ``columns`` that were not given.
+    """
+
+    visual: str
+    texts: list[str]
+    id: str | None
+    question: str | None
+    question_id: str | None
+    guessed: tuple[str, ...]
+
+    def names(self) -> list[str]:
+        """All of them."""
+        single = (self.visual, self.id, self.question, self.question_id)
+        return list(dict.fromkeys([*filter(None, single), *self.texts]))
+
+
+def find_columns(table: Table, columns: Columns, visual: str, key: str) -> Found:
+    """The columns of a table that are meant.
+
+    Args:
+        columns: as given.
+        visual: ``image`` or ``video``.
+        key: of ``columns`` in the YAML, for messages.
+
+    Raises:
+        ConfigError: a column that was named is not there, or none is known to hold pictures.
+    """
+    given = {f.name: getattr(columns, f.name) for f in fields(columns) if getattr(columns, f.name)}
+    for name, wanted in given.items():
+        for column in _listed(wanted):
+            if column not in table.columns:
+                raise ConfigError(
+                    f"{key}.{name}: {table.path} has no column '{column}'."
+                    f"{did_you_mean(column, table.columns)} Columns: {', '.join(table.columns)}."
+                )
+    guesses = {name: _usual(name, table.columns) for name in USUAL_NAMES if name not in given}
+    found = {**guesses, **given}
+    if not found[visual]:
+        raise _not_guessed(table, visual, key)
+    is_question = "question" in given or (not found["text"] and bool(found["question"]))
+    used = (visual, "id", *(("question", "answer", "question_id") if is_question else ("text",)))
+    return Found(
+        visual=found[visual],
+        texts=_listed(found["answer" if is_question else "text"]),
+        id=found["id"],
+        question=found["question"] if is_question else None,
+        question_id=found["question_id"] if is_question else None,
+        guessed=tuple(name for name in used if guesses.get(name)),
+    )
+
+
+def read_records(
+    tables: Sequence[Table], columns: Columns, visual: str, root: Path, key: str, needs_text: bool
+) -> PackedRecords:
+    """The records of tables, read one after the other: ``visual`` and, of captions, ``caption`` (a list) and
+    ``image_id``; of questions ``question``, ``question_id``, ``answers`` (a list) and ``image_id``. An id
+    that is not known is not there. A row that makes no record is a `BadRecord` in its place.
+
+    Args:
+        columns, visual, key: see `find_columns`.
+        root: the folder that pictures are read from: names inside it come without it.
+        needs_text: whether a record without a caption, or answer, is bad.
+
+    Raises:
+        ConfigError: see `find_columns`; there is no column of texts where they are needed.
+        DataError: the tables have no rows, or none that makes a record.
+    """
+    records: list[Record | BadRecord] = []
+    ids = _Ids(())
+    for table in tables:
+        found = find_columns(table, columns, visual, key)
+        if needs_text and not found.texts:
+            raise _not_guessed(table, "answer" if found.question else "text", key)
+        if not records:
+            _tell(table, found, visual)
+            ids = _Ids(found.guessed)
+        records += _records(table, found, root, needs_text, ids, first=len(records))
+    for name in sorted(ids.unused):
+        logger.info(
+            "%s: its ids are not one for each, so they are not used as `%s`", tables[0].path.name, name
+        )
+    ids.drop_unused(records)
+    if not records:
+        paths = ", ".join(str(table.path) for table in tables)
+        raise DataError(f"{paths}: there are no rows, so it can be neither trained on nor scored.")
+    refuse_bad(records)
+    return PackedRecords(records)
+
+
+def _not_guessed(table: Table, name: str, key: str) -> ConfigError:
+    return ConfigError(
+        f"{key}.{name}: no column of {table.path} has a usual name for it ({', '.join(USUAL_NAMES[name])}). "
+        f"Say which it is. Columns: {', '.join(table.columns)}."
+    )
+
+
+def _records(
+    table: Table, found: Found, root: Path, needs_text: bool, ids: _Ids, first: int
+) -> Iterator[Record | BadRecord]:
+    prefix = os.path.join(root, "")
+    for number, row in enumerate(table.rows(found.names()), start=first):
+        if isinstance(row, BadRecord):
+            yield row
+            continue
+        try:
+            record = _record(row, found, prefix, needs_text, number)
+            ids.note(record)
+            yield record
+        except DataError as error:
+            yield BadRecord(row.place, str(error), error.cause)
+
+
+def _record(row: Row, found: Found, prefix: str, needs_text: bool, number: int) -> Record:
+    record: Record = {"visual": _file_name(row.values.get(found.visual), found.visual, prefix)}
+    texts = [text for column in found.texts for text in _texts(row.values.get(column), column)]
+    if needs_text and not texts:
+        what = "answer" if found.question else "caption"
+        raise DataError(f"it has no {what} in {' or '.join(map(repr, found.texts))}.", f"empty {what}")
+    if (image_id := _id(row.values.get(found.id), found.id)) is not None:
+        record["image_id"] = image_id
+    if found.question is None:
+        return {**record, "caption": texts}
+    questions = _texts(row.values.get(found.question), found.question)
+    if len(questions) != 1:
+        raise DataError(
+            f"it has {len(questions)} questions in '{found.question}', not one.", "empty question"
+        )
+    question_id = _id(row.values.get(found.question_id), found.question_id)
+    record["question_id"] = number if question_id is None else question_id
+    return {**record, "question": questions[0], "answers": texts}
+
+
+def _file_name(value: Any, column: str, prefix: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"'{column}' must be a file name or address, not {describe(value)}.", "bad record")
+    name = value.strip()
+    _check_text(name, column)
+    return name if is_address(name) else os.path.normpath(name).removeprefix(prefix)
+
+
+def _texts(value: Any, column: str) -> list[str]:
+    """The texts in a cell: one, those of a list, or none where it is empty."""
+    values = _written_list(value) if isinstance(value, str) else value
+    values = values if isinstance(values, list | tuple) else [value]
+    texts = [v for v in values if not _is_nothing(v)]
+    for text in texts:
+        if not isinstance(text, str):
+            why = f"'{column}' must be text or a list of texts, not {describe(value)}."
+            raise DataError(why, "bad record")
+        _check_text(text, column)
+    return texts
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether a cell is empty: nothing, blanks, or the NaN that pandas writes for nothing."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _check_text(text: str, column: str) -> None:
+    if problem := text_problem(text):
+        cause = "null byte" if "null" in problem else "not UTF-8"
+        raise DataError(f"'{column}' holds {problem}: {describe(text)}.", cause)
+
+
+def _written_list(text: str) -> list[str] | None:
+    """The texts of a list in one cell: JSON's ``["a", "b"]``, and what pandas makes of a column of lists
+    (``['a', 'b']``) or of arrays (``['a' 'b']``). None where it is no list of texts."""
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        inner = text[1:-1]
+        if _LITERAL.sub("", inner).strip(", \t\r\n"):
+            return None
+        try:
+            values = [ast.literal_eval(literal) for literal in _LITERAL.findall(inner)]
+        except (ValueError, SyntaxError):
+            return None
+    is_texts = isinstance(values, list) and all(isinstance(value, str) for value in values)
+    return values if is_texts else None
+
+
+def _id(value: Any, column: str | None) -> int | str | None:
+    """An id as number or text; None where the cell is empty."""
+    if column is None or _is_nothing(value):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas makes floats of whole numbers beside an empty cell
+    if not is_id(value):
+        raise DataError(f"'{column}' must be a number or text, not {describe(value)}.", "bad record")
+    return value
+
+
+class _Ids:
+    """Sees to it that every picture has one id and every question its own.
+
+    A column that was guessed and holds something else (one id for each caption, say) is not used; of one that
+    was named, the rows that contradict earlier ones are bad.
+
+    Args:
+        guessed: the keys of ``columns`` that were.
+    """
+
+    def __init__(self, guessed: Collection[str]) -> None:
+        self._guessed = guessed
+        self._of_picture: dict[str, int | str] = {}
+        self._pictures: dict[int | str, str] = {}
+        self._questions: set[int | str] = set()
+        self.unused: set[str] = set()
+
+    def note(self, record: Record) -> None:
+        """Raises `DataError` where the record's ids contradict those of an earlier one."""
+        if "image_id" in record:
+            visual, image_id = record["visual"], record["image_id"]
+            known = self._of_picture.setdefault(visual, image_id), self._pictures.setdefault(image_id, visual)
+            if known != (image_id, visual):
+                self._object("id", f"id {image_id!r} of {visual} is not its own, or not its only one")
+        if "question" in record:
+            if record["question_id"] in self._questions:
+                self._object("question_id", f"question_id {record['question_id']!r} is another row's too")
+            self._questions.add(record["question_id"])
+
+    def _object(self, key: str, why: str) -> None:
+        if key not in self._guessed:
+            raise DataError(f"{why}. Ids must differ, or leave columns.{key} out.", "duplicate id")
+        self.unused.add(key)
+
+    def drop_unused(self, records: Iterable[Record | BadRecord]) -> None:
+        """Takes ids out of the records that are none."""
+        for number, record in enumerate(records if self.unused else ()):
+            if isinstance(record, BadRecord):
+                continue
+            if "id" in self.unused:
+                record.pop("image_id", None)
+            if "question_id" in self.unused:
+                record["question_id"] = number
+
+
+def _tell(table: Table, found: Found, visual: str) -> None:
+    """Logs what was guessed."""
+    meant = {
+        visual: found.visual,
+        "id": found.id,
+        "question": found.question,
+        "question_id": found.question_id,
+    }
+    meant["answer" if found.question else "text"] = ", ".join(found.texts)
+    if found.guessed:
+        columns = ", ".join(f"{name}: {meant[name]}" for name in found.guessed)
+        logger.info("%s: columns taken by their names: {%s}", table.path.name, columns)
+
+
+def _usual(name: str, columns: Sequence[str]) -> str | None:
+    """The column whose name is the most usual one for what it holds."""
+    plain = {re.sub(r"[\s-]+", "_", column.strip().lower()): column for column in reversed(columns)}
+    return next((plain[usual] for usual in USUAL_NAMES[name] if usual in plain), None)
+
+
+def _listed(value: str | Sequence[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
