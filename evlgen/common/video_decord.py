@@ -28,7 +28,7 @@ class File:
         self._keys = self._reader.get_key_indices()
         self.num_frames = len(self._reader)
         times = self._reader.get_frame_timestamp(range(self.num_frames))[:, 0]  # seconds
-        self._has_times = len(np.unique(times)) == self.num_frames and times.min() > -_DAY
+        self._has_times = len(np.unique(times)) == self.num_frames and bool((times > -_DAY).all())
 
     def frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         at = 0

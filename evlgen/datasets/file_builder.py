@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from evlgen.common.errors import ConfigError
 from evlgen.common.schema import build_dataclass
+from evlgen.common.video import Reader
 from evlgen.datasets.base_builder import BaseDatasetBuilder
 from evlgen.datasets.media import ImageFiles, Media, VideoFiles
 
@@ -64,6 +65,7 @@ class FileBuilder(BaseDatasetBuilder):
     Args:
         build_info: see `BuildInfo`.
         data_type: ``images`` or ``videos``: what the annotations' file names are.
+        video_reader: the library that decodes videos; see `evlgen.common.video`.
     """
 
     def __init__(
@@ -75,8 +77,10 @@ class FileBuilder(BaseDatasetBuilder):
         build_info: BuildInfo,
         data_type: Literal["images", "videos"] = "images",
         dataset_card: str | None = None,
+        video_reader: Reader = "auto",
     ) -> None:
         super().__init__(name, cache_root, vis_processor, text_processor)
+        self.video_reader = video_reader
         self.data_type = data_type
         self.dataset_card = dataset_card
         self.build_info = self._checked(build_info)
@@ -92,9 +96,8 @@ class FileBuilder(BaseDatasetBuilder):
 
     def media(self) -> Media:
         """Where this dataset's pictures or clips are read."""
-        return {"images": ImageFiles, "videos": VideoFiles}[self.data_type](
-            self.source_path(self.media_source)
-        )
+        root = self.source_path(self.media_source)
+        return ImageFiles(root) if self.data_type == "images" else VideoFiles(root, self.video_reader)
 
     def missing(self, splits: Iterable[str] | None = None) -> list[str]:
         lines = []

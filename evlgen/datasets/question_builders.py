@@ -10,6 +10,7 @@ from typing import Literal
 from evlgen.common.constraints import PositiveFloat
 from evlgen.common.errors import DataError
 from evlgen.common.registry import registry
+from evlgen.common.video import Reader
 from evlgen.datasets.annotations import check_inside
 from evlgen.datasets.base_builder import role_of
 from evlgen.datasets.base_dataset import BadRecord
@@ -41,8 +42,11 @@ class QuestionBuilder(FileBuilder):
         answer_list: Source | None = None,
         data_type: Literal["images", "videos"] = "images",
         dataset_card: str | None = None,
+        video_reader: Reader = "auto",
     ) -> None:
-        super().__init__(name, cache_root, vis_processor, text_processor, build_info, data_type, dataset_card)
+        super().__init__(
+            name, cache_root, vis_processor, text_processor, build_info, data_type, dataset_card, video_reader
+        )
         self.train_answers = train_answers
         self.answer_weight = answer_weight
         self.answer_list = Source(**answer_list) if isinstance(answer_list, dict) else answer_list
