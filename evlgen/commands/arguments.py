@@ -36,6 +36,11 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE",
         help="modules or .py files that register parts",
     )
+    add_debug(parser)
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """``--debug``."""
     parser.add_argument("--debug", action="store_true", help="show tracebacks and debug messages")
 
 

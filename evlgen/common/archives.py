@@ -10,6 +10,8 @@ from __future__ import annotations
 import bz2
 import contextlib
 import dataclasses
+import filecmp
+import glob
 import gzip
 import lzma
 import os
@@ -96,13 +98,45 @@ def extract(archive: str | os.PathLike, folder: str | os.PathLike, limits: Limit
             folder.rmdir()
         os.replace(temporary, folder)
     except _DAMAGED as error:
-        raise DataError(f"{archive} cannot be unpacked: {_cause(error)}. Download it again.") from error
+        raise DataError(
+            f"{archive} cannot be unpacked: {_cause(error)}. Remove it and download it again."
+        ) from error
     except OSError as error:
         raise DataError(f"{archive} cannot be unpacked into {folder}: {_cause(error)}.") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def extract_into(archive: str | os.PathLike, folder: str | os.PathLike, strip: str | None = None) -> None:
+    """Unpacks an archive into a folder that may have files, of other archives or of an earlier attempt.
+
+    It is unpacked beside them first. What is there already stays, and must be the same. For one process at a
+    time.
+
+    Args:
+        strip: a folder of the archive, such as ``images``: what is in it goes into ``folder``, and the rest
+            of the archive nowhere.
+
+    Raises:
+        DataError: as `extract`; the archive has no such folder; a file is there already with other content
+            (then nothing has changed).
+    """
+    archive, folder = Path(archive), Path(os.path.expanduser(folder)).absolute()
+    staged = folder / f".{archive.name}.unpacked"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(f".{glob.escape(staged.name)}.*"):  # by an attempt that was killed
+            shutil.rmtree(left)
+        if staged.is_dir() and staged.stat().st_mtime < archive.stat().st_mtime:
+            shutil.rmtree(staged)  # of an archive that was here before
+        if not staged.is_dir():  # else an earlier attempt came so far
+            extract(archive, staged)
+        _move_in(_inner(staged, archive, strip), folder, archive)
+        shutil.rmtree(staged)
+    except OSError as error:
+        raise DataError(f"{archive} cannot be unpacked into {folder}: {_cause(error)}.") from error
 
 
 def fetch_archive(url: str, md5: str | None = None) -> Path:
@@ -126,6 +160,42 @@ def fetch_archive(url: str, md5: str | None = None) -> Path:
 def is_archive(path: str | os.PathLike) -> bool:
     """Whether a file's name says that it is an archive `extract` reads."""
     return str(path).lower().endswith((".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"))
+
+
+def _inner(staged: Path, archive: Path, strip: str | None) -> Path:
+    source = staged / (strip or "")
+    if not source.is_dir():
+        found = ", ".join(sorted(path.name for path in staged.iterdir())[:5])
+        shutil.rmtree(staged)
+        raise DataError(f"{archive} has no folder '{strip}'; it has {found}.")
+    return source
+
+
+def _move_in(source: Path, folder: Path, archive: Path) -> None:
+    """Moves what is in a folder into another one, once it is clear that all of it can go there."""
+    moves = list(_moves(source, folder))
+    for path, target in moves:
+        if os.path.lexists(target) and not _are_same_files(path, target):
+            raise DataError(
+                f"{archive} cannot be unpacked into {folder}: {target} is there already, with other content. "
+                "Move it away and try again."
+            )
+    for path, target in moves:
+        os.replace(path, target)
+
+
+def _moves(source: Path, folder: Path) -> Iterator[tuple[Path, Path]]:
+    """What to move where: whole folders as long as there is none of that name."""
+    for path in sorted(source.iterdir()):
+        target = folder / path.name
+        if path.is_dir() and target.is_dir():
+            yield from _moves(path, target)
+        else:
+            yield path, target
+
+
+def _are_same_files(path: Path, target: Path) -> bool:
+    return path.is_file() and target.is_file() and filecmp.cmp(path, target, shallow=False)
 
 
 @contextlib.contextmanager

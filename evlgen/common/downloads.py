@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 PAUSES: tuple[float, ...] = (1, 2, 4, 8, 16)
 _CHUNK = 1 << 20
 _TIMEOUT = 60  # seconds without a byte
+_SHORT_TIMEOUT = 10  # where somebody waits for the answer
 _PASSING = (408, 425, 429)  # and 5xx: HTTP errors that may be gone at the next try (RFC 9110, 8470, 6585)
 
 
@@ -66,8 +67,8 @@ def fetch(url: str, target: Path, md5: str | None = None) -> Path:
         cause = str(error).strip() or type(error).__name__
         kept = f" {as_size(part.size)} of it are kept: try again to go on from there." if part.size else ""
         raise DataError(
-            f"{url} could not be downloaded ({cause}).{kept} Fetch it on a machine with a connection and put it "
-            f"at {target}."
+            f"{url} could not be downloaded ({cause}).{kept} Fetch it on a machine with a connection and put "
+            f"it at {target}."
         ) from error
     return target
 
@@ -79,7 +80,7 @@ def length_of(url: str) -> int | None:
         DataError: it is not there, or nobody answers.
     """
     try:
-        with _answer(url, method="HEAD") as answer:
+        with _answer(url, method="HEAD", timeout=_SHORT_TIMEOUT) as answer:
             return Version.of(url, answer.headers).length
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise DataError(f"{url} cannot be asked for its size ({error}).") from error
@@ -210,12 +211,14 @@ def _is_rest(answer: http.client.HTTPResponse, begun: Version, size: int) -> boo
     return is_same and now.etag in (None, begun.etag) and now.modified in (None, begun.modified)
 
 
-def _answer(url: str, headers: dict[str, str] | None = None, method: str = "GET") -> http.client.HTTPResponse:
+def _answer(
+    url: str, headers: dict[str, str] | None = None, method: str = "GET", timeout: float = _TIMEOUT
+) -> http.client.HTTPResponse:
     if not url.startswith(("http://", "https://")):
         raise ValueError("no http(s) address")
     request = urllib.request.Request(url, headers={"User-Agent": "evlgen", **(headers or {})}, method=method)
     try:
-        return urllib.request.build_opener(_SafeRedirects).open(request, timeout=_TIMEOUT)
+        return urllib.request.build_opener(_SafeRedirects).open(request, timeout=timeout)
     except urllib.error.HTTPError as error:
         if error.code in _PASSING or error.code >= 500:
             raise _Broken(str(error)) from error

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from evlgen.common.archives import Limits, extract, fetch_archive
+from evlgen.common import archives
+from evlgen.common.archives import Limits, extract, extract_into, fetch_archive
 from evlgen.common.errors import DataError
 from evlgen.common.io import download_target
 
@@ -254,3 +255,79 @@ def test_a_process_that_is_not_the_first_to_unpack_takes_what_is_there(tmp_path,
 
     monkeypatch.setattr("evlgen.common.archives.extract", late)
     assert content_of(fetch_archive(url)) == FILES and not target.exists()
+
+
+def test_several_archives_fill_one_folder(tmp_path) -> None:
+    extract_into(zipped(tmp_path / "a.zip", {"train/1.jpg": b"1"}), tmp_path / "images")
+    extract_into(zipped(tmp_path / "b.zip", {"val/2.jpg": b"2", "train/3.jpg": b"3"}), tmp_path / "images")
+    (tmp_path / "images" / "mine.txt").write_bytes(b"mine")
+    extract_into(zipped(tmp_path / "c.zip", {"4.jpg": b"4", "train/1.jpg": b"1"}), tmp_path / "images")
+    assert content_of(tmp_path / "images") == {
+        "train/1.jpg": b"1",
+        "val/2.jpg": b"2",
+        "train/3.jpg": b"3",
+        "4.jpg": b"4",
+        "mine.txt": b"mine",
+    }
+
+
+def test_the_content_of_one_folder_of_an_archive_is_taken(tmp_path) -> None:
+    path = zipped(tmp_path / "a.zip", {"images/1.jpg": b"1", "images/more/2.jpg": b"2", "readme.txt": b"x"})
+    extract_into(path, tmp_path / "out", strip="images")
+    assert content_of(tmp_path / "out") == {"1.jpg": b"1", "more/2.jpg": b"2"}
+    with pytest.raises(DataError, match="has no folder 'clips'; it has images, readme.txt"):
+        extract_into(path, tmp_path / "other", strip="clips")
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+@pytest.mark.parametrize("there", ["train/1.jpg", "train", "train/1.jpg/x"])
+def test_what_is_there_with_other_content_is_not_replaced(tmp_path, there: str) -> None:
+    mine = tmp_path / "images" / there
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    path = zipped(tmp_path / "a.zip", {"new.jpg": b"new", "train/1.jpg": b"1"})
+    with pytest.raises(DataError, match="train.* is there already, with other content. Move it away"):
+        extract_into(path, tmp_path / "images")
+    mine.unlink()
+    for parent in list(mine.parents)[: there.count("/")]:
+        parent.rmdir()
+    extract_into(path, tmp_path / "images")
+    assert content_of(tmp_path / "images") == {"new.jpg": b"new", "train/1.jpg": b"1"}
+
+
+def test_unpacking_that_was_killed_goes_on(tmp_path, monkeypatch) -> None:
+    path = zipped(tmp_path / "a.zip", {"train/1.jpg": b"1", "val/2.jpg": b"2"})
+
+    def killed(*args) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # while it was being unpacked
+        patch.setattr(archives, "_write", killed)
+        patch.setattr(archives.shutil, "rmtree", lambda *args, **kwargs: None)
+        extract_into(path, tmp_path / "images")
+    assert len(list((tmp_path / "images").iterdir())) == 1
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # between two moves
+        move = os.replace
+        moves: list[Path] = []
+
+        def replace(source, target) -> None:
+            if Path(target).name == "val":
+                raise KeyboardInterrupt
+            moves.append(target)
+            move(source, target)
+
+        patch.setattr(archives.os, "replace", replace)
+        extract_into(path, tmp_path / "images")
+    assert tmp_path / "images" / "train" in moves
+    extract_into(path, tmp_path / "images")
+    assert content_of(tmp_path / "images") == {"train/1.jpg": b"1", "val/2.jpg": b"2"}
+    assert sorted(p.name for p in (tmp_path / "images").iterdir()) == ["train", "val"]
+
+
+def test_nothing_escapes_into_a_folder_that_has_files(tmp_path) -> None:
+    (tmp_path / "images").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    path = zipped(tmp_path / "a.zip", {"good": b"1", "../evil": b"2"})
+    with pytest.raises(DataError, match="leads out"):
+        extract_into(path, tmp_path / "images")
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, path])

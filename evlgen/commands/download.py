@@ -1,0 +1,163 @@
+"""``python -m evlgen download``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evlgen.commands.arguments import add_debug
+
+if TYPE_CHECKING:
+    from evlgen.common.catalogue import Entry, Item
+
+HELP = "get published datasets: annotations, pictures, clips"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="such as coco or vqav2; without one: what there is"
+    )
+    parser.add_argument(
+        "--to", metavar="DIR", help="the data root (default: EVLGEN_CACHE, else ~/.cache/evlgen)"
+    )
+    parser.add_argument("--only", choices=("annotations", "images", "videos"), help="this kind of files")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument(
+        "--keep-archives", action="store_true", help="keep zip and tar files after they are unpacked"
+    )
+    add_debug(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from evlgen.common.catalogue import catalogue, find_entry
+    from evlgen.common.io import cache_root
+
+    root = Path(args.to).expanduser().absolute() if args.to else cache_root()
+    if not args.names:
+        _print_catalogue(catalogue(), root)
+        return 0
+    return _download([find_entry(name) for name in dict.fromkeys(args.names)], root, args)
+
+
+def _print_catalogue(entries: dict[str, Entry], root: Path) -> None:
+    from evlgen.common.catalogue import items_of
+    from evlgen.common.obtaining import state_of
+
+    print(f"in {root}\n")
+    for name, entry in entries.items():
+        items = items_of(entry)
+        states = [state_of(item, root) for item in items]
+        here = sum(state == "here" for state in states)
+        print(f"{name:<12}{entry.title}")
+        print(f"{'':<12}{_size_of(items)}; {here} of {len(items)} files and archives are here")
+        for licence in entry.licences:
+            print(f"{'':<12}{licence}")
+    print("\npython -m evlgen download NAME [--to DIR] [--only annotations|images|videos]")
+
+
+def _download(entries: Sequence[Entry], root: Path, args: argparse.Namespace) -> int:
+    from evlgen.common.catalogue import items_of
+    from evlgen.common.errors import DataError, Interrupted
+    from evlgen.common.obtaining import bring, check_room, state_of
+
+    found = {(i.storage, i.url): i for entry in entries for i in items_of(entry)}
+    items = [item for item in found.values() if args.only in (None, item.kind)]
+    missing = _with_sizes([i for i in items if i.url and state_of(i, root) != "here"])
+    _print_plan(entries, items, missing, root)
+    if missing:
+        check_room(missing, root, args.keep_archives)
+        if not (args.yes or _is_agreed()):
+            return 1
+    failures = []
+    for item in missing:
+        try:
+            bring(item, root, args.keep_archives)
+        except DataError as error:
+            failures.append(str(error))
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted: the same command goes on from there.", 130) from None
+    if failures:
+        raise DataError("\n".join(failures))
+    _print_end(entries, items, root)
+    return 0
+
+
+def _with_sizes(items: Sequence[Item]) -> list[Item]:
+    """The items with the sizes that the catalogue does not have, as far as their servers say."""
+    import dataclasses
+    from concurrent.futures import ThreadPoolExecutor
+
+    from evlgen.common.downloads import length_of
+    from evlgen.common.errors import DataError
+
+    def sized(item: Item) -> Item:
+        try:
+            return item if item.size else dataclasses.replace(item, size=length_of(item.url))
+        except DataError:
+            return item  # fetching it will say what is wrong
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(sized, items))
+
+
+def _print_plan(entries: Sequence[Entry], items: Sequence[Item], missing: Sequence[Item], root: Path) -> None:
+    from evlgen.common.obtaining import HAS_FILES, state_of
+
+    for entry in entries:
+        print(entry.title)
+        for licence in entry.licences:
+            print(f"  {licence}")
+    print(f"in {root}:")
+    to_fetch = {(item.storage, item.url): item for item in missing}
+    states = [state_of(item, root) for item in items]
+    for item, state in zip(items, states, strict=True):
+        item = to_fetch.get((item.storage, item.url), item)
+        size = "" if state == "here" else "by hand" if item.url is None else _size_of([item])
+        print(f"  {item.shown:<60} {size:>12}  {state}")
+    if HAS_FILES in states:
+        print(
+            "Of folders that have files it is not known whether they are whole: what is there and the same "
+            "stays.\nIf they are, --only annotations gets the rest."
+        )
+    print(f"to fetch: {_size_of(missing) if missing else 'nothing'}", flush=True)
+
+
+def _is_agreed() -> bool:
+    from evlgen.common.errors import ConfigError
+
+    if not sys.stdin.isatty():
+        raise ConfigError("there is nobody to ask: add --yes to download without a question.")
+    try:
+        return input("Download it? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
+def _print_end(entries: Sequence[Entry], items: Sequence[Item], root: Path) -> None:
+    from evlgen.common.io import cache_root
+    from evlgen.common.obtaining import state_of
+
+    hints = {kind: text for entry in entries for kind, text in entry.by_hand.items()}
+    missing = [item for item in items if state_of(item, root) != "here"]
+    for item in missing:
+        print(f"{root / item.storage} has to be filled by hand. {hints.get(item.kind, '')}")
+    print(f"{len(items) - len(missing)} of {len(items)} files and archives are here.")
+    setting = "" if root.resolve() == cache_root() else f"EVLGEN_CACHE={root} "
+    for entry in entries:
+        if entry.use:
+            print(f"use it: {setting}{entry.use}")
+
+
+def _size_of(items: Sequence[Item]) -> str:
+    """About how much these are; what is not known is said."""
+    from evlgen.common.downloads import as_size
+
+    total = sum(item.size or 0 for item in items)
+    unknown = sum(1 for item in items if item.url and not item.size)
+    if not unknown:
+        return as_size(total)
+    files = "1 file" if unknown == 1 else f"{unknown} files"
+    return f"{as_size(total)} and {files} of unknown size" if total else "size unknown"

@@ -1,0 +1,133 @@
+"""Bringing what the catalogue names to its place: fetched, checked, unpacked, and not twice."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from evlgen.common.archives import extract_into
+from evlgen.common.catalogue import Item
+from evlgen.common.downloads import as_size, fetch, file_md5
+from evlgen.common.errors import DataError
+from evlgen.common.io import write_atomically
+from evlgen.common.locks import alone_at
+from evlgen.common.partial_file import PartialFile
+
+logger = logging.getLogger(__name__)
+
+HAS_FILES = "has files"
+
+
+def state_of(item: Item, root: Path) -> str:
+    """What there is of an item: ``here``, ``begun``, ``missing``, or `HAS_FILES`: something else has put
+    files into the folder, and it is not known which."""
+    place = root / item.storage
+    if item.is_archive and item.url:
+        if _is_done(item, place):
+            return "here"
+        if PartialFile(place / item.file_name).size or (place / item.file_name).is_file():
+            return "begun"
+    elif PartialFile(place).size:
+        return "begun"
+    elif not item.is_archive:
+        return "here" if place.is_file() else "missing"
+    if not _has_files(place):
+        return "missing"
+    return HAS_FILES if item.url else "here"
+
+
+def bring(item: Item, root: Path, keep_archive: bool = False) -> None:
+    """Fetches an item that has an address to its place below the data root, and unpacks it where it is an
+    archive. What an earlier attempt has done is not done again.
+
+    Args:
+        keep_archive: leave the archive in the folder that it was unpacked into.
+
+    Raises:
+        DataError: see `fetch` and `extract_into`; or there is a file of another sum at its place, which is
+            left alone.
+    """
+    if item.is_archive:
+        _bring_archive(item, root / item.storage, keep_archive)
+    else:
+        _bring_file(item, root / item.storage)
+
+
+def check_room(items: Sequence[Item], root: Path, keep_archives: bool) -> None:
+    """Raises `DataError` where the disk has no room for these items and for unpacking them.
+
+    What pictures and clips take unpacked is counted as their archive's size: they hardly shrink.
+    """
+    archives = [item.size or 0 for item in items if item.is_archive]
+    unpacked_beside = sum(archives) if keep_archives else max(archives, default=0)
+    begun = sum(PartialFile(_download_place(item, root)).size for item in items)
+    needed = sum(item.size or 0 for item in items) + unpacked_beside - begun
+    free = shutil.disk_usage(_existing(root)).free
+    if needed > free:
+        raise DataError(
+            f"{as_size(needed)} are needed, with room for unpacking, and {as_size(free)} are free at {root}: "
+            "make room, choose another disk by --to, or fetch a part by --only.",
+            "disk full",
+        )
+
+
+def _bring_file(item: Item, place: Path) -> None:
+    if place.is_file():
+        _check_sum(item, place)
+    else:
+        fetch(item.url, place, item.md5)
+
+
+def _bring_archive(item: Item, folder: Path, keep_archive: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    archive = folder / item.file_name
+    with alone_at(_mark(item, folder)):
+        if _is_done(item, folder):
+            return
+        if archive.is_file():
+            _check_sum(item, archive)
+        else:
+            fetch(item.url, archive, item.md5)
+        logger.info("unpacking %s", archive)
+        extract_into(archive, folder, item.strip)
+        write_atomically(_mark(item, folder), f"{item.url}\n")
+        if not keep_archive:
+            archive.unlink(missing_ok=True)
+
+
+def _check_sum(item: Item, path: Path) -> None:
+    if item.md5 is not None and (found := file_md5(path)) != item.md5.strip().lower():
+        raise DataError(
+            f"{path} is there already, with the md5 {found} where {item.md5} was published: move it away to "
+            f"fetch {item.url}."
+        )
+
+
+def _mark(item: Item, folder: Path) -> Path:
+    """The file that says that an archive was unpacked into the folder."""
+    return folder / f".{item.file_name}.done"
+
+
+def _is_done(item: Item, folder: Path) -> bool:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return _mark(item, folder).read_text("utf-8").strip() == item.url
+    return False
+
+
+def _download_place(item: Item, root: Path) -> Path:
+    return root / item.storage / item.file_name if item.is_archive else root / item.storage
+
+
+def _has_files(folder: Path) -> bool:
+    with contextlib.suppress(OSError), os.scandir(folder) as found:
+        return any(not entry.name.startswith(".") for entry in found)
+    return False
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above that is there."""
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
