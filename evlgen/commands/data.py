@@ -11,7 +11,7 @@ import importlib
 HELP = "look over a dataset, or write it into shards"
 
 #: In the order in which ``--help`` shows them.
-ACTIONS: tuple[str, ...] = ()
+ACTIONS = ("check", "pack")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from evlgen.common.config import Config
     from evlgen.common.io import write_atomically
     from evlgen.datasets.checking import check_split, find_shared, told, write_sheet, write_skipped
+    from evlgen.datasets.stream import StreamDataset
 
     cfg = Config.load(args.cfg_path, args.options, args.plugins)
     builders = ready_builders(cfg)
@@ -45,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     reports = []
     for name, split in _wanted(builders, args.splits):
         dataset = builders[name].get_split(split)
+        if isinstance(dataset, StreamDataset):
+            dataset = dataset.listed()
         report = check_split(f"{name}/{split}", dataset, count_tokens, workers, cfg.run.seed)
         reports.append(report)
         print("\n".join(told(report, limits, unit)), flush=True)

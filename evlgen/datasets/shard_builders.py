@@ -18,7 +18,7 @@ from evlgen.common.registry import registry
 from evlgen.common.schema import NonNegativeInt, PositiveInt, build_dataclass
 from evlgen.datasets.base_builder import BaseDatasetBuilder
 from evlgen.datasets.file_builder import as_list
-from evlgen.datasets.shards import ShardDataset, read_shard
+from evlgen.datasets.shards import ShardDataset, read_shard, stats_path
 
 logger = logging.getLogger(__name__)
 
@@ -157,11 +157,6 @@ class Laion115MBuilder(ShardBuilder):
     """115M pictures of LAION-400M with the captions that BLIP wrote and filtered (Li et al., ICML 2022)."""
 
     DEFAULT_CONFIG = "configs/datasets/laion115M.yaml"
-
-
-def stats_path(shard: str) -> str:
-    """Where img2dataset writes what a shard holds."""
-    return f"{os.path.splitext(shard)[0]}_stats.json"
 
 
 def count_samples(shards: list[str], data_type: str) -> int | None:

@@ -6,6 +6,7 @@ comes. What is shuffled are these places, not the bytes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import torch
+from PIL import Image
 
 from evlgen.common.errors import DataError
 from evlgen.common.images import open_image
@@ -29,8 +31,8 @@ from evlgen.processors.base_processor import BaseProcessor
 
 #: What follows a key, by what a dataset is of.
 SUFFIXES = {
-    "images": ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif"),
-    "videos": ("mp4", "webm", "mkv", "avi", "mov"),
+    "images": ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2", "ppm", "ico", "tga"),
+    "videos": ("mp4", "webm", "mkv", "avi", "mov", "m4v", "mpg", "mpeg", "wmv", "flv", "ogv", "3gp", "gif"),
 }
 _TEXTS = ("json", "txt")
 _MOST_TEXT_BYTES = 1 << 20
@@ -98,12 +100,22 @@ class ShardDataset(StreamDataset):
             record, text = _read(file, place.json), _read(file, place.txt)
             content = _read(file, place.visual)
         caption = self._caption(record, text)
+        with self._opened(content, _path(place)) as visual:
+            pixels = self.vis_processor(visual)
         return {
-            "image": self._pixels(content, f"{place.shard}/{place.key}.{place.suffix}"),
+            "image": pixels,
             "text_input": self.text_processor(caption),
             "image_id": name,
             "instance_id": name,
         }
+
+    def picture_at(self, place: ShardSample) -> Image.Image:
+        with open(_local(place.shard), "rb") as file:
+            content = _read(file, place.visual)
+        with self._opened(content, _path(place)) as visual:
+            if isinstance(visual, Image.Image):
+                return visual
+            return Image.fromarray(visual.read([len(visual) // 2])[0])
 
     def place_id(self, place: ShardSample) -> str:
         return f"{shard_name(place.shard)}/{place.key}"
@@ -121,16 +133,17 @@ class ShardDataset(StreamDataset):
             self._indices[shard] = read_shard(shard, self.data_type)
         return self._indices[shard]
 
-    def _pixels(self, content: bytes, name: str) -> torch.Tensor:
+    @contextlib.contextmanager
+    def _opened(self, content: bytes, name: str) -> Iterator[Image.Image | Video]:
+        """What a processor takes, of a file's bytes."""
         if self.data_type == "images":
-            return self.vis_processor(
-                open_image(NamedBytes(content, name), getattr(self.vis_processor, "draft_size", None))
-            )
+            yield open_image(NamedBytes(content, name), getattr(self.vis_processor, "draft_size", None))
+            return
         with tempfile.NamedTemporaryFile(suffix=os.path.splitext(name)[1]) as file:  # readers want a path
             file.write(content)
             file.flush()
             try:
-                return self.vis_processor(Video(file.name, self.reader))
+                yield Video(file.name, self.reader)
             except DataError as error:
                 raise DataError(str(error).replace(file.name, name), error.cause) from error
 
@@ -204,6 +217,11 @@ def lane_pieces(shards: Sequence[str], lane: Lane) -> list[tuple[str, int, int]]
     return pieces[lane.index :: lane.count]
 
 
+def stats_path(shard: str) -> str:
+    """Where img2dataset writes what a shard holds."""
+    return f"{os.path.splitext(shard)[0]}_stats.json"
+
+
 def shard_name(shard: str) -> str:
     """What messages call a shard: its file name."""
     return os.path.basename(shard.partition("?")[0])
@@ -233,6 +251,10 @@ def _split(name: str) -> tuple[str, str]:
     folder, slash, file = name.rpartition("/")
     stem, _, suffix = file.partition(".")
     return (folder + slash + stem if stem else "", suffix.lower())
+
+
+def _path(place: ShardSample) -> str:
+    return f"{place.shard}/{place.key}.{place.suffix}"
 
 
 def _local(shard: str) -> str:

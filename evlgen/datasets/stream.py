@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from PIL import Image
+
 from evlgen.common.errors import DataError
 from evlgen.datasets.base_dataset import BadRecord, BaseDataset, Skipped
 from evlgen.processors.base_processor import BaseProcessor
@@ -63,6 +65,10 @@ class StreamDataset(BaseDataset):
         """What a report calls the sample at a place."""
         raise NotImplementedError(f"{type(self).__name__} must define place_id(place)")
 
+    def picture_at(self, place: Any) -> Image.Image | None:
+        """The picture there as a person sees it; None where there is none."""
+        return None
+
     def __len__(self) -> int:
         if self.num_samples is None:
             raise DataError(f"{type(self).__name__} does not know how many samples it has.")
@@ -113,6 +119,9 @@ class _Listed(BaseDataset):
 
     def load_sample(self, index: int) -> dict[str, Any]:
         return self._stream.load_place(self.records[index])
+
+    def picture(self, index: int) -> Image.Image | None:
+        return self._stream.picture_at(self.records[index])
 
     def sample_id(self, index: int) -> str:
         place = self.records[index]

@@ -1,0 +1,165 @@
+"""Writes a dataset of captioned files into webdataset shards, which `evlgen.datasets.shards` reads."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from evlgen.common.errors import DataError
+from evlgen.common.images import FORMATS
+from evlgen.common.io import atomic_file, write_atomically
+from evlgen.common.json_io import read_json
+from evlgen.datasets.base_dataset import BaseDataset, MediaDataset
+from evlgen.datasets.media import Media
+from evlgen.datasets.records import good
+from evlgen.datasets.shards import SUFFIXES, stats_path
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "pack.json"
+_SHOWN = 5  # left-out files that are named
+_SUFFIX_OF = {"JPEG": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}  # others are called as their format
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What lies in a folder of shards.
+
+    Attributes:
+        storage: the shards, as YAML names them.
+        samples: pictures or clips in them.
+        left_out: those that could not be read.
+        captions: of the samples.
+    """
+
+    storage: str
+    samples: int
+    left_out: int
+    captions: int
+
+
+@dataclass(frozen=True)
+class _Sample:
+    visual: str
+    image_id: int | str
+    captions: list[str]
+
+
+def pack(dataset: BaseDataset, folder: Path, samples_per_shard: int = 1000) -> Packed:
+    """Writes each picture or clip once, its file's own bytes beside ``{"caption", "image_id", "source"}``.
+
+    ``caption`` is a text, or a list where there are several. Shards are there when they are whole, with their
+    numbers in ``<shard>_stats.json``. Where a call was interrupted, the next one goes on. Files that cannot
+    be read are left out; whether pictures can be decoded is not looked at.
+
+    Args:
+        folder: empty, not there, or one in which the same was begun.
+
+    Raises:
+        DataError: the dataset has no files with captions, none of them can be read, or the folder has other
+            things in it.
+    """
+    samples = _samples(dataset)
+    _claim(folder, samples, samples_per_shard)
+    shards = [
+        samples[first : first + samples_per_shard] for first in range(0, len(samples), samples_per_shard)
+    ]
+    paths = [str(folder / f"{number:05d}.tar") for number in range(len(shards))]
+    with tqdm(total=len(samples), desc="packing", unit="sample", disable=None) as bar:
+        for number, (path, part) in enumerate(zip(paths, shards, strict=True)):
+            if not os.path.isfile(stats_path(path)):
+                _write_shard(path, part, number * samples_per_shard, dataset.media, bar)
+            else:
+                bar.update(len(part))
+    return _summed(folder, paths)
+
+
+def _samples(dataset: BaseDataset) -> list[_Sample]:
+    """Each picture or clip with its captions, in the order of the records."""
+    captions = dataset.references()
+    if not isinstance(dataset, MediaDataset) or not captions:
+        raise DataError("this dataset cannot be packed: it takes pictures or clips in files, with captions.")
+    ids = {record["visual"]: record.get("image_id", record["visual"]) for record in good(dataset.records)}
+    found = ((visual, image_id, captions.get(image_id)) for visual, image_id in ids.items())
+    return [_Sample(visual, image_id, list(texts)) for visual, image_id, texts in found if texts]
+
+
+def _claim(folder: Path, samples: Sequence[_Sample], samples_per_shard: int) -> None:
+    """Notes in a folder what is packed there, or makes sure that it is this."""
+    digest = hashlib.blake2b(digest_size=16)
+    for sample in samples:
+        digest.update(json.dumps([sample.visual, sample.captions]).encode())
+    content = {
+        "samples": len(samples),
+        "samples_per_shard": samples_per_shard,
+        "digest": digest.hexdigest(),
+    }
+    manifest = folder / MANIFEST
+    if manifest.is_file():
+        if read_json(manifest, DataError, "manifest") != content:
+            raise DataError(f"{folder} has shards of other data or of another size. Name another folder.")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder} is not empty. Name another folder for the shards.")
+    else:
+        write_atomically(manifest, json.dumps(content))
+
+
+def _write_shard(path: str, samples: Sequence[_Sample], first: int, media: Media, bar: tqdm) -> None:
+    from webdataset import TarWriter
+
+    written = captions = 0
+    with atomic_file(path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as shard:
+        for number, sample in enumerate(samples, first):
+            bar.update()
+            try:
+                content = media.read(sample.visual)
+                suffix = _suffix(sample.visual, content, f"{media.what}s")
+            except (DataError, OSError) as error:
+                logger.warning("left out: %s (%s)", sample.visual, error)
+                continue
+            shard.write({"__key__": f"{number:09d}", suffix: content, "json": _json(sample)})
+            written, captions = written + 1, captions + len(sample.captions)
+    stats = {"count": len(samples), "successes": written, "captions": captions}
+    write_atomically(stats_path(path), json.dumps(stats))
+
+
+def _json(sample: _Sample) -> bytes:
+    caption: Any = sample.captions if len(sample.captions) != 1 else sample.captions[0]
+    record = {"caption": caption, "image_id": sample.image_id, "source": sample.visual}
+    return json.dumps(record, ensure_ascii=False).encode()
+
+
+def _suffix(name: str, content: bytes, data_type: str) -> str:
+    """What a file is called in a shard: by its name, or by what it is."""
+    if not content:
+        raise DataError("the file is empty.", "empty file")
+    suffix = os.path.splitext(name)[1].lower().removeprefix(".")
+    if suffix in SUFFIXES[data_type]:
+        return suffix
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            return _SUFFIX_OF.get(image.format, image.format.lower())
+    except (UnidentifiedImageError, OSError) as error:
+        raise DataError(
+            f"neither its name nor its content is that of {data_type}.", "not an image"
+        ) from error
+
+
+def _summed(folder: Path, paths: Sequence[str]) -> Packed:
+    stats = [read_json(stats_path(path), DataError, "shard's numbers") for path in paths]
+    count, samples, captions = (sum(s[key] for s in stats) for key in ("count", "successes", "captions"))
+    if not samples:
+        raise DataError(f"none of the {count} files could be read: the shards in {folder} are empty.")
+    last = f"{len(paths) - 1:05d}"
+    storage = f"{folder}/{{00000..{last}}}.tar" if len(paths) > 1 else paths[0]
+    return Packed(storage, samples, count - samples, captions)
