@@ -16,6 +16,7 @@ from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.frames import find_files, read_files
 from evlgen.common.io import resolve
 from evlgen.common.registry import registry
+from evlgen.common.video import Pictures
 from evlgen.models.base_model import BaseModel
 from evlgen.models.zoo import load_model, load_preprocess
 
@@ -47,7 +48,7 @@ def caption_files(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_for_captioning(cfg_path, checkpoint, options, device)
-    processor = load_preprocess(model)[0]["eval"]
+    processor = load_preprocess(model, num_frames=None)[0]["eval"]
     samples = {} if prompt is None else {"prompt": prompt}
     reads_clips = getattr(model, "temporal", None) is not None
     paths = find_files(images, clips=reads_clips)
@@ -55,9 +56,8 @@ def caption_files(
     done = 0
     for _, alike in groupby(read, key=lambda item: len(item[1])):  # a batch has clips of one length
         while batch := list(islice(alike, batch_size)):
-            clips = [torch.stack([processor(frame) for frame in frames], dim=1) for _, frames in batch]
-            image = torch.stack(clips).to(device)  # [B, 3, T, H, W]
-            samples["image"] = image if reads_clips else image.squeeze(2)
+            items = [Pictures(frames) if reads_clips else frames[0] for _, frames in batch]
+            samples["image"] = torch.stack([processor(item) for item in items]).to(device)
             texts = model.generate(samples, num_beams=num_beams, max_length=max_length)
             done += len(texts)
             yield from zip((path for path, _ in batch), texts, strict=True)

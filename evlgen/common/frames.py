@@ -7,11 +7,12 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from PIL import Image, ImageSequence
+from PIL import Image
 
 from evlgen.common.errors import DataError
-from evlgen.common.images import open_image, to_rgb
+from evlgen.common.images import open_image
 from evlgen.common.io import resolve
+from evlgen.common.video import Video, spread
 
 logger = logging.getLogger(__name__)
 
@@ -58,43 +59,13 @@ def read_frames(path: str | Path, num_frames: int) -> list[Image.Image]:
     Raises:
         DataError: it is missing, or nothing that can be read.
     """
-    file = resolve(path)
-    if Path(file).suffix.lower() in VIDEO_SUFFIXES:
-        return _video_frames(file, num_frames)
-    picture = open_image(file)
-    if Path(file).suffix.lower() != ".gif":
-        return [picture]
-    with Image.open(file, formats=["GIF"]) as clip:
-        frames = [to_rgb(frame.copy()) for frame in ImageSequence.Iterator(clip)]
-    return [frames[i] for i in _chosen(file, len(frames), num_frames)]
-
-
-def evenly(count: int, wanted: int) -> list[int]:
-    """At most ``wanted`` of ``count`` positions, evenly spaced from the first on (LAVIS's ``uniform``)."""
-    wanted = min(count, wanted)
-    return [i * count // wanted for i in range(wanted)]
-
-
-def _chosen(file: str, count: int, wanted: int) -> list[int]:
-    if count < wanted:
+    suffix = Path(path).suffix.lower()
+    if suffix != ".gif" and suffix not in VIDEO_SUFFIXES:
+        return [open_image(resolve(path))]
+    clip = Video(path)
+    count = len(clip)
+    if 1 < count < num_frames:
         logger.warning(
-            "%s has %d frames, fewer than the %d asked for: each is taken once", file, count, wanted
+            "%s has %d frames, fewer than the %d asked for: each is taken once", path, count, num_frames
         )
-    return evenly(count, wanted)
-
-
-def _video_frames(file: str, num_frames: int) -> list[Image.Image]:
-    if not Path(file).is_file():
-        raise DataError(f"cannot read video {file}: the file does not exist.")
-    try:
-        from decord import DECORDError, VideoReader
-    except ImportError as error:
-        raise DataError(
-            f"cannot read video {file}: decord is not installed. `pip install decord` (eva-decord on a Mac)."
-        ) from error
-    try:
-        reader = VideoReader(file, num_threads=1)
-        pixels = reader.get_batch(_chosen(file, len(reader), num_frames)).asnumpy()  # [T, H, W, 3]
-    except (DECORDError, RuntimeError) as error:
-        raise DataError(f"cannot read video {file}: it is damaged or of no known format.") from error
-    return [Image.fromarray(frame) for frame in pixels]
+    return [Image.fromarray(frame) for frame in clip.read(spread(count, min(count, num_frames)))]

@@ -57,25 +57,32 @@ def load_model(
     return model_class.from_config(cfg, device).to(device).train(not is_eval)
 
 
-def load_preprocess(model: BaseModel) -> tuple[Processors, Processors]:
-    """The image and text processors that fit a model, each as ``{"train": .., "eval": ..}``: BLIP-2's, with
-    the vision encoder's image size, mean and std."""
+def load_preprocess(model: BaseModel, num_frames: int | None = 4) -> tuple[Processors, Processors]:
+    """The visual and text processors that fit a model, each as ``{"train": .., "eval": ..}``, with the vision
+    encoder's image size, mean and std: BLIP-2's for pictures, and ALPRO's where the model reads clips.
+
+    Args:
+        num_frames: of a clip; None: all that it has.
+    """
     vision = model.vision
     pixels = {"image_size": vision.image_size, "mean": list(vision.image_mean), "std": list(vision.image_std)}
-    names = {"train": ("blip2_image_train", "blip_caption"), "eval": ("blip_image_eval", "blip_caption")}
-    images = {role: build_processor({"name": image, **pixels}) for role, (image, _) in names.items()}
+    if getattr(model, "temporal", None) is None:
+        names = {"train": "blip2_image_train", "eval": "blip_image_eval"}
+    else:
+        names = {"train": "alpro_video_train", "eval": "alpro_video_eval"}
+        pixels["n_frms"] = num_frames
+    visuals = {role: build_processor({"name": name, **pixels}) for role, name in names.items()}
     prompt = getattr(model, "prompt", "")
     prompts = {"train": f"{prompt} " if prompt else "", "eval": ""}  # in generation the model puts its own
-    texts = {
-        role: build_processor({"name": text, "prompt": prompts[role]}) for role, (_, text) in names.items()
-    }
-    return images, texts
+    texts = {role: build_processor({"name": "blip_caption", "prompt": p}) for role, p in prompts.items()}
+    return visuals, texts
 
 
 def load_model_and_preprocess(
     name: str, model_type: str | None = None, is_eval: bool = True, device: str | torch.device = "cpu"
 ) -> tuple[BaseModel, Processors, Processors]:
-    """`load_model` and `load_preprocess` in one: the model, its image processors, its text processors."""
+    """`load_model` and `load_preprocess` in one: the model, its visual processors, its text
+    processors."""
     model = load_model(name, model_type, is_eval, device)
     return (model, *load_preprocess(model))
 

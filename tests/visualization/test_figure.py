@@ -12,7 +12,7 @@ from PIL import Image
 
 from evlgen import cli
 from evlgen.common.errors import ConfigError, DataError
-from evlgen.common.frames import evenly, read_frames
+from evlgen.common.frames import read_frames
 from evlgen.common.registry import registry
 from evlgen.datasets.shapes.world import draw, scene
 from evlgen.visualization import draw_merging, untrained
@@ -178,12 +178,6 @@ def test_a_connector_that_does_not_merge_is_a_message(files, capsys, write_proje
     OmegaConf.save(content, project)
     assert cli.main(["visualize", str(files / "1.png"), "--cfg-path", str(project)]) == 1
     assert "does not merge tokens" in capsys.readouterr().err
-
-
-def test_frames_are_evenly_spaced():
-    assert evenly(280, 4) == [0, 70, 140, 210]
-    assert evenly(10, 4) == [0, 2, 5, 7]
-    assert evenly(3, 8) == [0, 1, 2]
 
 
 def test_an_animated_gif_is_a_clip(tmp_path):
