@@ -144,6 +144,18 @@ class BaseModel(nn.Module):
         """One text for each sample."""
         raise NotImplementedError(f"{type(self).__name__} must define generate(samples)")
 
+    def generate_tokens(self, samples: dict[str, Any], **options) -> list[list[int]]:
+        """As `generate`, the tokens of each text; see `VLM.generate_tokens`."""
+        raise NotImplementedError(f"{type(self).__name__} must define generate_tokens(samples)")
+
+    def texts(self, tokens: list[list[int]]) -> list[str]:
+        """What is written in tokens of `generate_tokens`."""
+        raise NotImplementedError(f"{type(self).__name__} must define texts(tokens)")
+
+    def encoded(self, samples: dict[str, Any]) -> dict[str, Any]:
+        """Samples that will be read more than once, with what need not be computed again."""
+        return samples
+
     def predict_answers(self, samples: dict[str, Any], **options) -> list[str]:
         """One short answer for each sample's question."""
         raise NotImplementedError(f"{type(self).__name__} must define predict_answers(samples)")

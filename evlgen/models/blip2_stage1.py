@@ -376,6 +376,10 @@ class Blip2Stage1(BaseModel):
         """Raises `ConfigError`: what answers is a language model."""
         raise ConfigError(f"BLIP-2's first stage answers no questions. {SECOND_STAGE}")
 
+    def generate_tokens(self, samples: dict[str, Any], **options) -> list[list[int]]:
+        """Raises `ConfigError`: what learns from its own texts is a model with a language model."""
+        raise ConfigError(f"BLIP-2's first stage does not learn from its own captions. {SECOND_STAGE}")
+
     def soft_prompts(self, samples: dict[str, Any]) -> Tensor:
         """Raises `ConfigError`: what reads soft prompts is a language model."""
         raise ConfigError(f"BLIP-2's first stage has no soft prompts. {SECOND_STAGE}")

@@ -356,6 +356,10 @@ class VLM(BaseModel):
         """Modules inside frozen parts that are trained nonetheless."""
         return [module for part in self.frozen_modules() for module in part.trained_modules()]
 
+    def texts(self, tokens: list[list[int]]) -> list[str]:
+        """What is written in tokens of `generate_tokens`."""
+        return self.language.texts(tokens)
+
     def _prompts(self, samples: dict[str, Any], count: int) -> list[str]:
         """The prompt to continue of each of ``count`` pictures; see `generate`."""
         prompts = samples.get("prompt", self.prompt)

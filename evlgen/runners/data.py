@@ -119,8 +119,8 @@ class BatchPlan:
 
 class _SeededDataset(Dataset):
     """Reads a plan's (place, seed) from several datasets, with all random generators seeded, and notes what
-    to call the sample in messages: ``sample_id``. A place is an index in all map-style datasets one after the
-    other, or a `StreamSlot`."""
+    to call the sample in messages, ``sample_id``, and which ``dataset`` it is of. A place is an index in all
+    map-style datasets one after the other, or a `StreamSlot`."""
 
     def __init__(self, datasets: Mapping[str, Dataset]) -> None:
         self.datasets, self.names = list(datasets.values()), list(datasets)
@@ -130,8 +130,10 @@ class _SeededDataset(Dataset):
         place, seed = pair
         with seeded(seed):
             which, sample = self._in_map(place) if isinstance(place, int) else self._in_stream(place)
-        if isinstance(sample, dict) and len(self.names) > 1:
-            sample["sample_id"] = f"{self.names[which]}: {sample['sample_id']}"
+        if isinstance(sample, dict):
+            sample["dataset"] = self.names[which]
+            if len(self.names) > 1:
+                sample["sample_id"] = f"{self.names[which]}: {sample['sample_id']}"
         return sample
 
     def _in_map(self, index: int) -> tuple[int, Any]:

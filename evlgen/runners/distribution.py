@@ -92,6 +92,14 @@ class Distribution:
         """Inside, each process may generate as often as it likes."""
         return self.sharding.in_step() if self.sharding else contextlib.nullcontext()
 
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[BaseModel]:
+        """Inside of a training step: the bare model, to write texts with as in an evaluation. Nothing of it
+        is remembered for gradients."""
+        # autocast keeps what it cast until it ends: weights that were cast without gradients
+        with self.generating(), torch.no_grad(), self.accelerator.autocast():
+            yield self.accelerator.unwrap_model(self.wrapped)
+
 
 def _language_of(model: BaseModel) -> nn.Module:
     language = getattr(model, "language", None)

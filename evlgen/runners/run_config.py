@@ -88,6 +88,12 @@ class RunConfig:
     #: needs spaCy.
     apply_lemmatizer: bool = False
 
+    #: What a sampled caption's CIDEr is compared with in self-critical training (task ``captioning_scst``):
+    #: that of the picture's other samples, or of the caption a greedy search writes.
+    scst_baseline: Literal["mean", "greedy"] = "mean"
+    #: Captions sampled of each picture in self-critical training.
+    scst_samples: PositiveInt = 5
+
     #: Seed of weights, data order and augmentation.
     seed: int = 42
     #: Folder of checkpoints, results and logs.
@@ -171,6 +177,9 @@ class RunConfig:
             found.append(("lr_decay_rate", "linear_warmup_step_lr needs this factor per epoch, such as 0.9"))
         if self.apply_lemmatizer and self.inference_method == "rank":
             found.append(("apply_lemmatizer", "is for generated answers; set inference_method: generate"))
+        if self.scst_baseline == "mean" and self.scst_samples < 2:
+            problem = "scst_baseline: mean is of a picture's other samples: at least 2, or set it to greedy"
+            found.append(("scst_samples", problem))
         if self.cache_vision_views > 1 and not self.cache_vision:
             found.append(("cache_vision_views", "has a meaning with cache_vision: true only"))
         for name in self.train_dataset_ratios or () if datasets is not None else ():

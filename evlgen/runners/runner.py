@@ -298,11 +298,11 @@ class Runner:
             return self._last_samples
         self.skipped.check()
         with seeded(self.run.seed):
-            for dataset in self._trained.values():
+            for name, dataset in self._trained.items():
                 for sample in one_by_one(dataset):
                     batch = dataset.collater([sample])
                     if not batch.pop("skipped", None):
-                        return batch
+                        return {**batch, "dataset": [name]}
         raise TrainingError(f"no training sample can be read; see {self.folder / 'skipped.jsonl'}.")
 
     def _save(self) -> None:

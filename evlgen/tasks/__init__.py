@@ -2,6 +2,7 @@
 
 from evlgen.tasks.base_task import BaseTask
 from evlgen.tasks.captioning import CaptioningTask
+from evlgen.tasks.captioning_scst import SelfCriticalCaptioningTask
 from evlgen.tasks.pretrain import ImageTextPretrainTask
 
-__all__ = ["BaseTask", "CaptioningTask", "ImageTextPretrainTask"]
+__all__ = ["BaseTask", "CaptioningTask", "ImageTextPretrainTask", "SelfCriticalCaptioningTask"]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from evlgen.models.base_model import BaseModel
 from evlgen.runners.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from evlgen.datasets.base_dataset import BaseDataset
+    from evlgen.runners.distribution import Distribution
 
 
 class BaseTask:
@@ -21,6 +26,14 @@ class BaseTask:
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
+
+    def before_training(self, datasets: Mapping[str, BaseDataset], distribution: Distribution) -> None:
+        """Called once before the first `train_step`, on every process.
+
+        Args:
+            datasets: those trained on, by the name that ``samples["dataset"]`` has for each sample.
+            distribution: how the model is spread; `Distribution.writing` is where a step may generate.
+        """
 
     def train_step(self, model: BaseModel, samples: dict[str, Any]) -> dict[str, Tensor]:
         """The losses of a batch; ``loss`` is what is minimised, the others are logged."""

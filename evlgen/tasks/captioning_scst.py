@@ -1,0 +1,128 @@
+"""Self-critical training: a captioner samples captions and learns from how well people's captions agree."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from evlgen.common.errors import ConfigError, DataError
+from evlgen.common.registry import registry
+from evlgen.datasets.base_dataset import BaseDataset
+from evlgen.models.base_model import BaseModel
+from evlgen.tasks.captioning import CaptioningTask
+from evlgen.tasks.metrics.cider_reward import CiderReward
+
+if TYPE_CHECKING:
+    from evlgen.runners.distribution import Distribution
+
+# What sampling takes to draw from the model itself: what is learned is the probability of what was drawn.
+FREELY = {"use_nucleus_sampling": True, "top_p": 1.0, "top_k": None, "temperature": 1.0, "min_length": 0}
+
+
+@registry.register_task("captioning_scst")
+class SelfCriticalCaptioningTask(CaptioningTask):
+    """Captioning, learned from CIDEr in place of people's words; for a model that captions already.
+
+    Of each picture ``run.scst_samples`` captions are sampled, and each is made likelier by how much its
+    CIDEr-D is above a baseline, or less likely by how much below (REINFORCE): Rennie et al., *Self-Critical
+    Sequence Training for Image Captioning*, CVPR 2017. The baseline (``run.scst_baseline``) is ``greedy``, the
+    reward of the caption that a greedy search writes, as there; or ``mean``, that of the picture's other
+    samples: Luo, *A Better Variant of Self-Critical Sequence Training*, 2020. Document frequencies are those
+    of the training captions, counted once. Evaluation is `CaptioningTask`'s.
+
+    The gradient is exact: captions are drawn from all tokens at temperature 1, up to ``run.max_len`` of them
+    (``min_len`` and the penalties are for evaluation), and what is learned is the probability of the very
+    tokens that were drawn, whatever their text would be cut into again. A caption that ``max_len`` cut is
+    rewarded as it stands and has no end to learn. Dropout is off in sampling and in learning, or the one would
+    draw from another model than the other learns.
+
+    A sample is a picture with an ``image_id``; its own caption is not looked at. A dataset that has one sample
+    for each caption of a picture shows the picture as often.
+    """
+
+    def before_training(self, datasets: Mapping[str, BaseDataset], distribution: Distribution) -> None:
+        """Counts the words of all training captions.
+
+        Raises:
+            DataError: a dataset has no captions by picture.
+        """
+        references: dict[Hashable, Sequence[str]] = {}
+        for name, dataset in datasets.items():
+            own = dataset.references()
+            if not own:
+                raise DataError(
+                    f"run.task captioning_scst: the training data of '{name}' has no captions by picture "
+                    "(references()), which it is rewarded by. Train on a captioning dataset."
+                )
+            references |= {(name, image): captions for image, captions in own.items()}
+        self._names = list(datasets)
+        self._reward = CiderReward(references)
+        self._distribution = distribution
+
+    def train_step(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Tensor]:
+        """``loss``, whose gradient is that of the expected reward, negated; its value says nothing.
+        ``reward``: mean of the samples; ``baseline``."""
+        pictures = self._pictures(samples)
+        was_training = model.training
+        model.eval()
+        with self._distribution.writing() as writer:
+            read = writer.encoded(self._read(samples))
+            tokens = writer.generate_tokens(
+                read, num_captions=self.run.scst_samples, max_length=self.run.max_len, **FREELY
+            )
+            rewards = self._rewards(pictures, writer.texts(tokens))  # [B, K]
+            baselines = self._baselines(writer, read, pictures, rewards)  # [B, K]
+        advantages = (rewards - baselines) / self.run.scst_samples
+        losses = model(
+            {
+                **read,
+                "text_tokens": tokens,
+                "num_texts": [self.run.scst_samples] * len(pictures),
+                "text_weights": advantages.flatten(),
+            }
+        )
+        model.train(was_training)
+        device = losses["loss"].device
+        means = {"reward": rewards.mean().to(device), "baseline": baselines.mean().to(device)}
+        return {**losses, **means}
+
+    def _read(self, samples: dict[str, Any]) -> dict[str, Any]:
+        """What a caption is written from."""
+        read = {key: samples[key] for key in ("image", "visual_tokens") if key in samples}
+        return read if self.run.prompt is None else {**read, "prompt": self.run.prompt}
+
+    def _pictures(self, samples: dict[str, Any]) -> list[Hashable]:
+        """What the reward knows a batch's pictures by."""
+        if "image_id" not in samples:
+            raise ConfigError(
+                "run.task captioning_scst: the training samples have no image_id, by which their captions are "
+                "found. Train on a captioning dataset."
+            )
+        names = samples["dataset"] if len(self._names) > 1 else self._names * len(samples["image_id"])
+        pictures = list(zip(names, samples["image_id"], strict=True))
+        for name, image in pictures:
+            if (name, image) not in self._reward:
+                raise DataError(
+                    f"run.task captioning_scst: '{name}' has no captions of image_id {image!r} among its "
+                    "references(), so nothing can be rewarded. Leave the picture out, or caption it."
+                )
+        return pictures
+
+    def _rewards(self, pictures: list[Hashable], captions: list[str]) -> Tensor:
+        """[B, captions of each], on the CPU."""
+        each = len(captions) // len(pictures)
+        by_picture = [captions[i : i + each] for i in range(0, len(captions), each)]
+        return torch.tensor(self._reward(pictures, by_picture))
+
+    def _baselines(
+        self, writer: BaseModel, read: dict[str, Any], pictures: list[Hashable], rewards: Tensor
+    ) -> Tensor:
+        """What each sample's reward is compared with, [B, K]."""
+        if self.run.scst_baseline == "mean":
+            others = rewards.sum(1, keepdim=True) - rewards
+            return others / (rewards.shape[1] - 1)
+        greedy = writer.generate(read, num_beams=1, max_length=self.run.max_len, min_length=0)
+        return self._rewards(pictures, greedy).expand_as(rewards)
