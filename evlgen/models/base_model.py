@@ -160,6 +160,10 @@ class BaseModel(nn.Module):
         """One short answer for each sample's question."""
         raise NotImplementedError(f"{type(self).__name__} must define predict_answers(samples)")
 
+    def rank_answers(self, samples: dict[str, Any], candidates: Any, **options) -> list[str]:
+        """The best of several given answers to each sample's question; see `VLM.rank_answers`."""
+        raise NotImplementedError(f"{type(self).__name__} must define rank_answers(samples, candidates)")
+
     def soft_prompts(self, samples: dict[str, Any]) -> Tensor:
         """What the language model reads of the pictures, [B, M, C_language]."""
         raise NotImplementedError(f"{type(self).__name__} must define soft_prompts(samples)")

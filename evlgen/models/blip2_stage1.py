@@ -376,6 +376,10 @@ class Blip2Stage1(BaseModel):
         """Raises `ConfigError`: what answers is a language model."""
         raise ConfigError(f"BLIP-2's first stage answers no questions. {SECOND_STAGE}")
 
+    def rank_answers(self, samples: dict[str, Any], candidates: Any, **options) -> list[str]:
+        """Raises `ConfigError`, as `predict_answers` does."""
+        return self.predict_answers(samples)
+
     def generate_tokens(self, samples: dict[str, Any], **options) -> list[list[int]]:
         """Raises `ConfigError`: what learns from its own texts is a model with a language model."""
         raise ConfigError(f"BLIP-2's first stage does not learn from its own captions. {SECOND_STAGE}")

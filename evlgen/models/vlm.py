@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from typing import Any, ClassVar
 
 import torch
@@ -347,6 +347,38 @@ class VLM(BaseModel):
             min_length=min_len,
             length_penalty=length_penalty,
         )
+
+    @torch.no_grad()
+    def rank_answers(
+        self,
+        samples: dict[str, Any],
+        candidates: Sequence[str] | Sequence[Sequence[str]],
+        prompt: str = "",
+        num_candidates: int | None = None,
+    ) -> list[str]:
+        """The likeliest of several answers to each question, by the sum of the log-likelihoods of an answer's
+        tokens and of its end (``rank_answers`` of LAVIS's ``blip_vqa``).
+
+        Args:
+            samples, prompt: as in `predict_answers`.
+            candidates: one list of answers for all questions, or a list of its own for each.
+            num_candidates: of how many answers all is read, those with the likeliest first tokens; None: of
+                all.
+
+        Raises:
+            DataError: a question has no candidates.
+            ConfigError: another number of lists than questions.
+        """
+        count = _count(samples)
+        is_one_list = all(isinstance(candidate, str) for candidate in candidates)
+        lists = [candidates] * count if is_one_list else candidates
+        check_count(lists, count, "lists of candidate answers")
+        if not all(map(len, lists)):
+            raise DataError("there are no candidate answers to rank for a question: give at least one.")
+        soft_prompts, prompts = self.soft_prompts(samples), ask(prompt, samples, count)
+        with self._own_precision(soft_prompts.device):
+            found = self.language.log_likelihoods(soft_prompts, prompts, lists, num_candidates)
+        return [answers[int(scores.argmax())] for answers, scores in zip(lists, found, strict=True)]
 
     def frozen_modules(self) -> list[nn.Module]:
         """The frozen parts."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,6 +64,28 @@ class LanguageModel(nn.Module):
         """As `sample_losses`, of texts that are tokens already, each after its prompt just as
         `generate_tokens` writes it: the losses are of the very choices that were made there. A text without
         an end token is one that was cut, and its end is not learned."""
+        raise NotImplementedError
+
+    def log_likelihoods(
+        self,
+        soft_prompts: Tensor,
+        prompts: list[str],
+        texts: Sequence[Sequence[str]],
+        num_candidates: int | None = None,
+    ) -> list[Tensor]:
+        """How likely each of several texts is after each prompt.
+
+        Args:
+            soft_prompts: [B, M, C].
+            prompts: B texts that are read, as in `generate`.
+            texts: for each prompt its own, or the same list for all; at least one.
+            num_candidates: of how many texts of a prompt all is read, those with the likeliest first tokens;
+                None: of all.
+
+        Returns:
+            B tensors, on the CPU, with as many values as the prompt has texts: the sum of the log-likelihoods
+            of a text's tokens and of its end; -inf where only the first token was read.
+        """
         raise NotImplementedError
 
     def generate(self, soft_prompts: Tensor, prompts: list[str], **options) -> list[str]:

@@ -22,8 +22,9 @@ from transformers.models.auto.modeling_auto import (
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
 from evlgen.models.language.chat import ChatTemplate
-from evlgen.models.language.generation import Decoding, decode
+from evlgen.models.language.generation import Decoding, can_read_trees, decode
 from evlgen.models.language.hugging_face import IGNORED, HuggingFaceLanguageModel, Predictions, up_to_end
+from evlgen.models.language.ranking import Reader, TreeReader
 
 
 class Tokens(NamedTuple):
@@ -38,7 +39,7 @@ class Tokens(NamedTuple):
 @registry.register_language_model("causal")
 class CausalLanguageModel(HuggingFaceLanguageModel):
     """Any causal model of transformers. A subclass with conventions of its own defines `_to_learn`,
-    `_to_continue` and `_find_ends`."""
+    `_to_continue`, `_to_answer` and `_find_ends`."""
 
     KIND = "causal"
     AUTO_CLASS = AutoModelForCausalLM
@@ -107,16 +108,31 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         to one of them."""
         samples = []
         for read, learned in self._split(text_in, text_out):
-            gap = self._gap if read and not read[-1].isspace() else ""
-            end = self.max_output_txt_len - 1
-            samples.append(
-                Tokens(
-                    self._start,
-                    self._last(self._token_ids(read), self.max_txt_len),
-                    [*self._token_ids(gap + learned)[:end], self.end_token_ids[0]],
-                )
-            )
+            (ids,) = self._to_answer([learned], self._gap_after(read))
+            samples.append(Tokens(self._start, self._last(self._token_ids(read), self.max_txt_len), ids))
         return samples
+
+    def _gap_after(self, prompt: str) -> str:
+        return self._gap if prompt and not prompt[-1].isspace() else ""
+
+    def _answer_ids(self, texts: list[str], gap: str) -> list[list[int]]:
+        if self._chat is not None:
+            return [self._chat.answer(text, self.max_output_txt_len) for text in texts]
+        return self._to_answer(texts, gap)
+
+    def _to_answer(self, texts: list[str], gap: str) -> list[list[int]]:
+        """The tokens of each text after a prompt and a gap, its end token the last."""
+        return [
+            [*ids[: self.max_output_txt_len - 1], self.end_token_ids[0]]
+            for ids in self.tokenizer([gap + text for text in texts], add_special_tokens=False).input_ids
+        ]
+
+    def _reader(self, soft_prompts: Tensor, prompts: list[str], width: int, length: int) -> Reader:
+        embeds, mask = self._embed(soft_prompts, self._to_continue_all(prompts), padding_side="left")
+        if not can_read_trees(self.model, embeds.shape[1] + length):
+            return super()._reader(soft_prompts, prompts, width, length)
+        self._check_length(embeds.shape[1] + length, "model.max_txt_len")
+        return TreeReader(self.model, embeds, mask, width, length)
 
     def _to_continue_all(self, prompts: list[str]) -> list[Tokens]:
         """The tokens of a batch of prompts to continue."""

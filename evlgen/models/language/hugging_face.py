@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from evlgen.models.language.loading import (
     read_tokenizer,
 )
 from evlgen.models.language.quantization import quantization_options
+from evlgen.models.language.ranking import Reader, RepeatingReader, log_likelihoods
 from evlgen.models.model_config import LoraConfig
 
 IGNORED = -100  # label of positions that are not learned
@@ -131,6 +132,26 @@ class HuggingFaceLanguageModel(LanguageModel):
         return _by_sample(self._predictions_of_tokens(soft_prompts, prompts, texts), len(soft_prompts))
 
     @torch.no_grad()
+    def log_likelihoods(
+        self,
+        soft_prompts: Tensor,
+        prompts: list[str],
+        texts: Sequence[Sequence[str]],
+        num_candidates: int | None = None,
+    ) -> list[Tensor]:
+        """How likely each of several texts is after each prompt; see `LanguageModel.log_likelihoods`."""
+        known: dict[tuple[int, str], list[list[int]]] = {}  # a list that all prompts share is tokenised once
+        ids = []
+        for prompt, of_one in zip(prompts, texts, strict=True):
+            gap = self._gap_after(prompt)
+            if (id(of_one), gap) not in known:
+                known[id(of_one), gap] = self._answer_ids(list(of_one), gap)
+            ids.append(known[id(of_one), gap])
+        return log_likelihoods(
+            lambda width, length: self._reader(soft_prompts, prompts, width, length), ids, num_candidates
+        )
+
+    @torch.no_grad()
     def embedding_rms(self) -> float:
         """Root mean square of the word embeddings' entries, as the model adds soft prompts to them: Gemma's
         embedding layer, for one, multiplies what it looks up."""
@@ -187,6 +208,24 @@ class HuggingFaceLanguageModel(LanguageModel):
         self, soft_prompts: Tensor, prompts: list[str], texts: list[list[int]]
     ) -> Predictions:
         """As `_predictions`, of tokens after prompts."""
+        raise NotImplementedError
+
+    def _reader(self, soft_prompts: Tensor, prompts: list[str], width: int, length: int) -> Reader:
+        """What reads texts after the prompts: ``width`` texts of a prompt side by side at most, and
+        ``length`` tokens of one."""
+
+        def losses(rows: list[int], texts: list[list[int]]) -> Tensor:
+            return self.token_losses(soft_prompts[rows], [prompts[row] for row in rows], texts)[0]
+
+        any_token = [[self.pad_token_id]] * len(prompts)  # what is predicted first does not depend on it
+        return RepeatingReader(self._predictions_of_tokens(soft_prompts, prompts, any_token).logits, losses)
+
+    def _gap_after(self, prompt: str) -> str:
+        """What stands between a prompt and the text after it."""
+        return ""
+
+    def _answer_ids(self, texts: list[str], gap: str) -> list[list[int]]:
+        """The tokens of each text after a prompt and a gap, its end token the last."""
         raise NotImplementedError
 
     def _predictions_at(self, rows: Tensor, columns: Tensor, targets: Tensor, **inputs) -> Predictions:

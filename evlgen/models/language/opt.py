@@ -36,6 +36,13 @@ class OPTLanguageModel(CausalLanguageModel):
     def _to_continue(self, prompt: str) -> Tokens:
         return Tokens([], self._with_start(prompt), [])
 
+    def _gap_after(self, prompt: str) -> str:
+        return " " if prompt else ""
+
+    def _to_answer(self, texts: list[str], gap: str) -> list[list[int]]:
+        texts = [f"{gap}{text}".rstrip() + self.END for text in texts]
+        return self.tokenizer(texts, add_special_tokens=False).input_ids
+
     def _sample(self, text: str, read: str) -> Tokens:
         ids = self._with_start(text + self.END)
         count = len(self.tokenizer(read).input_ids) if read else 0

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from evlgen.common.registry import registry
 from evlgen.models.language.causal import end_tokens, is_encoder_decoder
 from evlgen.models.language.generation import Decoding, decode_by_transformers
 from evlgen.models.language.hugging_face import IGNORED, HuggingFaceLanguageModel, Predictions, up_to_end
+from evlgen.models.language.ranking import Reader, likelihoods_of
 
 
 @registry.register_language_model("seq2seq")
@@ -77,6 +79,13 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
         """What is written in tokens of `generate_tokens`."""
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
+    def _answer_ids(self, texts: list[str], gap: str) -> list[list[int]]:
+        return [self._with_ends(text, self.max_output_txt_len) for text in texts]
+
+    def _reader(self, soft_prompts: Tensor, prompts: list[str], width: int, length: int) -> Reader:
+        self._check_length(length, "model.max_output_txt_len")
+        return _DecoderReader(self.model, *self._encoder_inputs(soft_prompts, prompts))
+
     def _encoder_inputs(self, soft_prompts: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Embeddings [B, M + L, C] and their mask [B, M + L], 0 for padding, on the CPU."""
         ids = [torch.tensor(self._with_ends(text, self.max_txt_len)) for text in texts]
@@ -94,3 +103,34 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
 
     def _with_ends(self, text: str, max_tokens: int) -> list[int]:
         return self.tokenizer(text, truncation=True, max_length=max_tokens).input_ids
+
+
+class _DecoderReader:
+    """The decoder reads texts after what the encoder has read once. See `ranking.Reader`.
+
+    Args:
+        embeds: [B, L, C], what the encoder reads.
+        mask: [B, L], 0 where it is padding.
+    """
+
+    def __init__(self, model: PreTrainedModel, embeds: Tensor, mask: Tensor) -> None:
+        self.model = model
+        self.mask = mask.to(embeds.device)
+        self.states = model.get_encoder()(inputs_embeds=embeds, attention_mask=self.mask).last_hidden_state
+        self.logits = self._decode(torch.zeros(len(embeds), 1, dtype=torch.long), 1)[:, 0]
+
+    def read(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        texts = tokens.flatten(0, 1)  # [B * R, T]
+        found = likelihoods_of(self._decode(texts, tokens.shape[1]), texts).view(tokens.shape)
+        behind = torch.arange(tokens.shape[2]) >= lengths[:, :, None]
+        return found.masked_fill(behind, 0.0).sum(2)
+
+    def _decode(self, texts: Tensor, count: int) -> Tensor:
+        """Texts [B * count, T], those of one prompt in a row -> logits of their tokens."""
+        labels = texts.to(self.states.device)
+        return self.model(
+            encoder_outputs=BaseModelOutput(self.states.repeat_interleave(count, 0)),
+            attention_mask=self.mask.repeat_interleave(count, 0),
+            decoder_input_ids=self.model.prepare_decoder_input_ids_from_labels(labels=labels),
+            use_cache=False,
+        ).logits

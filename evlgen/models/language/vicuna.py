@@ -37,8 +37,15 @@ class VicunaLanguageModel(CausalLanguageModel):
         # the far end: the input its first, the output its last, the end token with them
         end = self.end_token_ids[0]
         words = self._last(self._token_ids(read), self.max_txt_len - 1)
-        output = [*self._token_ids(learned), end]
-        return Tokens([], [end, *words], output[: self.max_output_txt_len - 1])
+        (output,) = self._to_answer([learned], "")
+        return Tokens([], [end, *words], output)
+
+    def _gap_after(self, prompt: str) -> str:
+        return ""
+
+    def _to_answer(self, texts: list[str], gap: str) -> list[list[int]]:
+        outputs = self.tokenizer(texts, add_special_tokens=False).input_ids
+        return [[*ids, self.end_token_ids[0]][: self.max_output_txt_len - 1] for ids in outputs]
 
     def _to_continue(self, prompt: str) -> Tokens:
         return Tokens([], [self.end_token_ids[0], *self._token_ids(prompt)], [])
