@@ -303,9 +303,14 @@ def test_cocos_archives_go_into_one_folder_under_their_own_names() -> None:
     ]
 
 
-def test_missing_data_name_the_command_that_gets_them(tmp_path) -> None:
-    assert command_for("coco_caption") == "python -m evlgen download coco"
-    assert command_for("no_such_dataset") is None
+def test_a_command_is_named_for_what_it_gets() -> None:
+    assert command_for("coco_caption", "coco/images/") == "python -m evlgen download coco"
+    assert (
+        command_for("gqa", "gqa/annotations/val_balanced_questions.json") == "python -m evlgen download gqa"
+    )
+    assert command_for("coco_caption", "elsewhere/images") is None
+    assert command_for("msrvtt_qa", "msrvtt/videos") is None
+    assert command_for("no_such_dataset", "coco/images") is None
 
 
 def test_the_published_catalogue_is_the_packages() -> None:

@@ -93,10 +93,15 @@ def find_entry(name: str) -> Entry:
     return catalogue()[name]
 
 
-def command_for(dataset: str) -> str | None:
-    """The command that gets a dataset's files; None where the catalogue does not have it."""
-    name = next((name for name, entry in catalogue().items() if dataset in entry.datasets), None)
-    return f"python -m evlgen download {name}" if name else None
+def command_for(dataset: str, storage: str) -> str | None:
+    """The command that gets a file or folder of a dataset; None where the catalogue does not have it, or the
+    dataset has been told of another place."""
+    for name, entry in catalogue().items():
+        if dataset in entry.datasets and any(
+            item.url and item.storage == storage.rstrip("/") for item in items_of(entry)
+        ):
+            return f"python -m evlgen download {name}"
+    return None
 
 
 def items_of(entry: Entry) -> list[Item]:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from evlgen.common.catalogue import command_for
 from evlgen.common.errors import ConfigError
+from evlgen.common.io import cache_root
 from evlgen.common.schema import build_dataclass
 from evlgen.common.video import Reader
 from evlgen.datasets.base_builder import BaseDatasetBuilder
@@ -106,7 +108,7 @@ class FileBuilder(BaseDatasetBuilder):
             for i, storage in enumerate(as_list(source.storage)):
                 path = self._local(storage)
                 if path is not None and not os.path.isfile(path):
-                    remedy = _remedy(source.downloads()[i : i + 1], "to that path")
+                    remedy = self._remedy(storage, source.downloads()[i : i + 1], "to that path")
                     lines.append(f"{self.name}: the {split} annotation is not at {path}. {remedy}")
         root = self._local(self.media_source.storage)
         if root is not None and not os.path.isdir(root):
@@ -134,11 +136,19 @@ class FileBuilder(BaseDatasetBuilder):
 
     def media_remedy(self) -> str:
         """What to do where pictures or videos are missing."""
-        key = f"datasets.{self.name}.build_info.{self.data_type}.storage"
+        source, key = self.media_source, f"datasets.{self.name}.build_info.{self.data_type}.storage"
         return (
-            f"{_remedy(self.media_source.downloads(), 'and unpack into that folder')} "
+            f"{self._remedy(source.storage, source.downloads(), 'and unpack into that folder')} "
             f"{self.data_type.capitalize()} kept elsewhere: set {key} to their folder."
         )
+
+    def _remedy(self, storage: str, downloads: list[str], where: str) -> str:
+        if command := command_for(self.name, storage):
+            elsewhere = self.cache_root.resolve() != cache_root()
+            fetch = f"Run `{command} --to {self.cache_root}`" if elsewhere else f"Run `{command}`"
+        else:
+            fetch = f"Download {' and '.join(downloads)} {where}" if downloads else "Put it there"
+        return f"{fetch}, or set EVLGEN_CACHE to the data root that has it."
 
     def _local(self, storage: str) -> Path | None:
         """The path a storage must be at; None for addresses, which are fetched when they are read."""
@@ -176,8 +186,3 @@ def _source(cls: type[Source], given: Source | Mapping[str, Any]) -> Source:
 
 def _is_url(storage: str) -> bool:
     return storage.startswith(("http://", "https://"))
-
-
-def _remedy(downloads: list[str], where: str) -> str:
-    fetch = f"Download {' and '.join(downloads)} {where}" if downloads else "Put it there"
-    return f"{fetch}, or set EVLGEN_CACHE to the data root that has it."

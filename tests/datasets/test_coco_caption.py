@@ -224,10 +224,24 @@ def test_missing_says_what_where_and_how_for_every_thing(tmp_path) -> None:
     lines = builder(tmp_path).missing()
     assert len(lines) == 4
     assert str(annotation(tmp_path)) in lines[0]
-    assert "datasets/coco_karpathy_train.json (md5 aa31ac474cf6250ebb81d18348a07ed8)" in lines[0]
-    assert "EVLGEN_CACHE" in lines[0]
+    assert f"Run `python -m evlgen download coco --to {tmp_path}`, or set EVLGEN_CACHE" in lines[0]
     assert f"image folder is not at {tmp_path / 'coco/images'}" in lines[3]
-    assert "zips/train2014.zip" in lines[3] and "zips/val2014.zip" in lines[3]
+    assert "Run `python -m evlgen download coco --to" in lines[3]
+
+
+def test_the_command_that_gets_what_is_missing_is_for_the_data_root(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("EVLGEN_CACHE", str(tmp_path))
+    assert all("Run `python -m evlgen download coco`, or" in line for line in builder(tmp_path).missing())
+
+
+def test_missing_names_the_addresses_of_what_no_command_gets(tmp_path) -> None:
+    source = {"storage": "mine.json", "url": "https://x.invalid/mine.json", "md5": "aa31"}
+    images = {"storage": "mine", "url": ["https://x.invalid/a.zip", "https://x.invalid/b.zip"]}
+    lines = builder(tmp_path, build_info={"annotations": {"train": source}, "images": images}).missing(
+        ["train"]
+    )
+    assert "Download https://x.invalid/mine.json (md5 aa31) to that path" in lines[0]
+    assert "Download https://x.invalid/a.zip" in lines[1] and "https://x.invalid/b.zip" in lines[1]
 
 
 def test_missing_looks_only_at_the_splits_asked_for(root) -> None:
@@ -238,13 +252,13 @@ def test_missing_looks_only_at_the_splits_asked_for(root) -> None:
 
 
 def test_asking_for_a_split_without_files_says_what_is_missing(tmp_path) -> None:
-    with pytest.raises(DataError, match=r"train annotation is not at .*Download https"):
+    with pytest.raises(DataError, match=r"train annotation is not at .*evlgen download coco --to"):
         builder(tmp_path).get_split("train")
 
 
 def test_missing_image_folder_is_named_before_any_picture_is_read(root) -> None:
     (root / "coco/images/train2014").rename(root / "elsewhere")
-    message = r"image folder .*coco/images/train2014 is missing: 2 of 3 records point into it\. Download"
+    message = r"image folder .*coco/images/train2014 is missing: 2 of 3 records point into it\. Run"
     with pytest.raises(DataError, match=message):
         builder(root).get_split("train")
 
