@@ -22,7 +22,8 @@ from evlgen.datasets.records import good
 
 
 class CaptionBuilder(FileBuilder):
-    """Captioned pictures on disk: Karpathy annotations and a folder of images."""
+    """Captioned pictures or clips on disk: annotations in any layout that `read_caption_records` reads, and a
+    folder of media."""
 
     train_dataset = CaptionDataset
     eval_dataset = CaptionEvalDataset
@@ -59,3 +60,80 @@ class CocoCaptionBuilder(CaptionBuilder):
     """COCO captions in Karpathy's splits (Karpathy and Fei-Fei, CVPR 2015), as LAVIS distributes them."""
 
     DEFAULT_CONFIG = "configs/datasets/coco_caption.yaml"
+
+
+@registry.register_builder("nocaps")
+class NocapsBuilder(CaptionBuilder):
+    """nocaps (Agrawal et al., ICCV 2019): pictures to write captions of; there is no training split."""
+
+    DEFAULT_CONFIG = "configs/datasets/nocaps.yaml"
+
+
+@registry.register_builder("flickr30k")
+class Flickr30kBuilder(CaptionBuilder):
+    """Flickr30k captions (Young et al., TACL 2014) in Karpathy's splits."""
+
+    DEFAULT_CONFIG = "configs/datasets/flickr30k.yaml"
+
+
+@registry.register_builder("vg_caption")
+class VgCaptionBuilder(CaptionBuilder):
+    """Region descriptions of Visual Genome (Krishna et al., IJCV 2017) as captions of whole pictures."""
+
+    DEFAULT_CONFIG = "configs/datasets/vg_caption.yaml"
+
+
+@registry.register_builder("conceptual_caption_3m")
+class ConceptualCaption3mBuilder(CaptionBuilder):
+    """Conceptual Captions (Sharma et al., ACL 2018)."""
+
+    DEFAULT_CONFIG = "configs/datasets/conceptual_caption_3m.yaml"
+
+
+@registry.register_builder("conceptual_caption_12m")
+class ConceptualCaption12mBuilder(CaptionBuilder):
+    """Conceptual 12M (Changpinyo et al., CVPR 2021)."""
+
+    DEFAULT_CONFIG = "configs/datasets/conceptual_caption_12m.yaml"
+
+
+@registry.register_builder("sbu_caption")
+class SbuCaptionBuilder(CaptionBuilder):
+    """SBU captions (Ordonez et al., NIPS 2011)."""
+
+    DEFAULT_CONFIG = "configs/datasets/sbu_caption.yaml"
+
+
+@registry.register_builder("msrvtt_caption")
+class MsrvttCaptionBuilder(CaptionBuilder):
+    """Clips of MSR-VTT with captions (Xu et al., CVPR 2016)."""
+
+    DEFAULT_CONFIG = "configs/datasets/msrvtt_caption.yaml"
+
+
+@registry.register_builder("msvd_caption")
+class MsvdCaptionBuilder(CaptionBuilder):
+    """Clips of MSVD with captions (Chen and Dolan, ACL 2011)."""
+
+    DEFAULT_CONFIG = "configs/datasets/msvd_caption.yaml"
+
+
+@registry.register_builder("vatex_caption")
+class VatexCaptionBuilder(CaptionBuilder):
+    """Clips of VATEX with English captions (Wang et al., ICCV 2019)."""
+
+    DEFAULT_CONFIG = "configs/datasets/vatex_caption.yaml"
+
+
+@registry.register_builder("webvid_2m")
+class Webvid2mBuilder(CaptionBuilder):
+    """WebVid with 2.5 million clips (Bain et al., ICCV 2021)."""
+
+    DEFAULT_CONFIG = "configs/datasets/webvid_2m.yaml"
+
+
+@registry.register_builder("webvid_10m")
+class Webvid10mBuilder(CaptionBuilder):
+    """WebVid with 10 million clips (Bain et al., ICCV 2021)."""
+
+    DEFAULT_CONFIG = "configs/datasets/webvid_10m.yaml"

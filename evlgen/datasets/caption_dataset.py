@@ -13,7 +13,7 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -163,15 +163,17 @@ def _parse(item: Any, place: str, captioned: bool) -> Iterator[dict[str, Any] | 
         if not is_id(image_id):
             raise DataError(f"'image_id' must be a number or text, not {describe(image_id)}.", _BAD)
         record["image_id"] = image_id
-    caption = item.get("caption")
-    texts = caption if isinstance(caption, list) else [] if caption is None else [caption]
-    problems = [problem for text in texts if (problem := _caption_problem(text))]
-    record["caption"] = [text for text in texts if not _caption_problem(text)]
+    problems = []
+    for text in _texts(item):
+        if (problem := _caption_problem(text)) is None:
+            record["caption"].append(text)
+        else:
+            problems.append(BadRecord(place, *problem))
     if record["caption"] or not (captioned or problems):
         yield record
     elif not problems:
         raise DataError("it has no caption.", "no caption")
-    yield from (BadRecord(place, reason, cause) for reason, cause in problems)
+    yield from problems
 
 
 def _file_name(value: Any, key: str) -> str:
@@ -294,8 +296,9 @@ def id_rule(records: Iterable[Mapping[str, Any] | BadRecord]) -> Callable[[Mappi
 
 def number_at_end(name: str) -> int | None:
     """The number that a file name ends with, its suffix aside."""
-    digits = re.search(r"[0-9]+$", PurePath(name).stem)
-    return int(digits.group()) if digits and len(digits.group()) <= 18 else None
+    stem = os.path.splitext(name)[0]
+    digits = stem[len(stem.rstrip("0123456789")) :]
+    return int(digits) if 0 < len(digits) <= 18 else None
 
 
 def _one_to_one(names: np.ndarray, numbers: np.ndarray) -> bool:

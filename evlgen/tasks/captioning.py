@@ -1,9 +1,10 @@
-"""Captioning: learn a caption for each picture, write one, score it against people's."""
+"""Captioning: learn a caption for each picture or clip, write one, score it against people's."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.models.base_model import BaseModel
 from evlgen.tasks.base_task import BaseTask
 from evlgen.tasks.caption_sheet import caption_sheet
-from evlgen.tasks.metrics import score_captions
+from evlgen.tasks.metrics import ImageId, score_captions
 
 logger = logging.getLogger(__name__)
 
@@ -21,11 +22,13 @@ SHOWN = 12  # captions in the sheet of pictures, half of which are written to th
 
 
 @registry.register_task("captioning")
+@registry.register_task("video_captioning")
 class CaptioningTask(BaseTask):
-    """Captions by generation, scored as COCO's are.
+    """Captions of pictures or clips by generation, scored as COCO's are.
 
-    Result files: ``captions.json`` in COCO's result format, ``metrics.json``, and ``captions.png``, a sheet
-    of pictures with what was written about them.
+    Result files: ``captions.json``, ``metrics.json``, and ``captions.png``, a sheet of pictures with what was
+    written about them. ``captions.json`` is ``[{"image_id", "caption"}, ..]``, which COCO's and nocaps' servers
+    take as it is and LAVIS writes for clips too; ids are what the ground truth has, numbers or texts.
     """
 
     def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]:
@@ -46,10 +49,10 @@ class CaptioningTask(BaseTask):
     def after_evaluation(
         self, results: list[dict[str, Any]], dataset: BaseDataset, split: str, folder: Path
     ) -> dict[str, float]:
-        """Writes and scores. ``agg_metrics`` is CIDEr + BLEU-4, as in LAVIS."""
-        results = sorted(
-            results, key=lambda r: int(r["instance_id"])
-        )  # as the dataset has them, on any number of ranks
+        """Writes and scores. ``agg_metrics`` is CIDEr + BLEU-4, as in LAVIS. Where the dataset has parts,
+        ``CIDEr_<part>`` is told of each; see `domain_scores`."""
+        # as the dataset has them, on any number of ranks
+        results = sorted(results, key=lambda r: int(r["instance_id"]))
         rows = [{"image_id": r["image_id"], "caption": r["caption"]} for r in results]
         write_atomically(folder / "captions.json", json.dumps(rows, ensure_ascii=False, indent=0))
         references = dataset.references()
@@ -62,6 +65,8 @@ class CaptioningTask(BaseTask):
         captions = {r["image_id"]: r["caption"] for r in rows}
         scores = score_captions({i: references[i] for i in captions}, captions, self.run.metrics)
         metrics = {**scores.values, **dataset.extra_metrics(captions)}
+        if "CIDEr" in metrics:
+            metrics.update(domain_scores(references, captions, dataset.domains()))
         if scores.agg_metrics is not None:
             metrics["agg_metrics"] = scores.agg_metrics
         write_atomically(
@@ -88,3 +93,22 @@ class CaptioningTask(BaseTask):
         pictures = [dataset.picture(int(row["instance_id"])) for row in shown]
         lines = [(row["caption"], references.get(row["image_id"], [""])[0]) for row in shown]
         caption_sheet(pictures, lines, folder / "captions.png")
+
+
+def domain_scores(
+    references: Mapping[ImageId, Sequence[str]],
+    captions: Mapping[ImageId, str],
+    domains: Mapping[ImageId, str],
+) -> dict[str, float]:
+    """``CIDEr_<domain>`` of the captions in each domain, such as nocaps' ``in-domain``.
+
+    Each is scored by itself: CIDEr's document frequencies are those of its own pictures, as where each domain
+    has a ground truth file of its own.
+    """
+    found = {}
+    for domain in sorted(set(domains.values())):
+        own = {image_id: text for image_id, text in captions.items() if domains.get(image_id) == domain}
+        if own:
+            scores = score_captions({image_id: references[image_id] for image_id in own}, own, ["cider"])
+            found[f"CIDEr_{domain}"] = scores.values["CIDEr"]
+    return found
