@@ -30,7 +30,7 @@ _WORDINGS = {
     "size": (r"is the (\w+) large or small\?", ("is the {} large or small?", "is the {} small or large?")),
     "place": (r"where is the (\w+)\?", ("where is the {}?", "where is the {} in the picture?")),
     "presence": (r"is there (an? .+)\?", ("is there {}?", "is there {} in the picture?")),
-    "relation": (r"is the (\w+) (.+) the (\w+)\?", ("is the {} {} the {}?", "is the {} {} the {} or not?")),
+    "relation": (r"is the (\w+) (.+) the (\w+)\?", ("is the {} {} the {}?",)),
 }
 QUESTION_KINDS = tuple(_WORDINGS)
 _PLACES = (
