@@ -222,7 +222,7 @@ class VideoTextBuilder(ImageTextBuilder):
     """Clips and a table about them; see `ImageTextBuilder`.
 
     Args:
-        reader: the library that decodes; see `evlgen.common.video.Video`.
+        video_reader: the library that decodes; see `evlgen.common.video.Video`.
     """
 
     DEFAULT_CONFIG = "configs/datasets/video_text.yaml"
@@ -242,7 +242,7 @@ class VideoTextBuilder(ImageTextBuilder):
         split: Shares | None = None,
         train_answers: Literal["sample", "all"] = "sample",
         answer_list: str | None = None,
-        reader: Reader = "auto",
+        video_reader: Reader = "auto",
     ) -> None:
         super().__init__(
             name,
@@ -256,10 +256,10 @@ class VideoTextBuilder(ImageTextBuilder):
             train_answers,
             answer_list,
         )
-        self.reader = reader
+        self.video_reader = video_reader
 
     def media(self, root: Path) -> Media:
-        return VideoFiles(root, self.reader)
+        return VideoFiles(root, self.video_reader)
 
 
 ONE_TABLE = Shares(val=0.1, test=0.1)  # of one table for everything, where nothing is said

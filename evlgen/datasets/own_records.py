@@ -41,7 +41,7 @@ USUAL_NAMES = {
     ),
     "video": ("video", "video_path", "video_file", *_FILES, "video_url", "clip"),
     "text": ("caption", "captions", "text", "texts", "description", "sentence", "sentences"),
-    "id": ("image_id", "video_id"),
+    "id": ("image_id", "video_id", "id"),
     "question": ("question", "questions"),
     "answer": ("answer", "answers"),
     "question_id": ("question_id", "qid"),
@@ -204,23 +204,31 @@ def _records(
             yield row
             continue
         try:
-            record = _record(row, found, prefix, needs_text, number)
+            record, empty = _record(row, found, prefix, needs_text, number)
             ids.note(record)
-            yield record
         except DataError as error:
             yield BadRecord(row.place, str(error), error.cause)
+            continue
+        yield record
+        yield from [BadRecord(row.place, "one of its captions is empty.", "empty caption")] * empty
 
 
-def _record(row: Row, found: Found, prefix: str, needs_text: bool, number: int) -> Record:
+def _record(row: Row, found: Found, prefix: str, needs_text: bool, number: int) -> tuple[Record, int]:
+    """A row's record, and how many empty captions there are among those of a list.
+
+    Raises:
+        DataError: it makes none.
+    """
     record: Record = {"visual": _file_name(row.values.get(found.visual), found.visual, prefix)}
-    texts = [text for column in found.texts for text in _texts(row.values.get(column), column)]
+    written = [text for column in found.texts for text in _texts(row.values.get(column), column)]
+    texts = [text for text in written if not _is_nothing(text)]
     if needs_text and not texts:
         what = "answer" if found.question else "caption"
         raise DataError(f"it has no {what} in {' or '.join(map(repr, found.texts))}.", f"empty {what}")
     if (image_id := _id(row.values.get(found.id), found.id)) is not None:
         record["image_id"] = image_id
     if found.question is None:
-        return {**record, "caption": texts}
+        return {**record, "caption": texts}, len(written) - len(texts)
     questions = _texts(row.values.get(found.question), found.question)
     if len(questions) != 1:
         raise DataError(
@@ -228,7 +236,7 @@ def _record(row: Row, found: Found, prefix: str, needs_text: bool, number: int) 
         )
     question_id = _id(row.values.get(found.question_id), found.question_id)
     record["question_id"] = number if question_id is None else question_id
-    return {**record, "question": questions[0], "answers": texts}
+    return {**record, "question": questions[0], "answers": texts}, 0
 
 
 def _file_name(value: Any, column: str, prefix: str) -> str:
@@ -240,10 +248,11 @@ def _file_name(value: Any, column: str, prefix: str) -> str:
 
 
 def _texts(value: Any, column: str) -> list[str]:
-    """The texts in a cell: one, those of a list, or none where it is empty."""
+    """The texts in a cell: one, those of a list (which may be empty texts), or none where it is empty."""
     values = _written_list(value) if isinstance(value, str) else value
-    values = values if isinstance(values, list | tuple) else [value]
-    texts = [v for v in values if not _is_nothing(v)]
+    if not isinstance(values, list | tuple):
+        values = [] if _is_nothing(value) else [value]
+    texts = ["" if text is None else text for text in values]
     for text in texts:
         if not isinstance(text, str):
             why = f"'{column}' must be text or a list of texts, not {describe(value)}."
@@ -297,7 +306,8 @@ def _id(value: Any, column: str | None) -> int | str | None:
 
 
 class _Ids:
-    """Sees to it that every picture has one id and every question its own.
+    """Sees to it that every picture has one id only, and every question its own. (Two pictures of one id
+    are found where they are scored.)
 
     A column that was guessed and holds something else (one id for each caption, say) is not used; of one that
     was named, the rows that contradict earlier ones are bad.
@@ -309,7 +319,6 @@ class _Ids:
     def __init__(self, guessed: Collection[str]) -> None:
         self._guessed = guessed
         self._of_picture: dict[str, int | str] = {}
-        self._pictures: dict[int | str, str] = {}
         self._questions: set[int | str] = set()
         self.unused: set[str] = set()
 
@@ -317,17 +326,16 @@ class _Ids:
         """Raises `DataError` where the record's ids contradict those of an earlier one."""
         if "image_id" in record:
             visual, image_id = record["visual"], record["image_id"]
-            known = self._of_picture.setdefault(visual, image_id), self._pictures.setdefault(image_id, visual)
-            if known != (image_id, visual):
-                self._object("id", f"id {image_id!r} of {visual} is not its own, or not its only one")
+            if (known := self._of_picture.setdefault(visual, image_id)) != image_id:
+                self._object("id", f"the id of {visual} is {image_id!r} here and {known!r} in another row")
         if "question" in record:
             if record["question_id"] in self._questions:
-                self._object("question_id", f"question_id {record['question_id']!r} is another row's too")
+                self._object("question_id", f"the question_id {record['question_id']!r} is another row's too")
             self._questions.add(record["question_id"])
 
     def _object(self, key: str, why: str) -> None:
         if key not in self._guessed:
-            raise DataError(f"{why}. Ids must differ, or leave columns.{key} out.", "duplicate id")
+            raise DataError(f"{why}. Mend it, or leave columns.{key} out.", "duplicate id")
         self.unused.add(key)
 
     def drop_unused(self, records: Iterable[Record | BadRecord]) -> None:
