@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import stat
@@ -169,6 +170,8 @@ def _cause(path: str | os.PathLike, error: Exception) -> tuple[str, str]:
     path = Path(path)
     if isinstance(error, FileNotFoundError):
         return "the file does not exist.", "missing file"
+    if isinstance(error, OSError) and error.errno == errno.ELOOP:
+        return "it is a link that leads back to itself.", "link to itself"
     if path.is_dir():
         return "it is a folder.", "not a file"
     if isinstance(error, PermissionError):
