@@ -28,19 +28,19 @@ class SelfCriticalCaptioningTask(CaptioningTask):
 
     Of each picture ``run.scst_samples`` captions are sampled, and each is made likelier by how much its
     CIDEr-D is above a baseline, or less likely by how much below (REINFORCE): Rennie et al., *Self-Critical
-    Sequence Training for Image Captioning*, CVPR 2017. The baseline (``run.scst_baseline``) is ``greedy``, the
-    reward of the caption that a greedy search writes, as there; or ``mean``, that of the picture's other
+    Sequence Training for Image Captioning*, CVPR 2017. The baseline (``run.scst_baseline``) is ``greedy``,
+    the reward of the caption that a greedy search writes, as there; or ``mean``, that of the picture's other
     samples: Luo, *A Better Variant of Self-Critical Sequence Training*, 2020. Document frequencies are those
     of the training captions, counted once. Evaluation is `CaptioningTask`'s.
 
     The gradient is exact: captions are drawn from all tokens at temperature 1, up to ``run.max_len`` of them
     (``min_len`` and the penalties are for evaluation), and what is learned is the probability of the very
     tokens that were drawn, whatever their text would be cut into again. A caption that ``max_len`` cut is
-    rewarded as it stands and has no end to learn. Dropout is off in sampling and in learning, or the one would
-    draw from another model than the other learns.
+    rewarded as it stands and has no end to learn. Dropout is off in sampling and in learning, or the one
+    would draw from another model than the other learns.
 
-    A sample is a picture with an ``image_id``; its own caption is not looked at. A dataset that has one sample
-    for each caption of a picture shows the picture as often.
+    A sample is a picture with an ``image_id``; its own caption is not looked at. A dataset that has one
+    sample for each caption of a picture shows the picture as often.
     """
 
     def before_training(self, datasets: Mapping[str, BaseDataset], distribution: Distribution) -> None:
@@ -98,8 +98,8 @@ class SelfCriticalCaptioningTask(CaptioningTask):
         """What the reward knows a batch's pictures by."""
         if "image_id" not in samples:
             raise ConfigError(
-                "run.task captioning_scst: the training samples have no image_id, by which their captions are "
-                "found. Train on a captioning dataset."
+                "run.task captioning_scst: the training samples have no image_id, by which their captions "
+                "are found. Train on a captioning dataset."
             )
         names = samples["dataset"] if len(self._names) > 1 else self._names * len(samples["image_id"])
         pictures = list(zip(names, samples["image_id"], strict=True))
