@@ -21,8 +21,8 @@ class PackedRecords(Sequence):
     an object writes to its reference count. Two tensors take what the texts take; forked workers see them in
     place, and spawned ones get them through shared memory.
 
-    Bytes are only ever those that the constructor made, so unpickling runs nobody's code; and it takes a third
-    of the time that JSON does.
+    Bytes are only ever those that the constructor made, so unpickling runs nobody's code; it takes a third of
+    the time that JSON does.
 
     Args:
         records: read once.

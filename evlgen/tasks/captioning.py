@@ -27,8 +27,8 @@ class CaptioningTask(BaseTask):
     """Captions of pictures or clips by generation, scored as COCO's are.
 
     Result files: ``captions.json``, ``metrics.json``, and ``captions.png``, a sheet of pictures with what was
-    written about them. ``captions.json`` is ``[{"image_id", "caption"}, ..]``, which COCO's and nocaps' servers
-    take as it is and LAVIS writes for clips too; ids are what the ground truth has, numbers or texts.
+    written about them. ``captions.json`` is ``[{"image_id", "caption"}, ..]``: what COCO's and nocaps'
+    servers are sent, and LAVIS writes for clips too. Ids are those of the ground truth, numbers or texts.
     """
 
     def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]:

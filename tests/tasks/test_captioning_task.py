@@ -1,0 +1,79 @@
+"""What the captioning task writes and scores, with ids of any kind and in parts of a dataset."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from evlgen.common.registry import registry
+from evlgen.datasets.caption_dataset import CaptionEvalDataset
+from evlgen.datasets.media import ImageFiles
+from evlgen.processors import build_processor
+from evlgen.runners.run_config import RunConfig
+from evlgen.tasks.captioning import domain_scores
+from evlgen.tasks.metrics import score_captions
+
+TEXTS = {
+    7: ["a red bus on a street", "the bus is red"],
+    "7": ["two dogs play in the grass", "dogs on grass"],
+    "video3": ["a woman puts on makeup", "a woman and her makeup"],
+    2**40: ["a man rides a horse", "a horse with a rider"],
+}
+WRITTEN = {7: "a red bus", "7": "dogs in the grass", "video3": "a woman puts on makeup", 2**40: "a cat"}
+
+IMAGE = build_processor({"name": "blip_image_eval", "image_size": 8})
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory) -> tuple[dict[str, float], Path]:
+    """The metrics of a set of pictures with such ids, two of them in one domain; and the result folder."""
+    folder = tmp_path_factory.mktemp("set")
+    for i in range(len(TEXTS)):
+        Image.new("RGB", (8, 8), "red").save(folder / f"{i}.png")
+    records = [{"visual": f"{i}.png", "caption": t, "image_id": n} for i, (n, t) in enumerate(TEXTS.items())]
+    domains = {7: "in-domain", "7": "out-domain", "video3": "in-domain"}
+    dataset = CaptionEvalDataset(records, ImageFiles(folder), IMAGE, domains=domains)
+    task = registry.get_task_class("video_captioning")(RunConfig(task="video_captioning", metrics=["cider"]))
+    results = [
+        {"image_id": i, "caption": c, "instance_id": str(n)} for n, (i, c) in enumerate(WRITTEN.items())
+    ]
+    return task.after_evaluation(results[::-1], dataset, "val", folder / "result"), folder / "result"
+
+
+def test_captions_are_written_in_the_datasets_order_with_ids_as_they_are(evaluated) -> None:
+    _, folder = evaluated
+    rows = json.loads((folder / "captions.json").read_text())
+    assert rows == [{"image_id": i, "caption": c} for i, c in WRITTEN.items()]
+    assert (folder / "captions.png").stat().st_size > 0
+
+
+def test_scores_of_a_domain_are_those_of_its_pictures_alone(evaluated) -> None:
+    found, folder = evaluated
+    own = (7, "video3")
+    inside = score_captions({i: TEXTS[i] for i in own}, {i: WRITTEN[i] for i in own}, ["cider"])
+    assert found["CIDEr_in-domain"] == pytest.approx(inside.values["CIDEr"]) and inside.values["CIDEr"] > 1
+    assert found["CIDEr_out-domain"] == 0  # one picture: every n-gram is in all of its pictures
+    assert found["CIDEr"] != pytest.approx(found["CIDEr_in-domain"])
+    assert json.loads((folder / "metrics.json").read_text())["CIDEr_in-domain"] == found["CIDEr_in-domain"]
+
+
+def test_a_dataset_without_parts_has_no_scores_of_parts() -> None:
+    assert domain_scores(TEXTS, WRITTEN, {}) == {}
+    assert domain_scores(TEXTS, WRITTEN, {"picture of another set": "in-domain"}) == {}
+
+
+def test_both_names_are_of_one_task() -> None:
+    assert registry.get_task_class("video_captioning") is registry.get_task_class("captioning")
+
+
+def test_captions_without_references_are_written_and_not_scored(tmp_path, caplog) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "1.png")
+    dataset = CaptionEvalDataset([{"visual": "1.png", "image_id": 0}], ImageFiles(tmp_path), IMAGE)
+    task = registry.get_task_class("captioning")(RunConfig(task="captioning"))
+    results = [{"image_id": 0, "caption": "x", "instance_id": "0"}]
+    assert task.after_evaluation(results, dataset, "test", tmp_path) == {}
+    assert json.loads((tmp_path / "captions.json").read_text()) == [{"image_id": 0, "caption": "x"}]
+    assert "test has no references" in caplog.text
