@@ -48,6 +48,7 @@ def run(cfg: Config, runner_class: type | None = None) -> dict[str, dict[str, fl
         )
     for key, problem in cfg.run.problems(list(cfg.datasets)):  # a file without a `run` section gets this far
         raise ConfigError(f"run.{key}: {problem}.")
+    task = registry.get_task_class(cfg.run.task)(cfg.run)  # it may find fault with its settings
     builders = ready_builders(cfg)
     check_splits(cfg, builders)
     check_nothing_missing(cfg, builders)
@@ -70,7 +71,6 @@ def run(cfg: Config, runner_class: type | None = None) -> dict[str, dict[str, fl
         check_streams(cfg.run, datasets)
         set_seed(cfg.run.seed)  # before the model draws its first weights
         model = registry.get_model_class(cfg.model.arch).from_config(cfg.model, accelerator.device)
-        task = registry.get_task_class(cfg.run.task)(cfg.run)
         runner = (runner_class or registry.get_runner_class(cfg.run.runner))(
             cfg.run, task, model, datasets, folder, config=cfg.to_dict(), accelerator=accelerator
         )

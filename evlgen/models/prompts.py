@@ -36,6 +36,7 @@ def ask(prompt: str, samples: dict[str, Any], count: int) -> list[str]:
     check_count(questions, count, "questions (text_input)")
     if not prompt:
         return questions
+    check_slots(prompt)
     slots = prompt.count(SLOT)
     if slots == 1:
         return [_fill(prompt, question) for question in questions]
@@ -45,11 +46,20 @@ def ask(prompt: str, samples: dict[str, Any], count: int) -> list[str]:
     if slots == 2 and "choices" in samples:
         pairs = zip(questions, samples["choices"], strict=True)
         return [_fill(prompt, question, _lettered(choices)) for question, choices in pairs]
-    if slots == 2:
-        problem = "has two slots, for a question and its choices or OCR tokens, and the samples have neither"
-    else:
-        problem = f"has {slots} slots {SLOT}: it takes one for the question, and at most one more"
-    raise ConfigError(f"the prompt {prompt!r} (run.prompt) {problem}.")
+    raise ConfigError(
+        f"the prompt {prompt!r} (run.prompt) has two slots, for a question and its choices or OCR tokens, "
+        "and the samples have neither."
+    )
+
+
+def check_slots(prompt: str) -> None:
+    """Raises `ConfigError` for the prompt of a question that has no slot for it, or more than two."""
+    slots = prompt.count(SLOT)
+    if prompt and slots not in (1, 2):
+        raise ConfigError(
+            f"the prompt {prompt!r} (run.prompt) has {slots} slots {SLOT}: it takes one for the question, "
+            "and at most one more."
+        )
 
 
 def fill_ocr_slots(prompts: Sequence[str], samples: dict[str, Any]) -> list[str]:

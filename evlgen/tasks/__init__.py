@@ -4,5 +4,17 @@ from evlgen.tasks.base_task import BaseTask
 from evlgen.tasks.captioning import CaptioningTask
 from evlgen.tasks.captioning_scst import SelfCriticalCaptioningTask
 from evlgen.tasks.pretrain import ImageTextPretrainTask
+from evlgen.tasks.question_answering import QuestionAnsweringTask
+from evlgen.tasks.vqa import AOKVQATask, GQATask, VideoQATask, VQATask
 
-__all__ = ["BaseTask", "CaptioningTask", "ImageTextPretrainTask", "SelfCriticalCaptioningTask"]
+__all__ = [
+    "AOKVQATask",
+    "BaseTask",
+    "CaptioningTask",
+    "GQATask",
+    "ImageTextPretrainTask",
+    "QuestionAnsweringTask",
+    "SelfCriticalCaptioningTask",
+    "VQATask",
+    "VideoQATask",
+]

@@ -1,0 +1,206 @@
+"""What tasks for questions share: learn the answers, give one to each question, compare it with people's."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from evlgen.common.errors import ConfigError, DataError
+from evlgen.common.io import write_atomically
+from evlgen.datasets.base_dataset import BaseDataset
+from evlgen.models.base_model import BaseModel
+from evlgen.models.prompts import ask, check_slots
+from evlgen.runners.run_config import RunConfig
+from evlgen.tasks.base_task import BaseTask
+from evlgen.tasks.caption_sheet import caption_sheet
+from evlgen.tasks.lemmatizer import load_lemmatizer
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 12  # answers in the sheet of pictures, half of which are written to the log
+
+
+class QuestionAnsweringTask(BaseTask):
+    """Base of the tasks for questions about pictures or clips. A subclass defines `score`, and `upload` where
+    a leaderboard wants another format.
+
+    Questions are put as ``run.prompt`` says, in training as in evaluation. ``run.inference_method: generate``
+    writes the answers, ``rank`` takes the likeliest of the dataset's ``answer_list()``.
+
+    Result files: ``answers.json``, ready for upload; ``metrics.json``; and ``answers.png``, a sheet of
+    pictures with questions and answers. All scores are in percent. Questions whose picture could not be read
+    are not scored.
+
+    Raises:
+        ConfigError: ``run.prompt`` has no slot for the question; ``run.apply_lemmatizer`` without spaCy.
+    """
+
+    def __init__(self, run: RunConfig) -> None:
+        super().__init__(run)
+        self.prompt = run.prompt or ""
+        check_slots(self.prompt)
+        self.lemmatizer = load_lemmatizer() if run.apply_lemmatizer else None
+        self.candidates: list[str] = []
+
+    # ---- training
+
+    def train_step(self, model: BaseModel, samples: dict[str, Any]) -> dict[str, Tensor]:
+        """The loss of answers after their questions.
+
+        Of one answer for each question (``text_output``) it is the mean over the tokens of all. Of several
+        that weigh differently (``answers``, ``weights``; ``train_answers: all``) it is, as in LAVIS's
+        ``blip_vqa``, the sum over answers of weight times the negated log-likelihood of the whole answer,
+        divided by the number of questions.
+        """
+        return model(self.to_learn(samples))
+
+    def to_learn(self, samples: dict[str, Any]) -> dict[str, Any]:
+        """The samples as `VLM.forward` reads them.
+
+        Raises:
+            DataError: they have no answers.
+        """
+        questions = ask(self.prompt, samples, len(samples["text_input"]))
+        if "answers" not in samples:
+            if "text_output" not in samples:
+                raise DataError(
+                    f"task {self.run.task} learns answers to questions, and these samples have none. Train "
+                    "on a dataset of questions, such as coco_vqa, or set run.task: captioning."
+                )
+            return {**samples, "text_input": questions}
+        counts = [len(answers) for answers in samples["answers"]]
+        rest = {key: value for key, value in samples.items() if key not in ("answers", "weights")}
+        return {
+            **rest,
+            "text_input": [q for q, count in zip(questions, counts, strict=True) for _ in range(count)],
+            "text_output": [answer for answers in samples["answers"] for answer in answers],
+            "text_weights": [weight for weights in samples["weights"] for weight in weights],
+            "num_texts": counts,
+        }
+
+    # ---- evaluation
+
+    def before_evaluation(self, dataset: BaseDataset, split: str) -> None:
+        """Reads the list of answers that are ranked. Raises `ConfigError` where there is none."""
+        if self.run.inference_method != "rank":
+            return
+        self.candidates = list(dict.fromkeys(dataset.answer_list()))
+        if not self.candidates:
+            raise ConfigError(
+                f"run.inference_method: rank chooses from a list of answers, and split '{split}' has none. "
+                "Give the dataset an answer_list, or set run.inference_method: generate."
+            )
+
+    def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]:
+        """``{"question_id", "answer", "question", "instance_id"}`` for each sample of a batch."""
+        keys = ("question_id", "instance_id", "text_input")
+        answers = self.answer(model, samples)
+        return [
+            {"question_id": i, "answer": answer, "question": question, "instance_id": n}
+            for i, n, question, answer in zip(*(samples[key] for key in keys), answers, strict=True)
+        ]
+
+    def answer(self, model: BaseModel, samples: dict[str, Any]) -> list[str]:
+        """An answer to each question."""
+        run = self.run
+        if run.inference_method == "rank":
+            return model.rank_answers(
+                samples, self.candidates, prompt=self.prompt, num_candidates=run.num_ans_candidates
+            )
+        answers = model.predict_answers(
+            samples,
+            num_beams=run.num_beams,
+            max_len=run.max_len,
+            min_len=run.min_len,
+            prompt=self.prompt,
+            length_penalty=0.0 if run.length_penalty is None else run.length_penalty,
+        )
+        return answers if self.lemmatizer is None else self.lemmatizer(answers)
+
+    def after_evaluation(
+        self, results: list[dict[str, Any]], dataset: BaseDataset, split: str, folder: Path
+    ) -> dict[str, float]:
+        """Writes and scores. What is told by kinds of questions is in ``metrics.json`` alone."""
+        # as the dataset has them, on any number of ranks
+        results = sorted(results, key=lambda r: int(r["instance_id"]))
+        _write(folder / "answers.json", self.upload(results), indent=0)
+        self._show(results, dataset, folder)
+        if not self.run.report_metric or not results:
+            return {}
+        metrics, details = self.score(results, dataset)
+        if not metrics:
+            logger.warning("%s has no answers of people: the model's are written, not scored", split)
+            return {}
+        _write(folder / "metrics.json", {**metrics, **details}, indent=1)
+        return metrics
+
+    def upload(self, results: Sequence[Mapping[str, Any]]) -> Any:
+        """What ``answers.json`` holds, from the results in the order of the dataset: here the format of the
+        VQA challenge."""
+        return [{"question_id": r["question_id"], "answer": r["answer"]} for r in results]
+
+    def score(
+        self, results: Sequence[Mapping[str, Any]], dataset: BaseDataset
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """The metrics, ``agg_metrics`` among them, and what else ``metrics.json`` tells; no metrics where the
+        dataset knows no answers."""
+        raise NotImplementedError(f"{type(self).__name__} must define score(results, dataset)")
+
+    def _show(self, results: Sequence[Mapping[str, Any]], dataset: BaseDataset, folder: Path) -> None:
+        step = max(1, len(results) // SHOWN)
+        shown = results[::step][:SHOWN]
+        truths, choices = dataset.answers(), dataset.correct_choices()
+        lines = []
+        for row in shown:
+            people = truths.get(row["question_id"]) or [choices.get(row["question_id"], "")]
+            commonest = max(people, key=people.count)
+            lines.append((f"{row['question']} {row['answer']}", commonest))
+        for written, truth in lines[: SHOWN // 2]:
+            logger.info("  %s   (people: %s)", written, truth)
+        pictures = [dataset.picture(int(row["instance_id"])) for row in shown]
+        caption_sheet(pictures, lines, folder / "answers.png")
+
+
+def _write(path: Path, content: Any, indent: int) -> None:
+    write_atomically(path, json.dumps(content, ensure_ascii=False, indent=indent))
+
+
+def accuracies(
+    values: Mapping[Hashable, float], dataset: BaseDataset
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """From each question's accuracy (0 to 1), by id, what `QuestionAnsweringTask.score` gives: ``accuracy``
+    and ``agg_metrics``, the mean in percent; ``accuracy_<kind>`` of each kind of answer; and as details
+    ``accuracy_by_question_type`` and how many ``questions`` were scored."""
+    if not values:
+        return {}, {}
+    mean = percent(values.values())
+    by_answer = means_by_kind(values, dataset.answer_types())
+    metrics = {
+        "accuracy": mean,
+        **{f"accuracy_{re.sub(r'[^a-z0-9]+', '_', kind.lower())}": v for kind, v in by_answer.items()},
+        "agg_metrics": mean,
+    }
+    by_question = means_by_kind(values, dataset.question_types())
+    details = {"accuracy_by_question_type": by_question} if by_question else {}
+    return metrics, {**details, "questions": len(values)}
+
+
+def means_by_kind(values: Mapping[Hashable, float], kinds: Mapping[Hashable, str]) -> dict[str, float]:
+    """The mean in percent of the values of each kind, the kinds in alphabetical order."""
+    groups: dict[str, list[float]] = {}
+    for key, value in values.items():
+        if kinds.get(key):  # the empty text is no kind
+            groups.setdefault(kinds[key], []).append(value)
+    return {kind: percent(groups[kind]) for kind in sorted(groups)}
+
+
+def percent(values: Any) -> float:
+    """The mean of some values from 0 to 1, times 100."""
+    values = list(values)
+    return 100 * sum(values) / len(values)
