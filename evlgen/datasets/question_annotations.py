@@ -17,19 +17,20 @@ scored: the publisher leaves them out of that score (allenai/aokvqa, evaluation/
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from evlgen.common.errors import DataError
-from evlgen.datasets.annotations import describe, read_annotation, text_problem
+from evlgen.datasets.annotations import describe, is_id, open_annotation, read_annotation, text_problem
 from evlgen.datasets.base_dataset import BadRecord
 from evlgen.datasets.packed import PackedRecords
+from evlgen.datasets.records import sift
 
 Id = int | str
 Record = dict[str, Any]
-Rows = Iterable[tuple[str, Any]]  # what messages call a row, and the row
 
 _ANSWERS = ("answer", "direct_answers", "answers")  # where records have them; the second is A-OKVQA's
 
@@ -64,25 +65,19 @@ def read_questions(
         DataError: a file has none of the layouts, or all of its records are bad; names file, record and what
             is wrong with it.
     """
-    by_layout: dict[str, list[tuple[str | os.PathLike, Any]]] = {}
+    files: dict[str, list[tuple[str | os.PathLike, Any]]] = {}
     for path in paths:
-        content = read_annotation(path)
-        by_layout.setdefault(_layout(content, path), []).append((path, content))
+        layout, content = _open(path)
+        files.setdefault(layout, []).append((path, content))
     given: dict[Id, Record] = {}
-    for path, content in by_layout.get("answers", ()):
+    for path, content in files.get("answers", ()):
         given |= _given_answers(content, path)
     if truth is not None:
         given |= _read_truth(truth)
-    # Official questions last: LAVIS names them beside its own list of the same questions, for the scorer.
-    files = [
-        (layout, path, rows_of(content))
-        for layout, rows_of in _ROWS.items()
-        for path, content in by_layout.get(layout, ())
-    ]
-    if not files:
-        raise DataError(f"{', '.join(map(str, paths))}: no questions are in there, only answers.")
-    lists = [_answer_list(content) for _, content in by_layout.get("answer list", ())]
-    return QuestionFiles(PackedRecords(_records(files, given, scored)), [a for found in lists for a in found])
+    return QuestionFiles(
+        _read_files(files, _Rows(given, scored), ", ".join(map(str, paths))),
+        [answer for path, content in files.get("answer list", ()) for answer in _answer_list(content)],
+    )
 
 
 def read_answer_list(path: str | os.PathLike) -> list[str]:
@@ -91,54 +86,97 @@ def read_answer_list(path: str | os.PathLike) -> list[str]:
     Raises:
         DataError: another layout.
     """
-    content = read_annotation(path)
-    if _layout(content, path) != "answer list":
-        raise DataError(f"answer list {path} must be a list of texts, not {describe(content)}.")
+    layout, content = _open(path)
+    if layout != "answer list":
+        raise DataError(f"answer list {path} must be a list of texts; it holds {layout}.")
     return _answer_list(content)
 
 
-def is_id(value: Any) -> bool:
-    """Whether a question id is a number or a text such as they are written."""
-    if isinstance(value, str):
-        return bool(value) and text_problem(value) is None
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-
-
-def _layout(content: Any, path: str | os.PathLike) -> str:
-    if isinstance(content, list) and content:
-        return "answer list" if all(isinstance(item, str) for item in content) else "list"
+def _open(path: str | os.PathLike) -> tuple[str, Any]:
+    """What a file holds, and its content. A list of questions comes as an iterator: it may be of millions."""
+    content = open_annotation(path)
+    if isinstance(content, Iterator):
+        first = next(content, None)
+        rows = itertools.chain([] if first is None else [first], content)
+        if not isinstance(first, str):
+            return "questions", rows
+        rows = list(rows)
+        return "answer list" if all(isinstance(row, str) for row in rows) else "questions", rows
     if isinstance(content, Mapping) and content:
         if isinstance(content.get("questions"), list):
-            return "official"
+            return "official questions", content
         if isinstance(content.get("annotations"), list):
-            return "answers"
-        if all(isinstance(item, Mapping) for item in content.values()):
-            return "gqa"
-        if all(isinstance(item, int) for item in content.values()):
-            return "answer list"
+            return "answers", content
+        if all(isinstance(value, Mapping) for value in content.values()):
+            return "GQA's questions", content
+        if all(isinstance(value, int) for value in content.values()):
+            return "answer list", content
     raise DataError(
         f"annotation {path} must be a list of records with 'image' or 'video' and 'question', or one of the "
         f"layouts that VQA and GQA are published in; it is {describe(content)}."
     )
 
 
-def _list_rows(content: Sequence[Any]) -> Rows:
-    return ((f"record {index}", row) for index, row in enumerate(content))
+def _read_files(files: Mapping[str, Sequence[tuple[Any, Any]]], rows: _Rows, names: str) -> PackedRecords:
+    """The questions of all files, one after the other. ``names``: of the files, for messages."""
+    found = [sift(content, path, rows.parse) for path, content in files.get("questions", ())]
+    for path, content in files.get("GQA's questions", ()):
+        items = ({"question_id": key, **row} for key, row in content.items())
+        found.append(sift(items, path, rows.parse, "question"))
+    for path, content in files.get("official questions", ()):
+        # LAVIS names them beside its own list of the same questions, for the scorer
+        items = [row for row in _official_rows(content) if not rows.know(row)]
+        if items or not rows.seen:
+            found.append(sift(items, path, rows.parse, "question"))
+    if not found:
+        raise DataError(f"{names}: no questions are in there, only answers.")
+    return found[0] if len(found) == 1 else PackedRecords(itertools.chain.from_iterable(found))
 
 
-def _gqa_rows(content: Mapping[str, Any]) -> Rows:
-    return ((f"question {key}", {"question_id": key, **row}) for key, row in content.items())
-
-
-def _official_rows(content: Mapping[str, Any]) -> Rows:
+def _official_rows(content: Mapping[str, Any]) -> Iterator[Any]:
     subtype = str(content.get("data_subtype", ""))
-    for index, row in enumerate(content["questions"]):
+    for row in content["questions"]:
         if isinstance(row, Mapping) and isinstance(row.get("image_id"), int):
             row = {**row, "image": coco_2014_name(subtype, row["image_id"])}
-        yield f"question {index}", row
+        yield row
 
 
-_ROWS = {"list": _list_rows, "gqa": _gqa_rows, "official": _official_rows}
+@dataclass
+class _Rows:
+    """Rows of any layout in our words, as the files of one split have them.
+
+    Args:
+        given: answers that came in files of their own, by question id.
+        scored: see `read_questions`.
+        seen: the question ids so far.
+    """
+
+    given: Mapping[Id, Record]
+    scored: bool
+    seen: set[Id] = field(default_factory=set)
+    number: int = 0
+
+    def know(self, row: Any) -> bool:
+        """Whether the question of a row has been read already."""
+        return isinstance(row, Mapping) and is_id(row.get("question_id")) and row["question_id"] in self.seen
+
+    def parse(self, row: Any, place: str) -> Iterator[Record]:
+        """The record of a row, for `sift`. Raises `DataError` where it is none, or lacks what it is needed
+        for."""
+        number, self.number = self.number, self.number + 1
+        record = _record(row, number)
+        key, difficult = record["question_id"], record.pop("difficult", False)
+        record.update(self.given.get(key, {}))
+        if not record["answers"] and self.given:
+            raise DataError(f"question {key!r} has no answer among those given for others.", "no answer")
+        if not self.scored and not any(map(str.strip, record["answers"])):
+            raise DataError("it has no answer to learn.", "no answer")
+        if self.scored and key in self.seen:
+            raise DataError(f"the question_id {key!r} is there a second time.", "duplicate id")
+        if self.scored and difficult:
+            record["answers"] = []
+        self.seen.add(key)
+        yield record
 
 
 def _read_truth(path: str | os.PathLike) -> dict[Id, Record]:
@@ -188,54 +226,16 @@ def coco_2017_name(split: str, image_id: int) -> str:
     return f"{split}2017/{image_id:012d}.jpg"
 
 
-def _records(
-    files: Sequence[tuple[str, str | os.PathLike, Rows]], given: Mapping[Id, Record], scored: bool
-) -> Iterator[Record | BadRecord]:
-    """What the rows of all files say. Raises `DataError` where all rows of a file are bad."""
-    seen: set[Id] = set()
-    number = 0
-    for layout, path, rows in files:
-        usable, bad = 0, None
-        for name, row in rows:
-            try:
-                record = _record(row, number)
-                if layout == "official" and record["question_id"] in seen:
-                    continue
-                _complete(record, given, scored, seen)
-                usable += 1
-            except DataError as error:
-                record = BadRecord(f"{name} of {path}", f"{name} of {path} {error}", error.cause)
-                bad = bad or record
-            number += 1
-            yield record
-        if bad is not None and not usable:
-            raise DataError(f"no record of {path} can be used: {bad.reason}", bad.cause)
-
-
-def _complete(record: Record, given: Mapping[Id, Record], scored: bool, seen: set[Id]) -> None:
-    """Puts the answers that came in a file of their own into a record. Raises `DataError` where it lacks what
-    it is needed for."""
-    key, difficult = record["question_id"], record.pop("difficult", False)
-    record.update(given.get(key, {}))
-    if not record["answers"] and given:
-        raise DataError(f"(question {key}) has no answer among those given for the others.", "no answer")
-    if not scored and not any(map(str.strip, record["answers"])):
-        raise DataError(f"(question {key}) has no answer to learn.", "no answer")
-    if scored and key in seen:
-        raise DataError(f"has question id {key!r} a second time.", "duplicate id")
-    if scored and difficult:
-        record["answers"] = []
-    seen.add(key)
-
-
 def _record(row: Any, number: int) -> Record:
-    """A row in our words. Raises `DataError` with what is wrong, to be read after the row's name."""
+    """A row in our words. Raises `DataError` with what is wrong with it."""
     if not isinstance(row, Mapping):
-        raise DataError(f"must be a mapping with 'image' and 'question', not {describe(row)}.", "bad record")
+        raise DataError(
+            f"it must be a mapping with 'image' and 'question', not {describe(row)}.", "bad record"
+        )
     record = {"visual": _visual_of(row), "question": _question_of(row), "answers": _answers_of(row)}
     record["question_id"] = row.get("question_id", number)
     if not is_id(record["question_id"]):
-        raise DataError(f"has the question id {describe(record['question_id'])}.", "bad record")
+        raise DataError(f"it has the question id {describe(record['question_id'])}.", "bad record")
     if is_id(row.get("image_id", row.get("imageId"))):
         record["image_id"] = row.get("image_id", row.get("imageId"))
     for key in ("answer_type", "question_type"):
@@ -259,18 +259,18 @@ def _visual_of(row: Mapping[str, Any]) -> str:
     elif key not in row and isinstance(image_id, int) and isinstance(row.get("split"), str):
         visual = coco_2017_name(row["split"], image_id)
     elif key not in row:
-        raise DataError(f"has no 'image' and no 'video'; it is {describe(row)}.", "bad record")
+        raise DataError(f"it has no 'image' and no 'video'; it is {describe(row)}.", "bad record")
     if not isinstance(visual, str) or not visual or text_problem(visual):
-        raise DataError(f"must have a file name as '{key}', not {describe(visual)}.", "bad record")
+        raise DataError(f"it must have a file name as '{key}', not {describe(visual)}.", "bad record")
     return visual
 
 
 def _question_of(row: Mapping[str, Any]) -> str:
     if "question" not in row:
-        raise DataError(f"has no 'question'; it is {describe(row)}.", "bad record")
+        raise DataError(f"it has no 'question'; it is {describe(row)}.", "bad record")
     _check_text(row["question"], "'question'")
     if not row["question"].strip():
-        raise DataError("has an empty question.", "empty question")
+        raise DataError("it has an empty question.", "empty question")
     return row["question"]
 
 
@@ -287,18 +287,20 @@ def _answers_of(row: Mapping[str, Any]) -> list[str]:
 def _choices_of(row: Mapping[str, Any]) -> Record:
     choices, right = row["choices"], row.get("correct_choice_idx")
     if not isinstance(choices, list) or not choices:
-        raise DataError(f"must have a list of texts as 'choices', not {describe(choices)}.", "bad record")
+        raise DataError(f"it must have a list of texts as 'choices', not {describe(choices)}.", "bad record")
     for choice in choices:
         _check_text(choice, "a choice")
     if right is None:
         return {"choices": choices}
     if not isinstance(right, int) or not 0 <= right < len(choices):
-        raise DataError(f"has {len(choices)} choices and the right one is {describe(right)}.", "bad record")
+        raise DataError(
+            f"it has {len(choices)} choices and the right one is {describe(right)}.", "bad record"
+        )
     return {"choices": choices, "correct_choice": choices[right]}
 
 
 def _check_text(value: Any, what: str) -> None:
     if not isinstance(value, str):
-        raise DataError(f"must have text as {what}, not {describe(value)}.", "bad record")
+        raise DataError(f"it must have text as {what}, not {describe(value)}.", "bad record")
     if problem := text_problem(value):
-        raise DataError(f"holds {problem} in {what}: {describe(value)}.", "bad record")
+        raise DataError(f"it holds {problem} in {what}: {describe(value)}.", "bad record")

@@ -13,10 +13,10 @@ from evlgen.common.registry import registry
 from evlgen.common.video import Reader
 from evlgen.datasets.annotations import check_inside
 from evlgen.datasets.base_builder import role_of
-from evlgen.datasets.base_dataset import BadRecord
 from evlgen.datasets.file_builder import BuildInfo, FileBuilder, Source
 from evlgen.datasets.question_annotations import QuestionFiles, read_answer_list, read_questions
 from evlgen.datasets.question_dataset import QuestionDataset, QuestionEvalDataset, QuestionMediaDataset
+from evlgen.datasets.records import good
 
 _ANSWER_SPLIT = "ans2label"  # where LAVIS's video questions name their list of answers, among the splits
 
@@ -58,8 +58,7 @@ class QuestionBuilder(FileBuilder):
     def build_split(self, split: str) -> QuestionMediaDataset:
         learned = role_of(split) == "train"
         found, media = self._read(split, scored=not learned), self.media()
-        visuals = (record["visual"] for record in found.records if not isinstance(record, BadRecord))
-        media.check(visuals, self.media_remedy())
+        media.check((record["visual"] for record in good(found.records)), self.media_remedy())
         parts = (found.records, media, self.vis_processor(split), self.text_processor(split))
         if learned:
             return QuestionDataset(*parts, self.train_answers, self.answer_weight)
@@ -71,8 +70,7 @@ class QuestionBuilder(FileBuilder):
         found = read_questions([path for path, _ in files], self.ground_truth_file(split), scored)
         foreign = [str(path) for path, is_foreign in files if is_foreign]
         if foreign:
-            visuals = (record["visual"] for record in found.records if not isinstance(record, BadRecord))
-            check_inside(visuals, ", ".join(foreign))
+            check_inside((record["visual"] for record in good(found.records)), ", ".join(foreign))
         return found
 
     def _answer_list(self) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 
 from evlgen.datasets.base_dataset import BadRecord, MediaDataset
 from evlgen.datasets.media import Media
+from evlgen.datasets.records import good
 from evlgen.processors.base_processor import BaseProcessor
 
 Id = int | str
@@ -41,11 +42,7 @@ class QuestionMediaDataset(MediaDataset):
 
     def _by_question(self, key: str) -> dict[Id, Any]:
         """What records have under a key, by question id."""
-        return {
-            record["question_id"]: record[key]
-            for record in self.records
-            if not isinstance(record, BadRecord) and key in record
-        }
+        return {record["question_id"]: record[key] for record in good(self.records) if key in record}
 
 
 class QuestionDataset(QuestionMediaDataset):
@@ -116,7 +113,7 @@ class QuestionEvalDataset(QuestionMediaDataset):
     ) -> None:
         super().__init__(records, media, vis_processor, text_processor)
         self._answer_list = answer_list
-        self._has_choices = any("choices" in r for r in self.records if not isinstance(r, BadRecord))
+        self._has_choices = any("choices" in record for record in good(self.records))
 
     def load_text(self, index: int) -> dict[str, Any]:
         record = self.records[index]
