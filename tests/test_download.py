@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -118,7 +119,7 @@ def test_everything_comes_to_its_place_and_is_not_fetched_twice(server, tmp_path
     assert "CC BY 4.0" in out and "4 of 5 files and archives are here" in out
     assert re.search(r"pets/images/train.zip +200 kB +missing", out)  # from the catalogue
     assert re.search(r"pets/train.json +61 bytes +missing", out)  # from the server
-    assert f"{root}/pets/clips has to be filled by hand. Ask the owner." in out
+    assert f"{root}/pets/clips has to come by hand. Ask the owner." in out
     assert f"EVLGEN_CACHE={root} python train.py --cfg-path pets.yaml" in out
     server.requests.clear()
     (root / "pets/words.json").unlink()
@@ -256,13 +257,70 @@ def test_the_list_says_what_there_is_and_what_is_here(server, tmp_path, capsys) 
     capsys.readouterr()
     assert cli.main(["download"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"pets +Pets", out) and "2 of 5 files and archives are here" in out
-    assert "200 kB and 3 files of unknown size" in out and "CC BY 4.0" in out
+    assert re.search(r"pets +Pets", out) and "CC BY 4.0" in out
+    assert "annotations: 2 of 2 here; images: 200 kB, 0 of 2 here; videos: by hand, 0 of 1 here" in out
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(capsys) -> None:
     assert cli.main(["download", "vqa2"]) == 1
     assert "there is no download 'vqa2'. Did you mean 'vqav2'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def birds(server, tmp_path) -> FileServer:
+    """A dataset whose pictures have an address each, as those of nocaps have."""
+    names = ["val/1.jpg", "val/2 b.jpg", "test/3.jpg"]
+    server.files["/birds.json"] = json.dumps(
+        [{"image": name, "caption": ["a bird"]} for name in names]
+    ).encode()
+    server.files |= {"/validation/1.jpg": b"one", "/validation/2%20b.jpg": b"two", "/test/3.jpg": b"three"}
+    source = {"storage": "birds/birds.json", "url": f"{server.address}/birds.json"}
+    info = {"annotations": {"val": source}, "images": {"storage": "birds/images"}}
+    write(tmp_path / "datasets" / "birds.yaml", {"datasets": {"birds": {"build_info": info}}})
+    entry = {
+        "title": "Birds",
+        "datasets": ["birds"],
+        "licences": ["free"],
+        "pictures": {"val": f"{server.address}/validation/", "test": f"{server.address}/test/"},
+    }
+    write(tmp_path / "downloads.yaml", {"downloads": {"birds": entry}})
+    catalogue.cache_clear()
+    return server
+
+
+def test_pictures_with_an_address_each_come_one_by_one_and_once(birds, tmp_path, capsys) -> None:
+    root = tmp_path / "root"
+    gone = birds.files.pop("/test/3.jpg")
+    command = ["download", "birds", "--yes", "--to", str(root)]
+    assert cli.main(command) == 1
+    assert re.search(r"1 of 3 pictures did not come. .*/test/3.jpg .*404", capsys.readouterr().err)
+    birds.files["/test/3.jpg"] = gone
+    birds.requests.clear()
+    assert cli.main(command) == 0
+    assert re.search("birds/images .*begun", capsys.readouterr().out)
+    assert [path for path, _ in birds.requests] == ["/test/3.jpg"]
+    pictures = {"val/1.jpg": b"one", "val/2 b.jpg": b"two", "test/3.jpg": b"three"}
+    assert content_of(root / "birds/images") == pictures
+    assert cli.main(command) == 0
+    assert "to fetch: nothing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.jpg", "val/../../evil.jpg", "/etc/evil.jpg", "other/1.jpg", "val/.."]
+)
+def test_a_picture_that_would_lie_elsewhere_is_refused(birds, tmp_path, capsys, name: str) -> None:
+    birds.files["/birds.json"] = json.dumps([{"image": name}]).encode()
+    assert cli.main(["download", "birds", "--yes", "--to", str(tmp_path / "root")]) == 1
+    assert "for which there is no address" in capsys.readouterr().err
+    assert list(content_of(tmp_path / "root")) == ["birds/birds.json"]
+
+
+def test_a_server_that_has_no_pictures_is_asked_for_a_few(birds, tmp_path, capsys) -> None:
+    names = [f"val/x{i}.jpg" for i in range(300)]
+    birds.files["/birds.json"] = json.dumps([{"image": name} for name in names]).encode()
+    assert cli.main(["download", "birds", "--yes", "--to", str(tmp_path / "root")]) == 1
+    assert "at least 20 of 300 pictures did not come" in capsys.readouterr().err
+    assert len(birds.requests) < 60
 
 
 # What is published
@@ -274,12 +332,12 @@ def test_an_entry_names_files_that_can_be_got(name: str) -> None:
     items = items_of(entry)
     assert items and entry.licences and {item.kind for item in items} <= set(KINDS)
     archives = {item.file_name for item in items if item.is_archive and item.url}
-    fetched = {item.file_name for item in items if item.url}
+    fetched = {item.file_name or item.storage for item in items if item.can_be_fetched}
     assert set(entry.strip) <= archives and set(entry.sizes) <= fetched
     for item in items:
-        if item.url is None:
+        if not item.can_be_fetched:
             assert item.kind in entry.by_hand, f"nothing says where {item.storage} comes from"
-        else:
+        elif item.url:
             assert item.url.startswith(("https://", "http://images.cocodataset.org/")) and item.file_name
     if entry.use:
         project = entry.use.rpartition(" ")[2]

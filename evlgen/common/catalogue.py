@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -21,7 +21,7 @@ from evlgen.common.yaml_io import read_yaml
 CATALOGUE = PACKAGE_ROOT / "configs" / "downloads.yaml"
 DATASETS = PACKAGE_ROOT / "configs" / "datasets"
 _MEDIA = ("images", "videos")
-KINDS = ("annotations", *_MEDIA)
+KINDS = ("annotations", *_MEDIA, "shards")
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Item:
-    """A file, or an archive that fills a folder.
+    """A file, an archive that fills a folder, or a folder of pictures that have an address each.
 
     Attributes:
         kind: one of `KINDS`.
         storage: where it belongs, relative to the data root: the file, or the folder of pictures or clips.
-        url: where it comes from; None: it has to be put there by hand.
+        url: where the file or archive comes from.
         md5: its published sum.
         size: about how many bytes; None where the catalogue does not say.
         strip: the folder of the archive whose content is wanted.
+        pictures: the addresses of the pictures, by the folder that their file names begin with.
+        lists: the annotations that name the pictures, relative to the data root.
     """
 
     kind: str
@@ -57,10 +59,22 @@ class Item:
     md5: str | None = None
     size: int | None = None
     strip: str | None = None
+    pictures: Mapping[str, str] = field(default_factory=dict)
+    lists: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, str | None]:
+        """What makes it one item: of two datasets too."""
+        return self.storage, self.url
+
+    @property
+    def can_be_fetched(self) -> bool:
+        """Else it has to be put at its place by hand."""
+        return bool(self.url or self.pictures)
 
     @property
     def is_archive(self) -> bool:
-        return self.kind in _MEDIA
+        return self.kind in _MEDIA and self.url is not None
 
     @property
     def file_name(self) -> str:
@@ -70,7 +84,7 @@ class Item:
     @property
     def shown(self) -> str:
         """Its place, and the archive that goes there."""
-        return f"{self.storage}/{self.file_name}" if self.is_archive and self.url else self.storage
+        return f"{self.storage}/{self.file_name}" if self.is_archive else self.storage
 
 
 @functools.cache
@@ -98,7 +112,7 @@ def command_for(dataset: str, storage: str) -> str | None:
     dataset has been told of another place."""
     for name, entry in catalogue().items():
         if dataset in entry.datasets and any(
-            item.url and item.storage == storage.rstrip("/") for item in items_of(entry)
+            item.can_be_fetched and item.storage == storage.rstrip("/") for item in items_of(entry)
         ):
             return f"python -m evlgen download {name}"
     return None
@@ -106,11 +120,7 @@ def command_for(dataset: str, storage: str) -> str | None:
 
 def items_of(entry: Entry) -> list[Item]:
     """What an entry's datasets need, each place and address once, annotations first."""
-    found = {
-        (item.storage, item.url): item
-        for dataset in entry.datasets
-        for item in _items(_section(dataset), entry)
-    }
+    found = {item.key: item for dataset in entry.datasets for item in _items(_section(dataset), entry)}
     return sorted(found.values(), key=lambda item: KINDS.index(item.kind))
 
 
@@ -119,6 +129,8 @@ def _section(dataset: str) -> Mapping[str, Any]:
 
 
 def _items(section: Mapping[str, Any], entry: Entry) -> Iterator[Item]:
+    lists = section["build_info"].get("annotations", {})
+    named = tuple(storage for source in lists.values() for storage in _as_list(source["storage"]))
     for kind, source in _sources(section, "annotations"):
         storages, urls, sums = (_as_list(source.get(key)) for key in ("storage", "url", "md5"))
         if kind in _MEDIA:  # several archives for one folder
@@ -126,20 +138,27 @@ def _items(section: Mapping[str, Any], entry: Entry) -> Iterator[Item]:
         for storage, url, md5 in itertools.zip_longest(storages, urls, sums):
             if storage is None or "://" in storage or Path(storage).is_absolute():
                 continue
-            item = Item(kind, storage.rstrip("/"), url, md5)
-            name = item.file_name
-            yield Item(kind, item.storage, url, md5, entry.sizes.get(name), entry.strip.get(name))
+            item = Item("shards" if "{" in storage else kind, storage.rstrip("/"), url, md5)
+            name = item.file_name or item.storage
+            facts = {"size": entry.sizes.get(name), "strip": entry.strip.get(name)}
+            if kind in _MEDIA and url is None:
+                facts.update(pictures=entry.pictures, lists=named)
+            yield replace(item, **facts)
 
 
 def _sources(section: Mapping[str, Any], kind: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every mapping with a ``storage``, and what kind of files it speaks of."""
+    """Every mapping with a ``storage``, and what kind of files it speaks of. Files to score against are done
+    without where no address is published."""
     for key, value in section.items():
-        if isinstance(value, Mapping):
-            inner = key if key in _MEDIA else kind
-            if "storage" in value:
-                yield inner, value
-            else:
-                yield from _sources(value, inner)
+        if not isinstance(value, Mapping):
+            continue
+        inner = key if key in _MEDIA else kind
+        if "storage" not in value:
+            yield from _sources(value, "ground_truth" if key == "ground_truth" else inner)
+        elif kind != "ground_truth":
+            yield inner, value
+        elif value.get("url"):
+            yield "annotations", value
 
 
 def _as_list(value: str | list[str] | None) -> list[str]:

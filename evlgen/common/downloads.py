@@ -48,7 +48,6 @@ def fetch(url: str, target: Path, md5: str | None = None) -> Path:
         DataError: no answer, an HTTP error, a connection that keeps breaking off, another sum (then nothing
             is kept), or no room. Names the address and where the file may be put by hand.
     """
-    logger.info("downloading %s to %s", url, target)
     before, part = _identity(target), PartialFile(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -190,6 +189,8 @@ def _receive(
             part.drop()
             raise _Broken("the file has changed meanwhile")
         _check_room(part.path.parent, begun.length, part.size)
+        if _takes_a_while(begun.length):
+            logger.info("downloading %s to %s", url, part.target)
         with open(part.path, "ab") as file:
             _append(answer, file, digest, begun.length)
     return begun, digest
@@ -248,6 +249,11 @@ def _append(
     os.fsync(file.fileno())
     if length is not None and size != length:
         raise _Broken(f"the connection broke off after {size} of {length} bytes")
+
+
+def _takes_a_while(length: int | None) -> bool:
+    """Whether a file of this length is worth a line and a bar; one of thousands of pictures is not."""
+    return length is None or length > 8 * _CHUNK
 
 
 def _chunk(answer: http.client.HTTPResponse) -> bytes:

@@ -7,37 +7,39 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 from evlgen.common.archives import extract_into
 from evlgen.common.catalogue import Item
 from evlgen.common.downloads import as_size, fetch, file_md5
 from evlgen.common.errors import DataError
 from evlgen.common.io import write_atomically
+from evlgen.common.json_io import read_json
 from evlgen.common.locks import alone_at
 from evlgen.common.partial_file import PartialFile
 
 logger = logging.getLogger(__name__)
 
 HAS_FILES = "has files"
+_AT_ONCE = 16  # pictures
+_FAILURES = 20  # pictures that do not come before it is given up
 
 
 def state_of(item: Item, root: Path) -> str:
     """What there is of an item: ``here``, ``begun``, ``missing``, or `HAS_FILES`: something else has put
     files into the folder, and it is not known which."""
     place = root / item.storage
-    if item.is_archive and item.url:
-        if _is_done(item, place):
-            return "here"
-        if PartialFile(place / item.file_name).size or (place / item.file_name).is_file():
-            return "begun"
-    elif PartialFile(place).size:
-        return "begun"
-    elif not item.is_archive:
-        return "here" if place.is_file() else "missing"
-    if not _has_files(place):
-        return "missing"
-    return HAS_FILES if item.url else "here"
+    if item.kind == "shards":
+        return "here" if _has_files(place.parent) else "missing"
+    if item.kind == "annotations":
+        return "here" if place.is_file() else "begun" if PartialFile(place).size else "missing"
+    if item.is_archive:
+        return _state_of_archive(item, place)
+    if item.pictures:
+        return _state_of_pictures(item, root)
+    return "here" if _has_files(place) else "missing"
 
 
 def bring(item: Item, root: Path, keep_archive: bool = False) -> None:
@@ -49,9 +51,11 @@ def bring(item: Item, root: Path, keep_archive: bool = False) -> None:
 
     Raises:
         DataError: see `fetch` and `extract_into`; or there is a file of another sum at its place, which is
-            left alone.
+            left alone; or the annotations that name an item's pictures are not there.
     """
-    if item.is_archive:
+    if item.pictures:
+        _bring_pictures(item, root)
+    elif item.is_archive:
         _bring_archive(item, root / item.storage, keep_archive)
     else:
         _bring_file(item, root / item.storage)
@@ -64,7 +68,7 @@ def check_room(items: Sequence[Item], root: Path, keep_archives: bool) -> None:
     """
     archives = [item.size or 0 for item in items if item.is_archive]
     unpacked_beside = sum(archives) if keep_archives else max(archives, default=0)
-    begun = sum(PartialFile(_download_place(item, root)).size for item in items)
+    begun = sum(_size_here(item, root) for item in items)
     needed = sum(item.size or 0 for item in items) + unpacked_beside - begun
     free = shutil.disk_usage(_existing(root)).free
     if needed > free:
@@ -73,6 +77,24 @@ def check_room(items: Sequence[Item], root: Path, keep_archives: bool) -> None:
             "make room, choose another disk by --to, or fetch a part by --only.",
             "disk full",
         )
+
+
+def _state_of_archive(item: Item, folder: Path) -> str:
+    if _is_done(item, folder):
+        return "here"
+    archive = folder / item.file_name
+    if archive.is_file() or PartialFile(archive).size:
+        return "begun"
+    return HAS_FILES if _has_files(folder) else "missing"
+
+
+def _state_of_pictures(item: Item, root: Path) -> str:
+    try:
+        addresses = _addresses(item, root)
+    except DataError:
+        return "missing"
+    there = sum((root / item.storage / name).is_file() for name in addresses)
+    return "here" if there == len(addresses) else "begun" if there else "missing"
 
 
 def _bring_file(item: Item, place: Path) -> None:
@@ -85,7 +107,7 @@ def _bring_file(item: Item, place: Path) -> None:
 def _bring_archive(item: Item, folder: Path, keep_archive: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     archive = folder / item.file_name
-    with alone_at(_mark(item, folder)):
+    with alone_at(folder / f"{item.file_name}.unpacked"):
         if _is_done(item, folder):
             return
         if archive.is_file():
@@ -97,6 +119,46 @@ def _bring_archive(item: Item, folder: Path, keep_archive: bool) -> None:
         write_atomically(_mark(item, folder), f"{item.url}\n")
         if not keep_archive:
             archive.unlink(missing_ok=True)
+
+
+def _bring_pictures(item: Item, root: Path) -> None:
+    from tqdm import tqdm
+
+    folder, failures = root / item.storage, []
+
+    def get(named: tuple[str, str]) -> None:
+        name, url = named
+        if len(failures) < _FAILURES and not (folder / name).is_file():
+            try:
+                fetch(url, folder / name)
+            except DataError as error:
+                failures.append(error)
+
+    addresses = _addresses(item, root)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        try:
+            list(tqdm(pool.map(get, addresses.items()), total=len(addresses), unit="picture", disable=None))
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+    if failures:
+        many = f"at least {_FAILURES}" if len(failures) >= _FAILURES else f"{len(failures)}"
+        raise DataError(f"{many} of {len(addresses)} pictures did not come. {failures[0]}")
+
+
+def _addresses(item: Item, root: Path) -> dict[str, str]:
+    """Where each picture comes from, by its file name. Raises `DataError` where the annotations that name
+    them are not there, or name what has no address."""
+    found = {}
+    for path in (root / storage for storage in item.lists):
+        if not path.is_file():
+            raise DataError(f"{path}, which names the pictures, is not there: fetch the annotations first.")
+        for record in read_json(path, DataError, "annotation", max_bytes=None):
+            folder, _, file = str(record.get("image")).partition("/")
+            if folder not in item.pictures or file in ("", ".", "..") or "/" in file:
+                raise DataError(f"{path} names the picture '{folder}/{file}', for which there is no address.")
+            found[f"{folder}/{file}"] = item.pictures[folder] + quote(file)
+    return found
 
 
 def _check_sum(item: Item, path: Path) -> None:
@@ -118,8 +180,12 @@ def _is_done(item: Item, folder: Path) -> bool:
     return False
 
 
-def _download_place(item: Item, root: Path) -> Path:
-    return root / item.storage / item.file_name if item.is_archive else root / item.storage
+def _size_here(item: Item, root: Path) -> int:
+    """Bytes of the file or archive that have come already."""
+    if not item.url:
+        return 0
+    place = root / item.storage / item.file_name if item.is_archive else root / item.storage
+    return place.stat().st_size if place.is_file() else PartialFile(place).size
 
 
 def _has_files(folder: Path) -> bool:
