@@ -16,6 +16,7 @@ from braceexpand import braceexpand
 from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.registry import registry
 from evlgen.common.schema import NonNegativeInt, PositiveInt, build_dataclass
+from evlgen.common.video import Reader
 from evlgen.datasets.base_builder import BaseDatasetBuilder
 from evlgen.datasets.file_builder import as_list
 from evlgen.datasets.shards import ShardDataset, read_shard, stats_path
@@ -48,6 +49,7 @@ class ShardBuilder(BaseDatasetBuilder):
         num_samples: how many samples there are in all; None: what ``<shard>_stats.json`` beside the shards
             say (``successes``, as img2dataset and ``data pack`` write it), else what the headers of a few
             shards say. Else nobody knows, and a run's length must be given in iterations.
+        video_reader: see `Video`.
     """
 
     TRAINING_ONLY = True
@@ -63,11 +65,13 @@ class ShardBuilder(BaseDatasetBuilder):
         caption: str = "caption",
         shuffle_buffer: NonNegativeInt = 1000,
         num_samples: PositiveInt | None = None,
+        video_reader: Reader = "auto",
         dataset_card: str | None = None,
     ) -> None:
         super().__init__(name, cache_root, vis_processor, text_processor)
         self.data_type, self.caption, self.shuffle_buffer = data_type, caption, shuffle_buffer
         self.num_samples, self.dataset_card = num_samples, dataset_card
+        self.video_reader = video_reader
         self._key = f"datasets.{name}.build_info"
         self.build_info = (
             build_dataclass(ShardInfo, build_info, self._key)
@@ -109,6 +113,7 @@ class ShardBuilder(BaseDatasetBuilder):
             caption=self.caption,
             shuffle_buffer=self.shuffle_buffer,
             num_samples=self.num_samples or count_samples(shards, self.data_type),
+            reader=self.video_reader,
         )
 
     def _expanded(self) -> list[str]:
