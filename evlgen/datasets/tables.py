@@ -188,10 +188,11 @@ class _ColumnarTable(Table):
             return [None if null else cell_name(self.path, column, first + i) for i, null in enumerate(empty)]
         if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
             return values.to_pylist()
-        absent = values.field("bytes").is_null().to_pylist()
-        paths = (
-            values.field("path").to_pylist() if kind.get_field_index("path") >= 0 else [None] * len(absent)
-        )
+        parts = dict(
+            zip((field.name for field in kind), values.flatten(), strict=True)
+        )  # null where a row is
+        absent = parts["bytes"].is_null().to_pylist()
+        paths = parts["path"].to_pylist() if "path" in parts else [None] * len(absent)
         return [
             path if null else cell_name(self.path, column, first + i)
             for i, (null, path) in enumerate(zip(absent, paths, strict=True))

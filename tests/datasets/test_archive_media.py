@@ -1,0 +1,239 @@
+"""Pictures inside archives and tables: read in place, the same as from files of their own, in any process."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import os
+import pickle
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from evlgen.common.errors import DataError
+from evlgen.datasets import archive_media
+from evlgen.datasets.archive_media import Place, split_place
+from evlgen.datasets.media import ImageFiles, VideoFiles
+
+COUNT = 5
+
+
+def png(index: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4 + index, 3), (50 * index, 0, 9)).save(file, "PNG")
+    return file.getvalue()
+
+
+def name(index: int) -> str:
+    return f"pictures/{index}.png"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch) -> Path:
+    """The same pictures in a folder, in archives, and in tables."""
+    monkeypatch.setenv("EVLGEN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "pictures").mkdir()
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as zipped:
+        with tarfile.open(tmp_path / "a.tar", "w") as tarred:
+            for index in range(COUNT):
+                (tmp_path / name(index)).write_bytes(png(index))
+                zipped.writestr(name(index), png(index))
+                tarred.add(tmp_path / name(index), f"./{name(index)}")
+    cells = [{"bytes": png(index), "path": None} for index in range(COUNT)]
+    pq.write_table(pa.table({"image": cells}), tmp_path / "a.parquet", row_group_size=2)
+    raw = pa.table({"image": [png(index) for index in range(COUNT)]})
+    with pa.ipc.new_stream(tmp_path / "a.arrow", raw.schema) as writer:
+        writer.write_table(raw, max_chunksize=2)
+    return tmp_path
+
+
+CONTAINERS = {
+    "a.zip": name,
+    "a.tar": name,
+    "a.parquet": "#image:{}".format,
+    "a.arrow": "#image:{}".format,
+}
+
+
+def inside(container: str, index: int) -> str:
+    member = CONTAINERS[container](index)
+    return f"{container}{member}" if member.startswith("#") else f"{container}/{member}"
+
+
+def pixels(media: ImageFiles, name: str) -> np.ndarray:
+    return np.asarray(media.open(name))
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_pictures_are_the_same_inside_and_outside(folder, container):
+    media = ImageFiles(folder)
+    media.check([inside(container, i) for i in range(COUNT)], "")
+    for index in (3, 0, 4, 1):
+        assert np.array_equal(pixels(media, inside(container, index)), pixels(media, name(index)))
+
+
+@pytest.mark.parametrize("container", ["a.zip", "a.tar"])
+def test_an_archive_can_be_the_root(folder, container):
+    for root, member in ((folder / container, name(2)), (folder / container / "pictures", "./2.png")):
+        assert ImageFiles(root).open(member).size == (6, 3)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_each_process_opens_its_own_file_once(folder, container, monkeypatch):
+    media = ImageFiles(folder)
+    opened = []
+    for kind in (archive_media.ZipArchive, archive_media.TarArchive, archive_media.TableColumn):
+        first = kind.__init__
+        monkeypatch.setattr(kind, "__init__", lambda self, *a, f=first: (opened.append(1), f(self, *a))[1])
+    before = [pixels(media, inside(container, i)) for i in range(COUNT)]
+    assert len(opened) == 1
+    files = next(iter(media._containers.values()))
+    mine = next(v for v in vars(files).values() if isinstance(v, archive_media.PerProcess))
+    handle = mine.get()
+    assert mine.get() is handle
+    pids = iter([10**9, 10**9])
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(os, "getpid", lambda: next(pids))
+        assert mine.get() is not handle
+    again = pickle.loads(pickle.dumps(media))  # what a spawned worker gets
+    assert all(np.array_equal(pixels(again, inside(container, i)), before[i]) for i in range(COUNT))
+
+
+def test_forked_readers_do_not_disturb_each_other(folder):
+    media = ImageFiles(folder / "a.zip")
+    expected = [pixels(media, name(i)) for i in range(COUNT)]
+    child = os.fork()
+    for _ in range(20):
+        same = all(np.array_equal(pixels(media, name(i)), expected[i]) for i in range(COUNT))
+        if not same:
+            break
+    if child == 0:
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0 and same
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_the_source_of_a_picture_changes_with_its_file(folder, container):
+    media = ImageFiles(folder)
+    first, other = (media.source(inside(container, i)) for i in (0, 1))
+    assert first != other and media.source(inside(container, 0)) == first
+    os.utime(folder / container, (1, 1))
+    assert media.source(inside(container, 0)) != first
+
+
+def test_a_folder_may_be_called_as_an_archive_is(folder):
+    (folder / "b.zip").mkdir()
+    (folder / "b.zip/1.png").write_bytes(png(1))
+    assert split_place(str(folder / "b.zip/1.png")) is None
+    assert ImageFiles(folder).open("b.zip/1.png").size == (5, 3)
+    inner = split_place(str(folder / "a.zip/x.tar/1.png"))
+    assert inner == Place(folder / "a.zip", None, "x.tar/1.png")
+
+
+def test_members_that_are_not_there_are_named_with_the_nearest(folder):
+    for container in ("a.zip", "a.tar"):
+        media = ImageFiles(folder / container)
+        with pytest.raises(
+            DataError, match=r"has no member '2\.png' .*Did you mean 'pictures/2\.png'"
+        ) as error:
+            media.open("2.png")
+        assert error.value.cause == "missing file"
+        with pytest.raises(
+            DataError, match=r"has none of the 2 images .*'1\.png'; it has 'pictures/0\.png'. Do."
+        ):
+            media.check(["1.png", "2.png"], "Do.")
+    with pytest.raises(DataError, match="has no row 7"):
+        ImageFiles(folder).open("a.arrow#image:7")
+
+
+def test_damaged_archives_cost_what_is_damaged(folder):
+    with zipfile.ZipFile(folder / "a.zip") as zipped:
+        start = zipped.getinfo(name(1)).header_offset + 30 + len(name(1))
+    content = bytearray((folder / "a.zip").read_bytes())
+    content[start : start + 8] = b"damaged!"
+    (folder / "a.zip").write_bytes(content)
+    readable, causes = _read_all(ImageFiles(folder / "a.zip"))
+    assert len(readable) == COUNT - 1 and causes == {"damaged archive"}
+
+    tar = (folder / "a.tar").read_bytes()
+    with tarfile.open(folder / "a.tar") as tarred:
+        starts = [member.offset_data for member in tarred]
+    (folder / "a.tar").write_bytes(tar[: starts[3] - 500])  # in the fourth's header
+    readable, causes = _read_all(ImageFiles(folder / "a.tar"))
+    assert len(readable) == 3 and causes == {"missing file"}
+    with pytest.raises(DataError, match="It is damaged or cut off after byte"):
+        ImageFiles(folder / "a.tar").open(name(4))
+    (folder / "a.tar").write_bytes(tar[: starts[2] + 20])  # in the third picture
+    readable, causes = _read_all(ImageFiles(folder / "a.tar"))
+    assert readable == [0, 1] and causes == {"damaged archive", "missing file"}
+
+
+def _read_all(media: ImageFiles) -> tuple[list[int], set[str]]:
+    readable, causes = [], set()
+    for index in range(COUNT):
+        try:
+            media.open(name(index))
+            readable.append(index)
+        except DataError as error:
+            causes.add(error.cause)
+    return readable, causes
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar"])
+def test_what_is_no_archive_is_said_to_be_none(folder, suffix):
+    (folder / f"b{suffix}").write_bytes(b"not at all an archive" * 60)
+    with pytest.raises(DataError, match=rf"b\{suffix} is not a {suffix[1:]} archive"):
+        ImageFiles(folder / f"b{suffix}").check(["1.png"], "")
+
+
+def test_compressed_tars_and_clips_in_archives_are_refused_with_a_remedy(folder):
+    (folder / "a.tar").rename(folder / "a.tar.gz")
+    with pytest.raises(DataError, match="compressed as a whole.*Unpack it, or pack its files as .zip"):
+        ImageFiles(folder / "a.tar.gz").open(name(1))
+    with pytest.raises(
+        DataError, match=r"a\.zip is an archive, and clips are not read inside of one: unpack"
+    ):
+        VideoFiles(folder).open("a.zip/1.mp4")
+
+
+def test_a_member_that_claims_too_much_is_not_read(folder, monkeypatch):
+    monkeypatch.setattr(archive_media, "MAX_MEMBER_BYTES", 10)
+    for container in ("a.zip", "a.tar"):
+        with pytest.raises(DataError, match="that is no picture") as error:
+            ImageFiles(folder / container).open(name(0))
+        assert error.value.cause == "too large"
+
+
+def test_pictures_behind_addresses_are_fetched_once(folder):
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(folder))
+
+        def do_GET(self):
+            asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/{name(3)}"
+        media = ImageFiles(folder / "elsewhere")
+        media.check([address], "")
+        for _ in range(2):
+            assert media.open(address).size == (7, 3)
+        assert asked == [f"/{name(3)}"] and media.source(address) == address
+        with pytest.raises(DataError) as error:
+            media.open(address.replace("3.png", "99.png"))
+        assert error.value.cause == "not downloaded"
+        server.shutdown()
