@@ -7,6 +7,7 @@ from evlgen.datasets import (  # noqa: F401 (registers)
     own_data,
     question_builders,
     shapes_dataset,
+    shapes_video_dataset,
     shapes_vqa_dataset,
     shard_builders,
 )

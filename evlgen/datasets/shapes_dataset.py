@@ -50,7 +50,7 @@ class ShapesCaptionDataset(BaseDataset):
         number = self.records[index]
         sample = {"image_id": number, "instance_id": str(number)}
         if self.text_processor is not None:
-            texts = write_captions(scene(self.split, number, self.seed))
+            texts = self.captions_of(number)
             sample["text_input"] = self.text_processor(texts[int(torch.randint(len(texts), ()))])
         return sample
 
@@ -62,13 +62,20 @@ class ShapesCaptionDataset(BaseDataset):
 
     def extra_metrics(self, captions: Mapping[int | str, str]) -> dict[str, float]:
         """``true_captions``: the share of captions that state nothing wrong and leave no shape out."""
-        scenes = {number: scene(self.split, int(number), self.seed) for number in captions}
-        right = [check(text, scenes[number]).true for number, text in captions.items()]
+        right = [self.is_true(text, int(number)) for number, text in captions.items()]
         return {"true_captions": sum(right) / len(right)} if right else {}
 
     def references(self) -> dict[int | str, list[str]]:
         """All five captions of every scene."""
-        return {number: write_captions(scene(self.split, number, self.seed)) for number in self.records}
+        return {number: self.captions_of(number) for number in self.records}
+
+    def captions_of(self, number: int) -> list[str]:
+        """The five captions of a scene, by its index."""
+        return write_captions(scene(self.split, number, self.seed))
+
+    def is_true(self, caption: str, number: int) -> bool:
+        """Whether a caption states nothing wrong about a scene and leaves no shape out."""
+        return check(caption, scene(self.split, number, self.seed)).true
 
 
 @registry.register_builder("shapes_caption")
@@ -81,6 +88,7 @@ class ShapesCaptionBuilder(BaseDatasetBuilder):
     """
 
     DEFAULT_CONFIG = "configs/datasets/shapes_caption.yaml"
+    dataset_class: type[ShapesCaptionDataset] = ShapesCaptionDataset
 
     def __init__(
         self,
@@ -107,6 +115,6 @@ class ShapesCaptionBuilder(BaseDatasetBuilder):
 
     def build_split(self, split: str) -> BaseDataset:
         text_processor = self.text_processor(split) if role_of(split) == "train" else None
-        return ShapesCaptionDataset(
+        return self.dataset_class(
             split, self.sizes[split], self.seed, self.vis_processor(split), text_processor
         )

@@ -37,7 +37,11 @@ class Verdict:
 
 def check(caption: str, scene: Scene) -> Verdict:
     """Compares a caption with the scene it should describe."""
-    reading = read(caption)
+    return judge(read(caption), scene)
+
+
+def judge(reading: Reading, scene: Scene) -> Verdict:
+    """Compares what a caption says with a scene; for captions that are compared with several."""
     if reading.unknown:
         return Verdict(False, tuple(f"cannot read '{word}'" for word in reading.unknown))
     if not reading.mentions:

@@ -39,7 +39,7 @@ _RADII = {"small": (4.5, 5.0, 5.5), "large": (8.0, 8.5, 9.0)}
 _CELL_CENTRES = (11, 32, 53)
 _JITTER = 1  # pixels; shapes of neighbouring cells stay apart, and all stay inside the picture
 _SHADE = 14  # steps of 256 by which a shape's colour may differ from the name's own
-_BACKGROUNDS = (
+BACKGROUNDS = (
     (232, 232, 228),
     (222, 230, 238),
     (238, 230, 218),
@@ -49,7 +49,7 @@ _BACKGROUNDS = (
 )
 # share of further shapes that repeat an earlier kind and colour, so that there is something to count
 _TWIN_SHARE = 0.25
-_SHAPE_COUNTS = (1, 2, 2, 2, 3, 3)
+SHAPE_COUNTS = (1, 2, 2, 2, 3, 3)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def scene(split: str, index: int, seed: int = 0) -> Scene:
     shapes = _random_shapes(rng)
     while split_of(describe(shapes)) != split:
         shapes = _random_shapes(rng)
-    return Scene(split, index, seed, shapes, rng.choice(_BACKGROUNDS))
+    return Scene(split, index, seed, shapes, rng.choice(BACKGROUNDS))
 
 
 def draw(scene: Scene) -> np.ndarray:
@@ -137,18 +137,19 @@ def coverage(scene: Scene, patch_size: int = 8) -> np.ndarray:
 
 
 def _random_shapes(rng: random.Random) -> tuple[Shape, ...]:
-    cells = rng.sample(range(9), rng.choice(_SHAPE_COUNTS))
+    cells = rng.sample(range(9), rng.choice(SHAPE_COUNTS))
     shapes: list[Shape] = []
     for cell in cells:
         if shapes and rng.random() < _TWIN_SHARE:
             kind, colour = shapes[-1].kind, shapes[-1].colour
         else:
             kind, colour = rng.choice(KINDS), rng.choice(tuple(COLOURS))
-        shapes.append(_random_shape(rng, kind, colour, *divmod(cell, 3)))
+        shapes.append(random_shape(rng, kind, colour, *divmod(cell, 3)))
     return tuple(shapes)
 
 
-def _random_shape(rng: random.Random, kind: str, colour: str, row: int, column: int) -> Shape:
+def random_shape(rng: random.Random, kind: str, colour: str, row: int, column: int) -> Shape:
+    """A shape of any size, shade and radius in a cell of the grid (0 is the top row, the left column)."""
     size = rng.choice(SIZES)
     return Shape(
         kind,

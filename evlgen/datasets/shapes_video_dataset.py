@@ -1,0 +1,82 @@
+"""Clips of the Shapes world as a captioning dataset: every frame is drawn when it is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from evlgen.common.constraints import PositiveInt
+from evlgen.common.registry import registry
+from evlgen.common.video import spread
+from evlgen.datasets.shapes.clips import ShapesClip, captions, is_true, moving_scene
+from evlgen.datasets.shapes_dataset import ShapesCaptionBuilder, ShapesCaptionDataset
+
+_SHOWN = 4  # frames of a clip in sheets of results
+
+
+class ShapesVideoCaptionDataset(ShapesCaptionDataset):
+    """As its base, of clips: ``image`` is float32 [3, T, H, W]; see `evlgen.datasets.shapes.clips`."""
+
+    def load_visual(self, index: int) -> torch.Tensor:
+        return self.vis_processor(self.clip(index))
+
+    def visual_source(self, index: int) -> str:
+        return f"shapes clips/{self.seed}/{self.split}/{self.records[index]}"
+
+    def clip(self, index: int) -> ShapesClip:
+        """The clip of a record."""
+        return ShapesClip(moving_scene(self.split, self.records[index], self.seed))
+
+    def picture(self, index: int) -> Image.Image:
+        """Some of the frames side by side."""
+        clip = self.clip(index)
+        return Image.fromarray(np.concatenate(clip.read(spread(len(clip), _SHOWN)), axis=1))
+
+    def captions_of(self, number: int) -> list[str]:
+        return captions(moving_scene(self.split, number, self.seed))
+
+    def is_true(self, caption: str, number: int) -> bool:
+        return is_true(caption, moving_scene(self.split, number, self.seed))
+
+
+@registry.register_builder("shapes_video_caption")
+class ShapesVideoCaptionBuilder(ShapesCaptionBuilder):
+    """Captioned clips of the Shapes world. Nothing is read from disk, so nothing can be missing.
+
+    Args:
+        train_size, val_size, test_size: clips of each split. No clip is in two splits.
+        seed: of the world.
+    """
+
+    DEFAULT_CONFIG = "configs/datasets/shapes_video_caption.yaml"
+    dataset_class = ShapesVideoCaptionDataset
+
+    def __init__(
+        self,
+        name: str,
+        cache_root: str | Path,
+        vis_processor: dict,
+        text_processor: dict,
+        train_size: PositiveInt = 20000,
+        val_size: PositiveInt = 500,
+        test_size: PositiveInt = 500,
+        seed: int = 0,
+        data_type: Literal["videos"] = "videos",
+        dataset_card: str | None = None,
+    ) -> None:
+        super().__init__(
+            name,
+            cache_root,
+            vis_processor,
+            text_processor,
+            train_size,
+            val_size,
+            test_size,
+            seed,
+            data_type,
+            dataset_card,
+        )
