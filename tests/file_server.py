@@ -29,7 +29,9 @@ class FileServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         faults: what the next requests meet, the first of them first: an `error` or a `cut`.
         has_ranges: whether it heeds Range.
         heeds_if_range: whether it heeds If-Range besides.
+        shift: by how many bytes the parts that it sends start too late.
         requests: path and Range header of each request.
+        conditions: the If-Range header of each request that has one.
         sent: body bytes of each answer.
     """
 
@@ -42,6 +44,8 @@ class FileServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.faults: list[tuple[str, int]] = []
         self.has_ranges = True
         self.heeds_if_range = True
+        self.shift = 0
+        self.conditions: list[str] = []
         self.requests: list[tuple[str, str | None]] = []
         self.sent: list[int] = []
 
@@ -92,9 +96,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def start(self, etag: str | None) -> int | None:
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         condition = self.headers.get("If-Range")
+        self.server.conditions += [condition] if condition else []
         if asked is None or (self.server.heeds_if_range and condition is not None and condition != etag):
             return None
-        return int(asked[1])
+        return int(asked[1]) + self.server.shift
 
 
 @contextlib.contextmanager

@@ -170,7 +170,8 @@ def test_a_bad_answer_leaves_nothing_and_keeps_what_was_there(address, cache, wa
     assert files(cache) == [before] and before.read_bytes() == b"mine"
 
 
-def test_nobody_answering_is_named_with_the_place_for_the_file(cache) -> None:
+def test_nobody_answering_is_named_with_the_place_for_the_file(cache, monkeypatch) -> None:
+    monkeypatch.setattr(downloads.time, "sleep", lambda seconds: pytest.fail("nobody is waited for"))
     with socketserver.TCPServer(("127.0.0.1", 0), None) as free:
         url = f"http://127.0.0.1:{free.server_address[1]}/x.bin"
     with pytest.raises(DataError, match="could not be downloaded .*put it at .*x.bin"):

@@ -73,13 +73,20 @@ def test_a_file_that_has_changed_meanwhile_is_fetched_whole(server, tmp_path, he
     server.files["/a.bin"], server.etags["/a.bin"] = OTHER, '"two"'
     server.heeds_if_range = heeds_if_range
     assert fetch(f"{server.address}/a.bin", tmp_path / "a.bin").read_bytes() == OTHER
-    assert server.sent[-1] == len(OTHER)
+    assert server.sent[-1] == len(OTHER) and server.conditions[-1] == '"one"'
 
 
 def test_a_file_that_has_become_shorter_is_fetched_whole(server, tmp_path) -> None:
     begun(server, tmp_path / "a.bin")
     server.files["/a.bin"], server.heeds_if_range = OTHER[:50_000], False
     assert fetch(f"{server.address}/a.bin", tmp_path / "a.bin").read_bytes() == OTHER[:50_000]
+
+
+def test_a_part_from_another_place_is_not_taken(server, tmp_path) -> None:
+    begun(server, tmp_path / "a.bin")
+    server.shift = 7
+    assert fetch(f"{server.address}/a.bin", tmp_path / "a.bin").read_bytes() == BODY
+    assert server.requests == [("/a.bin", "bytes=100000-"), ("/a.bin", None)]
 
 
 def test_a_server_without_ranges_sends_the_whole_again(server, tmp_path) -> None:
