@@ -31,7 +31,7 @@ CLIPS_SCORED = [{"image_id": "video3", "video": "video3.gif", "caption": ["Makeu
 CLIP_SAMPLES = [("arms", "video0"), ("two people", "video0")]
 CLIP_REFERENCES = {"video3": ["Makeup", "A woman"]}
 
-# set -> for training (annotation, (text_input, image_id) of its samples), for scoring (annotation, references)
+# set -> training: (annotation, (text_input, image_id) of its samples), scoring: (annotation, references)
 SETS = {
     "coco_caption": (
         (

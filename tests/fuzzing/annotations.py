@@ -54,10 +54,15 @@ _records = st.fixed_dictionaries(
         "image_id": _json | st.integers(0, 3),
     },
 )
+_pictures = st.fixed_dictionaries(
+    {}, optional={"id": st.integers(0, 3) | _json, "file_name": _images, "domain": _json}
+)
+_annotations = st.lists(_records, max_size=6) | _json
 _good = st.builds(lambda i, t: {"image": i, "caption": t}, st.sampled_from(IMAGES), _texts)
 _structured = (
     st.lists(_good | _records, max_size=6) | st.lists(_good, min_size=1, max_size=6) | _json
-    | st.fixed_dictionaries({"annotations": st.lists(_records, max_size=6) | _json})
+    | st.fixed_dictionaries({"annotations": _annotations})
+    | st.fixed_dictionaries({"images": st.lists(_pictures)}, optional={"annotations": _annotations})
 )  # fmt: skip
 
 inputs = st.tuples(
@@ -92,6 +97,7 @@ def action(folder: Path, drawn: tuple, keep: Callable[[Path], None]) -> Callable
                 dataset = builder.get_split(split)
                 batch = dataset.collater([dataset[i] for i in range(min(4, len(dataset)))])
                 assert len(batch["skipped"]) <= 4
+                dataset.domains()
                 json.dumps([dataset.sample_id(i) for i in range(len(dataset))]).encode()
                 for captions in list(dataset.references().values())[:10]:
                     assert all(isinstance(caption, str) for caption in captions)
