@@ -132,6 +132,15 @@ def test_everything_comes_to_its_place_and_is_not_fetched_twice(server, tmp_path
     assert "to fetch: nothing" in capsys.readouterr().out
 
 
+def test_what_was_taken_away_is_fetched_again(server, tmp_path) -> None:
+    assert download(tmp_path / "root", "--yes") == 0
+    shutil.rmtree(tmp_path / "root/pets/images/train")
+    server.requests.clear()
+    assert download(tmp_path / "root", "--yes") == 0
+    assert [path for path, _ in server.requests] == ["/train.zip"]
+    assert shown_files(tmp_path / "root") == WHOLE
+
+
 def test_archives_are_kept_where_that_is_wanted(server, tmp_path) -> None:
     assert download(tmp_path / "root", "--yes", "--keep-archives") == 0
     kept = {"pets/images/train.zip", "pets/images/images.zip"}
@@ -195,6 +204,7 @@ def test_files_of_ones_own_are_left_alone(server, tmp_path, capsys) -> None:
     assert download(root, "--yes") == 1
     out, err = capsys.readouterr()
     assert re.search(r"pets/images/train.zip .*has files", out) and "--only annotations gets the rest" in out
+    assert re.search("pets/train.json +here, and not the published file", out)
     assert "1.jpg is there already, with other content" in err
     assert (root / "pets/images/train/1.jpg").read_bytes() == b"mine"
     assert (root / "pets/train.json").read_bytes() == b"[]"

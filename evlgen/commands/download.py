@@ -117,7 +117,7 @@ def _with_sizes(items: Sequence[Item]) -> list[Item]:
 
 
 def _print_plan(entries: Sequence[Entry], items: Sequence[Item], missing: Sequence[Item], root: Path) -> None:
-    from evlgen.common.obtaining import HAS_FILES, state_of
+    from evlgen.common.obtaining import HAS_FILES, is_as_published, state_of
 
     for entry in entries:
         print(entry.title)
@@ -129,7 +129,8 @@ def _print_plan(entries: Sequence[Entry], items: Sequence[Item], missing: Sequen
     for item, state in zip(items, states, strict=True):
         item = to_fetch.get(item.key, item)
         size = "" if state == "here" else _size_of([item]) if item.can_be_fetched else "by hand"
-        print(f"  {item.shown:<60} {size:>12}  {state}")
+        note = "" if is_as_published(item, root) else ", and not the published file"
+        print(f"  {item.shown:<60} {size:>12}  {state}{note}")
     if HAS_FILES in states:
         print(
             "Of folders that have files it is not known whether they are whole: what is there and the same "

@@ -109,7 +109,9 @@ def extract(archive: str | os.PathLike, folder: str | os.PathLike, limits: Limit
     return folder
 
 
-def extract_into(archive: str | os.PathLike, folder: str | os.PathLike, strip: str | None = None) -> None:
+def extract_into(
+    archive: str | os.PathLike, folder: str | os.PathLike, strip: str | None = None
+) -> list[str]:
     """Unpacks an archive into a folder that may have files, of other archives or of an earlier attempt.
 
     It is unpacked beside them first. What is there already stays, and must be the same. For one process at a
@@ -118,6 +120,9 @@ def extract_into(archive: str | os.PathLike, folder: str | os.PathLike, strip: s
     Args:
         strip: a folder of the archive, such as ``images``: what is in it goes into ``folder``, and the rest
             of the archive nowhere.
+
+    Returns:
+        The names of what has come into the folder.
 
     Raises:
         DataError: as `extract`; the archive has no such folder; a file is there already with other content
@@ -133,8 +138,11 @@ def extract_into(archive: str | os.PathLike, folder: str | os.PathLike, strip: s
             shutil.rmtree(staged)  # of an archive that was here before
         if not staged.is_dir():  # else an earlier attempt came so far
             extract(archive, staged)
-        _move_in(_inner(staged, archive, strip), folder, archive)
+        source = _inner(staged, archive, strip)
+        names = sorted(path.name for path in source.iterdir())
+        _move_in(source, folder, archive)
         shutil.rmtree(staged)
+        return names
     except OSError as error:
         raise DataError(f"{archive} cannot be unpacked into {folder}: {_cause(error)}.") from error
 

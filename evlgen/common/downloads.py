@@ -237,9 +237,8 @@ def _append(
     from tqdm import tqdm
 
     size = file.tell()
-    with tqdm(
-        total=length, initial=size, unit="B", unit_scale=True, disable=None
-    ) as bar:  # None: nobody looks
+    hidden = None if _takes_a_while(length) else True  # None: where nobody looks
+    with tqdm(total=length, initial=size, unit="B", unit_scale=True, disable=hidden) as bar:
         while chunk := _chunk(answer):
             file.write(chunk)
             digest.update(chunk)

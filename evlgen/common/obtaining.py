@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 HAS_FILES = "has files"
 _AT_ONCE = 16  # pictures
+_NAMES = 20  # of what was unpacked that are looked for again
 _FAILURES = 20  # pictures that do not come before it is given up
 
 
@@ -50,15 +52,23 @@ def bring(item: Item, root: Path, keep_archive: bool = False) -> None:
         keep_archive: leave the archive in the folder that it was unpacked into.
 
     Raises:
-        DataError: see `fetch` and `extract_into`; or there is a file of another sum at its place, which is
-            left alone; or the annotations that name an item's pictures are not there.
+        DataError: see `fetch` and `extract_into`; or there is an archive of another sum in the folder, which
+            is left alone; or the annotations that name an item's pictures are not there.
     """
     if item.pictures:
         _bring_pictures(item, root)
     elif item.is_archive:
         _bring_archive(item, root / item.storage, keep_archive)
-    else:
-        _bring_file(item, root / item.storage)
+    elif not (root / item.storage).is_file():
+        fetch(item.url, root / item.storage, item.md5)
+
+
+def is_as_published(item: Item, root: Path) -> bool:
+    """False for an annotation that is there with another sum than the published one."""
+    place = root / item.storage
+    if item.is_archive or item.md5 is None or not place.is_file():
+        return True
+    return file_md5(place) == item.md5.strip().lower()
 
 
 def check_room(items: Sequence[Item], root: Path, keep_archives: bool) -> None:
@@ -97,26 +107,22 @@ def _state_of_pictures(item: Item, root: Path) -> str:
     return "here" if there == len(addresses) else "begun" if there else "missing"
 
 
-def _bring_file(item: Item, place: Path) -> None:
-    if place.is_file():
-        _check_sum(item, place)
-    else:
-        fetch(item.url, place, item.md5)
-
-
 def _bring_archive(item: Item, folder: Path, keep_archive: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     archive = folder / item.file_name
     with alone_at(folder / f"{item.file_name}.unpacked"):
         if _is_done(item, folder):
             return
-        if archive.is_file():
-            _check_sum(item, archive)
-        else:
+        if not archive.is_file():
             fetch(item.url, archive, item.md5)
+        elif item.md5 is not None and (found := file_md5(archive)) != item.md5.strip().lower():
+            raise DataError(
+                f"{archive} is there already, with the md5 {found} where {item.md5} was published: move it "
+                f"away to fetch {item.url}."
+            )
         logger.info("unpacking %s", archive)
-        extract_into(archive, folder, item.strip)
-        write_atomically(_mark(item, folder), f"{item.url}\n")
+        names = extract_into(archive, folder, item.strip)
+        write_atomically(_mark(item, folder), json.dumps({"url": item.url, "names": names[:_NAMES]}))
         if not keep_archive:
             archive.unlink(missing_ok=True)
 
@@ -153,20 +159,14 @@ def _addresses(item: Item, root: Path) -> dict[str, str]:
     for path in (root / storage for storage in item.lists):
         if not path.is_file():
             raise DataError(f"{path}, which names the pictures, is not there: fetch the annotations first.")
-        for record in read_json(path, DataError, "annotation", max_bytes=None):
-            folder, _, file = str(record.get("image")).partition("/")
+        content = read_json(path, DataError, "annotation", max_bytes=None)
+        for record in content if isinstance(content, list) else [content]:
+            image = record.get("image") if isinstance(record, dict) else record
+            folder, _, file = str(image).partition("/")
             if folder not in item.pictures or file in ("", ".", "..") or "/" in file:
                 raise DataError(f"{path} names the picture '{folder}/{file}', for which there is no address.")
             found[f"{folder}/{file}"] = item.pictures[folder] + quote(file)
     return found
-
-
-def _check_sum(item: Item, path: Path) -> None:
-    if item.md5 is not None and (found := file_md5(path)) != item.md5.strip().lower():
-        raise DataError(
-            f"{path} is there already, with the md5 {found} where {item.md5} was published: move it away to "
-            f"fetch {item.url}."
-        )
 
 
 def _mark(item: Item, folder: Path) -> Path:
@@ -175,8 +175,9 @@ def _mark(item: Item, folder: Path) -> Path:
 
 
 def _is_done(item: Item, folder: Path) -> bool:
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        return _mark(item, folder).read_text("utf-8").strip() == item.url
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        done = json.loads(_mark(item, folder).read_text("utf-8"))
+        return done["url"] == item.url and all((folder / name).exists() for name in done["names"])
     return False
 
 
