@@ -56,6 +56,11 @@ def cell_name(file: str | os.PathLike, column: str, row: int) -> str:
     return f"{file}#{column}:{row}"
 
 
+def is_cell_name(name: str) -> bool:
+    """Whether a name is one of `cell_name`."""
+    return _CELL.fullmatch(name) is not None
+
+
 def split_place(path: str) -> Place | None:
     """The archive or table that a path leads into: ``photos.tar/a/1.jpg``, ``train.parquet#image:17``; None
     for a file of its own. A folder may be called ``x.zip`` too."""

@@ -104,16 +104,15 @@ class ImageTextBuilder(BaseDatasetBuilder):
         return [*self._given_splits, *self._held_out.splits]
 
     def missing(self, splits: Iterable[str] | None = None) -> list[str]:
-        wanted = {
-            self._table_path(split): "annotations" for split in (self.splits if splits is None else splits)
-        }
+        splits = self.splits if splits is None else splits
+        wanted = {text: "annotations" for text in map(self._table_path, splits)}
         if self.root is not None:
             wanted[self.root] = "root"
         return [
-            f"{self.name}: the {what} is neither at {Path(text).expanduser().absolute()} nor at "
-            f"{self._path(text)}. Put it there, or set {self._key}.{what}."
-            for text, what in wanted.items()
-            if "://" not in text and not os.path.exists(self._path(text))
+            f"{self.name}: '{text}' is not there (looked at {' and '.join(places)}). Put it there, or set "
+            f"{self._key}.{key}."
+            for text, key in wanted.items()
+            if "://" not in text and not any(map(os.path.exists, places := self._places(text)))
         ]
 
     def build_split(self, split: str) -> BaseDataset:
@@ -213,8 +212,14 @@ class ImageTextBuilder(BaseDatasetBuilder):
 
     def _path(self, text: str) -> Path:
         """A path of the YAML: from the working folder where it is there, else from the data root."""
-        here = Path(text).expanduser().absolute()
-        return here if "://" not in text and os.path.exists(here) else self.storage_path(text)
+        if "://" in text:
+            return self.storage_path(text)
+        places = self._places(text)
+        return Path(next(filter(os.path.exists, places), places[-1]))
+
+    def _places(self, text: str) -> list[str]:
+        """Where a path of the YAML may be."""
+        return list(dict.fromkeys([os.path.abspath(os.path.expanduser(text)), str(self.storage_path(text))]))
 
 
 @registry.register_builder("video_text")

@@ -15,10 +15,11 @@ from typing import Any
 
 from evlgen.common.errors import ConfigError, DataError, did_you_mean
 from evlgen.datasets.annotations import describe, is_id, text_problem
+from evlgen.datasets.archive_media import is_cell_name
 from evlgen.datasets.base_dataset import BadRecord
 from evlgen.datasets.media import is_address
 from evlgen.datasets.packed import PackedRecords
-from evlgen.datasets.records import refuse_bad
+from evlgen.datasets.records import good, refuse_bad
 from evlgen.datasets.tables import Row, Table
 
 logger = logging.getLogger(__name__)
@@ -181,6 +182,9 @@ def read_records(
             "%s: its ids are not one for each, so they are not used as `%s`", tables[0].path.name, name
         )
     ids.drop_unused(records)
+    for record in good(records):
+        if is_cell_name(record["visual"]):  # whose number is that of a row, or of a shard
+            record.setdefault("image_id", record["visual"])
     if not records:
         paths = ", ".join(str(table.path) for table in tables)
         raise DataError(f"{paths}: there are no rows, so it can be neither trained on nor scored.")

@@ -1,0 +1,367 @@
+"""Own pictures, clips and questions by YAML alone: the same samples from every format and layout."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from evlgen.common.errors import ConfigError, DataError
+from evlgen.common.registry import registry
+from evlgen.common.schema import check_section
+from evlgen.datasets import Skipped
+from evlgen.datasets.base_dataset import BadRecord
+from evlgen.datasets.own_data import Shares, divide
+from evlgen.datasets.own_records import ImageColumns, read_records
+from evlgen.datasets.tables import open_table
+
+CAPTIONS = {"a.png": ["a dog", "the dog"], "b.png": ["red, and green"], "c.png": ["x", "y", "z"]}
+ROWS = [{"image": name, "caption": text} for name, texts in CAPTIONS.items() for text in texts]
+LISTS = [{"image": name, "caption": texts} for name, texts in CAPTIONS.items()]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch) -> Path:
+    """The working folder, with three pictures of one colour each; the data root is beside it."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("EVLGEN_CACHE", str(tmp_path / "root"))
+    for index, name in enumerate(CAPTIONS):
+        Image.new("RGB", (8, 8), (80 * index, 0, 0)).save(name)
+    return tmp_path / "work"
+
+
+def builder(kind: str = "image_text", questions: bool = False, **section):
+    """A builder from a section as the YAML has it."""
+    cls = registry.get_builder_class(kind)
+    vis = {"name": "blip_image_eval", "image_size": 8}
+    if kind == "video_text":
+        vis = {"name": "alpro_video_eval", "n_frms": 2, "image_size": 8}
+    text = {"name": "blip_question" if questions else "blip_caption"}
+    section = {
+        "vis_processor": {"train": vis, "eval": vis},
+        "text_processor": {"train": text, "eval": text},
+        **section,
+    }
+    checked = check_section(section, cls, f"datasets.{kind}", ignore=cls.FROM_FRAMEWORK)
+    return cls(name=kind, cache_root=os.environ["EVLGEN_CACHE"], **checked)
+
+
+def samples(dataset) -> list:
+    return [dataset[i] for i in range(len(dataset))]
+
+
+def write_csv(path: str, rows: list[dict], **options) -> None:
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]), **options)
+        table.writeheader()
+        table.writerows(rows)
+
+
+def write(layout: str) -> str:
+    """The captions in a table of a layout; returns its path."""
+    if layout == "rows.csv":
+        write_csv(layout, ROWS)
+    elif layout == "rows.tsv":
+        write_csv(layout, ROWS, delimiter="\t")
+    elif layout == "lists.csv":
+        write_csv(layout, [{**row, "caption": json.dumps(row["caption"])} for row in LISTS])
+    elif layout == "pandas.csv":
+        write_csv(layout, [{**row, "caption": str(row["caption"])} for row in LISTS])
+    elif layout == "arrays.csv":
+        write_csv(layout, [{**row, "caption": str(row["caption"]).replace("', '", "'\n '")} for row in LISTS])
+    elif layout == "lists.json":
+        Path(layout).write_text(json.dumps({"data": LISTS}))
+    elif layout == "rows.jsonl":
+        Path(layout).write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    elif layout == "lists.parquet":
+        pq.write_table(pa.Table.from_pylist(LISTS), layout)
+    elif layout == "embedded.parquet":
+        image = [{"bytes": Path(row["image"]).read_bytes(), "path": row["image"]} for row in LISTS]
+        pq.write_table(pa.table({"image": image, "caption": [r["caption"] for r in LISTS]}), layout)
+    return layout
+
+
+LAYOUTS = ["rows.csv", "rows.tsv", "lists.csv", "pandas.csv", "arrays.csv", "lists.json", "rows.jsonl"]
+LAYOUTS += ["lists.parquet", "embedded.parquet"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_samples(folder, layout):
+    built = builder(annotations={"train": write(layout), "val": layout})
+    train, val = built.get_split("train"), built.get_split("val")
+    assert [s["text_input"] for s in samples(train)] == ["a dog", "the dog", "red, and green", "x", "y", "z"]
+    reds = [float(s["image"][0, 0, 0]) for s in samples(train)]
+    assert reds[0] == reds[1] < reds[2] < reds[3] == reds[5]
+    assert list(val.references().values()) == list(CAPTIONS.values())
+    assert [s["image_id"] for s in samples(val)] == list(val.references())
+    if layout != "embedded.parquet":
+        assert list(val.references()) == list(CAPTIONS)
+
+
+def test_captions_in_several_columns_are_one_pictures(folder):
+    write_csv(
+        "a.csv",
+        [{"file": "a.png", "en": "a dog", "more": "the dog"}, {"file": "b.png", "en": "b", "more": " "}],
+    )
+    dataset = builder(annotations={"train": "a.csv"}, columns={"text": ["en", "more"]}).get_split("train")
+    assert [s["text_input"] for s in samples(dataset)] == ["a dog", "the dog", "b"]
+
+
+def test_ids_are_numbers_or_texts_and_those_of_captions_are_none(folder):
+    def ids(rows, **columns):
+        Path("a.json").write_text(json.dumps(rows))
+        dataset = builder(annotations={"val": "a.json"}, columns=columns).get_split("val")
+        return [s.cause if isinstance(s, Skipped) else s["image_id"] for s in samples(dataset)]
+
+    assert ids(
+        [
+            {"image": "a.png", "caption": "x", "image_id": 7},
+            {"image": "b.png", "caption": "y", "image_id": "7"},
+        ]
+    ) == [7, "7"]
+    of_captions = [{"image": "a.png", "caption": text, "id": i} for i, text in enumerate("xyz")]
+    assert ids(of_captions) == ["a.png"]
+    assert ids(of_captions, id="id") == [0, "duplicate id", "duplicate id"]
+    assert ids(
+        [{"image": "a.png", "caption": "x", "id": 3.0}, {"image": "b.png", "caption": "y", "id": [1]}]
+    ) == [3, "bad record"]
+
+
+def test_unusable_rows_are_named_in_their_place(folder):
+    content = b'image,caption\na.png,x\nb.png,\n,y\nc.png,"[""p"", """"]"\nb.png,\x00\nc.png,caf\xc3\xa9\n'
+    Path("a.csv").write_bytes(content)
+    dataset = builder(annotations={"train": "a.csv"}).get_split("train")
+    found = [(s.id, s.cause) if isinstance(s, Skipped) else s["text_input"] for s in samples(dataset)]
+    assert found[:5] == [
+        "x",
+        ("line 3 of a.csv", "empty caption"),
+        ("line 4 of a.csv", "bad record"),
+        "p",
+        ("line 5 of a.csv", "empty caption"),
+    ]
+    assert isinstance(found[5], tuple) and found[5][0] == "line 6 of a.csv" and found[6] == "café"
+
+
+def test_where_no_row_can_be_used_the_first_one_says_why(folder):
+    write_csv("a.csv", [{"image": "a.png", "caption": ""}] * 3)
+    with pytest.raises(DataError, match=r"line 2 of a\.csv: it has no caption in 'caption'.*all 3 of them"):
+        builder(annotations={"train": "a.csv"}).get_split("train")
+    Path("a.csv").write_text("image,caption\n")
+    with pytest.raises(DataError, match=r"a\.csv: there are no rows"):
+        builder(annotations={"train": "a.csv"}).get_split("train")
+
+
+def test_pictures_without_captions_can_be_described_not_learned(folder):
+    write_csv("a.csv", [{"image": name, "note": "n"} for name in CAPTIONS])
+    built = builder(annotations={"train": "a.csv", "test": "a.csv"})
+    assert built.get_split("test").references() == {} and len(built.get_split("test")) == 3
+    with pytest.raises(
+        ConfigError, match=r"columns\.text: no column of .*a\.csv has a usual name.*Columns: image, note"
+    ):
+        built.get_split("train")
+
+
+def test_columns_are_found_by_usual_names_and_the_log_says_which(folder, caplog):
+    write_csv("a.csv", [{"File Name": "a.png", "Text": "x", "Image-ID": "i"}])
+    with caplog.at_level("INFO"):
+        sample = builder(annotations={"val": "a.csv"}).get_split("val")[0]
+    assert sample["image_id"] == "i"
+    assert "a.csv: columns taken by their names: {image: File Name, id: Image-ID, text: Text}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"text": "captoin"},
+            r"columns\.text: .*a\.csv has no column 'captoin'. Did you mean 'caption'. Columns: name",
+        ),
+        ({"text": ["caption", "x"]}, r"columns\.text: .*has no column 'x'"),
+        (
+            {},
+            r"columns\.image: no column of .*a\.csv has a usual name for it \(image, .*: name, caption",
+        ),
+        ({"caption": "x"}, r"columns\.caption: there is no such key.*Allowed: answer, id, image"),
+    ],
+)
+def test_a_column_that_is_not_there_is_named_with_those_that_are(folder, columns, message):
+    write_csv("a.csv", [{"name": "a.png", "caption": "x"}])
+    with pytest.raises(ConfigError, match=message):
+        builder(annotations={"train": "a.csv"}, columns=columns).get_split("train")
+
+
+def test_paths_start_from_the_working_folder_then_from_the_data_root(folder):
+    root = folder.parent / "root"
+    write_csv("a.csv", ROWS)
+    (root / "my").mkdir(parents=True)
+    write_csv(str(root / "my/b.csv"), [{"image": "b.png", "caption": "in the root"}])
+    Image.new("RGB", (8, 8)).save(root / "my/b.png")
+    assert (
+        samples(builder(annotations={"train": "my/b.csv"}).get_split("train"))[0]["text_input"]
+        == "in the root"
+    )
+    assert len(builder(annotations={"train": "my/b.csv"}, root=".").get_split("train")) == 1
+    lines = builder(annotations={"train": "a.csv", "val": "c.csv"}, root="d").missing()
+    assert lines == [
+        f"image_text: '{text}' is not there (looked at {folder / text} and {root / text}). "
+        f"Put it there, or set datasets.image_text.{key}."
+        for text, key in (("c.csv", "annotations"), ("d", "root"))
+    ]
+
+
+def test_a_picture_folder_that_is_not_there_is_said_before_training(folder):
+    write_csv("a.csv", [{"image": "sub/a.png", "caption": "x"}])
+    with pytest.raises(DataError, match=r"image folder .*sub is missing.*Set datasets\.image_text\.root"):
+        builder(annotations={"train": "a.csv"}).get_split("train")
+
+
+def many(count: int = 100) -> list[dict]:
+    return [{"visual": f"{i}.png", "caption": [text]} for i in range(count) for text in "xy"]
+
+
+def visuals(records) -> set[str]:
+    return {record["visual"] for record in records if not isinstance(record, BadRecord)}
+
+
+def test_shares_are_of_pictures_and_no_picture_is_in_two_splits():
+    parts = {split: visuals(r) for split, r in divide(many(), Shares(val=0.1, test=0.25)).items()}
+    assert {split: len(names) for split, names in parts.items()} == {"train": 65, "val": 10, "test": 25}
+    assert set.union(*parts.values()) == visuals(many())
+
+
+def test_a_division_follows_from_names_and_seed_alone():
+    records, shares = many(), Shares(val=0.1, test=0.1)
+    first = {split: visuals(r) for split, r in divide(records, shares).items()}
+    random.Random(0).shuffle(records)
+    assert {split: visuals(r) for split, r in divide(records, shares).items()} == first
+    other = divide(records, Shares(val=0.1, test=0.1, seed=1))
+    assert visuals(other["val"]) != first["val"]
+    more = divide([*records, {"visual": "new.png", "caption": ["z"]}], shares)
+    assert len(visuals(more["test"]) - first["test"]) <= 1
+
+
+def test_every_split_has_a_picture_and_bad_records_stay_in_training():
+    bad = BadRecord("line 2", "why")
+    parts = divide([bad, *many(3)], Shares(val=0.01, test=0.01))
+    assert [len(visuals(part)) for part in parts.values()] == [1, 1, 1]
+    assert parts["train"][0] is bad
+    with pytest.raises(DataError, match="2 pictures are too few to be divided into train, val, test"):
+        divide(many(2), Shares(val=0.01, test=0.01))
+
+
+def test_one_table_for_everything_is_divided_unless_it_is_said_otherwise(folder):
+    write_csv("a.csv", ROWS)
+    built = builder(annotations="a.csv")
+    assert built.splits == ["train", "val", "test"]
+    parts = {split: {d["visual"] for d in built.get_split(split).records} for split in built.splits}
+    assert sorted(map(len, parts.values())) == [1, 1, 1] and set.union(*parts.values()) == set(CAPTIONS)
+    assert builder(annotations="a.csv", split={"val": 0, "test": 0}).splits == ["train"]
+    assert builder(annotations={"train": "a.csv"}).splits == ["train"]
+    assert builder(annotations={"train": "a.csv"}, split={"val": 0.5}).splits == ["train", "val"]
+    with pytest.raises(ConfigError, match=r"split\.val: the split has annotations of its own"):
+        _ = builder(annotations={"train": "a.csv", "val": "a.csv"}, split={"val": 0.5}).splits
+    with pytest.raises(ConfigError, match=r"split\.val: the split is a share of `train`, which has none"):
+        _ = builder(annotations={"test": "a.csv"}, split={"val": 0.5}).splits
+
+
+def test_a_folder_gives_its_splits(folder):
+    for split in ("train", "validation"):
+        os.makedirs("data", exist_ok=True)
+        cell = {"bytes": Path("b.png").read_bytes(), "path": None}
+        pq.write_table(
+            pa.table({"image": [cell, None], "text": [split, "x"]}), f"data/{split}-00000-of-00001.parquet"
+        )
+    built = builder(annotations=".")
+    assert built.splits == ["train", "val"]
+    good, bad = samples(built.get_split("train"))
+    assert good["text_input"] == "train" and bad.cause == "bad record"
+    assert samples(built.get_split("val"))[0]["image_id"] == "data/validation-00000-of-00001.parquet#image:0"
+    assert len(builder(annotations={"val": "."}).get_split("val")) == 2
+    with pytest.raises(DataError, match="has no tables of the split 'test'. Splits: train, val"):
+        builder(annotations={"test": "."}).get_split("test")
+
+
+QUESTIONS = [
+    {"image": "a.png", "question": "What is it?", "answer": ["dog", "dog", "cat"]},
+    {"image": "a.png", "question": "Is it red?", "answer": "no"},
+    {"image": "b.png", "question": "Where?", "answer": ""},
+]
+
+
+def test_question_columns_make_a_dataset_of_questions(folder):
+    Path("q.json").write_text(json.dumps(QUESTIONS))
+    Path("answers.json").write_text('["dog", "no"]')
+    built = builder(
+        questions=True, annotations={"train": "q.json", "val": "q.json"}, answer_list="answers.json"
+    )
+    torch.manual_seed(0)
+    first, second, third = samples(built.get_split("train"))
+    assert first["text_input"] == "what is it?" and first["text_output"] in ("dog", "cat")
+    assert (second["text_output"], third.cause, third.id) == ("no", "empty answer", "record 2 of q.json")
+    val = built.get_split("val")
+    assert [s["question_id"] for s in samples(val)] == [0, 1, 2]
+    assert val.answers() == {0: ["dog", "dog", "cat"], 1: ["no"]} and val.answer_list() == ["dog", "no"]
+    everything = builder(questions=True, annotations={"train": "q.json"}, train_answers="all").get_split(
+        "train"
+    )[0]
+    assert everything["answers"] == ["dog", "cat"] and everything["weights"] == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_captions_are_meant_where_a_table_has_both_and_questions_where_they_are_named(folder):
+    rows = [{"image": "a.png", "caption": "x", "question": "why?", "answer": "so", "qid": "q1"}]
+    write_csv("a.csv", rows)
+    assert samples(builder(annotations={"train": "a.csv"}).get_split("train"))[0]["text_input"] == "x"
+    asked = builder(annotations={"train": "a.csv"}, columns={"question": "question"}).get_split("train")[0]
+    assert (asked["text_output"], asked["question_id"]) == ("so", "q1")
+
+
+def test_ids_of_questions_that_are_not_their_own_are_told(folder):
+    rows = [{**row, "answer": "x", "question_id": 5} for row in QUESTIONS]
+    Path("q.json").write_text(json.dumps(rows))
+    guessed = samples(builder(questions=True, annotations={"val": "q.json"}).get_split("val"))
+    assert [s["question_id"] for s in guessed] == [0, 1, 2]
+    named = builder(questions=True, annotations={"val": "q.json"}, columns={"question_id": "question_id"})
+    assert [getattr(s, "cause", "good") for s in samples(named.get_split("val"))] == [
+        "good",
+        "duplicate id",
+        "duplicate id",
+    ]
+
+
+def test_own_clips_are_read_by_the_same_yaml(shared, folder):
+    clips = shared / "data/lavis_cache/msrvtt/videos"
+    names = sorted(os.listdir(clips))[:2]
+    write_csv("clips.csv", [{"video": name, "caption": f"clip {i}"} for i, name in enumerate(names)])
+    dataset = builder("video_text", annotations={"train": "clips.csv"}, root=str(clips)).get_split("train")
+    found = samples(dataset)
+    assert [s["image"].shape for s in found] == [(3, 2, 8, 8)] * 2
+    assert [s["text_input"] for s in found] == ["clip 0", "clip 1"]
+
+
+def test_names_inside_the_root_come_without_it(folder):
+    write_csv("a.csv", [{"image": f"{folder}/a.png", "caption": "x"}, {"image": "./a.png", "caption": "y"}])
+    table = open_table(folder / "a.csv")
+    records = read_records([table], ImageColumns(), "image", folder, "columns", needs_text=True)
+    assert visuals(records) == {"a.png"}
+
+
+def test_columns_that_are_given_are_not_guessed(folder):
+    write_csv("a.csv", [{"image": "a.png", "caption": "x", "id": "1", "better": "y"}])
+    records = read_records(
+        [open_table(folder / "a.csv")],
+        ImageColumns(text="better"),
+        "image",
+        folder,
+        "columns",
+        needs_text=True,
+    )
+    assert list(records) == [{"visual": "a.png", "image_id": "1", "caption": ["y"]}]
