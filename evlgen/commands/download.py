@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from evlgen.common.catalogue import catalogue, find_entry
     from evlgen.common.io import cache_root
 
-    root = Path(args.to).expanduser().absolute() if args.to else cache_root()
+    root = Path(args.to).expanduser().resolve() if args.to else cache_root()
     if not args.names:
         _print_catalogue(catalogue(), root)
         return 0

@@ -102,7 +102,7 @@ def _state_of_pictures(item: Item, root: Path) -> str:
     try:
         addresses = _addresses(item, root)
     except DataError:
-        return "missing"
+        return HAS_FILES if _has_files(root / item.storage) else "missing"
     there = sum((root / item.storage / name).is_file() for name in addresses)
     return "here" if there == len(addresses) else "begun" if there else "missing"
 
