@@ -16,6 +16,9 @@ from evlgen.datasets.shapes_dataset import ShapesCaptionBuilder
 from evlgen.processors.base_processor import BaseProcessor
 
 PEOPLE = 10  # VQA's accuracy is of ten people's answers; here all give the same
+# As VQA publishes people's answers: digits, no articles. Its accuracy puts a model's answer into that form, and
+# leaves those of people who all agree as they are.
+_AS_PUBLISHED = {"one": "1", "two": "2", "three": "3", "in the middle": "in middle"}
 
 
 class ShapesQuestionDataset(BaseDataset):
@@ -65,7 +68,9 @@ class ShapesQuestionDataset(BaseDataset):
         return Image.fromarray(draw(self._question(index).scene))
 
     def answers(self) -> dict[int | str, list[str]]:
-        return {i: [self._question(i).answer] * PEOPLE for i in self.records}
+        """Ten equal answers to each question, as VQA writes them: ``2``, ``in middle``."""
+        found = {i: self._question(i).answer for i in self.records}
+        return {i: [_AS_PUBLISHED.get(answer, answer)] * PEOPLE for i, answer in found.items()}
 
     def answer_types(self) -> dict[int | str, str]:
         """The kinds of question: ``number``, ``colour``, ``shape``, ``size``, ``place``, ``presence``,

@@ -17,6 +17,7 @@ from evlgen.common.schema import check_section
 from evlgen.datasets.shapes.questions import ANSWERS, QUESTION_KINDS, Question, question
 from evlgen.datasets.shapes.world import COLOURS, COLUMNS, KINDS, ROWS, draw, scene
 from evlgen.datasets.shapes_vqa_dataset import ShapesVQABuilder
+from evlgen.tasks.metrics.vqa_accuracy import vqa_accuracy
 
 NUMBER_WORDS = {"one": 1, "two": 2, "three": 3}
 
@@ -127,8 +128,17 @@ def test_training_samples_have_the_answer_and_others_have_not() -> None:
         "image_id": expected.scene.index,
         "instance_id": "3",
     }
-    assert len(val) == 7 and val.answers()[3] == [expected.answer] * 10
+    assert len(val) == 7 and set(map(len, val.answers().values())) == {10}
     assert val.answer_types()[3] == expected.kind and expected.answer in val.answer_list()
+
+
+def test_what_the_language_model_says_is_right_by_vqas_accuracy() -> None:
+    dataset = builder(val_size=150).get_split("val")
+    said = [question("val", i).answer for i in range(150)]
+    for i, answers in dataset.answers().items():
+        assert vqa_accuracy(said[i], answers) == 1.0
+        assert vqa_accuracy("green" if said[i] == "red" else "red", answers) == 0.0
+    assert {"two", "in the middle"} < set(said)
 
 
 def test_pictures_of_training_are_in_no_other_split() -> None:
