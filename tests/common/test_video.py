@@ -1,0 +1,228 @@
+"""Reading clips: both readers give the frames that were asked for, and the same ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evlgen.common.errors import DataError
+from evlgen.common.video import Pictures, Video, installed_reader, spread
+
+av = pytest.importorskip("av")
+READERS = [
+    "pyav",
+    pytest.param(
+        "decord",
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec("decord") is None, reason="decord is not installed"
+        ),
+    ),
+]
+BITS = 7
+# name -> codec, and the most frames stored in another order than they are shown in
+CONTAINERS = {
+    "clip.avi": ("mpeg4", 2),  # as MSVD's: no times of frames, decord's seeking is frames off
+    "clip.mp4": ("mpeg4", 2),
+    "clip.mpg": ("mpeg2video", 2),
+    "clip.mkv": ("mpeg4", 0),
+    "clip.wmv": ("wmv2", 0),
+}
+
+
+def numbered(number: int) -> np.ndarray:
+    """A frame that shows its number in black and white bars, the lowest bit on the left."""
+    bars = [220 if number >> bit & 1 else 40 for bit in range(BITS)]
+    return np.repeat(np.repeat(np.array(bars, np.uint8), 16)[None, :, None], 48, axis=0).repeat(3, axis=2)
+
+
+def number_of(frame: np.ndarray) -> int:
+    middles = (np.arange(BITS) + 0.5) * frame.shape[1] / BITS
+    return sum(int(frame[frame.shape[0] // 2, int(x)].mean() > 130) << bit for bit, x in enumerate(middles))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Clips of 100 numbered frames with a key frame every ten."""
+    folder = tmp_path_factory.mktemp("clips")
+    for name, (codec, reordered) in CONTAINERS.items():
+        with av.open(folder / name, "w") as file:
+            stream = file.add_stream(codec, rate=25)
+            stream.width, stream.height, stream.pix_fmt = 16 * BITS, 48, "yuv420p"
+            stream.gop_size, stream.codec_context.max_b_frames = 10, reordered
+            for i in range(100):
+                frame = av.VideoFrame.from_ndarray(numbered(i), format="rgb24")
+                frame.pts = i
+                file.mux(stream.encode(frame))
+            file.mux(stream.encode())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sound_only(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sound") / "sound.mp4"
+    with av.open(path, "w") as file:
+        stream = file.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4410), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 44100
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("name", CONTAINERS)
+@pytest.mark.parametrize("wanted", [[0, 30, 60, 90], [13, 14, 15, 99], [57], [99, 3, 3]], ids=str)
+def test_the_frames_asked_for_are_read_whatever_the_container(made, name, reader, wanted):
+    clip = Video(made / name, reader)
+    assert len(clip) == 100
+    assert [number_of(frame) for frame in clip.read(wanted)] == wanted
+    assert [number_of(frame) for frame in clip.read(wanted)] == wanted  # opens the file again
+
+
+def test_pyav_decodes_from_the_key_frame_before_a_frame_and_not_from_the_start(made, monkeypatch):
+    from evlgen.common.video_pyav import File
+
+    decoded = []
+    sought_from = File._from
+    monkeypatch.setattr(
+        File, "_counted", lambda self, indices: pytest.fail("reads from the start") if indices else iter(())
+    )
+    monkeypatch.setattr(
+        File, "_from", lambda self, key: (decoded.append(f) or f for f in sought_from(self, key))
+    )
+    assert number_of(Video(made / "clip.mkv", "pyav").read([85])[0]) == 85
+    assert [number_of(f.to_ndarray(format="rgb24")) for f in decoded] == [80, 81, 82, 83, 84, 85]
+
+
+def test_frames_whose_times_lie_are_found_by_counting(made, monkeypatch):
+    from evlgen.common.video_pyav import File
+
+    start = File._from
+    monkeypatch.setattr(File, "_from", lambda self, key: start(self, key + self._keys[1]))  # seeks too far
+    read = Video(made / "clip.mp4", "pyav").read([3, 55, 56])
+    assert [number_of(frame) for frame in read] == [3, 55, 56]
+
+
+@pytest.mark.parametrize("name", ["video0.mp4", "video3.avi", "video4.mkv", "four_frames.mov"])
+def test_both_readers_give_the_same_frames_of_real_clips_bit_for_bit(shared, name):
+    pytest.importorskip("decord")
+    folder = "broken" if name == "four_frames.mov" else "lavis_cache/msrvtt/videos"
+    one, other = (Video(shared / "data" / folder / name, reader) for reader in ("decord", "pyav"))
+    assert len(one) == len(other)
+    indices = spread(len(one), 3)
+    frames = one.read(indices, (56, 64))
+    assert frames.shape == (3, 56, 64, 3)
+    assert frames.std() > 5 or name == "four_frames.mov"  # which is white
+    assert np.array_equal(frames, other.read(indices, (56, 64)))
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_clip_filmed_upright_is_read_upright(shared, reader):
+    path = shared / "data/broken/three_frames_rotated_90.mov"
+    with av.open(str(path)) as file:
+        stored = next(file.decode(video=0)).to_ndarray(format="rgb24")
+    frames = Video(path, reader).read([0, 2])
+    assert stored.shape == (320, 568, 3) and frames.shape == (2, 568, 320, 3)
+    assert np.array_equal(frames[0], stored[::-1].transpose(1, 0, 2))  # a quarter turn clockwise
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_is_no_video_is_named_with_its_cause(shared, tmp_path, sound_only, reader, capfd):
+    (tmp_path / "text.mp4").write_text("no video")
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "loop.mp4").symlink_to(tmp_path / "loop.mp4")
+    causes = {
+        tmp_path / "none.mp4": "missing file",
+        tmp_path / "loop.mp4": "missing file",
+        tmp_path / "folder.mp4": "not a file",
+        tmp_path / "pipe.mp4": "not a file",
+        tmp_path / "empty.mp4": "empty file",
+        tmp_path / "text.mp4": "not a video",
+        sound_only: "not a video",
+        shared / "data/broken/corrupted.mp4": "damaged video",
+    }
+    found = {}
+    for path in causes:
+        with pytest.raises(DataError, match=path.name) as error:
+            Video(path, reader).read([0, 40])
+        found[path] = error.value.cause
+    assert found == causes
+    assert "h264" not in capfd.readouterr().err  # what ffmpeg has to say about it
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_download_that_broke_off_has_fewer_frames(shared, tmp_path, reader):
+    whole = (shared / "data/lavis_cache/msrvtt/videos/video3.avi").read_bytes()
+    (tmp_path / "part.avi").write_bytes(whole[: len(whole) // 2])
+    clip = Video(tmp_path / "part.avi", reader)
+    assert 0 < len(clip) < 164
+    assert clip.read([0, len(clip) - 1], (8, 8)).shape == (2, 8, 8, 3)
+
+
+def test_an_animated_gif_is_a_clip_and_a_broken_one_is_named(tmp_path):
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    frames = [Image.new("RGB", (8, 8), colour) for colour in colours]
+    frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:])
+    clip = Video(tmp_path / "clip.gif")
+    assert len(clip) == 3
+    assert [tuple(frame[4, 4]) for frame in clip.read([2, 0, 0])] == [colours[2], colours[0], colours[0]]
+    (tmp_path / "text.gif").write_text("no picture")
+    with pytest.raises(DataError, match=r"text\.gif"):
+        len(Video(tmp_path / "text.gif"))
+
+
+def test_a_part_of_every_frame_is_resized_to_the_size_asked_for():
+    left_and_right = np.zeros((4, 16, 3), np.uint8)
+    left_and_right[:, 8:] = 200
+    clip = Pictures([left_and_right, left_and_right // 2])
+    right = clip.read([0, 1], (2, 2), (0.75, 0.0, 1.0, 1.0))
+    assert np.array_equal(right, np.stack([np.full((2, 2, 3), 200), np.full((2, 2, 3), 100)]))
+    assert np.array_equal(clip.read([0])[0], left_and_right)
+
+
+def test_there_is_no_frame_past_the_end():
+    clip = Pictures([np.zeros((2, 2, 3), np.uint8)] * 3)
+    for wanted in ([3], [-1, 0]):
+        with pytest.raises(IndexError, match="a clip of 3 frames"):
+            clip.read(wanted)
+
+
+def test_positions_are_spread_evenly_and_repeat_where_there_are_too_few():
+    assert spread(280, 4) == [0, 70, 140, 210]
+    assert spread(10, 4) == [0, 2, 5, 7]
+    assert spread(3, 4) == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_forked_process_opens_the_file_for_itself(made, reader):
+    clip = Video(made / "clip.mkv", reader)
+    opened = clip._open()
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    children = [
+        context.Process(target=lambda i=i: answers.put((i, number_of(clip.read([i])[0])))) for i in (95, 42)
+    ]
+    for child in children:
+        child.start()
+    assert {answers.get() for _ in children} == {(95, 95), (42, 42)}
+    assert clip._open() is opened and number_of(clip.read([60])[0]) == 60
+
+
+def test_the_reader_is_the_one_installed_or_the_one_named(monkeypatch):
+    installed = {"av", "decord"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
+    assert installed_reader("auto") == "pyav" and installed_reader("decord") == "decord"
+    installed.remove("av")
+    assert installed_reader("auto") == "decord"
+    with pytest.raises(DataError, match=r"pyav is not installed.*evlgen\[pyav\]"):
+        installed_reader("pyav")
+    installed.clear()
+    with pytest.raises(DataError, match="pyav or decord is not installed"):
+        installed_reader("auto")
