@@ -16,8 +16,8 @@ from evlgen.datasets.shapes_dataset import ShapesCaptionBuilder
 from evlgen.processors.base_processor import BaseProcessor
 
 PEOPLE = 10  # VQA's accuracy is of ten people's answers; here all give the same
-# As VQA publishes people's answers: digits, no articles. Its accuracy puts a model's answer into that form, and
-# leaves those of people who all agree as they are.
+# As VQA publishes people's answers: digits, no articles. Its accuracy puts a model's answer into that form,
+# and leaves those of people who all agree as they are.
 _AS_PUBLISHED = {"one": "1", "two": "2", "three": "3", "in the middle": "in middle"}
 
 

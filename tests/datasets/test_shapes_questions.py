@@ -133,8 +133,8 @@ def test_training_samples_have_the_answer_and_others_have_not() -> None:
 
 
 def test_what_the_language_model_says_is_right_by_vqas_accuracy() -> None:
-    dataset = builder(val_size=150).get_split("val")
-    said = [question("val", i).answer for i in range(150)]
+    dataset = builder(val_size=400).get_split("val")
+    said = [question("val", i).answer for i in range(400)]
     for i, answers in dataset.answers().items():
         assert vqa_accuracy(said[i], answers) == 1.0
         assert vqa_accuracy("green" if said[i] == "red" else "red", answers) == 0.0
