@@ -9,6 +9,7 @@ picture.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from array import array
@@ -33,6 +34,8 @@ from evlgen.datasets.media import Media
 from evlgen.datasets.packed import PackedRecords
 from evlgen.datasets.records import good, refuse_bad, sift
 from evlgen.processors.base_processor import BaseProcessor
+
+logger = logging.getLogger(__name__)
 
 _BAD = "bad record"
 
@@ -195,23 +198,31 @@ def _caption_problem(text: Any) -> tuple[str, str] | None:
 
 def read_ground_truth(path: str | os.PathLike) -> References:
     """Captions by image id from a file in COCO's layout: ``{"annotations": [{"image_id", "caption"}, ..]}``.
+    An empty caption counts, as in COCO's own scores; what is no text is left out with a warning.
 
     Raises:
-        DataError: the file has another layout.
+        DataError: the file has another layout, or no caption.
     """
     content = read_annotation(path)
+    annotations = content.get("annotations") if isinstance(content, Mapping) else None
     found: References = {}
-    try:
-        for annotation in content["annotations"]:
-            image_id, caption = annotation["image_id"], annotation["caption"]
-            if not is_id(image_id) or not isinstance(caption, str) or text_problem(caption):
-                raise TypeError(f"{image_id!r:.40}: {caption!r:.40}")
+    bad = []
+    for annotation in annotations if isinstance(annotations, list) else []:
+        given = annotation if isinstance(annotation, Mapping) else {}
+        image_id, caption = given.get("image_id"), given.get("caption")
+        if is_id(image_id) and isinstance(caption, str) and not text_problem(caption):
             found.setdefault(image_id, []).append(caption)
-    except (KeyError, TypeError) as error:
+        else:
+            bad.append(annotation)
+    if not found:
         raise DataError(
             f"ground truth {path} must be {{'annotations': [{{'image_id', 'caption'}}, ..]}}; "
-            f"it is {describe(content)}."
-        ) from error
+            f"it is {describe(bad[0] if bad else content)}."
+        )
+    if bad:
+        logger.warning(
+            "ground truth %s: %d captions are left out, such as %s", path, len(bad), describe(bad[0])
+        )
     return found
 
 

@@ -145,6 +145,14 @@ def test_a_ground_truth_of_another_layout_is_named(root) -> None:
         builder(root).get_split("val")
 
 
+def test_a_bad_caption_of_the_ground_truth_is_left_out_with_a_warning(root, caplog) -> None:
+    captions = ["x", "", None, "a\0b"]
+    truth = [{"image_id": i, "caption": text} for i in (42, 391895) for text in captions]
+    write(root / "coco_gt/coco_karpathy_val_gt.json", {"annotations": [*truth, 7]})
+    assert builder(root).get_split("val").references() == {42: ["x", ""], 391895: ["x", ""]}
+    assert "5 captions are left out, such as a mapping with 'image_id', 'caption'" in caplog.text
+
+
 @pytest.mark.parametrize(("own", "theirs"), [("42", 42), (42, "42"), (42, 42), ("video1", "video1")])
 def test_ids_are_those_of_the_ground_truth_as_number_or_text(root, own, theirs) -> None:
     write(annotation(root, "val"), [{"image": VAL[0]["image"], "image_id": own}])
