@@ -83,17 +83,18 @@ class CaptionEvalDataset(MediaDataset):
     """One sample per picture: ``image`` float32 [3, H, W] (a clip: [3, T, H, W]), ``image_id``,
     ``instance_id``.
 
-    Where no record has a caption, and no references are given, captions can be written and not scored. Else a
-    picture without any is a `BadRecord`, and so is the second of two with the same image id.
+    A picture is scored against the references given, or, where they have none of it, against its own
+    captions. A picture without either is a `BadRecord`; but where no references are given and no picture has
+    captions, they can be written and not scored. The second of two pictures with one image id is a
+    `BadRecord`.
 
     Args:
         records: see `CaptionDataset`; captions may be missing.
         media: where pictures or clips are read.
         vis_processor: what ``media`` opens -> tensor.
         text_processor: not applied to references; kept for tasks that ask for it.
-        references: captions to score against instead of those in the records, by image id. Where they have
-            ids as numbers and the records as text, or the other way round, theirs are taken: results are
-            compared with them.
+        references: captions to score against, by image id. Where they have ids as numbers and the records as
+            text, or the other way round, theirs are taken: results are compared with them.
         domains: the part of the dataset that a picture belongs to, by image id; see `BaseDataset.domains`.
 
     Raises:
@@ -112,17 +113,13 @@ class CaptionEvalDataset(MediaDataset):
         pictures = one_per_image(records, references)
         super().__init__(PackedRecords(pictures), media, vis_processor, text_processor)
         refuse_bad(pictures)
-        self._ground_truth = references
         self._domains = domains or {}
 
     def load_text(self, index: int) -> dict[str, Any]:
         return {"image_id": _id(self.records[index]), "instance_id": str(index)}
 
     def references(self) -> References:
-        pictures = {_id(record): record["caption"] for record in good(self.records)}
-        if self._ground_truth is not None:
-            return {image_id: self._ground_truth[image_id] for image_id in pictures}
-        return {image_id: captions for image_id, captions in pictures.items() if captions}
+        return {_id(record): record["caption"] for record in good(self.records) if record["caption"]}
 
     def domains(self) -> dict[int | str, str]:
         own = (_id(record) for record in good(self.records))
@@ -256,8 +253,9 @@ def one_per_caption(records: Records) -> Iterator[dict[str, Any] | BadRecord]:
 def one_per_image(
     records: Records, references: Mapping[int | str, Any] | None = None
 ) -> list[dict[str, Any] | BadRecord]:
-    """Records with ``visual``, ``caption`` (all its texts) and, where it is another than ``visual``,
-    ``image_id``, in the pictures' order; see `CaptionEvalDataset` for those that become `BadRecord`s."""
+    """Records with ``visual``, ``caption`` (all texts to score against) and, where it is another than
+    ``visual``, ``image_id``, in the pictures' order; see `CaptionEvalDataset` for those that become
+    `BadRecord`s."""
     name = id_rule(records)
     found: list[dict[str, Any] | BadRecord] = []
     places: dict[str, int] = {}
@@ -273,16 +271,13 @@ def one_per_image(
                 known["caption"] += _texts(record)
             continue
         places[visual] = len(found)
-        image_id = name(record) if references is None else _known_as(name(record), references)
-        if image_id is None:
-            reason = f"the ground truth has no caption for image_id {name(record)!r}."
-            found.append(BadRecord(visual, reason, "no caption"))
-        elif (owner := owners.setdefault(image_id, visual)) != visual:
+        image_id = _known_as(name(record), references or {})
+        if (owner := owners.setdefault(image_id, visual)) != visual:
             reason = f"its image_id {image_id!r} is that of {owner} too. Give every picture its own, or none."
             found.append(BadRecord(visual, reason, "duplicate id"))
         else:
             found.append(_named({"visual": visual, "caption": [*_texts(record)]}, image_id))
-    return found if references is not None else _captioned(found)
+    return _captioned(found, references)
 
 
 def id_rule(records: Iterable[Mapping[str, Any] | BadRecord]) -> Callable[[Mapping[str, Any]], int | str]:
@@ -320,27 +315,34 @@ def _one_to_one(names: np.ndarray, numbers: np.ndarray) -> bool:
     return not shared.any() and (not len(numbers) or int(numbers[0]) >= 0)
 
 
-def _captioned(pictures: list[dict[str, Any] | BadRecord]) -> list[dict[str, Any] | BadRecord]:
-    """Where some pictures have captions, the others cannot be scored with them."""
-    if not any(picture["caption"] for picture in good(pictures)):
+def _captioned(
+    pictures: list[dict[str, Any] | BadRecord], references: Mapping[int | str, Any] | None
+) -> list[dict[str, Any] | BadRecord]:
+    """The pictures with the captions to score them against; those that have none are bad, if any has."""
+    own = 0
+    for picture in good(pictures):
+        truth = (references or {}).get(_id(picture))
+        own += bool(truth is None and picture["caption"])
+        picture["caption"] = picture["caption"] if truth is None else truth
+    if references is not None and own:
+        logger.warning("pictures that the ground truth lacks: %d, scored against captions of their own", own)
+    if references is None and not any(picture["caption"] for picture in good(pictures)):
         return pictures
-    return [
-        BadRecord(picture["visual"], "it has no caption.", "no caption")
-        if not isinstance(picture, BadRecord) and not picture["caption"]
-        else picture
-        for picture in pictures
-    ]
+    return [p if isinstance(p, BadRecord) or p["caption"] else _uncaptioned(p, references) for p in pictures]
 
 
-def _known_as(image_id: int | str, references: Mapping[int | str, Any]) -> int | str | None:
-    """The id as references have it, number or text; None where they have neither."""
-    if image_id in references:
-        return image_id
+def _uncaptioned(picture: Mapping[str, Any], references: Mapping[int | str, Any] | None) -> BadRecord:
+    truth = "" if references is None else f", nor has the ground truth one of image_id {_id(picture)!r}"
+    return BadRecord(picture["visual"], f"it has no caption{truth}.", "no caption")
+
+
+def _known_as(image_id: int | str, references: Mapping[int | str, Any]) -> int | str:
+    """The id as references have it, number or text; as it is where they have neither."""
     if isinstance(image_id, int):
         other = str(image_id)
     else:
-        other = int(image_id) if re.fullmatch("[0-9]{1,18}", image_id) else None
-    return other if other in references else None
+        other = int(image_id) if re.fullmatch("[0-9]{1,18}", image_id) else image_id
+    return other if image_id not in references and other in references else image_id
 
 
 def _named(record: dict[str, Any], image_id: int | str) -> dict[str, Any]:

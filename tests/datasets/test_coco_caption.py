@@ -127,14 +127,22 @@ def test_ground_truth_file_is_used_where_it_is(root) -> None:
     assert datasets["test"].references()[42] == ["Two dogs", "dogs"]
 
 
-def test_a_picture_that_the_ground_truth_lacks_is_skipped_and_a_ground_truth_of_others_refused(root) -> None:
+def test_a_picture_that_the_ground_truth_lacks_is_scored_against_its_own_captions(root, caplog) -> None:
+    truth = {"annotations": [{"image_id": 42, "caption": "x"}]}
+    write(root / "coco_gt/coco_karpathy_val_gt.json", truth)
+    assert builder(root).get_split("val").references() == {42: ["x"], 391895: ["A man"]}
+    assert "pictures that the ground truth lacks: 1" in caplog.text
+
+
+def test_a_picture_without_captions_that_the_ground_truth_lacks_is_skipped(root) -> None:
     path = root / "coco_gt/coco_karpathy_val_gt.json"
+    write(annotation(root, "val"), [{"image": record["image"]} for record in VAL])
     write(path, {"annotations": [{"image_id": 42, "caption": "x"}]})
     dataset = builder(root).get_split("val")
-    assert dataset.references() == {42: ["x"]}
-    assert "no caption for image_id 391895" in dataset[1].reason and dataset[1].cause == "no caption"
+    assert dataset.references() == {42: ["x"]} and dataset[1].cause == "no caption"
+    assert "nor has the ground truth one of image_id 391895" in dataset[1].reason
     write(path, {"annotations": [{"image_id": 7, "caption": "x"}]})
-    with pytest.raises(DataError, match=r"COCO_val2014_000000000042\.jpg: the ground truth has no .* all 2"):
+    with pytest.raises(DataError, match=r"COCO_val2014_000000000042\.jpg: it has no caption, .* all 2"):
         builder(root).get_split("val")
 
 
