@@ -190,7 +190,7 @@ def _coco_refused(refused, root, monkeypatch):
 def test_a_missing_image_folder(refused, coco, monkeypatch):
     shutil.rmtree(coco / "coco" / "images")
     message = _coco_refused(refused, coco, monkeypatch)
-    assert "the image folder is not at" in message and "images.cocodataset.org" in message
+    assert "the image folder is not at" in message and "python -m evlgen download coco" in message
 
 
 @pytest.mark.parametrize(

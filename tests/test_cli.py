@@ -165,7 +165,7 @@ def test_without_weights_and_data_everything_missing_is_named_at_once(tmp_path):
         "hf download",
         "bert-base-uncased",
         "coco_karpathy_train.json",
-        "train2014.zip",
+        "python -m evlgen download coco",
     ]
     assert [w for w in wanted if w not in done.stderr] == []
     assert len(done.stderr.splitlines()) < 40
