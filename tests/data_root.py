@@ -31,7 +31,7 @@ def make_data_root(root: Path, real: Path | None) -> Path:
     if real is not None:
         for folder in real.iterdir():
             os.symlink(folder, root / folder.name)
-    for make in (_coco, _gqa, _nocaps, _okvqa, _videos, _shards, _visual_genome):
+    for make in (_coco, _gqa, _nocaps, _okvqa, _videos, _shards, _visual_genome, _own):
         make(root)
     return root
 
@@ -180,6 +180,13 @@ def _visual_genome(root: Path) -> None:
     _pictures(root / "vg" / "images", names)
     rows = [{"image": n, "caption": captions(scene("train", i))[0]} for i, n in enumerate(names)]
     _json(root / "vg" / "annotations" / "vg_caption.json", rows)
+
+
+def _own(root: Path) -> None:
+    names = [f"{i}.jpg" for i in range(COUNT)]
+    _pictures(root / "pictures", names)
+    rows = [f"{name},{text}\n" for i, name in enumerate(names) for text in captions(scene("train", i))]
+    (root / "my.csv").write_text("".join(["path,caption\n", *rows]))
 
 
 def _pictures(folder: Path, names: list[str]) -> None:
