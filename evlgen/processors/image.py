@@ -2,14 +2,25 @@
 
 Names, steps and defaults are those of LAVIS (`lavis/processors/blip_processors.py`). Random choices come from
 torch's global generator only, so seeding it repeats them.
+
+Two keys trade the published pixels for speed (`benchmarks/loader.py` has numbers):
+
+- ``resize: torch`` takes torch's kernel for 8-bit pixels: the same bicubic filter with other rounding, which
+  makes a difference of at most 1 of 255. It goes along rows first; newer Pillows go along columns first where
+  these shrink more, and where black and white pixels meet that makes a larger difference.
+- ``draft: true`` lets a JPEG be decoded at a half or less of its size where no part that is looked at falls
+  below ``image_size``. What is then resized is a picture that was averaged before.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -23,6 +34,9 @@ from evlgen.processors.randaugment import RandAugment
 # OpenAI CLIP's normalisation, which EVA-CLIP shares (open_clip/constants.py).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+Resize = Literal["pillow", "torch"]
 
 
 class Normalisation:
@@ -56,6 +70,7 @@ class ImageProcessor(BaseProcessor):
     Args:
         transform: RGB picture -> RGB picture.
         mean, std: see `Normalisation`.
+        draft_size: see `evlgen.common.images.open_image`; for those who open pictures for this processor.
     """
 
     def __init__(
@@ -63,8 +78,9 @@ class ImageProcessor(BaseProcessor):
         transform: Callable[[Image.Image], Image.Image],
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        draft_size: int | None = None,
     ) -> None:
-        self.transform = transform
+        self.transform, self.draft_size = transform, draft_size
         self._normalise = Normalisation(mean, std)
 
     def __call__(self, item: Image.Image) -> torch.Tensor:
@@ -84,8 +100,11 @@ class Blip2ImageTrainProcessor(ImageProcessor):
         std: tuple[float, float, float] | None = None,
         min_scale: Share = 0.5,
         max_scale: Share = 1.0,
+        resize: Resize = "pillow",
+        draft: bool = False,
     ) -> None:
-        super().__init__(v2.Compose(_crop_and_flip(image_size, min_scale, max_scale)), mean, std)
+        steps = _crop_and_flip(image_size, min_scale, max_scale, resize)
+        super().__init__(v2.Compose(steps), mean, std, _crop_draft_size(image_size, min_scale, draft))
 
 
 @registry.register_processor("blip_image_train")
@@ -99,9 +118,14 @@ class BlipImageTrainProcessor(ImageProcessor):
         std: tuple[float, float, float] | None = None,
         min_scale: Share = 0.5,
         max_scale: Share = 1.0,
+        resize: Resize = "pillow",
+        draft: bool = False,
     ) -> None:
-        augment = RandAugment(num_ops=2, magnitude=5)
-        super().__init__(v2.Compose([*_crop_and_flip(image_size, min_scale, max_scale), augment]), mean, std)
+        steps = [
+            *_crop_and_flip(image_size, min_scale, max_scale, resize),
+            RandAugment(num_ops=2, magnitude=5),
+        ]
+        super().__init__(v2.Compose(steps), mean, std, _crop_draft_size(image_size, min_scale, draft))
 
 
 @registry.register_processor("blip_image_eval")
@@ -113,9 +137,11 @@ class BlipImageEvalProcessor(ImageProcessor):
         image_size: PositiveInt = 384,
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
+        resize: Resize = "pillow",
+        draft: bool = False,
     ) -> None:
-        resize = v2.Resize((image_size, image_size), interpolation=v2.InterpolationMode.BICUBIC)
-        super().__init__(resize, mean, std)
+        whole = _RESIZES[resize][0]((image_size, image_size), interpolation=v2.InterpolationMode.BICUBIC)
+        super().__init__(whole, mean, std, image_size if draft else None)
 
 
 def check_scales(min_scale: float, max_scale: float) -> None:
@@ -127,9 +153,43 @@ def check_scales(min_scale: float, max_scale: float) -> None:
         )
 
 
-def _crop_and_flip(image_size: int, min_scale: float, max_scale: float) -> list[Callable]:
+class _TorchResize(v2.Resize):
+    """`v2.Resize` of a Pillow image by torch's kernel for 8-bit pixels."""
+
+    def transform(self, inpt: Image.Image, params: dict[str, Any]) -> Image.Image:
+        return _resized(inpt, self.size)
+
+
+class _TorchResizedCrop(v2.RandomResizedCrop):
+    """`v2.RandomResizedCrop`, likewise; it draws the same part."""
+
+    def transform(self, inpt: Image.Image, params: dict[str, Any]) -> Image.Image:
+        left, top = params["left"], params["top"]
+        part = inpt.crop((left, top, left + params["width"], top + params["height"]))
+        return _resized(part, self.size)
+
+
+_RESIZES = {"pillow": (v2.Resize, v2.RandomResizedCrop), "torch": (_TorchResize, _TorchResizedCrop)}
+
+
+def _resized(image: Image.Image, size: Sequence[int]) -> Image.Image:
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # [1, 3, H, W] uint8
+    pixels = F.interpolate(pixels, size=tuple(size), mode="bicubic", antialias=True)
+    return Image.fromarray(pixels[0].permute(1, 2, 0).contiguous().numpy())
+
+
+def _crop_draft_size(image_size: int, min_scale: float, draft: bool) -> int | None:
+    """The smallest picture of which no random part is smaller than ``image_size``.
+
+    A part of the share s of a picture W x H whose sides are as r to 1 is sqrt(s W H r) wide and
+    sqrt(s W H / r) high, r from 3/4 to 4/3: no side is below sqrt(3/4 s) min(W, H).
+    """
+    return math.ceil(image_size / math.sqrt(0.75 * min_scale)) if draft else None
+
+
+def _crop_and_flip(image_size: int, min_scale: float, max_scale: float, resize: Resize) -> list[Callable]:
     check_scales(min_scale, max_scale)
-    crop = v2.RandomResizedCrop(
+    crop = _RESIZES[resize][1](
         (image_size, image_size), scale=(min_scale, max_scale), interpolation=v2.InterpolationMode.BICUBIC
     )
     return [crop, v2.RandomHorizontalFlip()]

@@ -9,6 +9,7 @@ from PIL import Image
 from torchvision import transforms
 
 from evlgen.common.errors import ConfigError, DataError, RegistryError
+from evlgen.common.images import open_image
 from evlgen.processors import build_processor
 from evlgen.processors.image import CLIP_MEAN, CLIP_STD
 from evlgen.processors.randaugment import RandAugment
@@ -116,3 +117,58 @@ def test_impossible_settings_are_named(section: dict, message: str) -> None:
 def test_misspelt_processor_names_the_nearest() -> None:
     with pytest.raises(RegistryError, match="Did you mean 'blip2_image_train'"):
         build_processor({"name": "blip2_image_trian"})
+
+
+@pytest.mark.parametrize("name", ["blip_image_eval", "blip2_image_train"])
+@pytest.mark.parametrize("size", [(64, 48), (300, 451), (20, 31), (40, 40), (9, 200), (1, 1)])
+def test_torch_resizes_as_pillow_does_but_for_one_of_255(name: str, size: tuple[int, int]) -> None:
+    noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    section = {"name": name, "image_size": 40, "mean": [0, 0, 0], "std": [1, 1, 1], "resize": "torch"}
+    processor = build_processor(section)
+    torch.manual_seed(3)
+    pixels = processor(noise) * 255
+    torch.manual_seed(3)
+    left, top, width, height, is_mirrored = 0, 0, *size, False
+    if name == "blip2_image_train":
+        params = processor.transform.transforms[0].make_params([noise])
+        left, top, width, height = (params[key] for key in ("left", "top", "width", "height"))
+        is_mirrored = torch.rand(1).item() < 0.5
+    part = noise.crop((left, top, left + width, top + height))
+    rows = part.resize((40, height), Image.Resampling.BICUBIC)  # Pillow's order of the two depends on sizes
+    expected = rows.resize((40, 40), Image.Resampling.BICUBIC)
+    expected = np.asarray(expected)[:, ::-1] if is_mirrored else np.asarray(expected)
+    difference = (pixels - torch.from_numpy(expected.transpose(2, 0, 1).copy())).abs()
+    assert difference.max() < 1.01 and (difference > 0.5).float().mean() < 0.03
+    assert pixels.is_contiguous() and pixels.shape == (3, 40, 40)
+
+
+@pytest.mark.parametrize("min_scale", [0.2, 0.5, 1.0])
+def test_no_part_of_a_picture_of_the_draft_size_is_smaller_than_the_target(min_scale: float) -> None:
+    processor = build_processor(
+        {"name": "blip2_image_train", "image_size": 40, "min_scale": min_scale, "draft": True}
+    )
+    crop, least = processor.transform.transforms[0], processor.draft_size
+    sides = []
+    torch.manual_seed(0)
+    for width, height in ((least, least), (least, 2 * least), (3 * least, least), (least + 7, least)):
+        picture = Image.new("RGB", (width, height))
+        for _ in range(60):
+            params = crop.make_params([picture])
+            sides.append(min(params["width"], params["height"]))
+    assert min(sides) >= 40
+    assert min(sides) < 50 or min_scale == 1.0  # and none larger than it must be
+
+
+def test_a_draft_is_decoded_smaller_but_never_below_the_target(tmp_path) -> None:
+    x = np.linspace(0, 3, 640)
+    smooth = 127 + 120 * np.sin(np.add.outer(x[:480], x)[..., None] * (1, 2, 3))
+    Image.fromarray(smooth.astype(np.uint8)).save(tmp_path / "x.jpg", quality=95)
+    for size, decoded in ((224, (320, 240)), (240, (320, 240)), (241, (640, 480)), (100, (160, 120))):
+        plain, draft = (
+            build_processor({"name": "blip_image_eval", "image_size": size, "draft": draft, "std": [1] * 3})
+            for draft in (False, True)
+        )
+        assert plain.draft_size is None
+        opened = open_image(tmp_path / "x.jpg", draft.draft_size)
+        assert opened.size == decoded
+        assert (draft(opened) - plain(open_image(tmp_path / "x.jpg"))).abs().mean() < 0.01
