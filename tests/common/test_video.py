@@ -28,7 +28,7 @@ BITS = 7
 CONTAINERS = {
     "clip.avi": ("mpeg4", 2),  # as MSVD's: no times of frames, decord's seeking is frames off
     "clip.mp4": ("mpeg4", 2),
-    "clip.mpg": ("mpeg2video", 2),
+    "clip.mpg": ("mpeg1video", 2),
     "clip.mkv": ("mpeg4", 0),
     "clip.wmv": ("wmv2", 0),
 }
@@ -114,9 +114,9 @@ def test_both_readers_give_the_same_frames_of_real_clips_bit_for_bit(shared, nam
     folder = "broken" if name == "four_frames.mov" else "lavis_cache/msrvtt/videos"
     one, other = (Video(shared / "data" / folder / name, reader) for reader in ("decord", "pyav"))
     assert len(one) == len(other)
-    indices = spread(len(one), 3)
+    indices = [1, 2, len(one) // 2, len(one) - 1]
     frames = one.read(indices, (56, 64))
-    assert frames.shape == (3, 56, 64, 3)
+    assert frames.shape == (4, 56, 64, 3)
     assert frames.std() > 5 or name == "four_frames.mov"  # which is white
     assert np.array_equal(frames, other.read(indices, (56, 64)))
 
@@ -205,13 +205,13 @@ def test_a_forked_process_opens_the_file_for_itself(made, reader):
     clip = Video(made / "clip.mkv", reader)
     opened = clip._open()
     context = multiprocessing.get_context("fork")
-    answers = context.SimpleQueue()
+    answers = context.Queue()
     children = [
         context.Process(target=lambda i=i: answers.put((i, number_of(clip.read([i])[0])))) for i in (95, 42)
     ]
     for child in children:
         child.start()
-    assert {answers.get() for _ in children} == {(95, 95), (42, 42)}
+    assert {answers.get(timeout=60) for _ in children} == {(95, 95), (42, 42)}
     assert clip._open() is opened and number_of(clip.read([60])[0]) == 60
 
 
