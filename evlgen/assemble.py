@@ -62,6 +62,7 @@ def run(cfg: Config, runner_class: type | None = None) -> dict[str, dict[str, fl
     accelerator = make_accelerator(cfg.run)
     with contextlib.ExitStack() as stack:
         stack.enter_context(peers_named())
+        keep_checkpoint(cfg)
         folder = run_folder(cfg, accelerator)
         stack.enter_context(log_to_file(folder / "log.txt", enabled=accelerator.is_main_process))
         if accelerator.is_main_process:
@@ -118,6 +119,13 @@ def follow_model(cfg: Config) -> None:
                         f"({cfg.source('model.vision.image_size') or 'default'}) is {vision.image_size}. "
                         "Leave the processor's out: it follows."
                     )
+
+
+def keep_checkpoint(cfg: Config) -> None:
+    """The checkpoint where it really is: the link ``latest`` is about to point at this run's own folder."""
+    path = cfg.model.checkpoint
+    if path and "://" not in path and os.path.exists(os.path.expanduser(path)):
+        cfg.model.checkpoint = os.path.realpath(os.path.expanduser(path))
 
 
 def drop_foreign_sources(cfg: Config) -> None:

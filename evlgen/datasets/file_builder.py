@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from evlgen.common.archives import is_archive
 from evlgen.common.catalogue import command_for
 from evlgen.common.errors import ConfigError
 from evlgen.common.io import cache_root
@@ -111,7 +112,7 @@ class FileBuilder(BaseDatasetBuilder):
                     remedy = self._remedy(storage, source.downloads()[i : i + 1], "to that path")
                     lines.append(f"{self.name}: the {split} annotation is not at {path}. {remedy}")
         root = self._local(self.media_source.storage)
-        if root is not None and not os.path.isdir(root):
+        if root is not None and not (os.path.isdir(root) or (is_archive(root) and os.path.isfile(root))):
             what = self.data_type.removesuffix("s")
             lines.append(f"{self.name}: the {what} folder is not at {root}. {self.media_remedy()}")
         return lines

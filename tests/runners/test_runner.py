@@ -41,6 +41,16 @@ def test_a_run_trains_validates_tests_and_keeps_what_it_should(tiny_project):
     assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
 
 
+def test_the_newest_checkpoint_is_evaluated_into_the_same_output_folder(tiny_project):
+    path = tiny_project(run={"max_epoch": 1})
+    trained, _ = train(path)
+    latest = path.parent / "output" / "latest" / "checkpoints" / "latest"
+    folder, records = train(path, f"model.checkpoint={latest}", "run.evaluate=true", "run.test_splits=[test]")
+    assert folder != trained and [r["split"] for r in records] == ["test"]
+    checkpoint = OmegaConf.load(folder / "config.yaml").model.checkpoint
+    assert checkpoint.startswith(str(trained))
+
+
 def test_checkpoints_hold_what_is_trained_and_nothing_frozen(tiny_project):
     folder, _ = train(tiny_project(run={"max_epoch": 1}))
     names = set(load_file(folder / "checkpoints" / "latest" / "model.safetensors"))
