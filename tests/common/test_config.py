@@ -364,7 +364,7 @@ def test_a_later_option_wins(project):
         ),
         (
             "datasets.coco_caption.vis_processor.eval.image_sise=3",
-            "vis_processor.eval.image_sise (--options): there is no such key. Did you mean 'image_size'?",
+            "vis_processor.eval.image_sise (--options): there is no such key. Did you mean 'image_size'",
         ),
         (
             "datasets.coco_caption.vis_processor.eval.name=blip_image_evl",
