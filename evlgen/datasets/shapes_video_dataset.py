@@ -15,9 +15,6 @@ from evlgen.common.video import spread
 from evlgen.datasets.shapes.clips import ShapesClip, captions, is_true, moving_scene
 from evlgen.datasets.shapes_dataset import ShapesCaptionBuilder, ShapesCaptionDataset
 
-_SHOWN = 4  # frames of a clip in sheets of results
-
-
 class ShapesVideoCaptionDataset(ShapesCaptionDataset):
     """As its base, of clips: ``image`` is float32 [3, T, H, W]; see `evlgen.datasets.shapes.clips`."""
 
@@ -32,9 +29,10 @@ class ShapesVideoCaptionDataset(ShapesCaptionDataset):
         return ShapesClip(moving_scene(self.split, self.records[index], self.seed))
 
     def picture(self, index: int) -> Image.Image:
-        """Some of the frames side by side."""
+        """Four of the frames, in the order in which one reads."""
         clip = self.clip(index)
-        return Image.fromarray(np.concatenate(clip.read(spread(len(clip), _SHOWN)), axis=1))
+        frames = clip.read(spread(len(clip), 4))
+        return Image.fromarray(np.vstack([np.hstack(frames[:2]), np.hstack(frames[2:])]))
 
     def captions_of(self, number: int) -> list[str]:
         return captions(moving_scene(self.split, number, self.seed))

@@ -139,5 +139,7 @@ def test_the_dataset_gives_clips_with_one_of_their_captions():
     assert references[1] == captions(moving_scene("test", 1))
     assert test.extra_metrics({i: texts[0] for i, texts in references.items()}) == {"true_captions": 1.0}
     assert test.extra_metrics({0: "nothing", 1: references[1][0]}) == {"true_captions": 0.5}
-    assert test.picture(0).size == (256, 64)
+    shown, frames = np.asarray(test.picture(0)), test.clip(0).read([2, 4])
+    assert shown.shape == (128, 128, 3)
+    assert np.array_equal(shown[:64, 64:], frames[0]) and np.array_equal(shown[64:, :64], frames[1])
     assert test.visual_source(0) != train.visual_source(0)
