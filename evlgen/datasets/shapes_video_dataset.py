@@ -15,6 +15,7 @@ from evlgen.common.video import spread
 from evlgen.datasets.shapes.clips import ShapesClip, captions, is_true, moving_scene
 from evlgen.datasets.shapes_dataset import ShapesCaptionBuilder, ShapesCaptionDataset
 
+
 class ShapesVideoCaptionDataset(ShapesCaptionDataset):
     """As its base, of clips: ``image`` is float32 [3, T, H, W]; see `evlgen.datasets.shapes.clips`."""
 
