@@ -56,17 +56,18 @@ class TokenStore:
     def refresh(self) -> None:
         """Reads again which entries are done, and why others are broken."""
         self.status = np.fromfile(self.folder / STATUS_FILE, dtype=np.uint8)
-        self._reasons: dict[int, str] = {}
+        self._problems: dict[int, tuple[str, str]] = {}
         for line in (self.folder / BROKEN_FILE).read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut off
                 record = json.loads(line)
-                self._reasons[int(record["entry"])] = str(record["reason"])
+                self._problems[int(record["entry"])] = (str(record["reason"]), str(record["cause"]))
 
-    def problem(self, entry: int) -> str | None:
+    def problem(self, entry: int) -> DataError | None:
         """Why an entry has no tokens; None where it has."""
         if self.status[entry] == DONE:
             return None
-        return self._reasons.get(entry, "it could not be read when the vision cache was filled")
+        unknown = ("it could not be read when the vision cache was filled", "unreadable")
+        return DataError(*self._problems.get(entry, unknown))
 
     def read(self, entry: int, view: int = 0) -> Tensor:
         """The tokens of an entry that is done: a copy, bfloat16 [*shape]."""
@@ -118,9 +119,9 @@ class TokenWriter:
         self._tokens.write(bits.data)
         self._pending[entry] = DONE
 
-    def put_broken(self, entry: int, reason: str) -> None:
-        """Notes why an entry cannot be made."""
-        self._broken.write(json.dumps({"entry": entry, "reason": reason}) + "\n")
+    def put_broken(self, entry: int, reason: str, cause: str) -> None:
+        """Notes why an entry cannot be made; see `DataError` for the cause."""
+        self._broken.write(json.dumps({"entry": entry, "reason": reason, "cause": cause}) + "\n")
         self._pending[entry] = BROKEN
 
     def flush(self) -> None:

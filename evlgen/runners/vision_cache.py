@@ -72,7 +72,7 @@ class CachedVisuals(BaseDataset):
         entry = int(self.entries[index])
         problem = self.store.problem(entry)
         if problem is not None:
-            raise DataError(problem)
+            raise problem
         view = int(torch.randint(self.store.views, ())) if self.store.views > 1 else 0
         return {"visual_tokens": self.store.read(entry, view), **self.dataset.load_text(index)}
 
@@ -280,8 +280,8 @@ class _Cache:
     def _write_all(self, writer: TokenWriter, loader: Any, progress: _Progress) -> None:
         flushed = time.monotonic()
         for group in loader:
-            for entry, reason in group["broken"].items():
-                writer.put_broken(entry, reason)
+            for entry, (reason, cause) in group["broken"].items():
+                writer.put_broken(entry, reason, cause)
             if group["entries"]:
                 self._write(writer, group)
             progress.add(len(group["entries"]) + len(group["broken"]))
@@ -386,7 +386,7 @@ class _Cache:
 
 class _Groups(Dataset):
     """Pictures to encode: an item is a group, with ``entries`` list[int], their ``pixels``
-    [entries, views, 3, H, W], and ``broken``: entry -> reason."""
+    [entries, views, 3, H, W], and ``broken``: entry -> reason and cause."""
 
     def __init__(self, pictures: Pictures, groups: list[list[int]], views: int, seed: int) -> None:
         self.pictures, self.groups, self.views, self.seed = pictures, groups, views, seed
@@ -401,7 +401,7 @@ class _Groups(Dataset):
             try:
                 pixels[entry] = torch.stack([self.pictures.load(entry, seed) for seed in seeds])
             except (DataError, OSError) as error:
-                broken[entry] = str(error)
+                broken[entry] = (str(error), getattr(error, "cause", "unreadable"))
         stacked = torch.stack(list(pixels.values())) if pixels else torch.empty(0)
         return {"entries": list(pixels), "pixels": stacked, "broken": broken}
 

@@ -115,7 +115,7 @@ def photographs(folder: Path, count=6, broken=(3,)) -> list[dict]:
         Image.fromarray(noise).save(folder / f"{number}.png")
     for number in broken:
         (folder / f"{number}.png").write_bytes(b"no picture")
-    return [{"image": f"{i}.png", "caption": c} for i in range(count) for c in ("grey noise", "a wall")]
+    return [{"visual": f"{i}.png", "caption": c} for i in range(count) for c in ("grey noise", "a wall")]
 
 
 # ---- training ----
@@ -319,7 +319,7 @@ def test_the_key_follows_the_files(model, tmp_path, change):
         os.utime(picture, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     elif change == "name":
         picture.rename(picture.with_name("thirteen.png"))
-        records = [{**r, "image": r["image"].replace("13.png", "thirteen.png")} for r in records]
+        records = [{**r, "visual": r["visual"].replace("13.png", "thirteen.png")} for r in records]
     else:
         records = records[::-1]
     after = key(CaptionDataset(records, ImageFiles(tmp_path / "pictures"), processor, TEXT), model)
