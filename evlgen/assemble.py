@@ -41,7 +41,7 @@ def run(cfg: Config, runner_class: type | None = None) -> dict[str, dict[str, fl
     Raises:
         EVLGenError: whatever a user can mend; nothing heavy was loaded where that could be known before.
     """
-    if cfg.run.evaluate and not cfg.model.checkpoint:
+    if cfg.run.evaluate and not cfg.model.get("checkpoint"):
         raise ConfigError(
             "model.checkpoint: evaluating needs the trained weights, such as --options "
             "model.checkpoint=output/coco_ft/latest/checkpoints/best"
@@ -123,7 +123,7 @@ def follow_model(cfg: Config) -> None:
 
 def keep_checkpoint(cfg: Config) -> None:
     """The checkpoint where it really is: the link ``latest`` is about to point at this run's own folder."""
-    path = cfg.model.checkpoint
+    path = cfg.model.get("checkpoint")
     if path and "://" not in path and os.path.exists(os.path.expanduser(path)):
         cfg.model.checkpoint = os.path.realpath(os.path.expanduser(path))
 
