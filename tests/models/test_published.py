@@ -116,6 +116,16 @@ def test_the_run_section_means_the_same():
     assert run.train_dataset_ratios == {"laion115M": 15, "ccs14M": 4, "coco_caption": 1}
 
 
+def test_the_val_split_of_gqas_published_type_is_its_testdev_set(tmp_path):
+    """LAVIS's balanced_testdev.yaml has the testdev questions under ``val``."""
+    rest = "run: {task: gqa, evaluate: true, test_splits: [val]}\nmodel: {arch: evlgen_opt}\n"
+    for kind, file in (("balanced_testdev", "testdev"), ("balanced_sft_raw", "val")):
+        path = tmp_path / f"{kind}.yaml"
+        path.write_text(f"datasets: {{gqa: {{type: {kind}}}}}\n{rest}")
+        storage = Config.load(path).datasets.gqa.build_info.annotations.val.storage
+        assert storage == f"gqa/annotations/{file}_balanced_questions.json"
+
+
 @pytest.fixture
 def project(tmp_path):
     """Writes a project file with a ``model`` section and further text; returns its path."""

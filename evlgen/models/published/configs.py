@@ -87,6 +87,7 @@ _RUN_IGNORED = (
     *("annotation_file", "img_ids", "sample_id_key", "caption_key", "load_gt_from_file", "split"),
     *("top_p", "temperature", "save_freq", "milestone", "prefix"),
 )
+_GQA_TESTDEV = "balanced_testdev"
 _DATASET_IGNORED = ("type", "data_dir")
 IGNORED_SECTIONS = ("preprocess",)  # in the YAML of LAVIS's model types: what load_preprocess gives
 _RUN_FIELDS = frozenset(field.name for field in dataclasses.fields(RunConfig))
@@ -164,6 +165,16 @@ def datasets_in_own_words(section: Any) -> tuple[Any, list[str]]:
             out[name] = {key: value for key, value in dataset.items() if key not in left_out}
             ignored += [f"datasets.{name}.{key}" for key in left_out]
     return out, ignored
+
+
+def _with_testdev_as_val(dataset: Mapping[str, Any]) -> dict[str, Any]:
+    """GQA's section of a type whose ``val`` is the testdev set (lavis/configs/datasets/gqa)."""
+    info = dataset.get("build_info") or {}
+    annotations = info.get("annotations") or {}
+    if "testdev" not in annotations:
+        return dict(dataset)
+    annotations = {**annotations, "val": annotations["testdev"]}
+    return {**dataset, "build_info": {**info, "annotations": annotations}}
 
 
 @dataclasses.dataclass
