@@ -159,6 +159,8 @@ def datasets_in_own_words(section: Any) -> tuple[Any, list[str]]:
         builder = builder_name(name, dataset)
         if builder not in registry.list_datasets() or not isinstance(dataset, Mapping):
             continue
+        if builder == "gqa" and dataset.get("type") == _GQA_TESTDEV:
+            dataset = _with_testdev_as_val(dataset)
         parameters = parameters_of(registry.get_builder_class(builder))
         left_out = [key for key in _DATASET_IGNORED if key in dataset and key not in parameters]
         if left_out and not parameters.any_key:
