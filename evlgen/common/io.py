@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 PACKAGE_PREFIX = "evlgen://"
-_LONGEST_NAME = 150  # of a downloaded file, in bytes; the name of its temporary file is longer
+_LONGEST_STEM = 100  # of a downloaded file's name, in bytes; the name of its temporary file is longer
+_SUFFIX = re.compile(r"((?<=.)(\.tar)?\.\w{1,12})?$")  # of a file's name; may be empty
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 
 
 def cache_root(configured: str | os.PathLike | None = None) -> Path:
@@ -53,23 +55,52 @@ def path_manager() -> PathManager:
     return manager
 
 
+def scheme_of(name: str) -> str | None:
+    """``s3`` of ``s3://bucket/file``; None for a path of this machine."""
+    found = _SCHEME.match(name)
+    return found and found.group(1).lower()
+
+
 def resolve(path: str | os.PathLike, md5: str | None = None) -> str:
-    """A local path for anything iopath knows; http(s) files are fetched once into the cache.
+    """A local path for anything iopath knows, and ``file://``; http(s) files are fetched once into the cache.
 
     Args:
         md5: the published sum of what is downloaded.
 
     Raises:
-        DataError: the download failed; names the address and where the file may be put by hand.
+        DataError: the download failed; names the address and where the file may be put by hand. Or nothing
+            here knows such addresses.
     """
     text = str(path)
-    if text.startswith(("http://", "https://")):
+    scheme = scheme_of(text)
+    if scheme in ("http", "https"):
         return str(download(text, md5))
-    return path_manager().get_local_path(os.path.expanduser(text))
+    if scheme == "file":
+        return _path_in(text)
+    local = path_manager().get_local_path(os.path.expanduser(text))
+    if scheme is not None and local == text:  # iopath takes what no handler knows for a path
+        raise DataError(
+            f"{text}: nothing here reads {scheme}:// addresses. Register an iopath handler for them with "
+            "evlgen.common.io.path_manager() in a plugin, or name a file."
+        )
+    return local
+
+
+def _path_in(address: str) -> str:
+    """The path in ``file:///folder/a%20b.png``."""
+    from urllib.parse import unquote, urlparse
+
+    parsed = urlparse(address)
+    if parsed.netloc not in ("", "localhost"):
+        raise DataError(
+            f"{address} is on another machine, {parsed.netloc}. Of this one: file:///folder/file."
+        )
+    return unquote(parsed.path)
 
 
 def download_target(url: str) -> Path:
-    """Where `download` keeps the file of an address: one path for each, always inside the cache.
+    """Where `download` keeps the file of an address: ``<host>/<file name>-<digest of the address>.<suffix>``
+    in the cache. Two addresses never share a file, whatever their folders, letters' case and queries are.
 
     Raises:
         DataError: this is no address.
@@ -84,14 +115,14 @@ def download_target(url: str) -> Path:
     if not host.strip("."):
         raise DataError(f"{url} is no address: it names no host.")
     folder = re.sub(r"[^A-Za-z0-9.-]", "_", host) + (f"_{port}" if port else "")
-    path = unquote(parsed.path).strip("/").replace("/", "_").replace("..", "_")
-    name = re.sub(r"[\x00-\x1f\x7f\\\ud800-\udfff]", "_", path) or "index"
-    if parsed.query or len(name.encode()) > _LONGEST_NAME:
-        # files that differ in the query only are not the same; the suffix stays, readers go by it
-        stem, suffix = os.path.splitext(name)
-        mark = hashlib.sha256(f"{parsed.path}?{parsed.query}".encode(errors="replace")).hexdigest()[:8]
-        name = f"{stem.encode()[:100].decode(errors='ignore')}-{mark}{suffix if len(suffix) < 20 else ''}"
-    return cache_root() / "downloads" / folder / name
+    last = unquote(parsed.path.rstrip("/").rpartition("/")[2])
+    name = re.sub(r"[\x00-\x1f\x7f/\\\ud800-\udfff]|\.\.", "_", last) or "index"
+    suffix = _SUFFIX.search(name).group()  # stays at the end: readers go by it
+    stem = name.removesuffix(suffix).encode()[:_LONGEST_STEM].decode(errors="ignore")
+    # without who asks for it: the file is the same, and a password is nobody's business
+    whole = parsed._replace(netloc=f"{host}:{port}", fragment="").geturl()
+    digest = hashlib.sha256(whole.encode(errors="surrogatepass")).hexdigest()[:16]
+    return cache_root() / "downloads" / folder / f"{stem}-{digest}{suffix}"
 
 
 def download(url: str, md5: str | None = None) -> Path:

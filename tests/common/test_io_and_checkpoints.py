@@ -8,10 +8,19 @@ import threading
 from pathlib import Path
 
 import pytest
+from iopath.common.file_io import PathHandler
 
 from evlgen.common.checkpoints import is_checkpoint, point, remove_old, write_folder
 from evlgen.common.errors import DataError
-from evlgen.common.io import PACKAGE_ROOT, atomic_file, cache_root, download_target, resolve, write_atomically
+from evlgen.common.io import (
+    PACKAGE_ROOT,
+    atomic_file,
+    cache_root,
+    download_target,
+    path_manager,
+    resolve,
+    write_atomically,
+)
 
 
 def test_the_data_root_is_the_environments_then_the_configs_then_the_home_folders(monkeypatch, tmp_path):
@@ -25,6 +34,28 @@ def test_the_data_root_is_the_environments_then_the_configs_then_the_home_folder
 def test_addresses_inside_the_package(tmp_path):
     assert resolve("evlgen://configs/default.yaml") == str(PACKAGE_ROOT / "configs" / "default.yaml")
     assert resolve(tmp_path / "x") == str(tmp_path / "x")
+    assert resolve("file:///a%20b/c.png") == "/a b/c.png"
+
+
+def test_addresses_that_nothing_reads_are_refused_and_registered_ones_read():
+    with pytest.raises(DataError, match="nothing here reads store:// addresses. Register an iopath handler"):
+        resolve("store://bucket/x")
+    with pytest.raises(DataError, match="is on another machine, host"):
+        resolve("file://host/x")
+
+    class Store(PathHandler):
+        def _get_supported_prefixes(self):
+            return ["mine://"]
+
+        def _get_local_path(self, path, force=False, **kwargs):
+            return f"/mnt/{path.removeprefix('mine://')}"
+
+    path_manager.cache_clear()
+    path_manager().register_handler(Store())
+    try:
+        assert resolve("mine://bucket/x") == "/mnt/bucket/x"
+    finally:
+        path_manager.cache_clear()
 
 
 @pytest.fixture
