@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import PureWindowsPath
 from typing import Any
@@ -71,6 +72,32 @@ def is_id(value: Any) -> bool:
     if isinstance(value, str):
         return text_problem(value) is None
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def number_of(value: Any) -> int | None:
+    """The number that an id is, or that its digits write; None where it is none."""
+    if isinstance(value, str):
+        return int(value) if re.fullmatch("[0-9]{1,18}", value) else None
+    return value if is_id(value) else None
+
+
+def known_as(value: int | str, known: Container[int | str]) -> int | str:
+    """An id as others have it, number or text: files that belong together write 42 and "42". As it is where
+    they have neither."""
+    if value in known:
+        return value
+    other = str(value) if isinstance(value, int) else number_of(value)
+    return other if other is not None and other in known else value
+
+
+def as_text(value: Any) -> Any:
+    """A number as the text that it is where a text is meant: tables and JSON write ``3`` for the answer "3",
+    and pandas ``3.0`` for whole numbers beside an empty cell. Anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    if not math.isfinite(value):
+        return value
+    return str(int(value)) if value == int(value) else str(value)
 
 
 def check_inside(images: Iterable[str], path: str | os.PathLike) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from evlgen.datasets.annotations import (
     describe,
     has_keys,
     is_id,
+    known_as,
     open_annotation,
     read_annotation,
     text_problem,
@@ -122,8 +122,8 @@ class CaptionEvalDataset(MediaDataset):
         return {_id(record): record["caption"] for record in good(self.records) if record["caption"]}
 
     def domains(self) -> dict[int | str, str]:
-        own = (_id(record) for record in good(self.records))
-        return {image_id: self._domains[image_id] for image_id in own if image_id in self._domains}
+        own = {i: known_as(i, self._domains) for i in (_id(record) for record in good(self.records))}
+        return {i: self._domains[known] for i, known in own.items() if known in self._domains}
 
 
 def read_caption_records(
@@ -271,7 +271,7 @@ def one_per_image(
                 known["caption"] += _texts(record)
             continue
         places[visual] = len(found)
-        image_id = _known_as(name(record), references or {})
+        image_id = known_as(name(record), references or {})
         if (owner := owners.setdefault(image_id, visual)) != visual:
             reason = f"its image_id {image_id!r} is that of {owner} too. Give every picture its own, or none."
             found.append(BadRecord(visual, reason, "duplicate id"))
@@ -334,15 +334,6 @@ def _captioned(
 def _uncaptioned(picture: Mapping[str, Any], references: Mapping[int | str, Any] | None) -> BadRecord:
     truth = "" if references is None else f", nor has the ground truth one of image_id {_id(picture)!r}"
     return BadRecord(picture["visual"], f"it has no caption{truth}.", "no caption")
-
-
-def _known_as(image_id: int | str, references: Mapping[int | str, Any]) -> int | str:
-    """The id as references have it, number or text; as it is where they have neither."""
-    if isinstance(image_id, int):
-        other = str(image_id)
-    else:
-        other = int(image_id) if re.fullmatch("[0-9]{1,18}", image_id) else image_id
-    return other if image_id not in references and other in references else image_id
 
 
 def _named(record: dict[str, Any], image_id: int | str) -> dict[str, Any]:

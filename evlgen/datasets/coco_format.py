@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from evlgen.common.errors import DataError
-from evlgen.datasets.annotations import describe, is_id
+from evlgen.datasets.annotations import describe, is_id, known_as
 from evlgen.datasets.base_dataset import BadRecord
 
 _FOLDER = re.compile(r"(?:train|val|test|unlabeled)20\d\d")  # COCO's folders of pictures, named by their zips
@@ -60,8 +60,9 @@ def _captions(
     strays = []
     for index, annotation in enumerate(annotations):
         image_id = annotation.get("image_id") if isinstance(annotation, Mapping) else None
-        if is_id(image_id) and image_id in known:
-            captions[image_id].append(annotation.get("caption"))
+        own = known_as(image_id, known) if is_id(image_id) else None
+        if own in known:
+            captions[own].append(annotation.get("caption"))
         else:
             reason = f"it belongs to none of the file's images: {describe(annotation)}."
             strays.append(BadRecord(f"annotation {index} of {path}", reason))

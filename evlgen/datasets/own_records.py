@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from evlgen.common.errors import ConfigError, DataError, did_you_mean
-from evlgen.datasets.annotations import describe, is_id, text_problem
+from evlgen.datasets.annotations import as_text, describe, is_id, text_problem
 from evlgen.datasets.archive_media import is_cell_name
 from evlgen.datasets.base_dataset import BadRecord
 from evlgen.datasets.media import is_address
@@ -256,7 +256,7 @@ def _texts(value: Any, column: str) -> list[str]:
     values = _written_list(value) if isinstance(value, str) else value
     if not isinstance(values, list | tuple):
         values = [] if _is_nothing(value) else [value]
-    texts = ["" if text is None else text for text in values]
+    texts = ["" if text is None else as_text(text) for text in values]
     for text in texts:
         if not isinstance(text, str):
             why = f"'{column}' must be text or a list of texts, not {describe(value)}."

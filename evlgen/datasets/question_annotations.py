@@ -18,16 +18,28 @@ scored: the publisher leaves them out of that score (allenai/aokvqa, evaluation/
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from evlgen.common.errors import DataError
-from evlgen.datasets.annotations import describe, is_id, open_annotation, read_annotation, text_problem
+from evlgen.datasets.annotations import (
+    as_text,
+    describe,
+    is_id,
+    known_as,
+    number_of,
+    open_annotation,
+    read_annotation,
+    text_problem,
+)
 from evlgen.datasets.base_dataset import BadRecord
 from evlgen.datasets.packed import PackedRecords
 from evlgen.datasets.records import sift
+
+logger = logging.getLogger(__name__)
 
 Id = int | str
 Record = dict[str, Any]
@@ -134,10 +146,13 @@ def _read_files(files: Mapping[str, Sequence[tuple[Any, Any]]], rows: _Rows, nam
 
 
 def _official_rows(content: Mapping[str, Any]) -> Iterator[Any]:
-    subtype = str(content.get("data_subtype", ""))
+    """The questions, with the names of COCO's pictures where they have none of their own."""
+    subtype = content.get("data_subtype")
     for row in content["questions"]:
-        if isinstance(row, Mapping) and isinstance(row.get("image_id"), int):
-            row = {**row, "image": coco_2014_name(subtype, row["image_id"])}
+        number = number_of(row.get("image_id")) if isinstance(row, Mapping) else None
+        named = number is None or "image" in row or "video" in row
+        if subtype and isinstance(subtype, str) and not named:
+            row = {**row, "image": coco_2014_name(subtype, number)}
         yield row
 
 
@@ -158,14 +173,16 @@ class _Rows:
 
     def know(self, row: Any) -> bool:
         """Whether the question of a row has been read already."""
-        return isinstance(row, Mapping) and is_id(row.get("question_id")) and row["question_id"] in self.seen
+        key = row.get("question_id") if isinstance(row, Mapping) else None
+        return is_id(key) and known_as(key, self.seen) in self.seen
 
     def parse(self, row: Any, place: str) -> Iterator[Record]:
         """The record of a row, for `sift`. Raises `DataError` where it is none, or lacks what it is needed
         for."""
         number, self.number = self.number, self.number + 1
         record = _record(row, number)
-        key, difficult = record["question_id"], record.pop("difficult", False)
+        key, difficult = known_as(record["question_id"], self.given), record.pop("difficult", False)
+        record["question_id"] = key
         record.update(self.given.get(key, {}))
         if not record["answers"] and self.given:
             raise DataError(f"question {key!r} has no answer among those given for others.", "no answer")
@@ -191,23 +208,37 @@ def _read_truth(path: str | os.PathLike) -> dict[Id, Record]:
 
 def _given_answers(content: Mapping[str, Any], path: str | os.PathLike) -> dict[Id, Record]:
     """``answers`` and the two types by question id, of VQA's annotations. OK-VQA's name their question types
-    by a key of the file's ``question_types``."""
+    by a key of the file's ``question_types``. What has no id or no answers is left out with a warning.
+
+    Raises:
+        DataError: there is nothing else.
+    """
     names = content.get("question_types")
     names = names if isinstance(names, Mapping) else {}
-    found = {}
+    found: dict[Id, Record] = {}
+    bad = []
     for index, row in enumerate(content["annotations"]):
         try:
-            question_id, answers = row["question_id"], _answers_of(row)
-            if not is_id(question_id) or not answers:
-                raise TypeError(question_id)
-        except (AttributeError, DataError, KeyError, TypeError) as error:
-            raise DataError(
-                f"annotation {index} of {path} must have a 'question_id' and 'answers', "
-                f"[{{'answer': text}}, ..]; it is {describe(row)}."
-            ) from error
+            question_id, answers = _given(row)
+        except DataError as error:
+            bad.append(f"annotation {index} of {path}: {error}")
+            continue
         kinds = {key: str(row[key]) for key in ("answer_type", "question_type") if row.get(key)}
         found[question_id] = {"answers": answers, **{k: str(names.get(v, v)) for k, v in kinds.items()}}
+    if not found:
+        raise DataError(f"{bad[0]} So it is with all of them." if bad else f"{path} lists no annotations.")
+    if bad:
+        logger.warning("annotations that are left out: %d, such as %s", len(bad), bad[0])
     return found
+
+
+def _given(row: Any) -> tuple[Id, list[str]]:
+    """The question's id and the answers of an annotation. Raises `DataError` with what is wrong with it."""
+    if isinstance(row, Mapping) and is_id(row.get("question_id")) and (answers := _answers_of(row)):
+        return row["question_id"], answers
+    raise DataError(
+        f"it must have a 'question_id' and 'answers', [{{'answer': text}}, ..]; it is {describe(row)}."
+    )
 
 
 def _answer_list(content: Sequence[str] | Mapping[str, int]) -> list[str]:
@@ -256,10 +287,11 @@ def _visual_of(row: Mapping[str, Any]) -> str:
     visual, image_id = row.get(key), row.get("image_id")
     if key not in row and isinstance(row.get("imageId"), str | int):
         visual = f"{row['imageId']}.jpg"
-    elif key not in row and isinstance(image_id, int) and isinstance(row.get("split"), str):
-        visual = coco_2017_name(row["split"], image_id)
+    elif key not in row and (number := number_of(image_id)) is not None and isinstance(row.get("split"), str):
+        visual = coco_2017_name(row["split"], number)
     elif key not in row:
-        raise DataError(f"it has no 'image' and no 'video'; it is {describe(row)}.", "bad record")
+        coco = "; COCO's follows from the file's 'data_subtype', such as val2014" * ("image_id" in row)
+        raise DataError(f"it has no 'image' and no 'video'{coco}; it is {describe(row)}.", "bad record")
     if not isinstance(visual, str) or not visual or text_problem(visual):
         raise DataError(f"it must have a file name as '{key}', not {describe(visual)}.", "bad record")
     return visual
@@ -275,10 +307,11 @@ def _question_of(row: Mapping[str, Any]) -> str:
 
 
 def _answers_of(row: Mapping[str, Any]) -> list[str]:
-    """Texts, of one text, a list of them, or a list of ``{"answer": text}``; none where there are none."""
+    """Texts, of one text or number, a list of them, or a list of ``{"answer": text}``; none where there are
+    none."""
     given = next((row[key] for key in _ANSWERS if row.get(key) is not None), [])
     given = given if isinstance(given, list) else [given]
-    answers = [item.get("answer") if isinstance(item, Mapping) else item for item in given]
+    answers = [as_text(item.get("answer") if isinstance(item, Mapping) else item) for item in given]
     for answer in answers:
         _check_text(answer, "an answer")
     return answers
@@ -288,6 +321,7 @@ def _choices_of(row: Mapping[str, Any]) -> Record:
     choices, right = row["choices"], row.get("correct_choice_idx")
     if not isinstance(choices, list) or not choices:
         raise DataError(f"it must have a list of texts as 'choices', not {describe(choices)}.", "bad record")
+    choices = [as_text(choice) for choice in choices]
     for choice in choices:
         _check_text(choice, "a choice")
     if right is None:

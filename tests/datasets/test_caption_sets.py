@@ -146,7 +146,7 @@ def test_nocaps_is_scored_with_its_official_file_by_domain(tmp_path) -> None:
     truth = {
         "images": [
             {"id": 0, "open_images_id": "0013ea2087020901", "domain": "in-domain", "file_name": "x.jpg"},
-            {"id": 1, "open_images_id": "b", "domain": "out-domain", "file_name": "b.jpg"},
+            {"id": "1", "open_images_id": "b", "domain": "out-domain", "file_name": "b.jpg"},
             {"id": 2, "open_images_id": "c", "domain": "out-domain", "file_name": "c.jpg"},
         ],
         "annotations": [{"image_id": i, "id": 9 + i, "caption": f"caption {i}"} for i in range(3)],
@@ -167,7 +167,7 @@ COCO_FILE = {
     "annotations": [
         {"image_id": 7, "id": 1, "caption": "A"},
         {"image_id": 42, "id": 2, "caption": "B"},
-        {"image_id": 7, "id": 3, "caption": "C"},
+        {"image_id": "7", "id": 3, "caption": "C"},  # number and text are one id
         {"image_id": 8, "id": 4, "caption": "of no picture"},
     ],
 }

@@ -316,6 +316,14 @@ def test_question_columns_make_a_dataset_of_questions(folder):
     assert everything["answers"] == ["dog", "cat"] and everything["weights"] == pytest.approx([2 / 3, 1 / 3])
 
 
+def test_numbers_are_the_texts_that_they_are_and_true_is_none(folder):
+    answers = [3, 2.0, [1, "1", 0.5], True]
+    Path("q.json").write_text(json.dumps([{**QUESTIONS[0], "answer": answer} for answer in answers]))
+    built = builder(questions=True, annotations={"val": "q.json"}).get_split("val")
+    assert built.answers() == {0: ["3"], 1: ["2"], 2: ["1", "1", "0.5"]}
+    assert "must be text or a list of texts, not true" in built[3].reason
+
+
 def test_captions_are_meant_where_a_table_has_both_and_questions_where_they_are_named(folder):
     rows = [{"image": "a.png", "caption": "x", "question": "why?", "answer": "so", "qid": "q1"}]
     write_csv("a.csv", rows)

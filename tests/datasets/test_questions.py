@@ -294,7 +294,7 @@ ROW = {"image": "a.jpg", "question": "red?", "answer": "yes", "question_id": 1}
         ({**ROW, "question": 3}, "bad record", r"must have text as 'question', not 3"),
         ({**ROW, "question": " "}, "empty question", r"empty question"),
         ({**ROW, "question": "a\0"}, "bad record", r"holds a null byte in 'question'"),
-        ({**ROW, "answer": [3]}, "bad record", r"must have text as an answer, not 3"),
+        ({**ROW, "answer": ["3", True]}, "bad record", r"must have text as an answer, not true"),
         ({**ROW, "question_id": True}, "bad record", r"question id true"),
         ({**ROW, "choices": []}, "bad record", r"list of texts as 'choices', not \[\]"),
         (
@@ -328,6 +328,41 @@ def test_a_question_without_answers_among_those_given_is_skipped_and_named(tmp_p
     assert (second.cause, second.id) == ("no answer", f"question 1 of {tmp_path / '0.json'}")
 
 
+def test_a_bad_annotation_of_answers_is_left_out_and_named_and_its_question_skipped(tmp_path, caplog) -> None:
+    annotations = official_answers()["annotations"]
+    del annotations[1]["answers"]
+    truth = write(tmp_path / "truth.json", {"annotations": [*annotations, "x"]})
+    first, second = read(tmp_path, official_questions(), truth=truth)
+    assert first["answers"] == NINE_YES and second.cause == "no answer"
+    assert re.search(r"left out: 2, such as annotation 1 of .*truth\.json: it must have", caplog.text)
+
+
+@pytest.mark.parametrize("own", [int, str])
+@pytest.mark.parametrize("theirs", [int, str])
+def test_questions_and_answers_find_each_other_by_ids_as_number_or_text(tmp_path, own, theirs) -> None:
+    questions, answers = official_questions(), official_answers()
+    for row in questions["questions"]:
+        row.update(question_id=own(row["question_id"]), image_id=own(row["image_id"]))
+    for row in answers["annotations"]:
+        row["question_id"] = theirs(row["question_id"])
+    listed = [{**ROW, "question_id": 1}]  # LAVIS's list of the same questions
+    records = read(tmp_path, listed, questions, answers)
+    assert [(r["question_id"], r["answers"][0]) for r in records] == [(theirs(1), "yes"), (theirs(2), "2")]
+    assert records[1]["visual"] == "val2014/COCO_val2014_000000000042.jpg"
+
+
+def test_a_question_in_the_official_layout_keeps_the_name_of_its_own_picture(tmp_path) -> None:
+    questions = official_questions()
+    questions["questions"][0]["image"] = "mine/1.jpg"
+    assert [r["visual"] for r in read(tmp_path, questions)] == ["mine/1.jpg", coco_2014_name("val2014", 42)]
+
+
+def test_numbers_among_answers_and_choices_are_the_texts_that_they_are(tmp_path) -> None:
+    row = {**ROW, "answer": [3, "3", 0.5], "choices": [2, 3], "correct_choice_idx": 1}
+    (record,) = read(tmp_path, [row])
+    assert record["answers"] == ["3", "3", "0.5"] and record["correct_choice"] == "3"
+
+
 def test_bad_records_come_out_as_skipped_samples(vqa) -> None:
     rows = json.loads((vqa / "coco/annotations/vqa_test.json").read_text())
     write(vqa / "coco/annotations/vqa_test.json", [rows[0], {}, {**rows[1], "question_id": "other"}])
@@ -349,9 +384,14 @@ def test_bad_records_come_out_as_skipped_samples(vqa) -> None:
         ([["yes", "no"]], r"0\.json: no questions are in there, only answers"),
         (
             [[ROW], {"annotations": [{"question_id": 1}]}],
-            r"annotation 0 of .*1\.json must have a 'question_id'",
+            r"annotation 0 of .*1\.json: it must have a 'question_id'.*So it is with all",
         ),
-        ([[ROW], {"annotations": ["x"]}], r"annotation 0 of .*1\.json must have a 'question_id'"),
+        ([[ROW], {"annotations": ["x"]}], r"annotation 0 of .*1\.json: it must have a 'question_id'"),
+        ([[ROW], {"annotations": []}], r"1\.json lists no annotations"),
+        (
+            [{"questions": [{"image_id": 42, "question": "red?", "question_id": 1}]}],
+            r"question 0 of .*no 'image' and no 'video'; COCO's follows from the file's 'data_subtype'",
+        ),
     ],
 )
 def test_a_file_of_another_layout_is_refused_by_name(tmp_path, contents: list, message: str) -> None:
