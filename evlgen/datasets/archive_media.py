@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MAX_MEMBER_BYTES = 1 << 30  # no picture is larger; what claims to be would fill the memory
+MAX_MEMBER_BYTES = 256 << 20  # no picture is larger; what claims to be would fill the memory
 _TAR_BLOCK = 512
 _ARCHIVE = re.compile(r"\.(zip|tar|tar\.gz|tgz|tar\.bz2|tar\.xz)(?=/|$)", re.IGNORECASE)
-_CELL = re.compile(r"(?P<file>.*\.(?:parquet|arrow))#(?P<column>.+):(?P<row>\d+)", re.DOTALL)
+_CELL = re.compile(
+    r"(?P<file>.*\.(?:parquet|arrow))#(?P<column>.+):(?P<row>\d+)(?:=(?P<digest>[0-9a-f]+))?", re.DOTALL
+)
 # What zipfile raises on damaged members besides OSError.
 _DAMAGED = (
     zipfile.BadZipFile,
@@ -51,14 +53,23 @@ class Place(NamedTuple):
     member: str  # of an archive; of a table the number of the row
 
 
-def cell_name(file: str | os.PathLike, column: str, row: int) -> str:
-    """The name by which `split_place` finds a cell of a table."""
-    return f"{file}#{column}:{row}"
+class Cell(NamedTuple):
+    """What the name of a cell says."""
+
+    place: str  # ``train.parquet#image:17``
+    digest: str | None  # of the bytes in it; cells of equal bytes hold the same picture
 
 
-def is_cell_name(name: str) -> bool:
-    """Whether a name is one of `cell_name`."""
-    return _CELL.fullmatch(name) is not None
+def cell_name(file: str | os.PathLike, column: str, row: int, content: Any = b"") -> str:
+    """The name by which `split_place` finds a cell of a table, and `split_cell` the digest of its bytes."""
+    place = f"{file}#{column}:{row}"
+    return f"{place}={hashlib.blake2b(content, digest_size=12).hexdigest()}" if len(content) else place
+
+
+def split_cell(name: str) -> Cell | None:
+    """The parts of a name that `cell_name` made; None for any other name."""
+    cell = _CELL.fullmatch(name)
+    return None if cell is None else Cell(name[: cell.end("row")], cell["digest"])
 
 
 def split_place(path: str) -> Place | None:
@@ -84,7 +95,8 @@ def open_container(place: Place) -> Container:
         return TarArchive(place.file)
     raise DataError(
         f"{place.file} is compressed as a whole, so its members cannot be read in place. Unpack it, or pack "
-        "its files as .zip or plain .tar."
+        "its files as .zip or plain .tar.",
+        "compressed archive",
     )
 
 
@@ -216,7 +228,9 @@ class TarArchive(Container):
                 end = archive.offset
         except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
             if not self._places:
-                raise DataError(f"{self.file} is not a tar archive: {_said(error)}.") from error
+                raise DataError(
+                    f"{self.file} is not a tar archive: {_said(error)}.", "damaged archive"
+                ) from error
             return max(start + size for start, size in self._places.values())
         with open(self.file, "rb") as file:
             file.seek(end)
@@ -264,7 +278,9 @@ def _open_zip(file: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(file)
     except (*_DAMAGED, OSError) as error:
-        raise DataError(f"{file} is not a zip archive that can be read: {_said(error)}.") from error
+        raise DataError(
+            f"{file} is not a zip archive that can be read: {_said(error)}.", "damaged archive"
+        ) from error
 
 
 def _plain(member: str) -> str:
@@ -287,7 +303,9 @@ def open_arrow(file: Path) -> pyarrow.Table:
         reader = pa.ipc.open_file(source) if is_file_format else pa.ipc.open_stream(source)
         return reader.read_all()
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} is not an Arrow file that can be read: {_said(error)}.") from error
+        raise DataError(
+            f"{file} is not an Arrow file that can be read: {_said(error)}.", "damaged table"
+        ) from error
 
 
 def _open_chunks(file: Path, column: str) -> list[pyarrow.Array]:
@@ -312,7 +330,7 @@ def _as_arrow_file(file: Path, column: str) -> Path:
                 for batch in source.iter_batches(batch_size=64, columns=[column], use_threads=False):
                     writer.write_batch(batch)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"the pictures of {file} cannot be read: {_said(error)}.") from error
+        raise DataError(f"the pictures of {file} cannot be read: {_said(error)}.", "damaged table") from error
     return target
 
 

@@ -19,7 +19,7 @@ from evlgen.common.images import open_image
 from evlgen.common.io import NamedBytes, read_bytes, resolve
 from evlgen.common.video import Video
 from evlgen.datasets.annotations import check_folders
-from evlgen.datasets.archive_media import Container, Place, open_container, split_place
+from evlgen.datasets.archive_media import Container, Place, open_container, split_cell, split_place
 
 
 class Media:
@@ -56,6 +56,8 @@ class Media:
         place = self.place(name)
         if place is None:
             return self.root / name
+        if (cell := split_cell(name)) and cell.digest:
+            return f"bytes {cell.digest}"
         stamp = os.stat(place.file)
         inside = place.member if place.column is None else f"{place.column}:{place.member}"
         return f"{place.file} {stamp.st_size} {stamp.st_mtime_ns} {inside}"

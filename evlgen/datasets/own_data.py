@@ -16,6 +16,7 @@ from evlgen.common.registry import registry
 from evlgen.common.schema import NonNegativeInt, Share, build_dataclass
 from evlgen.common.video import Reader
 from evlgen.datasets.annotations import check_inside
+from evlgen.datasets.archive_media import split_cell
 from evlgen.datasets.base_builder import BaseDatasetBuilder, role_of
 from evlgen.datasets.base_dataset import BadRecord, BaseDataset
 from evlgen.datasets.caption_dataset import CaptionDataset, CaptionEvalDataset
@@ -271,16 +272,20 @@ ONE_TABLE = Shares(val=0.1, test=0.1)  # of one table for everything, where noth
 
 
 def divide(records: Sequence[Any], shares: Shares) -> dict[str, list[Any]]:
-    """Records by split, all of a picture in one. Which split a picture is in follows from its name and the
-    seed, whatever the order of the records: the pictures are ordered by a digest of both, the first are the
-    test's, the next validation's. `BadRecord`s stay in training.
+    """Records by split, all of a picture in one: those of one ``image_id``, of one name, of equal bytes.
+
+    Which split a picture is in follows from its id (else its name, or the digest of its bytes) and the seed,
+    whatever the order of the records: the pictures are ordered by a digest of both, the first are the test's,
+    the next validation's. `BadRecord`s stay in training.
 
     Raises:
         DataError: there are too few pictures for every split to have one.
     """
-    order = sorted(
-        {record["visual"] for record in good(records)}, key=lambda name: _digest(name, shares.seed)
-    )
+    picture_of: dict[str, str] = {}
+    for record in good(records):
+        if (own_id := _own_id(record)) is not None or record["visual"] not in picture_of:
+            picture_of[record["visual"]] = _content(record["visual"]) if own_id is None else str(own_id)
+    order = sorted(set(picture_of.values()), key=lambda picture: _digest(picture, shares.seed))
     split_of: dict[str, str] = {}
     for split in reversed(shares.splits):
         first = len(split_of)
@@ -291,9 +296,21 @@ def divide(records: Sequence[Any], shares: Shares) -> dict[str, list[Any]]:
         raise DataError(f"{len(order)} pictures are too few to be divided into {wanted}: lower the shares.")
     divided: dict[str, list[Any]] = {split: [] for split in ("train", *shares.splits)}
     for record in records:
-        name = None if isinstance(record, BadRecord) else record["visual"]
-        divided[split_of.get(name, "train")].append(record)
+        is_bad = isinstance(record, BadRecord)
+        divided["train" if is_bad else split_of.get(picture_of[record["visual"]], "train")].append(record)
     return divided
+
+
+def _own_id(record: Mapping[str, Any]) -> int | str | None:
+    """The id that the table has for a record's picture."""
+    image_id, cell = record.get("image_id"), split_cell(record["visual"])
+    return None if cell and image_id == cell.place else image_id
+
+
+def _content(visual: str) -> str:
+    """What tells a picture without an id from others: the digest of its bytes, where its name has one."""
+    cell = split_cell(visual)
+    return cell.digest if cell and cell.digest else visual
 
 
 def _digest(name: str, seed: int) -> bytes:

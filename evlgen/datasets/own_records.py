@@ -15,7 +15,7 @@ from typing import Any
 
 from evlgen.common.errors import ConfigError, DataError, did_you_mean
 from evlgen.datasets.annotations import as_text, describe, is_id, text_problem
-from evlgen.datasets.archive_media import is_cell_name
+from evlgen.datasets.archive_media import split_cell
 from evlgen.datasets.base_dataset import BadRecord
 from evlgen.datasets.media import is_address
 from evlgen.datasets.packed import PackedRecords
@@ -179,12 +179,17 @@ def read_records(
         records += _records(table, found, root, needs_text, ids, first=len(records))
     for name in sorted(ids.unused):
         logger.info(
-            "%s: its ids are not one for each, so they are not used as `%s`", tables[0].path.name, name
+            "%s: its ids are not one for each, so they are not used as `%s`. Name the column in %s.%s if it "
+            "is the one.",
+            tables[0].path.name,
+            name,
+            key,
+            name,
         )
     ids.drop_unused(records)
     for record in good(records):
-        if is_cell_name(record["visual"]):  # whose number is that of a row, or of a shard
-            record.setdefault("image_id", record["visual"])
+        if cell := split_cell(record["visual"]):  # its number is that of a row, or of a shard
+            record.setdefault("image_id", cell.place)
     if not records:
         paths = ", ".join(str(table.path) for table in tables)
         raise DataError(f"{paths}: there are no rows, so it can be neither trained on nor scored.")
@@ -310,11 +315,11 @@ def _id(value: Any, column: str | None) -> int | str | None:
 
 
 class _Ids:
-    """Sees to it that every picture has one id only, and every question its own. (Two pictures of one id
-    are found where they are scored.)
+    """Sees to it that every picture has one name and one id only, and every question its own id.
 
-    A column that was guessed and holds something else (one id for each caption, say) is not used; of one that
-    was named, the rows that contradict earlier ones are bad.
+    A column that was guessed and holds something else (one id for each caption, say, or for each group of
+    pictures) is not used; of one that was named, the rows that contradict earlier ones are bad. (Two pictures
+    of one id in a column that was named are found where they are scored.)
 
     Args:
         guessed: the keys of ``columns`` that were.
@@ -322,16 +327,23 @@ class _Ids:
 
     def __init__(self, guessed: Collection[str]) -> None:
         self._guessed = guessed
+        self._cells: dict[str, str] = {}
         self._of_picture: dict[str, int | str] = {}
+        self._pictures: dict[int | str, str] = {}
         self._questions: set[int | str] = set()
         self.unused: set[str] = set()
 
     def note(self, record: Record) -> None:
-        """Raises `DataError` where the record's ids contradict those of an earlier one."""
+        """Gives a picture that was in another cell before the name of that one. Raises `DataError` where the
+        record's ids contradict those of an earlier one."""
+        if (cell := split_cell(record["visual"])) and cell.digest:
+            record["visual"] = self._cells.setdefault(cell.digest, record["visual"])
         if "image_id" in record:
             visual, image_id = record["visual"], record["image_id"]
             if (known := self._of_picture.setdefault(visual, image_id)) != image_id:
                 self._object("id", f"the id of {visual} is {image_id!r} here and {known!r} in another row")
+            if self._pictures.setdefault(image_id, visual) != visual and "id" in self._guessed:
+                self.unused.add("id")
         if "question" in record:
             if record["question_id"] in self._questions:
                 self._object("question_id", f"the question_id {record['question_id']!r} is another row's too")

@@ -184,18 +184,22 @@ class _ColumnarTable(Table):
 
         kind = self._schema.field(column).type
         if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-            empty = values.is_null().to_pylist()
-            return [None if null else cell_name(self.path, column, first + i) for i, null in enumerate(empty)]
+            return self._cells(column, values, first)
         if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
             return values.to_pylist()
         parts = dict(
             zip((field.name for field in kind), values.flatten(), strict=True)
         )  # null where a row is
-        absent = parts["bytes"].is_null().to_pylist()
-        paths = parts["path"].to_pylist() if "path" in parts else [None] * len(absent)
+        cells = self._cells(column, parts["bytes"], first)
+        paths = parts["path"].to_pylist() if "path" in parts else [None] * len(cells)
+        return [path if cell is None else cell for cell, path in zip(cells, paths, strict=True)]
+
+    def _cells(self, column: str, values: Any, first: int) -> list[str | None]:
+        """The names of the cells of an array of bytes; None for those that are null."""
+        contents = (value.as_buffer() for value in values)
         return [
-            path if null else cell_name(self.path, column, first + i)
-            for i, (null, path) in enumerate(zip(absent, paths, strict=True))
+            None if content is None else cell_name(self.path, column, row, content)
+            for row, content in enumerate(contents, start=first)
         ]
 
 

@@ -249,6 +249,53 @@ def test_a_division_follows_from_names_and_seed_alone():
     assert len(visuals(more["test"]) - first["test"]) <= 1
 
 
+def test_a_picture_that_is_known_by_its_id_is_in_one_split_under_any_name():
+    records = [{"visual": f"{i}.png", "caption": ["x"], "image_id": i % 10} for i in range(40)]
+    unnamed = [{"visual": f"{i}.png", "caption": ["y"]} for i in range(40)]  # rows that have no id
+    parts = divide([*records, *unnamed], Shares(val=0.3, test=0.3))
+    ids = {split: {int(name[:-4]) % 10 for name in visuals(part)} for split, part in parts.items()}
+    assert {split: len(found) for split, found in ids.items()} == {"train": 4, "val": 3, "test": 3}
+    assert set.union(*ids.values()) == set(range(10))
+
+
+@pytest.mark.parametrize("column", [None, "image_id", "id"])
+def test_bytes_that_are_in_several_rows_are_one_picture(folder, column):
+    """As Hugging Face has captions one in each row: the picture is there again in every row."""
+    rows = [(i, text) for i in range(10) for text in ("one", "two")]
+    for i in range(10):
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(f"{i}.png")
+    image = [{"bytes": Path(f"{i}.png").read_bytes(), "path": "x.png"} for i, _ in rows]
+    columns = {"image": image, "caption": [f"{text} {i}" for i, text in rows]}
+    if column is not None:  # of the picture, or of the caption: then it is none of the picture's
+        columns[column] = [i for i, _ in rows] if column == "image_id" else list(range(20))
+    pq.write_table(pa.table(columns), "a.parquet", row_group_size=3)
+    built = builder(annotations="a.parquet", split={"val": 0.3, "test": 0.3})
+    numbers = {}
+    for split in built.splits:
+        dataset = built.get_split(split)
+        truth = dataset.references()
+        assert {key: sorted(texts) for key, texts in truth.items()} == {
+            key: [f"one {texts[0][-1]}", f"two {texts[0][-1]}"] for key, texts in truth.items()
+        }
+        numbers[split] = {texts[0][-1] for texts in truth.values()}
+        assert len(dataset) == {"train": 8}.get(split, 3)  # captions; pictures
+        for i, sample in enumerate(samples(dataset)):
+            shown = dataset.picture(i).getpixel((0, 0))[0] // 20
+            assert str(shown) == truth[sample["image_id"]][0][-1]
+    assert {split: len(found) for split, found in numbers.items()} == {"train": 4, "val": 3, "test": 3}
+    assert len(set.union(*numbers.values())) == 10
+
+
+def test_the_same_bytes_in_two_tables_are_one_source(folder):
+    for name, order in (("a.parquet", ["a.png", "b.png"]), ("b.parquet", ["c.png", "a.png"])):
+        image = [Path(file).read_bytes() for file in order]
+        pq.write_table(pa.table({"image": image, "caption": order}), name)
+    built = builder(annotations={"train": "a.parquet", "val": "b.parquet"})
+    train, val = built.get_split("train"), built.get_split("val")
+    assert train.visual_source(0) == val.visual_source(1)
+    assert len({train.visual_source(0), train.visual_source(1), val.visual_source(0)}) == 3
+
+
 def test_every_split_has_a_picture_and_bad_records_stay_in_training():
     bad = BadRecord("line 2", "why")
     parts = divide([bad, *many(3)], Shares(val=0.01, test=0.01))
@@ -343,6 +390,23 @@ def test_ids_of_questions_that_are_not_their_own_are_told(folder):
         "duplicate id",
         "duplicate id",
     ]
+
+
+@pytest.mark.parametrize(
+    ("ids", "guessed"),
+    [
+        (("1", "2", "3"), ["1", "2", "3"]),
+        (("1", "1", "2"), ["a.png", "b.png", "c.png"]),  # of two pictures: it is another thing's id
+    ],
+)
+def test_a_guessed_id_that_two_pictures_share_is_none(folder, ids, guessed):
+    rows = [{"image": name, "caption": "x", "id": own} for name, own in zip(CAPTIONS, ids, strict=True)]
+    write_csv("a.csv", rows)
+    found = samples(builder(annotations={"val": "a.csv"}).get_split("val"))
+    assert [sample["image_id"] for sample in found] == guessed
+    named = samples(builder(annotations={"val": "a.csv"}, columns={"id": "id"}).get_split("val"))
+    causes = [getattr(sample, "cause", "good") for sample in named]
+    assert causes == ["good", "duplicate id" if ids[1] == "1" else "good", "good"]
 
 
 def test_own_clips_are_read_by_the_same_yaml(shared, folder):

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from evlgen.common.errors import DataError
+from evlgen.datasets.archive_media import cell_name
 from evlgen.datasets.base_dataset import BadRecord
 from evlgen.datasets.table_folders import find_tables
 from evlgen.datasets.tables import open_table
@@ -109,8 +110,8 @@ def test_columns_of_bytes_become_names_and_others_values(tmp_path):
     for name in ("a.parquet", "b.arrow", "c.arrow"):
         path = tmp_path / name
         found = [row.values for row in open_table(path).rows(["image", "raw", "n"])]
-        assert [v["image"] for v in found] == [f"{path}#image:0", "y.png", None]
-        assert [v["raw"] for v in found] == [f"{path}#raw:0", None, f"{path}#raw:2"]
+        assert [v["image"] for v in found] == [cell_name(path, "image", 0, b"png"), "y.png", None]
+        assert [v["raw"] for v in found] == [cell_name(path, "raw", 0, b"1"), None, f"{path}#raw:2"]
         assert [v["n"] for v in found] == [1, 2, 3]
 
 
