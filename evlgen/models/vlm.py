@@ -328,6 +328,7 @@ class VLM(BaseModel):
         min_len: int = 1,
         prompt: str = "",
         length_penalty: float = 0,
+        repetition_penalty: float = 1.0,
     ) -> list[str]:
         """Short answers to questions.
 
@@ -338,6 +339,7 @@ class VLM(BaseModel):
             max_len, min_len: number of new tokens at most and at least.
             prompt: a format with a slot for the question, ``Question: {} Short answer:``, or with two, see
                 `prompts.ask`; empty asks the bare question.
+            length_penalty, repetition_penalty: as in `generate`.
         """
         return self._continue(
             samples,
@@ -346,6 +348,7 @@ class VLM(BaseModel):
             max_length=max_len,
             min_length=min_len,
             length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
         )
 
     @torch.no_grad()

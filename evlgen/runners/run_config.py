@@ -16,6 +16,8 @@ from evlgen.common.schema import (
     Share,
 )
 
+CAPTION_LEN, ANSWER_LEN = 30, 10  # what `RunConfig.max_len` is where it is not set, as in LAVIS
+
 
 @dataclass
 class RunConfig:
@@ -66,8 +68,8 @@ class RunConfig:
     #: Worker processes per data loader; 0 loads in the main process.
     num_workers: NonNegativeInt = 2
 
-    #: Tokens generated at most.
-    max_len: PositiveInt = 30
+    #: Tokens generated at most. None: 30 for captions, 10 for answers.
+    max_len: PositiveInt | None = None
     #: Tokens generated at least.
     min_len: NonNegativeInt = 1
     #: Beams of the search.
@@ -169,8 +171,8 @@ class RunConfig:
             found.append(("resume", "is for training; evaluating reads model.checkpoint"))
         if not self.evaluate and not self.train_splits:
             found.append(("train_splits", "training needs at least one split; or set evaluate: true"))
-        if self.min_len > self.max_len:
-            found.append(("min_len", f"is {self.min_len}, more than max_len, {self.max_len}"))
+        if self.min_len > (longest := self.max_len or CAPTION_LEN):
+            found.append(("min_len", f"is {self.min_len}, more than max_len, {longest}"))
         if self.min_lr > self.init_lr:
             found.append(("min_lr", f"is {self.min_lr:g}, more than init_lr, {self.init_lr:g}"))
         if self.lr_sched == "linear_warmup_step_lr" and self.lr_decay_rate is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from evlgen.models.base_model import BaseModel
-from evlgen.runners.run_config import RunConfig
+from evlgen.runners.run_config import CAPTION_LEN, RunConfig
 
 if TYPE_CHECKING:
     from evlgen.datasets.base_dataset import BaseDataset
     from evlgen.runners.distribution import Distribution
+
+logger = logging.getLogger(__name__)
 
 
 class BaseTask:
@@ -24,8 +27,11 @@ class BaseTask:
         run: the ``run`` section.
     """
 
+    MAX_LEN = CAPTION_LEN  # tokens generated at most where ``run.max_len`` is not set
+
     def __init__(self, run: RunConfig) -> None:
         self.run = run
+        self.max_len = run.max_len or self.MAX_LEN
 
     def before_training(self, datasets: Mapping[str, BaseDataset], distribution: Distribution) -> None:
         """Called once before the first `train_step`, on every process.
@@ -57,3 +63,14 @@ class BaseTask:
         raise NotImplementedError(
             f"{type(self).__name__} must define after_evaluation(results, dataset, split, folder)"
         )
+
+    def tell_if_incomplete(self, results: Sized, dataset: Sized, path: Path) -> None:
+        """Warns where a file to upload lacks samples that were skipped."""
+        asked = min(len(dataset), self.run.max_eval_samples or len(dataset))
+        if missing := asked - len(results):
+            logger.warning(
+                "%s lacks %d of %d samples, which were skipped: a leaderboard may refuse it",
+                path,
+                missing,
+                asked,
+            )

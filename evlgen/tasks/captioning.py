@@ -38,7 +38,7 @@ class CaptioningTask(BaseTask):
         captions = model.generate(
             samples,
             num_beams=self.run.num_beams,
-            max_length=self.run.max_len,
+            max_length=self.max_len,
             min_length=self.run.min_len,
             length_penalty=1.0 if self.run.length_penalty is None else self.run.length_penalty,
             repetition_penalty=self.run.repetition_penalty,
@@ -55,6 +55,7 @@ class CaptioningTask(BaseTask):
         results = sorted(results, key=lambda r: int(r["instance_id"]))
         rows = [{"image_id": r["image_id"], "caption": r["caption"]} for r in results]
         write_atomically(folder / "captions.json", json.dumps(rows, ensure_ascii=False, indent=0))
+        self.tell_if_incomplete(rows, dataset, folder / "captions.json")
         references = dataset.references()
         self._show(results, references, dataset, folder)
         if not self.run.report_metric or not rows:

@@ -71,7 +71,7 @@ class SelfCriticalCaptioningTask(CaptioningTask):
         with self._distribution.writing() as writer:
             read = writer.encoded(self._read(samples))
             tokens = writer.generate_tokens(
-                read, num_captions=self.run.scst_samples, max_length=self.run.max_len, **FREELY
+                read, num_captions=self.run.scst_samples, max_length=self.max_len, **FREELY
             )
             rewards = self._rewards(pictures, writer.texts(tokens))  # [B, K]
             baselines = self._baselines(writer, read, pictures, rewards)  # [B, K]
@@ -124,5 +124,5 @@ class SelfCriticalCaptioningTask(CaptioningTask):
         if self.run.scst_baseline == "mean":
             others = rewards.sum(1, keepdim=True) - rewards
             return others / (rewards.shape[1] - 1)
-        greedy = writer.generate(read, num_beams=1, max_length=self.run.max_len, min_length=0)
+        greedy = writer.generate(read, num_beams=1, max_length=self.max_len, min_length=0)
         return self._rewards(pictures, greedy).expand_as(rewards)

@@ -16,7 +16,7 @@ from evlgen.common.io import write_atomically
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.models.base_model import BaseModel
 from evlgen.models.prompts import ask, check_slots
-from evlgen.runners.run_config import RunConfig
+from evlgen.runners.run_config import ANSWER_LEN, RunConfig
 from evlgen.tasks.base_task import BaseTask
 from evlgen.tasks.caption_sheet import caption_sheet
 from evlgen.tasks.lemmatizer import load_lemmatizer
@@ -38,11 +38,18 @@ class QuestionAnsweringTask(BaseTask):
     are not scored.
 
     Raises:
-        ConfigError: ``run.prompt`` has no slot for the question; ``run.apply_lemmatizer`` without spaCy.
+        ConfigError: ``run.prompt`` has no slot for the question; ``run.apply_lemmatizer`` without spaCy;
+            ``run.min_len`` is more than answers have.
     """
+
+    MAX_LEN = ANSWER_LEN
 
     def __init__(self, run: RunConfig) -> None:
         super().__init__(run)
+        if run.min_len > self.max_len:
+            raise ConfigError(
+                f"run.min_len: is {run.min_len}, more than max_len, {self.max_len} for answers."
+            )
         self.prompt = run.prompt or ""
         check_slots(self.prompt)
         self.lemmatizer = load_lemmatizer() if run.apply_lemmatizer else None
@@ -116,10 +123,11 @@ class QuestionAnsweringTask(BaseTask):
         answers = model.predict_answers(
             samples,
             num_beams=run.num_beams,
-            max_len=run.max_len,
+            max_len=self.max_len,
             min_len=run.min_len,
             prompt=self.prompt,
             length_penalty=0.0 if run.length_penalty is None else run.length_penalty,
+            repetition_penalty=run.repetition_penalty,
         )
         return answers if self.lemmatizer is None else self.lemmatizer(answers)
 
@@ -130,6 +138,7 @@ class QuestionAnsweringTask(BaseTask):
         # as the dataset has them, on any number of ranks
         results = sorted(results, key=lambda r: int(r["instance_id"]))
         _write(folder / "answers.json", self.upload(results), indent=0)
+        self.tell_if_incomplete(results, dataset, folder / "answers.json")
         self._show(results, dataset, folder)
         if not self.run.report_metric or not results:
             return {}

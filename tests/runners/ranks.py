@@ -115,7 +115,9 @@ def digest(model) -> str:
 class RankedTask(CaptioningTask):
     def __init__(self, run):
         # a process that writes less than another is at its next batch while that one still writes
-        super().__init__(dataclasses.replace(run, max_len=run.max_len - 2 * RANK * run.shard_language))
+        super().__init__(
+            dataclasses.replace(run, max_len=(run.max_len or self.MAX_LEN) - 2 * RANK * run.shard_language)
+        )
 
     def train_step(self, model, samples):
         here("train")

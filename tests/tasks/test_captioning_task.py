@@ -65,15 +65,34 @@ def test_a_dataset_without_parts_has_no_scores_of_parts() -> None:
     assert domain_scores(TEXTS, WRITTEN, {"picture of another set": "in-domain"}) == {}
 
 
+def test_how_captions_are_written_follows_from_the_run_section() -> None:
+    asked = []
+
+    class Model:
+        def generate(self, samples, **options):
+            asked.append((samples.get("prompt"), options))
+            return ["x"]
+
+    given = {"num_beams": 3, "min_len": 2, "max_len": 7, "length_penalty": -1.0, "repetition_penalty": 1.5}
+    for run in ({}, {"prompt": "a photo of", **given}):
+        task = registry.get_task_class("captioning")(RunConfig(task="captioning", **run))
+        task.valid_step(Model(), {"image_id": [1], "instance_id": ["0"]})
+    keys = ("num_beams", "min_length", "max_length", "length_penalty", "repetition_penalty")
+    defaults = dict(zip(keys, (5, 1, 30, 1.0, 1.0), strict=True))
+    assert asked == [(None, defaults), ("a photo of", dict(zip(keys, given.values(), strict=True)))]
+
+
 def test_both_names_are_of_one_task() -> None:
     assert registry.get_task_class("video_captioning") is registry.get_task_class("captioning")
 
 
 def test_captions_without_references_are_written_and_not_scored(tmp_path, caplog) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "1.png")
-    dataset = CaptionEvalDataset([{"visual": "1.png", "image_id": 0}], ImageFiles(tmp_path), IMAGE)
+    records = [{"visual": "1.png", "image_id": 0}, {"visual": "gone.png", "image_id": 1}]
+    dataset = CaptionEvalDataset(records, ImageFiles(tmp_path), IMAGE)
     task = registry.get_task_class("captioning")(RunConfig(task="captioning"))
     results = [{"image_id": 0, "caption": "x", "instance_id": "0"}]
     assert task.after_evaluation(results, dataset, "test", tmp_path) == {}
     assert json.loads((tmp_path / "captions.json").read_text()) == [{"image_id": 0, "caption": "x"}]
     assert "test has no references" in caplog.text
+    assert "captions.json lacks 1 of 2 samples" in caplog.text

@@ -153,15 +153,34 @@ def test_questions_without_peoples_answers_are_written_and_not_scored(tmp_path, 
     assert "written, not scored" in caplog.text
 
 
+def test_a_file_to_upload_that_lacks_skipped_questions_is_told(tmp_path, caplog):
+    dataset, task = Questions({i: ["no"] for i in range(5)}), task_of("vqa")
+    rows = [{"question_id": i, "answer": "no", "question": "q", "instance_id": str(i)} for i in (0, 2, 3)]
+    task.after_evaluation(rows, dataset, "test", tmp_path)
+    assert "answers.json lacks 2 of 5 samples, which were skipped" in caplog.text
+    caplog.clear()
+    task_of("vqa", max_eval_samples=3).after_evaluation(rows, dataset, "test", tmp_path)
+    assert "lacks" not in caplog.text
+
+
 def test_how_the_model_is_asked_follows_from_the_run_section(tmp_path):
     dataset, model = Questions({1: ["yes"] * 10}), Model("yes", "yes")
     evaluate(task_of("vqa"), model, dataset, tmp_path)
-    run = {"prompt": PROMPT, "num_beams": 3, "max_len": 10, "min_len": 2, "length_penalty": -1.0}
-    evaluate(task_of("vqa", **run), model, dataset, tmp_path)
-    assert model.asked == [
-        {"num_beams": 5, "max_len": 30, "min_len": 1, "prompt": "", "length_penalty": 0.0},
-        {"num_beams": 3, "max_len": 10, "min_len": 2, "prompt": PROMPT, "length_penalty": -1.0},
-    ]
+    given = {
+        **{"num_beams": 3, "max_len": 7, "min_len": 2, "prompt": PROMPT},
+        **{"length_penalty": -1.0, "repetition_penalty": 1.5},
+    }
+    evaluate(task_of("vqa", **given), model, dataset, tmp_path)
+    defaults = {
+        **{"num_beams": 5, "max_len": 10, "min_len": 1, "prompt": ""},
+        **{"length_penalty": 0.0, "repetition_penalty": 1.0},
+    }
+    assert model.asked == [defaults, given]
+
+
+def test_an_answer_of_more_tokens_at_least_than_at_most_is_refused():
+    with pytest.raises(ConfigError, match=r"run\.min_len: is 15, more than max_len, 10 for answers"):
+        task_of("vqa", min_len=15)
 
 
 def test_ranking_chooses_from_the_datasets_list(tmp_path):
