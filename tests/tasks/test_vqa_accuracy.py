@@ -122,6 +122,16 @@ def test_fewer_and_more_people_are_each_left_out_once(people, expected):
     assert vqa_accuracy("yes", people) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("text", ["two", "Yes", "the cat", "t-shirt", "none", "dont know", "A", "?"])
+def test_an_answer_of_ones_own_dataset_is_right_as_it_is_written(text):
+    assert vqa_accuracy(text, [text]) == vqa_accuracy(text.upper(), [text]) == 1
+    assert vqa_accuracy(text, [text] * 9 + ["x", "y"]) == 1
+
+
+def test_an_answer_of_nothing_but_an_article_is_not_every_such_answer():
+    assert vqa_accuracy("the", ["A"]) == vqa_accuracy("", ["A"]) == vqa_accuracy(".", ["A"]) == 0
+
+
 def test_nobody_to_compare_with_is_an_error():
     with pytest.raises(ValueError, match="at least one person"):
         vqa_accuracy("yes", [])

@@ -1,4 +1,4 @@
-"""The accuracy of answers as the VQA challenge computes it, to the letter.
+"""The accuracy of answers as the VQA challenge computes it, to the letter where ten people answered.
 
 Antol et al., *VQA: Visual Question Answering*, ICCV 2015; the rules are those of the published evaluation
 (github.com/GT-Vision-Lab/VQA, ``PythonEvaluationTools/vqaEvaluation/vqaEval.py``), its slips included, since
@@ -11,6 +11,10 @@ every published number has them:
   become nothing where a comma stands between digits.
 - Full stops go, but for those before a digit; 32 of them at most.
 - *none* becomes *0*, as *zero* does.
+
+VQAv2 and OK-VQA have ten answers to every question. With another number they are of a dataset of one's own,
+which no published number is of: people's answers are then normalised as the model's is, so that who answers
+*Two* where *two* is right is right.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ NUMBER_WORDS = {
     },
 }
 ARTICLES = frozenset({"a", "an", "the"})
+PEOPLE = 10  # who answered each question of the challenge
 MOST_STOPS = 32  # the published code gives flags (re.UNICODE, 32) where `sub` takes a count
 
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
@@ -85,21 +90,28 @@ def normalized(answer: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
+def likened(answer: str) -> str:
+    """As `normalized`; but an answer of which that leaves nothing (*A*, *?*) is itself, in lower case."""
+    return normalized(answer) or answer.strip().lower()
+
+
 def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
     """How far people agree with an answer, from 0 to 1: min(1, n / 3) where n of nine people gave the same
     answer, the mean over the ten choices of nine from ten.
 
-    With fewer or more than ten people likewise, each left out once; with three people or fewer all the others
-    are enough for 1, and of one person the answer itself.
+    With fewer or more than ten people likewise, each left out once, and answers compared as `likened`; with
+    three people or fewer all the others are enough for 1, and of one person the answer itself.
 
     Raises:
         ValueError: nobody answered.
     """
     if not truths:
         raise ValueError("an answer is compared with at least one person's")
-    if len(set(truths)) > 1:
-        truths = [without_punctuation(truth) for truth in truths]
-    answer = normalized(answer)
+    if len(truths) != PEOPLE:
+        answer, truths = likened(answer), [likened(truth) for truth in truths]
+    else:
+        answer = normalized(answer)
+        truths = [without_punctuation(t) for t in truths] if len(set(truths)) > 1 else truths
     same = sum(truth == answer for truth in truths)
     others = len(truths) - 1
     if not others:
