@@ -129,23 +129,38 @@ def keep_checkpoint(cfg: Config) -> None:
 
 
 def drop_foreign_sources(cfg: Config) -> None:
-    """Where a file of one's own stands in for a dataset's, its address, checksum and ground truth go."""
+    """Where a file of one's own stands in for a dataset's, the address, checksum and ground truth that are
+    built in for the latter go. What somebody set stays."""
     for name, dataset in cfg.datasets.items():
         info = dataset.get("build_info") or {}
         path = f"datasets.{name}.build_info"
+        truths = info.get("ground_truth") or {}
         parts = {f"annotations.{split}": part for split, part in info.get("annotations", {}).items()}
+        parts |= {f"ground_truth.{split}": part for split, part in truths.items()}
         parts |= {key: info[key] for key in ("images", "videos") if info.get(key)}
         for key, part in parts.items():
-            own = cfg.source(f"{path}.{key}.storage")
+            storage = f"{path}.{key}.storage"
             if part.get("storage") == part.get("url"):
                 continue  # the published file, fetched: its sum is the one that is known
-            for field in ("url", "md5"):
-                if field in part and cfg.source(f"{path}.{key}.{field}") != own:
-                    del part[field]
-            split = key.rpartition(".")[2]
-            truth = f"{path}.ground_truth.{split}.storage"
-            if split in info.get("ground_truth", {}) and cfg.source(truth) != own:
-                del info["ground_truth"][split]
+            left = [
+                f for f in ("url", "md5") if f in part and cfg.is_left_behind(f"{path}.{key}.{f}", storage)
+            ]
+            for field in left:
+                del part[field]
+            kind, _, split = key.partition(".")
+            truth = f"ground_truth.{split}"
+            if kind == "annotations" and split in truths:
+                if cfg.is_left_behind(f"{path}.{truth}.storage", storage):
+                    del truths[split]
+                    left.append(truth)
+            if left:
+                logger.info(
+                    "%s is '%s' (%s): left out what belongs to the dataset's own: %s",
+                    storage,
+                    part.storage,
+                    cfg.source(storage),
+                    ", ".join(left),
+                )
 
 
 def make_builders(cfg: Config) -> dict[str, Any]:

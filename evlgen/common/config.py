@@ -121,6 +121,10 @@ class Config:
         """The file (or ``--options``) a key such as ``model.connector.r`` came from; "" if built in."""
         return self._layers.source(key_path)
 
+    def is_left_behind(self, key_path: str, other: str) -> bool:
+        """Whether a key is built in for what ``other`` no longer is; see `Layers.is_left_behind`."""
+        return self._layers.is_left_behind(key_path, other)
+
     def model_plain(self) -> dict[str, Any]:
         """The ``model`` section as plain dicts and lists."""
         return OmegaConf.to_container(self.model, resolve=True)
@@ -309,7 +313,7 @@ def _default_layer(path: str, what: str, section: str) -> Layer:
     file = PACKAGE_ROOT / path
     if not file.is_file():
         raise ConfigError(f"the defaults of {what} are not at {file}.")
-    layer = read_layer(file)
+    layer = dataclasses.replace(read_layer(file), is_built_in=True)
     if set(layer.content) != {section} or not isinstance(layer.content[section], Mapping):
         raise ConfigError(f"{layer.source}, the defaults of {what}, must have one section, `{section}:`.")
     return layer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,10 +50,12 @@ KeyPath = tuple[str, ...]
 
 @dataclass
 class Layer:
-    """What one file (or the command line) says. ``source`` is what messages call it."""
+    """What one file (or the command line) says. ``source`` is what messages call it; ``is_built_in`` marks a
+    type's or a dataset's own defaults."""
 
     source: str
     content: dict[str, Any]
+    is_built_in: bool = False
 
 
 def read_layer(path: Path) -> Layer:
@@ -91,7 +94,10 @@ class Layers:
 
     def __init__(self, layers: Sequence[Layer], resolvers: bool = True) -> None:
         self.resolvers = resolvers
-        self.layers = [Layer(layer.source, _without_empty(copy.deepcopy(layer.content))) for layer in layers]
+        self.layers = [
+            dataclasses.replace(layer, content=_without_empty(copy.deepcopy(layer.content)))
+            for layer in layers
+        ]
         for path, keys in self._parts():
             _drop_replaced(self.layers, path, keys)
 
@@ -129,6 +135,24 @@ class Layers:
                 layer for layer in self.layers if layer.source != OPTIONS
             ]  # a file is where a key is missing
         return ""
+
+    def is_left_behind(self, key_path: str, other: str) -> bool:
+        """Whether a key still has its built-in value where a stronger layer gives ``other`` one that is not
+        built in. A value that somebody set, or set together with ``other``, is never left behind."""
+        place, is_built_in = self._place(key_path)
+        other_place, other_is_built_in = self._place(other)
+        return 0 <= place < other_place and is_built_in and not other_is_built_in
+
+    def _place(self, key_path: str) -> tuple[int, bool]:
+        """The strongest layer that has a key (-1: none), and whether its value is one that is built in; a
+        saved configuration repeats those."""
+        path = tuple(key_path.split("."))
+        places = [i for i, layer in enumerate(self.layers) if _has(layer.content, path)]
+        if not places:
+            return -1, False
+        value = _get(self.layers[places[-1]].content, path)
+        built_in = [_get(layer.content, path) for layer in self.layers if layer.is_built_in]
+        return places[-1], value in built_in
 
     def section_names(self, section: str) -> list[str]:
         """Keys that any layer has in a top-level section, in the order of first mention."""

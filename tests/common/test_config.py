@@ -614,3 +614,63 @@ def test_the_sum_of_a_published_file_stays_where_its_address_is_the_storage():
         config = Config.load("projects/evlgen/coco_ft.yaml", [f"{path}.storage={storage}"])
         drop_foreign_sources(config)
         assert config.datasets.coco_caption.build_info.annotations.val.get("md5") == md5
+
+
+VQA = "datasets.coco_vqa.build_info"
+
+
+def prepared_vqa(tmp_path, project: str, *options: str):
+    """``build_info`` of coco_vqa in a run, where a project sets these keys of it."""
+    lines = [
+        "model: {arch: evlgen_opt, model_type: shapes}",
+        f"datasets: {{coco_vqa: {{build_info: {project}}}}}",
+    ]
+    lines.append("run: {task: vqa, train_splits: [train], max_epoch: 1}")
+    (tmp_path / "p.yaml").write_text("\n".join(lines))
+    config = Config.load(tmp_path / "p.yaml", options)
+    drop_foreign_sources(config)
+    return config.datasets.coco_vqa.build_info
+
+
+def test_the_built_in_ground_truth_goes_with_the_annotation_it_is_of(tmp_path, caplog):
+    caplog.set_level("INFO")
+    info = prepared_vqa(tmp_path, "{annotations: {val: {storage: mine.json}}}")
+    assert "val" not in info.ground_truth and info.annotations.val == {"storage": "mine.json"}
+    assert (
+        f"{VQA}.annotations.val.storage is 'mine.json' ({tmp_path / 'p.yaml'}): left out what belongs to the "
+        "dataset's own: url, ground_truth.val" in caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("project", "options"),
+    [
+        ("{annotations: {val: {storage: mine.json}}}", ["ground_truth.val.storage=gt.json"]),
+        ("{ground_truth: {val: {storage: gt.json}}}", ["annotations.val.storage=mine.json"]),
+        ("{annotations: {val: {storage: mine.json}}, ground_truth: {val: {storage: gt.json}}}", []),
+        ("{}", ["ground_truth.val.storage=gt.json"]),
+    ],
+    ids=["truth in options", "annotation in options", "both in the project", "truth alone"],
+)
+def test_a_ground_truth_that_somebody_named_stays(tmp_path, project, options):
+    info = prepared_vqa(tmp_path, project, *(f"{VQA}.{option}" for option in options))
+    assert info.ground_truth.val == {"storage": "gt.json"}  # without the address of the built-in one
+
+
+def test_a_mirror_is_taken_for_the_dataset_s_own_file(tmp_path):
+    project = "{annotations: {val: {url: https://mirror/val.json}}, images: {md5: [a, b, c]}}"
+    info = prepared_vqa(tmp_path, project)
+    assert info.annotations.val.url == "https://mirror/val.json"
+    assert info.annotations.val.storage == "coco/annotations/vqa_val_eval.json"
+    assert info.images.md5 == ["a", "b", "c"] and len(info.images.url) == 3 and "val" in info.ground_truth
+
+
+def test_what_a_saved_configuration_repeats_is_as_good_as_built_in(tmp_path):
+    saved = tmp_path / "config.yaml"
+    Config.load("projects/evlgen/coco_ft.yaml").save(saved)
+    own = "datasets.coco_caption.build_info"
+    for options, stays in (([], True), ([f"{own}.annotations.val.storage=mine.json"], False)):
+        config = Config.load(saved, options)
+        drop_foreign_sources(config)
+        info = config.datasets.coco_caption.build_info
+        assert ("val" in info.ground_truth) is stays and ("md5" in info.annotations.val) is stays
