@@ -297,8 +297,8 @@ class _Lines:
 
 def _records(lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
     """The records of a delimited text: the number of the line each starts in, and its fields, or why it has
-    none. A quote that never ends spoils its own line only: reading goes on with the next."""
-    source = _Lines(lines)
+    none. A quote that does not end in its own row spoils that row only: reading goes on behind it."""
+    source, width = _Lines(lines), 0
     reader = csv.reader(source, delimiter=delimiter, strict=True)
     while True:
         source.taken.clear()
@@ -311,7 +311,11 @@ def _records(lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[s
             source.keep_first()
             yield start, _plain_fields(source.taken, delimiter) or str(error).rstrip(".")
         else:
-            if fields:
+            if _are_rows(source.taken, delimiter, width):
+                source.keep_first()
+                yield start, "unclosed quote"
+            elif fields:
+                width = width or len(fields)  # the header's
                 yield start, fields
 
 
@@ -319,6 +323,16 @@ def _plain_fields(lines: Sequence[str], delimiter: str) -> list[str] | None:
     """The fields of a line in which quotes are text: ``1.jpg,"Stop" says a sign``. None for what went on over
     several lines, where nobody knows what was meant."""
     return lines[0].rstrip("\r\n").split(delimiter) if len(lines) == 1 else None
+
+
+def _are_rows(lines: Sequence[str], delimiter: str, width: int) -> bool:
+    """Whether the lines of one record are rows by themselves, so that a quote in the first was joined with
+    one in the last: each has ``width`` fields, and no field begins with a blank, as what follows a comma in a
+    sentence does."""
+    if len(lines) < 2 or width < 2:
+        return False
+    rows = [line.rstrip("\r\n").split(delimiter) for line in lines]
+    return all(len(row) == width and not any(f[:1].isspace() for f in row) for row in rows)
 
 
 def _is_json_lines(path: Path) -> bool:

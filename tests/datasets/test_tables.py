@@ -75,6 +75,19 @@ def test_a_quote_that_never_ends_costs_its_own_line_only(tmp_path):
     assert found == [["1.jpg", "x"], ("line 3 of b.csv", "bad quotes"), ["3.jpg", "y"], ["4.jpg", "z"]]
 
 
+def test_a_quote_that_ends_in_a_later_row_swallows_no_rows(tmp_path):
+    content = (
+        'image,caption\n1.jpg,"Stop\n2.jpg,red\n3.jpg,says a "sign"\n4.jpg,x\n5.jpg,"go\n6.jpg,says it"\n'
+    )
+    assert rows(tmp_path / "a.csv", content) == [
+        *(("line 2 of a.csv", "bad quotes"), ["2.jpg", "red"], ["3.jpg", 'says a "sign"'], ["4.jpg", "x"]),
+        *(("line 6 of a.csv", "bad quotes"), ["6.jpg", 'says it"']),
+    ]
+    prose = 'image,caption\n1.jpg,"A dog\nrunning, fast"\n2.jpg,"one\n\ntwo"\n'
+    assert rows(tmp_path / "b.csv", prose) == [["1.jpg", "A dog\nrunning, fast"], ["2.jpg", "one\n\ntwo"]]
+    assert rows(tmp_path / "c.csv", 'caption\n"two\nlines"\n') == [["two\nlines"]]
+
+
 @pytest.mark.parametrize("key", [None, "data", "annotations", "records"])
 def test_json_lists_are_found_at_the_top_or_under_their_usual_keys(tmp_path, key):
     records = [{"image": "1.jpg"}, 7, {"image": "2.jpg", "caption": ["a", "b"]}]
