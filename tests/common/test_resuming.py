@@ -82,6 +82,15 @@ def test_a_file_that_has_become_shorter_is_fetched_whole(server, tmp_path) -> No
     assert fetch(f"{server.address}/a.bin", tmp_path / "a.bin").read_bytes() == OTHER[:50_000]
 
 
+@pytest.mark.parametrize("changed", [OTHER[:200_000], OTHER + OTHER], ids=["shorter", "longer"])
+def test_a_part_of_a_file_of_another_length_is_not_taken(server, tmp_path, changed) -> None:
+    """Its mark is the same: servers may make marks of what they like."""
+    begun(server, tmp_path / "a.bin")
+    server.files["/a.bin"] = changed
+    assert fetch(f"{server.address}/a.bin", tmp_path / "a.bin").read_bytes() == changed
+    assert server.requests == [("/a.bin", "bytes=100000-"), ("/a.bin", None)]
+
+
 def test_a_part_from_another_place_is_not_taken(server, tmp_path) -> None:
     begun(server, tmp_path / "a.bin")
     server.shift = 7
