@@ -7,21 +7,19 @@ import json
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import PureWindowsPath
 from typing import Any
 
 from evlgen.common.errors import DataError, did_you_mean
-from evlgen.common.io import read_bytes
+from evlgen.common.io import read_bytes, scheme_of
 from evlgen.common.json_io import json_errors
 
 _WHAT = "annotation"
 _NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 _NO_UTF8 = re.compile("[\udc80-\udcff]")  # what Python's "surrogateescape" makes of bytes that are not UTF-8
 _SPACE = re.compile(r"[ \t\n\r]*")  # of JSON
-_FEW = 0.01  # of the records may point into folders that are not there: those are skipped, as others are
 
 
 def read_annotation(path: str | os.PathLike) -> Any:
@@ -38,23 +36,6 @@ def open_annotation(path: str | os.PathLike) -> Any:
     the records of a large file are not all there at once."""
     text = _read_text(path)
     return _list_items(path, text) if _SPACE.match(text).end() == text.find("[") else _parsed(path, text)
-
-
-def check_folders(names: Iterable[str], root: str | os.PathLike, what: str, remedy: str) -> None:
-    """Raises `DataError` when folders that file names (relative to ``root``) point into are not there, and
-    more than a few names do.
-
-    Args:
-        what: what the folders hold, for messages: ``image``.
-    """
-    folders = Counter(os.path.dirname(name) for name in names)
-    missing = [folder for folder in folders if not os.path.isdir(os.path.join(root, folder))]
-    if sum(folders[folder] for folder in missing) > _FEW * folders.total():
-        folder = max(missing, key=folders.get)
-        raise DataError(
-            f"{what} folder {os.path.join(root, folder)} is missing: {folders[folder]} of {folders.total()} "
-            f"records point into it. {remedy}"
-        )
 
 
 def text_problem(text: str) -> str | None:
@@ -101,13 +82,17 @@ def as_text(value: Any) -> Any:
 
 
 def check_inside(images: Iterable[str], path: str | os.PathLike) -> None:
-    """Raises `DataError` for a file name that leads out of the image folder.
+    """Raises `DataError` for a file name that leads out of the image folder: to other files of this machine,
+    or into a store that it has the keys to.
 
-    For annotations that come from an address: those of one's own may name any picture of the machine.
+    For annotations that come from an address: those of one's own may name any picture. Web addresses pass,
+    and so do names in the store that the annotation itself is in.
     """
+    allowed = (None, "http", "https", scheme_of(str(path)))
     for image in images:
         windows = PureWindowsPath(image)  # takes \\ for / too
-        if windows.drive or windows.root or ".." in windows.parts:
+        outside = windows.drive or windows.root or ".." in windows.parts
+        if scheme_of(image) not in allowed or (outside and scheme_of(image) is None):
             raise DataError(
                 f"annotation {path} is refused: it comes from an address, and its image '{image[:200]}' "
                 "leads out of the image folder. Where you trust it, name it as a file of your own, without "
@@ -161,6 +146,8 @@ def _read_text(path: str | os.PathLike) -> str:
 
 
 def _parsed(path: str | os.PathLike, text: str) -> Any:
+    if not text.strip():
+        raise DataError(f"{_WHAT} {path} is empty. Fetch or write it again.", "empty file")
     with json_errors(path, DataError, _WHAT), _utf8_errors(text):
         return json.loads(text)
 

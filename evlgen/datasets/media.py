@@ -6,9 +6,10 @@ archive), of a cell of a table (see `evlgen.datasets.archive_media.cell_name`), 
 
 from __future__ import annotations
 
+import logging
 import os
-from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from PIL import Image
 
 from evlgen.common.errors import DataError
 from evlgen.common.images import open_image
-from evlgen.common.io import NamedBytes, read_bytes, resolve
+from evlgen.common.io import NamedBytes, read_bytes, resolve, scheme_of
 from evlgen.common.video import Video
-from evlgen.datasets.annotations import check_folders
 from evlgen.datasets.archive_media import Container, Place, open_container, split_cell, split_place
+
+logger = logging.getLogger(__name__)
 
 
 class Media:
@@ -74,23 +76,55 @@ class Media:
         return read_bytes(self.root / name) if place is None else self._container(place).read(place.member)
 
     def check(self, names: Iterable[str], remedy: str) -> None:
-        """Raises `DataError` where nothing can be there: a folder that names point into is missing, an
-        archive cannot be read or has none of its members."""
-        files: list[str] = []
+        """Looks for folders that are missing, and archives that cannot be read or have none of the members
+        that are named. Where that is some of them, a warning says so, and the samples come out as `Skipped`.
+
+        Raises:
+            DataError: it is all of them.
+        """
+        addresses = 0
+        folders: Counter[str] = Counter()
         inside: dict[tuple[Path, str | None], list[Place]] = defaultdict(list)
         for name in names:
-            place = self.place(name)
-            if place is not None:
+            if is_address(name):
+                addresses += 1
+            elif (place := self.place(name)) is None:
+                folders[os.path.dirname(name)] += 1
+            else:
                 inside[place.file, place.column].append(place)
-            elif not is_address(name):
-                files.append(name)
-        check_folders(files, self.root, self.what, remedy)
-        for places in inside.values():
-            known = self._container(places[0]).names()
-            if not any(self._container(place).has(place.member) for place in places):
-                raise DataError(
-                    f"{places[0].file} has none of the {len(places)} {self.what}s that are named, such as "
-                    f"'{places[0].member}'; it has '{next(iter(known), 'nothing')}'. {remedy}"
+        total = addresses + folders.total() + sum(map(len, inside.values()))
+        problems = [*self._missing_folders(folders, total), *self._bad_containers(inside.values())]
+        if not problems:
+            return
+        count, worst = max(problems)
+        lost = sum(count for count, _ in problems)
+        if lost == total:
+            raise DataError(f"{worst} {remedy}")
+        others = f" (It is so with {lost - count} elsewhere.)" if lost > count else ""
+        logger.warning("%d of %d records will be skipped: %s%s %s", lost, total, worst, others, remedy)
+
+    def _missing_folders(self, folders: Counter[str], total: int) -> Iterator[tuple[int, str]]:
+        for folder, count in folders.items():
+            path = os.path.join(self.root, folder)
+            if not os.path.isdir(path):
+                yield (
+                    count,
+                    f"{self.what} folder {path} is missing: {count} of {total} records point into it.",
+                )
+
+    def _bad_containers(self, containers: Iterable[list[Place]]) -> Iterator[tuple[int, str]]:
+        for places in containers:
+            first = places[0]
+            try:
+                container = self._container(first)
+            except DataError as error:
+                yield len(places), str(error)
+                continue
+            if not any(container.has(place.member) for place in places):
+                yield (
+                    len(places),
+                    f"{first.file} has none of the {len(places)} {self.what}s that are named, such as "
+                    f"'{first.member}'; it has '{next(iter(container.names()), 'nothing')}'.",
                 )
 
     def _container(self, place: Place) -> Container:
@@ -151,8 +185,9 @@ class VideoFiles(Media):
 
 
 def is_address(name: str) -> bool:
-    """Whether a name is an http(s) address, which is fetched once into the cache."""
-    return name.startswith(("http://", "https://"))
+    """Whether a name is an address, of which `evlgen.common.io.resolve` makes a file: ``https://..``,
+    ``evlgen://..``, and what else iopath has handlers for."""
+    return scheme_of(name) is not None
 
 
 def _fetched(address: str) -> Path:
@@ -160,3 +195,7 @@ def _fetched(address: str) -> Path:
         return Path(resolve(address))
     except DataError as error:
         raise DataError(str(error), "not downloaded") from error
+    except Exception as error:  # whatever a handler raises that somebody registered
+        raise DataError(
+            f"{address} cannot be fetched: {error or type(error).__name__}", "not downloaded"
+        ) from error

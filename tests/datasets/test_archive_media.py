@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import io
 import os
@@ -19,6 +20,7 @@ from PIL import Image
 
 from evlgen.common.errors import DataError
 from evlgen.datasets import archive_media
+from evlgen.datasets.annotations import check_inside
 from evlgen.datasets.archive_media import Place, split_place
 from evlgen.datasets.media import ImageFiles, VideoFiles
 
@@ -201,6 +203,76 @@ def test_compressed_tars_and_clips_in_archives_are_refused_with_a_remedy(folder)
         DataError, match=r"a\.zip is an archive, and clips are not read inside of one: unpack"
     ):
         VideoFiles(folder).open("a.zip/1.mp4")
+
+
+def test_every_row_of_a_table_in_several_chunks_is_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("EVLGEN_CACHE", str(tmp_path / "cache"))
+    table = pa.table({"image": [png(index) for index in range(7)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=3)
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+    for name in ("a.parquet", "a.arrow"):
+        media = ImageFiles(tmp_path)
+        sizes = {row: media.open(f"{name}#image:{row}").width - 4 for row in (6, 2, 3, 0, 5, 1, 4)}
+        assert sizes == {row: row for row in range(7)}
+        with pytest.raises(DataError, match="has no row 7"):
+            media.open(f"{name}#image:7")
+
+
+def test_what_cannot_be_there_is_told_and_refused_only_where_it_is_everything(folder, caplog):
+    os.symlink(folder / "loop", folder / "loop")
+    (folder / "bad.zip").write_bytes(b"no archive")
+    (folder / "bad.tar.gz").write_bytes(b"compressed")
+    bad = {
+        "loop/1.png": "link to itself",
+        "gone/1.png": "missing file",
+        "gone.zip/1.png": "missing file",
+        "bad.zip/1.png": "damaged archive",
+        "bad.tar.gz/1.png": "compressed archive",
+        "a.zip/2.png": "missing file",
+    }
+    media = ImageFiles(folder)
+    media.check([*bad, name(1)], "Mend it.")
+    (line,) = caplog.messages
+    assert line.startswith("6 of 7 records will be skipped: ") and line.endswith(" Mend it.")
+    assert "(It is so with 5 elsewhere.)" in line
+    for picture, cause in bad.items():
+        with pytest.raises(DataError) as error:
+            media.open(picture)
+        assert error.value.cause == cause
+        media.source(picture)
+    assert media.open(name(1)).size == (5, 3)
+    with pytest.raises(DataError, match=r"Mend it\.$"):
+        media.check(bad, "Mend it.")
+
+
+def test_names_with_a_scheme_go_through_iopath(folder):
+    media = ImageFiles("/nowhere")
+    media.check([f"file://{folder}/{name(3)}", "store://bucket/1.png"], "")
+    assert media.open(f"file://{folder}/{name(3)}").size == (7, 3)
+    with pytest.raises(DataError, match="cannot read image .*assets/no.png: the file does not exist"):
+        media.open("evlgen://assets/no.png")
+    with pytest.raises(DataError, match="nothing here reads store:// addresses") as error:
+        media.open("store://bucket/1.png")
+    assert error.value.cause == "not downloaded"
+
+
+@pytest.mark.parametrize(
+    ("annotation", "name", "passes"),
+    [
+        ("https://host/a.json", "https://other/1.png", True),
+        ("https://host/a.json", "sub/1.png", True),
+        ("https://host/a.json", "file:///etc/passwd", False),
+        ("https://host/a.json", "evlgen://assets/1.png", False),
+        ("https://host/a.json", "store://bucket/1.png", False),
+        ("store://bucket/a.json", "store://bucket/1.png", True),
+        ("/data/a.json", "file:///etc/passwd", False),
+        ("/data/a.json", "../1.png", False),
+    ],
+)
+def test_annotations_from_addresses_name_no_files_of_this_machine(annotation, name, passes):
+    with contextlib.nullcontext() if passes else pytest.raises(DataError, match="leads out of the image"):
+        check_inside([name], annotation)
 
 
 def test_a_member_that_claims_too_much_is_not_read(folder, monkeypatch):

@@ -223,15 +223,22 @@ def test_pictures_without_captions_are_written_about_and_not_scored(tmp_path) ->
         coco(tmp_path, "train", {"images": COCO_FILE["images"]})
 
 
-def test_a_few_names_in_missing_folders_are_skipped_and_many_refused(tmp_path) -> None:
+def test_names_in_missing_folders_are_skipped_and_told_and_refused_where_there_are_no_others(
+    tmp_path, caplog
+) -> None:
     record = SETS["coco_caption"][0][0][0]
     write_media(tmp_path / "coco/images" / record["image"])
     annotation = tmp_path / "coco/annotations/coco_karpathy_train.json"
-    write(annotation, [record] * 100 + [{**record, "image": "gone/1.jpg"}])
+    gone = {**record, "image": "gone/1.jpg"}
+    write(annotation, [record, gone, gone, gone, {**record, "image": "away/1.jpg"}])
     dataset = build("coco_caption", tmp_path).get_split("train")
-    assert dataset[100].cause == "missing file" and dataset[99]["text_input"] == "dogs"
-    write(annotation, [record] * 100 + [{**record, "image": "gone/1.jpg"}] * 2)
-    with pytest.raises(DataError, match=r"images/gone is missing: 2 of 102 records"):
+    assert [dataset[i].cause for i in (1, 2, 3, 4)] == ["missing file"] * 4
+    assert dataset[0]["text_input"] == "dogs"
+    assert len(caplog.records) == 1
+    assert "4 of 5 records will be skipped: image folder" in caplog.text
+    assert "images/gone is missing: 3 of 5 records point into it. (It is so with 1 elsewhere.)" in caplog.text
+    write(annotation, [gone, gone, {**record, "image": "away/1.jpg"}])
+    with pytest.raises(DataError, match=r"images/gone is missing: 2 of 3 records"):
         build("coco_caption", tmp_path).get_split("train")
 
 

@@ -273,7 +273,8 @@ def test_asking_for_a_split_without_files_says_what_is_missing(tmp_path) -> None
 
 
 def test_missing_image_folder_is_named_before_any_picture_is_read(root) -> None:
-    (root / "coco/images/train2014").rename(root / "elsewhere")
+    for year in ("train2014", "val2014"):
+        (root / "coco/images" / year).rename(root / year)
     message = r"image folder .*coco/images/train2014 is missing: 2 of 3 records point into it\. Run"
     with pytest.raises(DataError, match=message):
         builder(root).get_split("train")
