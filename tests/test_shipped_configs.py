@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from omegaconf import OmegaConf
 
 from evlgen.common.config import Config, load_model_config
 from evlgen.common.io import PACKAGE_ROOT
@@ -10,6 +13,137 @@ from evlgen.common.registry import registry
 
 TYPES = [(arch, t) for arch in registry.list_models() for t in registry.get_model_class(arch).MODEL_TYPES]
 PROJECTS = sorted(p.relative_to(PACKAGE_ROOT).as_posix() for p in PACKAGE_ROOT.glob("projects/**/*.yaml"))
+
+
+# ---- what is published: yiren-jian/EVLGen (pretraining and MSR-VTT) and salesforce/LAVIS (everything else)
+
+
+def schedule(warmup_lr: float, init_lr: float, min_lr: float, warmup_steps: int, **length) -> dict[str, Any]:
+    return {
+        **{"run.lr_sched": "linear_warmup_cosine_lr", "run.weight_decay": 0.05, "run.seed": 42},
+        **{"run.warmup_lr": warmup_lr, "run.init_lr": init_lr, "run.min_lr": min_lr},
+        **{"run.warmup_steps": warmup_steps, **{f"run.{key}": value for key, value in length.items()}},
+    }
+
+
+def batches(train: int | None, evaluation: int) -> dict[str, Any]:
+    trained = {"run.batch_size_train": train} if train else {"run.evaluate": True}
+    return {**trained, "run.batch_size_eval": evaluation}
+
+
+def decoding(min_len: int, max_len: int) -> dict[str, Any]:
+    return {"run.num_beams": 5, "run.min_len": min_len, "run.max_len": max_len}
+
+
+def model(arch: str, size: int, frozen: bool = True, prompt: str = "") -> dict[str, Any]:
+    tokens = {"evlgen": {"model.connector.r": 19}, "blip2_": {"model.connector.num_query_token": 32}}
+    return {
+        **{"model.arch": arch, "model.prompt": prompt, "model.max_txt_len": 32},
+        **{"model.vision.name": "eva_clip_g", "model.vision.image_size": size, "model.vision.freeze": frozen},
+        **{"model.connector.init": "bert-base-uncased", "model.connector.num_layers": 12, **tokens[arch[:6]]},
+    }
+
+
+def processors(dataset: str, **names: str) -> dict[str, Any]:
+    return {f"datasets.{dataset}.vis_processor.{role}.name": name for role, name in names.items()}
+
+
+def frames(dataset: str, *roles: str) -> dict[str, Any]:
+    names = {role: f"alpro_video_{role}" for role in roles}
+    counts = {f"datasets.{dataset}.vis_processor.{role}.n_frms": 4 for role in roles}
+    return {**processors(dataset, **names), **counts, "model.vision.precision": "fp32"}
+
+
+EVLGEN_OPT, VIDEO_OPT = model("evlgen_opt", 224), model("evlgen_video_opt", 224)
+IMAGES = processors("coco_caption", train="blip2_image_train", eval="blip_image_eval")
+OPT_PRETRAINING = {
+    **{**EVLGEN_OPT, **IMAGES, **batches(200, 100), **decoding(8, 30)},
+    **processors("laion115M", train="blip2_image_train"),
+    "run.train_dataset_ratios": {"laion115M": 15, "ccs14M": 4, "coco_caption": 1},
+    **schedule(1e-6, 1e-4, 1e-5, 5000, max_iters=250_000, iters_per_inner_epoch=5000),
+}
+CLIP_FINE_TUNING = {
+    **{**VIDEO_OPT, **batches(4, 4), **decoding(5, 20), "run.task": "video_captioning"},
+    **schedule(1e-8, 1e-5, 1e-6, 1000, max_iters=50_000, iters_per_inner_epoch=1000),
+}
+COCO_FINE_TUNING = {
+    **{**IMAGES, **batches(16, 8), **decoding(8, 30)},
+    **schedule(1e-8, 1e-5, 0, 1000, max_epoch=5),
+}
+BLIP2_COCO = {
+    **model("blip2_opt", 364, frozen=False, prompt="a photo of"),
+    "model.vision.grad_checkpoint": True,
+}
+ZERO_SHOT = {
+    **{**EVLGEN_OPT, **batches(None, 64), **decoding(1, 10)},
+    **{"run.prompt": "Question: {} Short answer:", "run.inference_method": "generate"},
+    "run.length_penalty": None,
+}
+EVLGEN_COCO = model("evlgen_opt", 224, prompt="a photo of")
+PUBLISHED = {
+    "evlgen/pretrain_opt2.7b": {**OPT_PRETRAINING, "model.language.name": "facebook/opt-2.7b"},
+    "evlgen/pretrain_opt6.7b": {**OPT_PRETRAINING, "model.language.name": "facebook/opt-6.7b"},
+    "evlgen/pretrain_vicuna7b": {
+        **{**model("evlgen_vicuna", 224), **IMAGES, **batches(20, 20), **decoding(8, 30)},
+        **{"model.language.name": "lmsys/vicuna-7b-v1.3", "model.max_output_txt_len": 32},
+        "run.train_dataset_ratios": {"ccs14M": 45, "coco_caption": 5},
+        **schedule(1e-6, 1e-4, 1e-5, 2000, max_iters=60_000, iters_per_inner_epoch=5000),
+    },
+    "evlgen_video/msrvtt_ft": {**CLIP_FINE_TUNING, **frames("msrvtt_caption", "train", "eval")},
+    "evlgen_video/msvd_ft": {**CLIP_FINE_TUNING, **frames("msvd_caption", "train", "eval")},
+    "evlgen_video/vatex_ft": {**CLIP_FINE_TUNING, **frames("vatex_caption", "train", "eval")},
+    "evlgen_video/msrvtt_eval": {
+        **{**VIDEO_OPT, **batches(None, 4), **decoding(5, 20), **frames("msrvtt_caption", "eval")},
+        "run.test_splits": ["test"],
+    },
+    "evlgen_video/msrvtt_qa_eval": {
+        **{**VIDEO_OPT, **batches(None, 4), **decoding(1, 10), **frames("msrvtt_qa", "eval")},
+        **{"run.task": "video_qa", "run.test_splits": ["test"]},
+    },
+    "evlgen/coco_ft": {**EVLGEN_COCO, **COCO_FINE_TUNING},
+    "evlgen/coco_eval": {**EVLGEN_COCO, **batches(None, 8), **decoding(8, 30), "run.test_splits": ["test"]},
+    "evlgen/nocaps_eval": {
+        **EVLGEN_COCO,
+        **batches(None, 16),
+        **decoding(10, 80),
+        "run.test_splits": ["val"],
+    },
+    "evlgen/vqav2_zeroshot_eval": {**ZERO_SHOT, "run.task": "vqa", "run.test_splits": ["val"]},
+    "evlgen/okvqa_zeroshot_eval": {
+        **{**ZERO_SHOT, "run.task": "vqa", "run.test_splits": ["test"]},
+        "run.apply_lemmatizer": True,
+    },
+    "evlgen/gqa_zeroshot_eval": {**ZERO_SHOT, "run.task": "gqa", "run.test_splits": ["testdev"]},
+    "blip2/caption_coco_ft": {**BLIP2_COCO, **COCO_FINE_TUNING},
+    "blip2/caption_coco_eval": {**BLIP2_COCO, **batches(None, 16), **decoding(8, 30)},
+    "blip2/pretrain_stage1": {
+        **{**IMAGES, **batches(100, 64), "model.vision.image_size": 224},
+        **schedule(1e-6, 1e-4, 1e-5, 5000, max_epoch=10),
+    },
+    "blip2/pretrain_stage2": {
+        **{**model("blip2_opt", 224), **IMAGES, **batches(64, 64)},
+        **schedule(1e-6, 1e-4, 1e-5, 2000, max_epoch=10),
+    },
+}
+
+
+@pytest.mark.parametrize("project", PUBLISHED)
+def test_a_project_has_the_published_settings(project):
+    cfg = Config.load(f"projects/{project}.yaml")
+    whole = {"model": cfg.model_plain(), "datasets": cfg.datasets_plain(), "run": vars(cfg.run)}
+    found = OmegaConf.create(whole)
+    wanted = PUBLISHED[project]
+    assert {key: plain(OmegaConf.select(found, key)) for key in wanted} == wanted
+
+
+def plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def test_every_project_of_a_published_setting_is_in_the_table():
+    own = {"evlgen/own_images"}
+    named = {p.removeprefix("projects/").removesuffix(".yaml") for p in PROJECTS}
+    assert {name for name in named if "shapes" not in name} == set(PUBLISHED) | own
 
 
 @pytest.mark.parametrize(("arch", "model_type"), TYPES)
