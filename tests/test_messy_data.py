@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -32,6 +33,9 @@ BAD = [
     ("cut.jpg", b"half of a picture", "damaged image"),
     ("0.png", b"caf\xe9", "not UTF-8"),
     ("0.png", b"", "empty caption"),
+    ("loop/1.png", b"in a folder that is a link to itself", "link to itself"),
+    ("bad.zip/1.png", b"in an archive that is none", "damaged archive"),
+    ("away/1.png", b"in a folder that is not there", "missing file"),
 ]
 
 
@@ -47,7 +51,9 @@ def folder(tmp_path_factory):
     for index in range(GOOD):
         Image.new("RGB", (40, 30), colour(index)).save(root / f"{index}.png")
     (root / "folder.jpg").mkdir()
-    os.symlink(root / "loop.jpg", root / "loop.jpg")
+    for name in ("loop.jpg", "loop"):
+        os.symlink(root / name, root / name)
+    (root / "bad.zip").write_bytes(b"no archive")
     (root / "bomb.png").write_bytes(_bomb(10_000, 10_000))
     (root / "empty.jpg").touch()
     (root / "text.jpg").write_text("no picture")
@@ -89,6 +95,7 @@ def project(folder, tiny_project):
         content.datasets = {
             "image_text": {
                 "annotations": {"train": table, "val": table},
+                "columns": {"id": "id"},
                 "vis_processor": {"train": {"name": "blip_image_eval"}},  # the whole picture, unchanged
             }
         }
@@ -126,7 +133,7 @@ def test_evaluation_skips_the_second_picture_of_an_id_too(project):
 
 
 def test_a_run_below_the_share_goes_on_and_counts_by_cause(project, caplog):
-    cfg = project(0.6)
+    cfg = project(0.55)  # 12 of 24 are broken, and one more where pictures of one id cannot be told apart
     with caplog.at_level("INFO"):
         run(cfg)
     folder = os.path.join(cfg.run.output_dir, "latest")
@@ -134,14 +141,15 @@ def test_a_run_below_the_share_goes_on_and_counts_by_cause(project, caplog):
     trained = [line for line in listed if line["iteration"] is not None]
     assert Counter(line["cause"] for line in trained) == Counter(cause for _, _, cause in BAD)
     assert all(line["reason"] and line["id"] for line in listed)
-    assert "9 of 20 training samples were skipped: " in caplog.text and "1 empty caption" in caplog.text
+    assert "12 of 24 training samples were skipped: " in caplog.text and "1 empty caption" in caplog.text
+    assert len(re.findall(r"3 of \d+ records will be skipped: ", caplog.text)) == 2  # once for each split
     evaluations = [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
     counted = next(e["skipped_by_cause"] for e in evaluations if e["type"] == "evaluation")
     assert counted["duplicate id"] == 1 and counted["too large"] == 1
 
 
 def test_a_run_above_the_share_stops_and_says_what_was_wrong(project):
-    with pytest.raises(TrainingError, match=r"could not be read \(.*1 missing file.*max_skipped_share"):
+    with pytest.raises(TrainingError, match=r"could not be read \(.*2 missing file.*max_skipped_share"):
         run(project(0.05))
 
 
@@ -152,6 +160,7 @@ def test_one_bad_caption_of_several_rows_costs_only_itself(project, folder, tmp_
     )
     cfg = project(1.0)
     cfg.datasets.image_text.annotations = {"train": str(tmp_path / "table.jsonl")}
+    cfg.datasets.image_text.columns = {}
     dataset = ready_builders(cfg)["image_text"].get_split("train")
     found = [
         s if isinstance(s, Skipped) else s["text_input"]
