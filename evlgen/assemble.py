@@ -291,7 +291,8 @@ def _choose_folder(cfg: Config, restarted: bool) -> Path:
             )
         if checkpoint.parent.name == "checkpoints":
             return _current(checkpoint.parent.parent)
-    return new_run_folder(parent)
+    is_beside_training = cfg.run.evaluate and bool(found_checkpoints(parent / "latest" / "checkpoints"))
+    return new_run_folder(parent, is_latest=not is_beside_training)
 
 
 def _current(folder: Path) -> Path:
@@ -305,9 +306,9 @@ def was_restarted() -> bool:
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
-def new_run_folder(parent: Path) -> Path:
-    """Makes ``parent/<date-time>`` and points ``parent/latest`` at it. Raises `TrainingError` when that
-    cannot be done."""
+def new_run_folder(parent: Path, is_latest: bool = True) -> Path:
+    """Makes ``parent/<date-time>`` and points ``parent/latest`` at it: but for an evaluation beside what was
+    trained, whose checkpoints stay the latest. Raises `TrainingError` when that cannot be done."""
     name = time.strftime("%Y%m%d-%H%M%S")
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -318,7 +319,8 @@ def new_run_folder(parent: Path) -> Path:
                 break
             except FileExistsError:
                 continue
-        point(parent / "latest", folder)
+        if is_latest:
+            point(parent / "latest", folder)
     except OSError as error:
         raise TrainingError(
             f"run.output_dir {parent} takes no files ({os.strerror(error.errno or 0)}). Name another folder."

@@ -41,14 +41,17 @@ def test_a_run_trains_validates_tests_and_keeps_what_it_should(tiny_project):
     assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
 
 
-def test_the_newest_checkpoint_is_evaluated_into_the_same_output_folder(tiny_project):
+def test_an_evaluation_beside_its_training_leaves_latest_at_what_was_trained(tiny_project):
     path = tiny_project(run={"max_epoch": 1})
     trained, _ = train(path)
-    latest = path.parent / "output" / "latest" / "checkpoints" / "latest"
-    folder, records = train(path, f"model.checkpoint={latest}", "run.evaluate=true", "run.test_splits=[test]")
-    assert folder != trained and [r["split"] for r in records] == ["test"]
-    checkpoint = OmegaConf.load(folder / "config.yaml").model.checkpoint
-    assert checkpoint.startswith(str(trained))
+    output = path.parent / "output"
+    options = ["run.evaluate=true", "run.test_splits=[test]"]
+    cfg = Config.load(path, [f"model.checkpoint={output / 'latest' / 'checkpoints' / 'latest'}", *options])
+    run(cfg)
+    assert cfg.model.checkpoint.startswith(str(trained)), "it is written down where it really is"
+    assert (output / "latest").resolve() == trained
+    (evaluated,) = (p for p in output.iterdir() if p.name != "latest" and p != trained)
+    assert (evaluated / "result" / "test" / "captions.json").is_file()
 
 
 def test_checkpoints_hold_what_is_trained_and_nothing_frozen(tiny_project):
