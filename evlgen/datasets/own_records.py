@@ -126,7 +126,12 @@ def find_columns(table: Table, columns: Columns, visual: str, key: str) -> Found
 
     Raises:
         ConfigError: a column that was named is not there, or none is known to hold pictures.
+        DataError: the table has no columns, since it has no rows.
     """
+    if not table.columns:
+        first = next(iter(table.rows(())), None)
+        why = f"{first.id}: {first.reason}" if isinstance(first, BadRecord) else "it is empty."
+        raise DataError(f"{table.path} has no row that names columns: {why}")
     given = {f.name: getattr(columns, f.name) for f in fields(columns) if getattr(columns, f.name)}
     for name, wanted in given.items():
         for column in _listed(wanted):
@@ -165,7 +170,7 @@ def read_records(
 
     Raises:
         ConfigError: see `find_columns`; there is no column of texts where they are needed.
-        DataError: the tables have no rows, or none that makes a record.
+        DataError: a table has no rows, or none of all makes a record.
     """
     records: list[Record | BadRecord] = []
     ids = _Ids(())

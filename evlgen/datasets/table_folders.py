@@ -42,7 +42,7 @@ def find_tables(path: Path) -> dict[str | None, Tables]:
     ``metadata.csv`` (or ``.jsonl``), once or in a folder for each split.
 
     Raises:
-        DataError: nothing is there, or several tables of which none is meant more than the others.
+        DataError: nothing is there, or several tables of a split of which none is meant more than the others.
     """
     if not os.path.isdir(path):
         return {None: Tables([path], path.parent)}
@@ -51,18 +51,13 @@ def find_tables(path: Path) -> dict[str | None, Tables]:
     if (path / "state.json").is_file():
         return {None: _saved(path)}
     found = _by_split(path, [*_tables_of(path), *_tables_of(path / "data")])
-    found = found or {
-        split: Tables(files, folder)
-        for name, split in _SPLITS.items()
-        for folder in (path / name, path / "data" / name)
-        if (files := _tables_of(folder))
-    }
+    found = found or _by_folder(path)
     if not found:
         raise DataError(
             f"{path} holds no table ({', '.join(SUFFIXES)}) and is no Hugging Face dataset folder."
         )
-    for tables in found.values():
-        _check_one(path, tables.files)
+    for split, tables in found.items():
+        _check_one(path, split, tables.files)
     return found
 
 
@@ -74,6 +69,15 @@ def _by_split(folder: Path, files: Iterable[Path]) -> dict[str | None, Tables]:
         found.setdefault(split, Tables([], folder)).files.append(file)
     if len(found) > 1:
         found.pop(None, None)  # a README's table, a list of answers
+    return found
+
+
+def _by_folder(path: Path) -> dict[str | None, Tables]:
+    found: dict[str | None, Tables] = {}
+    for name, split in _SPLITS.items():
+        for folder in (path / name, path / "data" / name):
+            if files := _tables_of(folder):
+                found.setdefault(split, Tables([], folder)).files.extend(files)
     return found
 
 
@@ -98,7 +102,10 @@ def _named_in(file: Path, key: str) -> list:
     return content[key]
 
 
-def _check_one(folder: Path, files: list[Path]) -> None:
-    if len(files) > 1 and not all(file.suffix.lower() in _ONE_DATASET for file in files):
-        names = ", ".join(file.name for file in files[:8])
-        raise DataError(f"{folder} holds several tables ({names}): name the one that is meant.")
+def _check_one(folder: Path, split: str | None, files: list[Path]) -> None:
+    """Several files are one table where they are shards: of one format that has shards, in one folder."""
+    kinds = {(file.parent, file.suffix.lower()) for file in files}
+    if len(files) > 1 and (len(kinds) > 1 or files[0].suffix.lower() not in _ONE_DATASET):
+        names = ", ".join(str(file.relative_to(folder)) for file in files[:8])
+        of_split = f" of the split '{split}'" if split else ""
+        raise DataError(f"{folder} holds several tables{of_split} ({names}): name the one that is meant.")

@@ -419,6 +419,24 @@ def test_own_clips_are_read_by_the_same_yaml(shared, folder):
     assert [s["text_input"] for s in found] == ["clip 0", "clip 1"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("a.csv", "", "it is empty"),
+        ("a.csv", "image,caption\n", "there are no rows"),
+        ("a.json", " \n", "is empty"),
+        ("a.json", "[]", "it is empty"),
+        ("a.jsonl", "", "it is empty"),
+        ("a.jsonl", "\n", "it is empty"),
+        ("a.jsonl", "not json\n", "line 1 of a.jsonl: it is not JSON"),
+    ],
+)
+def test_tables_without_rows_are_said_to_be_empty(folder, name, content, why):
+    Path(name).write_text(content)
+    with pytest.raises(DataError, match=rf"{folder}/{name}.*{why}"):
+        builder(annotations={"train": name}).get_split("train")
+
+
 def test_names_inside_the_root_come_without_it(folder):
     write_csv("a.csv", [{"image": f"{folder}/a.png", "caption": "x"}, {"image": "./a.png", "caption": "y"}])
     table = open_table(folder / "a.csv")

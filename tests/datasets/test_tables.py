@@ -204,6 +204,16 @@ def test_what_save_to_disk_writes_is_read_in_its_order(tmp_path):
 def test_folders_that_leave_it_open_say_so(tmp_path):
     with pytest.raises(DataError, match=r"holds several tables \(a\.csv, b\.csv\): name the one"):
         find_tables(files(tmp_path / "a", "a.csv", "b.csv"))
+    twice = files(tmp_path / "c", "train.parquet", "data/train-0.parquet", "data/train-1.parquet")
+    message = (
+        r"several tables of the split 'train' \(train\.parquet, data/train-0\.parquet, data/train-1.*\):"
+    )
+    with pytest.raises(DataError, match=message):
+        find_tables(twice)
+    with pytest.raises(DataError, match=r"of the split 'val' \(val/a\.parquet, validation/a\.parquet\)"):
+        find_tables(files(tmp_path / "d", "val/a.parquet", "validation/a.parquet"))
+    with pytest.raises(DataError, match=r"of the split 'train' \(train\.arrow, train\.parquet\)"):
+        find_tables(files(tmp_path / "e", "train.parquet", "train.arrow"))
     with pytest.raises(DataError, match=r"holds no table \(\.csv.*and is no Hugging Face dataset folder"):
         find_tables(files(tmp_path / "b", "README.md"))
     (tmp_path / "b" / "state.json").write_text("{}")
