@@ -273,7 +273,9 @@ def _delimiter(lines: Sequence[str]) -> str:
 
 
 class _Lines:
-    """Lines that can be given back, with the number of the one last taken."""
+    """Lines that can be given back, with the number of the one last taken. Python's limit on the length of a
+    field, by which a quote that never ends is found, is raised for lines that are longer; see `_next_fields`.
+    """
 
     def __init__(self, lines: Iterator[str]) -> None:
         self._lines = lines
@@ -285,9 +287,11 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        self.taken.append(self._returned.pop() if self._returned else next(self._lines))
+        line = self._returned.pop() if self._returned else next(self._lines)
+        csv.field_size_limit(max(csv.field_size_limit(), len(line)))
+        self.taken.append(line)
         self.number += 1
-        return self.taken[-1]
+        return line
 
     def keep_first(self) -> None:
         """Gives back what was taken, but for the first line."""
@@ -304,7 +308,7 @@ def _records(lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[s
         source.taken.clear()
         start = source.number + 1
         try:
-            fields = next(reader)
+            fields = _next_fields(reader)
         except StopIteration:
             return
         except csv.Error as error:
@@ -317,6 +321,15 @@ def _records(lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[s
             elif fields:
                 width = width or len(fields)  # the header's
                 yield start, fields
+
+
+def _next_fields(reader: Iterator[list[str]]) -> list[str]:
+    """The next of a csv reader, after which the limit of all csv readers is as it was."""
+    before = csv.field_size_limit()
+    try:
+        return next(reader)
+    finally:
+        csv.field_size_limit(before)
 
 
 def _plain_fields(lines: Sequence[str], delimiter: str) -> list[str] | None:

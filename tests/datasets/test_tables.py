@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -73,6 +74,16 @@ def test_a_quote_that_never_ends_costs_its_own_line_only(tmp_path):
     assert found == [("line 2 of a.csv", "bad quotes"), ["2.jpg", "fine"], ["3.jpg", "x"]]
     found = rows(tmp_path / "b.csv", 'image,caption\n1.jpg,x\n2.jpg,"open\n3.jpg,y\n4.jpg,z\n')
     assert found == [["1.jpg", "x"], ("line 3 of b.csv", "bad quotes"), ["3.jpg", "y"], ["4.jpg", "z"]]
+
+
+def test_texts_may_be_longer_than_pythons_limit_for_fields(tmp_path):
+    limit = csv.field_size_limit()
+    long = "red, " * (limit // 4)
+    found = rows(
+        tmp_path / "a.csv", f'image,caption\n1.jpg,"{long}"\n2.jpg,"never ends\n3.jpg,x\n4.jpg,"y"\n'
+    )
+    assert found == [["1.jpg", long], ("line 3 of a.csv", "bad quotes"), ["3.jpg", "x"], ["4.jpg", "y"]]
+    assert csv.field_size_limit() == limit
 
 
 def test_a_quote_that_ends_in_a_later_row_swallows_no_rows(tmp_path):
