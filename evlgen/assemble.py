@@ -234,6 +234,7 @@ def check_nothing_missing(cfg: Config, builders: dict[str, Any]) -> None:
 
 def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str, Dataset]]:
     """Dataset name -> split -> dataset, of the splits the run touches."""
+    from evlgen.datasets.overlap import tell_of_overlap
     from evlgen.runners.mixed_plan import known_length
 
     datasets = {
@@ -244,6 +245,9 @@ def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str,
         for split, dataset in splits.items():
             count = known_length(dataset)
             logger.info("%s/%s: %s samples", name, split, "an unknown number of" if count is None else count)
+        if not cfg.run.evaluate:
+            scored = [*cfg.run.valid_splits, *cfg.run.test_splits]
+            tell_of_overlap(name, splits, cfg.run.train_splits, scored)
     return datasets
 
 

@@ -365,7 +365,7 @@ def test_samples_without_answers_are_named(model, questions):
 
 @pytest.mark.parametrize("train_answers", ["sample", "all"])
 def test_a_project_trains_on_real_questions_and_ranks_their_answers(
-    shared, write_project, tmp_path, monkeypatch, train_answers
+    shared, write_project, tmp_path, monkeypatch, caplog, train_answers
 ):
     monkeypatch.setattr(question_answering, "caption_sheet", caption_sheet)
     monkeypatch.setenv("EVLGEN_CACHE", str(shared / "data" / "lavis_cache"))
@@ -381,6 +381,7 @@ def test_a_project_trains_on_real_questions_and_ranks_their_answers(
     project.datasets = {"coco_vqa": {"train_answers": train_answers}}
     OmegaConf.save(project, path)
     run_project(Config.load(path))
+    assert "files of split 'val' are trained on too" in caplog.text  # as LAVIS trains on VQAv2
     (folder,) = (tmp_path / "output" / "latest" / "result").glob("val*")
     listed = json.loads((shared / "data/lavis_cache/coco/annotations/answer_list.json").read_text())
     assert {row["answer"] for row in written(folder, "answers.json")} <= set(listed)

@@ -1,0 +1,46 @@
+"""Pictures that are learned from and scored too: their scores are no measure of new ones."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from evlgen.datasets.base_dataset import MediaDataset
+from evlgen.datasets.records import good
+
+logger = logging.getLogger(__name__)
+
+
+def tell_of_overlap(
+    name: str, splits: Mapping[str, Any], learned: Collection[str], scored: Collection[str]
+) -> None:
+    """Warns of each scored split that has pictures or clips which are learned from. They are compared by
+    their paths; what is streamed or drawn is not looked at.
+
+    Args:
+        name: of the dataset.
+        splits: its datasets by split.
+        learned, scored: names of splits, some of which it may lack.
+    """
+    with_files = {split: data for split, data in splits.items() if isinstance(data, MediaDataset)}
+    files = {split: set(_paths(data)) for split, data in with_files.items() if split in scored}
+    shared: dict[str, set[str]] = {split: set() for split in files}
+    for split in with_files.keys() & set(learned) if files else ():
+        for path in _paths(with_files[split]):
+            for other in files:
+                if path in files[other]:
+                    shared[other].add(path)
+    for split, found in shared.items():
+        if found:
+            logger.warning(
+                "%s: %d of the %d files of split '%s' are trained on too: its scores say little about new "
+                "ones. Keep them out of training, or score another split",
+                *(name, len(found), len(files[split]), split),
+            )
+
+
+def _paths(dataset: MediaDataset) -> Iterator[str]:
+    root = dataset.media.root
+    return (os.path.join(root, record["visual"]) for record in good(dataset.records))

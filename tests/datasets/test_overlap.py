@@ -1,0 +1,43 @@
+"""Splits that have pictures in common."""
+
+from __future__ import annotations
+
+import pytest
+
+from evlgen.datasets.base_dataset import BadRecord, BaseDataset, MediaDataset
+from evlgen.datasets.media import ImageFiles
+from evlgen.datasets.overlap import tell_of_overlap
+
+
+def pictures(*names: str, root: str = "root") -> MediaDataset:
+    return MediaDataset([{"visual": name} for name in names], ImageFiles(root), None)
+
+
+def test_files_of_a_scored_split_that_are_learned_from_are_told(caplog) -> None:
+    splits = {
+        "train": pictures("a", "a", "b", "/elsewhere/c"),
+        "more": pictures("b", "d"),
+        "val": pictures("b", "d", "e", "e"),
+        "test": pictures("c", root="/elsewhere"),
+    }
+    splits["val"].records.append(BadRecord("b", "of no use"))
+    tell_of_overlap("mine", splits, ["train", "more", "of another dataset"], ["val", "test"])
+    assert [record.getMessage().partition(" are ")[0] for record in caplog.records] == [
+        "mine: 2 of the 3 files of split 'val'",
+        "mine: 1 of the 1 files of split 'test'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        (pictures("a"), pictures("b")),
+        (pictures("a"), pictures("a", root="other")),  # each split has a folder of its own
+        (BaseDataset([1]), pictures("a")),
+        (pictures("a"), BaseDataset([1])),
+    ],
+)
+def test_splits_without_common_files_are_not(caplog, train, val) -> None:
+    tell_of_overlap("mine", {"train": train, "val": val}, ["train"], ["val"])
+    tell_of_overlap("mine", {"train": train, "val": train}, [], ["train"])
+    assert not caplog.records
