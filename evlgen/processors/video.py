@@ -4,7 +4,8 @@ Names, steps and defaults are those of LAVIS (`lavis/processors/alpro_processors
 `load_video` in `lavis/datasets/data_utils.py`), with these differences:
 
 - A clip of fewer frames than ``n_frms`` gives some of them more than once, and an odd ``n_frms`` gives that
-  many: all samples have one shape. (LAVIS gives fewer, which cannot be batched.)
+  many, a single one being any of the clip's: all samples have one shape. (LAVIS gives fewer, which cannot be
+  batched.)
 - In training the random part is cut from the frame as it was decoded and resized once. LAVIS resizes the
   frame to the final size, and the part of it again.
 - Random choices come from torch's global generator only, so seeding it repeats them.
@@ -92,9 +93,9 @@ class AlproVideoEvalProcessor(VideoProcessor):
 
 @registry.register_processor("alpro_video_train")
 class AlproVideoTrainProcessor(VideoProcessor):
-    """Random frames, one half of them from each half of the clip; of all of them the same random part
-    (``min_scale`` to ``max_scale`` of the area), mirrored half of the time, with the same two of BLIP's
-    RandAugment operations."""
+    """Random frames, one half of them from each half of the clip (a single one from all of it); of all of
+    them the same random part (``min_scale`` to ``max_scale`` of the area), mirrored half of the time, with the
+    same two of BLIP's RandAugment operations."""
 
     def __init__(
         self,
@@ -136,7 +137,10 @@ class AlproVideoTrainProcessor(VideoProcessor):
 
 def head_and_tail(count: int, wanted: int) -> list[int]:
     """``wanted`` random ones of ``count`` positions, ascending: half of them, rounded down, out of the first
-    half and the others out of the second. A half with too few gives them evenly, some more than once."""
+    half and the others out of the second; a single one out of both. A half with too few gives them evenly,
+    some more than once."""
+    if wanted == 1:
+        return _drawn(0, count, 1)
     half = count // 2
     head = wanted // 2 if half else 0
     return _drawn(0, half, head) + _drawn(half, count, wanted - head)
