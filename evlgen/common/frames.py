@@ -10,19 +10,16 @@ from pathlib import Path
 from PIL import Image
 
 from evlgen.common.errors import DataError
-from evlgen.common.images import open_image
+from evlgen.common.images import PICTURE_SUFFIXES, open_image
 from evlgen.common.io import resolve
-from evlgen.common.video import Video, spread
+from evlgen.common.video import VIDEO_SUFFIXES, Video, spread
 
 logger = logging.getLogger(__name__)
-
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv"}
 
 
 def find_files(paths: Sequence[str], clips: bool) -> list[str]:
     """The paths, and in the place of a folder the pictures in it, by name; its videos too where ``clips``."""
-    suffixes = PICTURE_SUFFIXES | VIDEO_SUFFIXES if clips else PICTURE_SUFFIXES
+    suffixes = (*PICTURE_SUFFIXES, *VIDEO_SUFFIXES) if clips else PICTURE_SUFFIXES
     found: list[str] = []
     for path in paths:
         if os.path.isdir(path):

@@ -33,6 +33,11 @@ _UPRIGHT = {
 # The formats pictures come in. Pillow knows more, some of which start other programs (EPS) or have decoders
 # that nobody looks after.
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+#: How files of these are called; where a sample has several, the first is taken.
+PICTURE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".avif", ".jp2", ".ppm", ".ico", ".tga"),
+)
 _DEEP_MODES = ("I", "F")  # and every "I;16..."
 # What Pillow's decoders raise on damaged bytes besides OSError; they have no common base class.
 _DECODER_ERRORS = (

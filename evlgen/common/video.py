@@ -1,13 +1,20 @@
 """Reading videos: a file becomes upright RGB frames, of which only the wanted ones leave the decoder.
 
-Two libraries decode, and give the same frames, bit for bit: frames are numbered in the order they are shown,
-converted to RGB at their own size, and resized one by one with Pillow. They differ in how they get there:
+Two libraries decode, and give the same frames: numbered in the order they are shown, converted to RGB at
+their own size, and resized one by one with Pillow. Video of 8 bits with an even height, which is nearly all
+there is, comes out the same bit for bit. Where the height is odd (4:2:0) or colours have more bits (4:2:0,
+4:2:2), the ffmpegs inside them interpolate colours differently: in MSR-VTT clips re-encoded so, values of
+0 to 255 differed by 0.6 on average, 99 of 100 by at most 6 and single ones by 36. They get to a frame in two
+ways:
 
 - PyAV (``pip install "evlgen[pyav]"``) seeks to the key frame before a wanted frame and knows by the frames'
   times where it is; files without such times (AVI, MPEG programme streams) are read from their start.
 - decord, which comes with this package, reads on from the first frame and drops what is not wanted. Its own
   seeking is not used: decord 0.6.0 lands up to 110 frames off in AVI, MPEG, WMV and HEVC files and in H.264
-  with open groups of pictures. For clips of seconds that costs little. It reads no AV1.
+  with open groups of pictures. For clips of seconds that costs little. It reads no AV1, and of MPEG transport
+  streams the wrong frames, which is why they are refused.
+
+Of a damaged file both give what they can decode, numbered as it comes, and refuse what lies behind its end.
 """
 
 from __future__ import annotations
@@ -27,6 +34,11 @@ from evlgen.common.io import resolve
 Reader = Literal["auto", "decord", "pyav"]
 Box = tuple[float, float, float, float]  # left, top, right, bottom, as shares of a frame's width and height
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+#: How video files are called; where a sample has several, the first is taken. A GIF is a picture, too.
+VIDEO_SUFFIXES = (
+    *(".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp"),
+    *(".ts", ".mts", ".m2ts"),
+)
 
 
 class Clip:

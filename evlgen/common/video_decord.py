@@ -8,8 +8,12 @@ from collections.abc import Iterator, Sequence
 import decord
 import numpy as np
 
+from evlgen.common.errors import DataError
+
 decord.logging.set_level(decord.logging.QUIET)  # else ffmpeg writes every trouble to stderr
 
+_NONE = 1e-9  # the share of frames that decord may make up from their neighbours; it takes 0 for any
+_PACKETS = (188, 192, 204)  # bytes of an MPEG transport stream's packets: plain, with times, with check sums
 _DAY = 24 * 3600  # seconds; a time that is missing shows as millions of years before the start
 
 
@@ -24,7 +28,13 @@ class File:
     ERRORS = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, StopIteration)
 
     def __init__(self, file: str) -> None:
-        self._reader = decord.VideoReader(file, num_threads=1)
+        if _is_transport_stream(file):
+            raise DataError(
+                f"cannot read video {file}: decord finds wrong frames in MPEG transport streams. PyAV reads "
+                'them: pip install "evlgen[pyav]", and take the reader auto or pyav.',
+                "not a video",
+            )
+        self._reader = decord.VideoReader(file, num_threads=1, fault_tol=_NONE)
         self._keys = self._reader.get_key_indices()
         self.num_frames = len(self._reader)
         times = self._reader.get_frame_timestamp(range(self.num_frames))[:, 0]  # seconds
@@ -55,3 +65,11 @@ class File:
 
     def close(self) -> None:
         self._reader = None
+
+
+def _is_transport_stream(file: str) -> bool:
+    """Whether packets of one size begin with 0x47, each of them (ISO/IEC 13818-1, 2.4.3.2)."""
+    with open(file, "rb") as opened:
+        start = opened.read(4096)
+    columns = (start[first::size] for size in _PACKETS for first in range(min(size, len(start))))
+    return any(len(column) > 4 and set(column) == {0x47} for column in columns)

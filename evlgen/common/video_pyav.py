@@ -76,9 +76,9 @@ class File:
 
 def _opened(file: str) -> av.container.InputContainer:
     container = av.open(file, metadata_errors="ignore")
-    if not container.streams.video:
+    if not container.streams.video or container.streams.video[0].codec_context is None:
         container.close()
-        raise av.InvalidDataError(0, "no video stream", file)
+        raise av.InvalidDataError(0, "no video stream, or of a codec that is not known", file)
     container.streams.video[0].codec_context.thread_count = 1  # the loader has a process for each core
     return container
 

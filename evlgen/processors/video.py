@@ -94,8 +94,8 @@ class AlproVideoEvalProcessor(VideoProcessor):
 @registry.register_processor("alpro_video_train")
 class AlproVideoTrainProcessor(VideoProcessor):
     """Random frames, one half of them from each half of the clip (a single one from all of it); of all of
-    them the same random part (``min_scale`` to ``max_scale`` of the area), mirrored half of the time, with the
-    same two of BLIP's RandAugment operations."""
+    them the same random part (``min_scale`` to ``max_scale`` of the area), mirrored half of the time, with
+    the same two of BLIP's RandAugment operations."""
 
     def __init__(
         self,

@@ -45,20 +45,26 @@ def number_of(frame: np.ndarray) -> int:
     return sum(int(frame[frame.shape[0] // 2, int(x)].mean() > 130) << bit for bit, x in enumerate(middles))
 
 
+def encode(path, codec, frames, reordered=0, colours="yuv420p", **options):
+    """Writes a clip with a key frame every ten."""
+    with av.open(path, "w", options=options) as file:
+        quiet = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+        stream = file.add_stream(codec, rate=25, options=quiet)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt, stream.gop_size, stream.codec_context.max_b_frames = colours, 10, reordered
+        for i, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts = i
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Clips of 100 numbered frames with a key frame every ten."""
+    """Clips of 100 numbered frames."""
     folder = tmp_path_factory.mktemp("clips")
     for name, (codec, reordered) in CONTAINERS.items():
-        with av.open(folder / name, "w") as file:
-            stream = file.add_stream(codec, rate=25)
-            stream.width, stream.height, stream.pix_fmt = 16 * BITS, 48, "yuv420p"
-            stream.gop_size, stream.codec_context.max_b_frames = 10, reordered
-            for i in range(100):
-                frame = av.VideoFrame.from_ndarray(numbered(i), format="rgb24")
-                frame.pts = i
-                file.mux(stream.encode(frame))
-            file.mux(stream.encode())
+        encode(folder / name, codec, [numbered(i) for i in range(100)], reordered)
     return folder
 
 
@@ -82,6 +88,52 @@ def test_the_frames_asked_for_are_read_whatever_the_container(made, name, reader
     assert len(clip) == 100
     assert [number_of(frame) for frame in clip.read(wanted)] == wanted
     assert [number_of(frame) for frame in clip.read(wanted)] == wanted  # opens the file again
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_of_a_damaged_file_frames_are_read_and_none_is_made_up(made, tmp_path, reader):
+    content = bytearray((made / "clip.avi").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 400] = b"\xff" * 400
+    (tmp_path / "damaged.avi").write_bytes(content)
+    clip = Video(tmp_path / "damaged.avi", reader)
+    assert [number_of(frame) for frame in clip.read([0, 9])] == [0, 9]
+    with pytest.raises(DataError, match="it is damaged") as error:
+        clip.read([len(clip) - 1])  # fewer can be decoded
+    assert error.value.cause == "damaged video"
+
+
+@pytest.mark.parametrize("packets", ["0", "1"], ids=["188 bytes", "192 bytes"])
+def test_transport_streams_are_read_by_pyav_and_refused_by_decord_which_finds_wrong_frames(tmp_path, packets):
+    pytest.importorskip("decord")
+    path = tmp_path / "clip.ts"
+    encode(path, "mpeg2video", [numbered(i) for i in range(20)], reordered=2, mpegts_m2ts_mode=packets)
+    assert [number_of(frame) for frame in Video(path, "pyav").read([1, 8, 19])] == [1, 8, 19]
+    with pytest.raises(DataError, match=r"clip\.ts: decord finds wrong frames.*evlgen\[pyav\]"):
+        Video(path, "decord").read([1])
+
+
+@pytest.mark.parametrize(
+    ("codec", "colours", "size", "mean", "most"),
+    [
+        ("mpeg4", "yuv420p", (48, 63), 0, 0),
+        ("mpeg4", "yuv420p", (47, 64), 1.5, 12),
+        ("mpeg4", "yuv420p", (47, 63), 1.5, 12),
+        ("libx265", "yuv420p10le", (48, 64), 1.5, 12),
+    ],
+    ids=str,
+)
+def test_the_readers_differ_by_little_where_the_height_is_odd_or_colours_have_ten_bits_and_else_not_at_all(
+    tmp_path, codec, colours, size, mean, most
+):
+    pytest.importorskip("decord")
+    path = tmp_path / "clip.mkv"
+    rows, columns = np.indices(size)
+    ramp = np.stack([rows * 2 + 20, columns * 2 + 20, 200 - rows - columns], 2).astype(np.uint8)
+    encode(path, codec, [ramp, ramp[::-1]], colours=colours)
+    one, other = (Video(path, reader).read([0, 1]).astype(int) for reader in ("decord", "pyav"))
+    assert one.shape == other.shape == (2, *size, 3) and one.std() > 30
+    assert abs(one - other).mean() <= mean and abs(one - other).max() <= most
 
 
 def test_pyav_decodes_from_the_key_frame_before_a_frame_and_not_from_the_start(made, monkeypatch):
@@ -137,6 +189,7 @@ def test_what_is_no_video_is_named_with_its_cause(shared, tmp_path, sound_only, 
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "folder.mp4").mkdir()
     os.mkfifo(tmp_path / "pipe.mp4")
+    encode(tmp_path / "codec.mpg", "libvpx", [numbered(1)])  # for which MPEG streams have no name
     (tmp_path / "loop.mp4").symlink_to(tmp_path / "loop.mp4")
     causes = {
         tmp_path / "none.mp4": "missing file",
@@ -146,6 +199,7 @@ def test_what_is_no_video_is_named_with_its_cause(shared, tmp_path, sound_only, 
         tmp_path / "empty.mp4": "empty file",
         tmp_path / "text.mp4": "not a video",
         sound_only: "not a video",
+        tmp_path / "codec.mpg": "not a video",
         shared / "data/broken/corrupted.mp4": "damaged video",
     }
     found = {}
