@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from evlgen.commands.arguments import add_run_arguments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from evlgen.common.config import Config
+    from evlgen.datasets.base_builder import BaseDatasetBuilder
+    from evlgen.datasets.checking import SplitReport
+    from evlgen.models.text_lengths import TextLength, TextLengths, WordLengths
+    from evlgen.tasks.base_task import BaseTask
 
 HELP = "read every sample of a project's datasets: counts, what is broken, text lengths, contact sheets"
 
@@ -27,36 +35,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import json
-    import os
-    from pathlib import Path
-
     from evlgen.assemble import ready_builders
     from evlgen.common.config import Config
     from evlgen.common.io import write_atomically
-    from evlgen.datasets.checking import check_split, find_shared, told, write_sheet, write_skipped
-    from evlgen.datasets.stream import StreamDataset
+    from evlgen.datasets.checking import find_shared, told, write_skipped
 
     cfg = Config.load(args.cfg_path, args.options, args.plugins)
     builders = ready_builders(cfg)
     folder = Path(os.path.expanduser(args.to or os.path.join(cfg.run.output_dir, "check")))
     workers = cfg.run.num_workers if args.num_workers is None else args.num_workers
-    count_tokens, unit = _counter(cfg)
-    limits = _limits(cfg) if unit == "tokens" else {}
+    lengths, task = _lengths(cfg), _task(cfg)
     reports = []
     for name, split in _wanted(builders, args.splits):
-        dataset = builders[name].get_split(split)
-        if isinstance(dataset, StreamDataset):
-            dataset = dataset.listed()
-        report = check_split(f"{name}/{split}", dataset, count_tokens, workers, cfg.run.seed)
+        measure = partial(_measured, lengths, task, split)
+        report, sheet = _look_at(builders[name], split, measure, workers, cfg.run.seed, folder)
         reports.append(report)
-        print("\n".join(told(report, limits, unit)), flush=True)
-        if write_sheet(report, dataset, sheet := folder / f"{name}_{split}.png"):
+        print("\n".join(told(report, lengths.limits, lengths.UNIT)), flush=True)
+        if sheet is not None:
             print(f"  some of them: {sheet}", flush=True)
     for line in find_shared(reports):
         print(line)
     write_skipped(reports, folder / "skipped.jsonl")
-    content = {report.name: report.to_json(limits, unit) for report in reports}
+    content = {report.name: report.to_json(lengths.limits, lengths.UNIT) for report in reports}
     write_atomically(folder / "report.json", json.dumps(content, indent=1))
     print(f"report: {folder / 'report.json'}; broken samples: {folder / 'skipped.jsonl'}")
     too_many = [r for r in reports if len(r.skipped) > cfg.run.max_skipped_share * r.num_samples]
@@ -66,7 +66,28 @@ def run(args: argparse.Namespace) -> int:
             f"{report.name}: {share:.1%} are broken, more than run.max_skipped_share "
             f"({cfg.run.max_skipped_share:.1%}) allows: a run would stop"
         )
-    return 1 if too_many else 0
+    return 1 if too_many or any(report.error is not None for report in reports) else 0
+
+
+def _look_at(
+    builder: BaseDatasetBuilder, split: str, measure: Callable, num_workers: int, seed: int, folder: Path
+) -> tuple[SplitReport, Path | None]:
+    """The report of a split, and its contact sheet where there is one. What keeps the split from being read
+    is noted in the report."""
+    from evlgen.common.errors import EVLGenError
+    from evlgen.datasets.checking import SplitReport, check_split, write_sheet
+    from evlgen.datasets.stream import StreamDataset
+
+    name = f"{builder.name}/{split}"
+    try:
+        dataset = builder.get_split(split)
+        if isinstance(dataset, StreamDataset):
+            dataset = dataset.listed()
+        report = check_split(name, dataset, measure, num_workers, seed)
+        sheet = folder / f"{builder.name}_{split}.png"
+        return report, sheet if write_sheet(report, dataset, sheet) else None
+    except EVLGenError as error:
+        return SplitReport(name, 0, error=str(error)), None
 
 
 def _wanted(builders: dict, splits: list[str] | None) -> list[tuple[str, str]]:
@@ -101,23 +122,39 @@ def _wanted(builders: dict, splits: list[str] | None) -> list[tuple[str, str]]:
     return wanted
 
 
-def _counter(cfg: Config) -> tuple[Callable[[str], int], str]:
-    """How texts are measured: in tokens of the language model where its tokenizer is here, else in words."""
-    from evlgen.common.hub import missing_model
-    from evlgen.models.language.loading import find_folder, read_tokenizer
+def _task(cfg: Config) -> BaseTask:
+    """The run's task, which puts prompts around texts. It scores nothing here."""
+    import dataclasses
 
-    text = cfg.model.get("text") or {}
-    name = (cfg.model.get("language") or {}).get("name") or text.get("tokenizer")
-    if not name or missing_model(name):
-        print(f"texts are counted in words: the tokenizer of {name} is not on this machine")
-        return lambda text: len(text.split()), "words"
-    tokenizer = read_tokenizer(name, find_folder(name))
-    return lambda text: len(tokenizer(text).input_ids), "tokens"
+    from evlgen.common.registry import registry
+
+    run = dataclasses.replace(cfg.run, apply_lemmatizer=False)
+    return registry.get_task_class(run.task)(run)
 
 
-def _limits(cfg: Config) -> dict[str, int]:
-    """How many tokens of each text of a sample the model reads."""
-    read = cfg.model.get("max_txt_len")
-    learned = cfg.model.get("max_output_txt_len") or read
-    limits = {"text_input": read, "text_output": learned}
-    return {key: limit for key, limit in limits.items() if limit is not None}
+def _lengths(cfg: Config) -> TextLengths | WordLengths:
+    """What measures texts: the model's tokenizer with the model's limits where it is here, else in words."""
+    from evlgen.common.registry import registry
+    from evlgen.common.schema import build_dataclass
+    from evlgen.models.text_lengths import WordLengths
+
+    model_class = registry.get_model_class(cfg.model.arch)
+    found = model_class.text_lengths(build_dataclass(model_class.CONFIG, cfg.model_plain(), path="model"))
+    if found is None:
+        print("texts are counted in words: the model's tokenizer is not on this machine")
+    return found or WordLengths()
+
+
+def _measured(
+    lengths: TextLengths | WordLengths, task: BaseTask, split: str, texts: Mapping[str, Any]
+) -> Sequence[TextLength]:
+    """How long a sample's texts are as the task gives them to the model."""
+    from evlgen.datasets.base_builder import role_of
+
+    if "text_input" not in texts:
+        return []
+    batch = {key: [value] for key, value in texts.items()}
+    if role_of(split) == "train":
+        batch = task.to_learn(batch)
+        return lengths.learned(batch["text_input"], batch.get("text_output"))
+    return lengths.asked(task.to_ask(batch))

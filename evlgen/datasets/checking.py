@@ -17,17 +17,19 @@ from tqdm import tqdm
 from evlgen.common.errors import DataError
 from evlgen.common.io import atomic_file
 from evlgen.datasets.base_dataset import BadRecord, BaseDataset, Skipped
+from evlgen.models.text_lengths import TextLength
 from evlgen.runners.data import eval_loader, evenly_spread, seeded
 
 SHOWN = 16  # pictures on a contact sheet
 TEXT_KEYS = ("text_input", "text_output")
+_MEASURED_KEYS = (*TEXT_KEYS, "answers", "weights", "choices", "ocr_tokens")  # what texts are made of
 
 
 class _Walked(NamedTuple):
     """What a walk keeps of a sample that could be read."""
 
     index: int
-    texts: dict[str, str]  # by key of the sample
+    texts: dict[str, Any]  # by key of the sample
 
 
 @dataclass
@@ -40,7 +42,8 @@ class SplitReport:
         num_visuals: distinct pictures or clips among them; None where the dataset does not tell.
         num_references: texts to score against, of all pictures or questions.
         skipped: the broken samples.
-        token_counts: of each text that is read or learned, by the sample's key.
+        lengths: of each text, as the model is given it.
+        error: why the split could not be looked at, or not to its end; None otherwise.
         shared: pictures or clips that are in another checked split too, by that split's name.
     """
 
@@ -49,7 +52,8 @@ class SplitReport:
     num_visuals: int | None = None
     num_references: int = 0
     skipped: list[Skipped] = field(default_factory=list)
-    token_counts: dict[str, list[int]] = field(default_factory=dict)
+    lengths: list[TextLength] = field(default_factory=list)
+    error: str | None = None
     shared: dict[str, int] = field(default_factory=dict)
     visuals: set[Hashable] = field(default_factory=set, repr=False)
     readable: list[int] = field(default_factory=list, repr=False)
@@ -59,31 +63,56 @@ class SplitReport:
         """How many samples are broken, by cause."""
         return Counter(sample.cause for sample in self.skipped)
 
+    @property
+    def counts(self) -> dict[str, list[int]]:
+        """How long texts are: what is read before, and what is learned; where there is any."""
+        counts = {key: [getattr(length, key) for length in self.lengths] for key in ("read", "learned")}
+        return {key: found for key, found in counts.items() if any(found)}
+
+    @property
+    def num_cut(self) -> int:
+        """Texts of which the model's limits cut something off."""
+        return sum(length.is_cut for length in self.lengths)
+
+    @property
+    def num_lost(self) -> int:
+        """Texts of which those limits leave nothing to learn."""
+        return sum(length.is_lost for length in self.lengths)
+
     def to_json(self, limits: Mapping[str, int], unit: str) -> dict[str, Any]:
         """The report as it is written down.
 
         Args:
-            limits: the most tokens of a text that are read, by the sample's key.
+            limits: of the model, by their keys; none where they could not be compared with.
             unit: ``tokens``, or ``words`` where the tokenizer is not on this machine.
         """
+        if self.error is not None:
+            return {"error": self.error}
+        cut = {"cut_off": self.num_cut, "nothing_left": self.num_lost, "limits": dict(limits)}
         return {
             "samples": self.num_samples,
             "distinct_visuals": self.num_visuals,
             "references": self.num_references,
             "broken": dict(self.causes.most_common()),
             "shared_with": self.shared,
-            unit: {key: _lengths(counts, limits.get(key)) for key, counts in self.token_counts.items()},
+            "texts": len(self.lengths),
+            unit: {key: _lengths(counts) for key, counts in self.counts.items()},
+            **(cut if limits else {}),
         }
 
 
 def check_split(
-    name: str, dataset: BaseDataset, count_tokens: Callable[[str], int], num_workers: int, seed: int = 42
+    name: str,
+    dataset: BaseDataset,
+    measure: Callable[[dict[str, Any]], Sequence[TextLength]],
+    num_workers: int,
+    seed: int = 42,
 ) -> SplitReport:
     """Reads every sample of a dataset as training or evaluation would.
 
     Args:
         name: what reports call it.
-        count_tokens: the length of a text.
+        measure: what a sample has of texts, by key -> how long those are that the model is given.
         num_workers: processes that read; 0: this one.
         seed: of the transforms' random choices.
     """
@@ -92,7 +121,7 @@ def check_split(
     with seeded(seed), tqdm(total=len(dataset), desc=name, unit="sample", disable=None, leave=False) as bar:
         for batch in loader:
             for found in batch:
-                _note(report, found, count_tokens)
+                _note(report, found, measure)
             bar.update(len(batch))
     report.visuals = _visuals(dataset)
     report.num_visuals = len(report.visuals) or None
@@ -111,6 +140,9 @@ def find_shared(reports: Sequence[SplitReport]) -> Iterator[str]:
 
 def told(report: SplitReport, limits: Mapping[str, int], unit: str) -> Iterator[str]:
     """A report in lines. See `SplitReport.to_json`."""
+    if report.error is not None:
+        yield f"{report.name}: cannot be looked at: {report.error}"
+        return
     visuals = "" if report.num_visuals is None else f" of {report.num_visuals} pictures or clips"
     references = f", {report.num_references} texts to score against" if report.num_references else ""
     yield f"{report.name}: {report.num_samples} samples{visuals}{references}"
@@ -120,16 +152,16 @@ def told(report: SplitReport, limits: Mapping[str, int], unit: str) -> Iterator[
         yield f"  broken: {len(report.skipped)} ({share:.1%}): {causes}"
     else:
         yield "  broken: none"
-    for key, counts in report.token_counts.items():
-        limit = limits.get(key)
-        found = _lengths(counts, limit)
-        line = f"  {key}: {found['median']} {unit} in the middle, {found['p90']} at the 90th percentile, "
-        line += f"{found['longest']} at most"
-        if limit is not None:
-            cut = found["above_limit"]
-            kept = f"all within the limit of {limit}" if not cut else f"{cut} of {len(counts)} above {limit}"
-            line += f"; {kept}" + (": what is beyond is cut off" if cut else "")
-        yield line
+    for key, counts in report.counts.items():
+        found = _lengths(counts)
+        yield (
+            f"  {key}: {found['median']} {unit} in the middle, {found['p90']} at the 90th percentile, "
+            f"{found['longest']} at most"
+        )
+    if report.lengths and limits:
+        limit = ", ".join(f"{key}: {value}" for key, value in limits.items())
+        lost = f"; of {report.num_lost} nothing is left to learn" if report.num_lost else ""
+        yield f"  cut off: {report.num_cut or 'none'} of {len(report.lengths)} texts ({limit}){lost}"
 
 
 def write_sheet(report: SplitReport, dataset: BaseDataset, path: Path) -> bool:
@@ -177,19 +209,22 @@ class _Summaries(Dataset):
         sample = self.dataset[index]
         if isinstance(sample, Skipped):
             return sample
-        return _Walked(index, {key: sample[key] for key in TEXT_KEYS if isinstance(sample.get(key), str)})
+        return _Walked(index, {key: sample[key] for key in _MEASURED_KEYS if key in sample})
 
     def collater(self, found: list[_Walked | Skipped]) -> list[_Walked | Skipped]:
         return found
 
 
-def _note(report: SplitReport, found: _Walked | Skipped, count_tokens: Callable[[str], int]) -> None:
+def _note(
+    report: SplitReport,
+    found: _Walked | Skipped,
+    measure: Callable[[dict[str, Any]], Sequence[TextLength]],
+) -> None:
     if isinstance(found, Skipped):
         report.skipped.append(found)
         return
     report.readable.append(found.index)
-    for key, text in found.texts.items():
-        report.token_counts.setdefault(key, []).append(count_tokens(text))
+    report.lengths += measure(found.texts) if found.texts else []
 
 
 def _visuals(dataset: BaseDataset) -> set[Hashable]:
@@ -214,13 +249,10 @@ def _tells_visuals(dataset: BaseDataset) -> bool:
     return type(dataset).visual_source is not BaseDataset.visual_source
 
 
-def _lengths(counts: Sequence[int], limit: int | None) -> dict[str, int | None]:
+def _lengths(counts: Sequence[int]) -> dict[str, int]:
     ordered = sorted(counts)
-    above = None if limit is None else sum(count > limit for count in ordered)
     return {
         "median": ordered[(len(ordered) - 1) // 2],
         "p90": ordered[math.ceil(0.9 * len(ordered)) - 1],
         "longest": ordered[-1],
-        "limit": limit,
-        "above_limit": above,
     }

@@ -3,8 +3,9 @@ own.
 
 A stream is read in *lanes*: endless sequences, side by side, of which each goes again and again through a
 part of the stream. Training batches take the lanes in turn, so that several processes can read at the same
-time, each going on where it was. What a lane holds at an ordinal follows from the seed alone, so a run that
-is resumed asks for the next ordinals and gets what it would have got.
+time, each going on where it was. What a lane holds at an ordinal follows from the seed alone, as long as all
+of the stream can be read, so a run that is resumed asks for the next ordinals and gets what it would have
+got.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class StreamDataset(BaseDataset):
     map-style ones, so that both can stand in one batch.
 
     Attributes:
-        num_samples: how many there are; None where nobody knows.
+        num_samples: how many there are; None where nobody knows. Asking may take seconds: who need not know
+            does not ask.
     """
 
     num_samples: int | None = None
@@ -88,19 +90,19 @@ class StreamDataset(BaseDataset):
         """
         if lane not in self._cursors:
             self._cursors[lane] = _Cursor(self, lane)
-        return self.read_place(self._cursors[lane].place(ordinal), ordinal)
+        return self.read_place(self._cursors[lane].place(ordinal))
 
-    def read_place(self, place: Any, index: int) -> dict[str, Any] | Skipped:
-        """The sample at a place, or why it cannot be read; ``index`` is what `Skipped` says."""
+    def read_place(self, place: Any) -> dict[str, Any] | Skipped:
+        """The sample at a place, or why it cannot be read."""
         if isinstance(place, BadRecord):
-            return Skipped(index, place.id, place.reason, place.cause)
+            return Skipped(None, place.id, place.reason, place.cause, place.lost_share)
         name = self.place_id(place)
         try:
             return {**self.load_place(place), "sample_id": name}
         except DataError as error:
-            return Skipped(index, name, str(error), error.cause)
+            return Skipped(None, name, str(error), error.cause)
         except OSError as error:
-            return Skipped(index, name, str(error))
+            return Skipped(None, name, str(error))
 
     def listed(self) -> BaseDataset:
         """All samples as they lie, to be read by index."""
@@ -119,6 +121,12 @@ class _Listed(BaseDataset):
 
     def load_sample(self, index: int) -> dict[str, Any]:
         return self._stream.load_place(self.records[index])
+
+    def load_text(self, index: int) -> dict[str, Any]:
+        return {key: value for key, value in self.load_sample(index).items() if key != "image"}
+
+    def visual_source(self, index: int) -> str:
+        return self.sample_id(index)  # no two samples of a stream are told to show the same
 
     def picture(self, index: int) -> Image.Image | None:
         return self._stream.picture_at(self.records[index])

@@ -24,6 +24,7 @@ from evlgen.common.weights import read_weights
 from evlgen.models.model_config import ModelConfig
 from evlgen.models.published.checkpoints import is_published, to_own_names
 from evlgen.models.published.configs import own_names
+from evlgen.models.text_lengths import TextLengths
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +132,12 @@ class BaseModel(nn.Module):
     def missing(cls, cfg: Any) -> list[Missing]:
         """What the config needs and this machine lacks. Loads nothing."""
         return []
+
+    @classmethod
+    def text_lengths(cls, cfg: Any) -> TextLengths | None:
+        """What measures texts as the model a config describes would read them, without its weights; None
+        where its tokenizer is not on this machine, or nothing is known of its texts."""
+        return None
 
     def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
         """The training loss of a batch: ``{"loss": scalar}``, a mean.

@@ -47,6 +47,7 @@ from evlgen.models.image_text_losses import (
 from evlgen.models.language.generation import Decoding
 from evlgen.models.model_config import VisionConfig
 from evlgen.models.ops import quicken
+from evlgen.models.text_lengths import TextLengths
 from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
 
@@ -199,6 +200,11 @@ class Blip2Stage1(BaseModel):
                 why = "there is no such file or folder; see model.checkpoint"
                 found.append(Missing(f"checkpoint {cfg.checkpoint}", why, False))
         return [item for item in found if item.why]
+
+    @classmethod
+    def text_lengths(cls, cfg: Stage1Config) -> TextLengths | None:
+        name = cfg.text.tokenizer
+        return None if missing_model(name) else TextLengths(QFormerTokenizer(name, cfg.max_txt_len))
 
     def frozen_modules(self) -> list[nn.Module]:
         return [self.vision] if self.freezes_vision else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 from collections.abc import Sequence, Sized
@@ -21,6 +22,7 @@ from evlgen.models.language import LanguageModel, build_language_model
 from evlgen.models.model_config import ModelConfig
 from evlgen.models.ops import quicken
 from evlgen.models.prompts import ask, check_count, fill_ocr_slots
+from evlgen.models.text_lengths import TextLengths
 from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.temporal import pool_frames, temporal_modules
@@ -111,6 +113,16 @@ class VLM(BaseModel):
                 why = "there is no such file or folder; see model.checkpoint"
                 found.append(Missing(f"checkpoint {cfg.checkpoint}", why, False))
         return [item for item in found if item.why]
+
+    @classmethod
+    def text_lengths(cls, cfg: ModelConfig) -> TextLengths | None:
+        if missing_model(cfg.language.name):
+            return None
+        plain = dataclasses.replace(cfg.language, freeze=True, quantization="none", lora=None)
+        language = build_language_model(
+            dataclasses.replace(cfg, language=plain), cls.LANGUAGE_MODEL, torch.device("meta")
+        )
+        return TextLengths(language) if hasattr(language, "to_learn") else None
 
     def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
         """The next-token loss of a batch.

@@ -43,7 +43,19 @@ class BaseTask:
 
     def train_step(self, model: BaseModel, samples: dict[str, Any]) -> dict[str, Tensor]:
         """The losses of a batch; ``loss`` is what is minimised, the others are logged."""
-        return model(samples)
+        return model(self.to_learn(samples))
+
+    def to_learn(self, samples: dict[str, Any]) -> dict[str, Any]:
+        """The samples of a batch as the model's `forward` reads them.
+
+        Raises:
+            DataError: they lack what this task learns.
+        """
+        return samples
+
+    def to_ask(self, samples: dict[str, Any]) -> list[str]:
+        """The samples' own texts that the model is given to continue; empty where it is given none."""
+        return []
 
     def before_evaluation(self, dataset: Dataset, split: str) -> None:
         """Called before the first `valid_step` of a split, on every process."""

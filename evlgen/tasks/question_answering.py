@@ -9,8 +9,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.io import write_atomically
 from evlgen.datasets.base_dataset import BaseDataset
@@ -57,23 +55,21 @@ class QuestionAnsweringTask(BaseTask):
 
     # ---- training
 
-    def train_step(self, model: BaseModel, samples: dict[str, Any]) -> dict[str, Tensor]:
-        """The loss of answers after their questions.
+    def to_ask(self, samples: dict[str, Any]) -> list[str]:
+        return ask(self.prompt, samples, len(samples["text_input"]))
+
+    def to_learn(self, samples: dict[str, Any]) -> dict[str, Any]:
+        """The samples as `VLM.forward` reads them, whose loss is that of answers after their questions.
 
         Of one answer for each question (``text_output``) it is the mean over the tokens of all. Of several
         that weigh differently (``answers``, ``weights``; ``train_answers: all``) it is, as in LAVIS's
         ``blip_vqa``, the sum over answers of weight times the negated log-likelihood of the whole answer,
         divided by the number of questions.
-        """
-        return model(self.to_learn(samples))
-
-    def to_learn(self, samples: dict[str, Any]) -> dict[str, Any]:
-        """The samples as `VLM.forward` reads them.
 
         Raises:
             DataError: they have no answers.
         """
-        questions = ask(self.prompt, samples, len(samples["text_input"]))
+        questions = self.to_ask(samples)
         if "answers" not in samples:
             if "text_output" not in samples:
                 raise DataError(

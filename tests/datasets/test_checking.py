@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import tarfile
 
 import pytest
 from PIL import Image
 
+from evlgen.commands import data_check
+from evlgen.commands.data_check import add_arguments
 from evlgen.common.errors import DataError
 from evlgen.datasets.base_dataset import BadRecord, MediaDataset
 from evlgen.datasets.checking import check_split, find_shared, told, write_sheet, write_skipped
 from evlgen.datasets.media import ImageFiles
+from evlgen.datasets.shards import ShardDataset
+from evlgen.models.text_lengths import TextLength
 from evlgen.processors import build_processor
+from evlgen.processors.text import BlipCaptionProcessor
+
+LIMIT = "model.max_txt_len"
 
 
 class Captions(MediaDataset):
@@ -35,8 +44,10 @@ def dataset(tmp_path):
     return Captions(records, ImageFiles(tmp_path), processor)
 
 
-def words(text: str) -> int:
-    return len(text.split())
+def words(texts: dict) -> list[TextLength]:
+    """In words, of which a model would read three."""
+    count = len(texts["text_input"].split())
+    return [TextLength(1, count, is_cut=count > 3, is_lost=count > 9)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -56,11 +67,18 @@ def test_every_sample_is_counted_and_every_broken_one_named_by_its_cause(dataset
 
 def test_text_lengths_are_measured_against_what_the_model_reads(dataset):
     report = check_split("mine/train", dataset, words, 0)
-    assert report.token_counts == {"text_input": [1, 2, 4]}
-    lengths = report.to_json({"text_input": 3}, "words")["words"]["text_input"]
-    assert lengths == {"median": 2, "p90": 4, "longest": 4, "limit": 3, "above_limit": 1}
-    assert "1 of 3 above 3" in "\n".join(told(report, {"text_input": 3}, "words"))
-    assert "all within the limit of 4" in "\n".join(told(report, {"text_input": 4}, "words"))
+    assert report.counts == {"read": [1, 1, 1], "learned": [1, 2, 4]}
+    found = report.to_json({LIMIT: 3}, "words")
+    assert found["words"]["learned"] == {"median": 2, "p90": 4, "longest": 4}
+    assert (found["texts"], found["cut_off"], found["nothing_left"]) == (3, 1, 0)
+    lines = list(told(report, {LIMIT: 3}, "words"))
+    assert lines[-1] == "  cut off: 1 of 3 texts (model.max_txt_len: 3)"
+    report.lengths += [TextLength(1, 10, True, True)]
+    lines = list(told(report, {LIMIT: 3}, "words"))
+    assert lines[-1] == "  cut off: 2 of 4 texts (model.max_txt_len: 3); of 1 nothing is left to learn"
+    assert "cut_off" not in report.to_json({}, "words") and "cut off" not in "".join(
+        told(report, {}, "words")
+    )
 
 
 def test_pictures_that_two_splits_share_are_counted(dataset, tmp_path):
@@ -81,3 +99,59 @@ def test_the_sheet_shows_each_readable_picture_once(dataset, tmp_path, monkeypat
     assert write_sheet(check_split("mine/train", dataset, words, 0), dataset, tmp_path / "sheet.png")
     assert shown["captions"] == [("one", "a.png"), ("a b c d", "c.png")]
     assert shown["sizes"] == [(20, 10)] * 2
+
+
+def checked(project, into) -> tuple[int, dict]:
+    """The exit code of `data check`, and its report."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    code = data_check.run(
+        parser.parse_args(["--cfg-path", str(project), "--to", str(into), "--num-workers", "0"])
+    )
+    return code, json.loads((into / "report.json").read_text())
+
+
+def own_project(tmp_path, annotations: str, run: str = "task: captioning, max_epoch: 1"):
+    """A project of one's own tables on the bundled model."""
+    project = tmp_path / "p.yaml"
+    project.write_text(
+        f"""
+model: {{arch: evlgen_opt, model_type: shapes, max_txt_len: 10}}
+datasets: {{image_text: {{annotations: {annotations}}}}}
+run: {{{run}}}
+"""
+    )
+    return project
+
+
+def test_a_split_that_cannot_be_read_is_noted_and_the_others_are_looked_at(dataset, tmp_path, capsys):
+    (tmp_path / "train.csv").write_text("image,caption\na.png,red\nb.png,a red star\n")
+    (tmp_path / "val.csv").write_text("")
+    tables = f"{{val: {tmp_path / 'val.csv'}, train: {tmp_path / 'train.csv'}}}"
+    code, report = checked(own_project(tmp_path, tables), tmp_path / "out")
+    assert code == 1 and "val.csv has no row that names its columns" in report["image_text/val"]["error"]
+    assert report["image_text/train"]["samples"] == 2 and (tmp_path / "out" / "skipped.jsonl").is_file()
+    assert "image_text/val: cannot be looked at: " in capsys.readouterr().out
+
+
+def test_a_question_is_measured_with_its_prompt_and_its_answer(dataset, tmp_path):
+    (tmp_path / "train.csv").write_text("image,question,answer\na.png,what color is it?,red\n")
+    table, found = f"{{train: {tmp_path / 'train.csv'}}}", []
+    for prompt in ("{}", "Question: {} Short answer:"):
+        project = own_project(tmp_path, table, f'task: vqa, prompt: "{prompt}", max_epoch: 1')
+        found.append(checked(project, tmp_path / "out")[1]["image_text/train"])
+    bare, asked = found
+    assert (bare["cut_off"], bare["tokens"]["read"]["longest"], bare["limits"]) == (0, 8, {LIMIT: 10})
+    assert (asked["cut_off"], asked["nothing_left"], asked["tokens"]["read"]["longest"]) == (1, 1, 12)
+
+
+def test_shards_have_a_sheet_and_a_count_of_pictures(dataset, tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as shard:
+        for name in ("a", "b"):
+            (tmp_path / f"{name}.txt").write_text("a red star")
+            for suffix in ("png", "txt"):
+                shard.add(tmp_path / f"{name}.{suffix}", f"{name}.{suffix}")
+    listed = ShardDataset([str(tmp_path / "0.tar")], dataset.vis_processor, BlipCaptionProcessor()).listed()
+    report = check_split("mine/train", listed, words, 0)
+    assert (report.num_samples, report.num_visuals, report.readable) == (2, 2, [0, 1])
+    assert write_sheet(report, listed, tmp_path / "sheet.png") and (tmp_path / "sheet.png").is_file()

@@ -8,6 +8,7 @@ objectives differ in.
 from __future__ import annotations
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,13 @@ from evlgen.models.connectors.qformer import INITIALISER_STD, FeedForward, QForm
 from evlgen.models.connectors.qformer_weights import load_bert
 from evlgen.models.language.generation import Decoding, branch_rows, search
 from evlgen.models.ops import linear
+
+
+class TextTokens(NamedTuple):
+    """The tokens of a text: what is read before it, and what is learned."""
+
+    read: list[int]
+    learned: list[int]
 
 
 class QFormerTokenizer:
@@ -71,9 +79,17 @@ class QFormerTokenizer:
 
     def __call__(self, texts: list[str]) -> Tensor:
         """B texts -> ids [B, L] on the CPU, padded on the right to the longest."""
-        rows = [[self.start, *words, self.end] for words in self._words(texts)]
+        rows = [sample.learned for sample in self.to_learn(texts)]
         longest = max(map(len, rows))
         return torch.tensor([row + [self.pad] * (longest - len(row)) for row in rows])
+
+    def to_learn(self, text_in: list[str], text_out: list[str] | None = None) -> list[TextTokens]:
+        """The tokens of texts to learn from, within the limit; ``text_out`` is not read."""
+        return [TextTokens([], [self.start, *words, self.end]) for words in self._words(text_in)]
+
+    def to_read(self, prompts: list[str]) -> list[TextTokens]:
+        """The tokens of texts that are not learned, within the limit."""
+        return [TextTokens(sample.learned, []) for sample in self.to_learn(prompts)]
 
     def to_write_after(self, prompt: str) -> Tensor:
         """``[DEC]`` and the words of a prompt, [1, L]."""

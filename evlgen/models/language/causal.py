@@ -7,7 +7,7 @@ prompts, then the prompt or input, then the text to learn, then the tokenizer's 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,17 +23,14 @@ from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
 from evlgen.models.language.chat import ChatTemplate
 from evlgen.models.language.generation import Decoding, can_read_trees, decode
-from evlgen.models.language.hugging_face import IGNORED, HuggingFaceLanguageModel, Predictions, up_to_end
+from evlgen.models.language.hugging_face import (
+    IGNORED,
+    HuggingFaceLanguageModel,
+    Predictions,
+    Tokens,
+    up_to_end,
+)
 from evlgen.models.language.ranking import Reader, TreeReader
-
-
-class Tokens(NamedTuple):
-    """The tokens of one sample: before the soft prompts, after them, and those that are learned after
-    these."""
-
-    before: list[int]
-    read: list[int]
-    learned: list[int]
 
 
 @registry.register_language_model("causal")
@@ -52,16 +49,12 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
     def _predictions(
         self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None
     ) -> Predictions:
-        if self._chat is not None:
-            samples = [self._turns(*texts) for texts in self._split(text_in, text_out)]
-        else:
-            samples = self._to_learn(text_in, text_out)
-        return self._predictions_of(soft_prompts, samples)
+        return self._predictions_of(soft_prompts, self.to_learn(text_in, text_out))
 
     def _predictions_of_tokens(
         self, soft_prompts: Tensor, prompts: list[str], texts: list[list[int]]
     ) -> Predictions:
-        pairs = zip(self._to_continue_all(prompts), texts, strict=True)
+        pairs = zip(self.to_read(prompts), texts, strict=True)
         return self._predictions_of(soft_prompts, [s._replace(learned=ids) for s, ids in pairs])
 
     def _predictions_of(self, soft_prompts: Tensor, samples: list[Tokens]) -> Predictions:
@@ -92,12 +85,22 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
             one is an end token unless ``max_length`` cut the text.
         """
         options = Decoding(**options)
-        samples = self._to_continue_all(prompts)
+        samples = self.to_read(prompts)
         # padding stands before everything: a model whose past is a state would carry on what it reads later
         embeds, mask = self._embed(soft_prompts, samples, padding_side="left")
         self._check_length(embeds.shape[1] + options.max_length, "max_length (run.max_len)")
         ids = decode(self.model, embeds, mask, options, self.end_token_ids, self.pad_token_id)
         return [up_to_end(row, self.end_token_ids) for row in ids.tolist()]
+
+    def to_learn(self, text_in: list[str], text_out: list[str] | None = None) -> list[Tokens]:
+        if self._chat is not None:
+            return [self._turns(*texts) for texts in self._split(text_in, text_out)]
+        return self._to_learn(text_in, text_out)
+
+    def to_read(self, prompts: list[str]) -> list[Tokens]:
+        if self._chat is not None:
+            return [Tokens(*self._question(prompt), []) for prompt in prompts]
+        return [self._to_continue(prompt) for prompt in prompts]
 
     def texts(self, tokens: list[list[int]]) -> list[str]:
         """What is written in tokens of `generate_tokens`."""
@@ -128,17 +131,11 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         ]
 
     def _reader(self, soft_prompts: Tensor, prompts: list[str], width: int, length: int) -> Reader:
-        embeds, mask = self._embed(soft_prompts, self._to_continue_all(prompts), padding_side="left")
+        embeds, mask = self._embed(soft_prompts, self.to_read(prompts), padding_side="left")
         if not can_read_trees(self.model, embeds.shape[1] + length):
             return super()._reader(soft_prompts, prompts, width, length)
         self._check_length(embeds.shape[1] + length, "model.max_txt_len")
         return TreeReader(self.model, embeds, mask, width, length)
-
-    def _to_continue_all(self, prompts: list[str]) -> list[Tokens]:
-        """The tokens of a batch of prompts to continue."""
-        if self._chat is not None:
-            return [Tokens(*self._question(prompt), []) for prompt in prompts]
-        return [self._to_continue(prompt) for prompt in prompts]
 
     def _to_continue(self, prompt: str) -> Tokens:
         """The tokens of a prompt to continue."""

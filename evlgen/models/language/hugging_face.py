@@ -15,6 +15,7 @@ from evlgen.models.language.adapters import adapter_modules, add_adapters
 from evlgen.models.language.base import LanguageModel
 from evlgen.models.language.loading import (
     find_folder,
+    model_without_weights,
     named_errors,
     read_config,
     read_model,
@@ -26,6 +27,15 @@ from evlgen.models.model_config import LoraConfig
 
 IGNORED = -100  # label of positions that are not learned
 _EMBEDDED_AT_ONCE = 8192
+
+
+class Tokens(NamedTuple):
+    """The tokens of one sample: before the soft prompts, after them, and those that are learned after
+    these."""
+
+    before: list[int]
+    read: list[int]
+    learned: list[int]
 
 
 class Predictions(NamedTuple):
@@ -58,7 +68,8 @@ class HuggingFaceLanguageModel(LanguageModel):
         quantization: ``none``, ``8bit`` or ``4bit``.
         lora: adapters that are trained.
         chat_template: put prompts into the tokenizer's chat template.
-        device: where it will run; it matters to ``quantization`` alone.
+        device: where it will run; it matters to ``quantization``, and ``meta`` makes a model without weights,
+            that only knows how texts become tokens.
 
     Raises:
         CheckpointError: the model is nowhere, damaged, or of a kind this class does not read.
@@ -93,7 +104,10 @@ class HuggingFaceLanguageModel(LanguageModel):
         self.tokenizer = read_tokenizer(name, folder)
         with named_errors(name, folder):
             self._prepare_tokenizer()
-        self.model = read_model(self.AUTO_CLASS, name, folder, config, dtype, attention, **options)
+        if torch.device(device).type == "meta":
+            self.model = model_without_weights(self.AUTO_CLASS, config)
+        else:
+            self.model = read_model(self.AUTO_CLASS, name, folder, config, dtype, attention, **options)
         with named_errors(name, folder):
             self._prepare_model()
         self.pad_token_id = self._filler()
@@ -150,6 +164,14 @@ class HuggingFaceLanguageModel(LanguageModel):
         return log_likelihoods(
             lambda width, length: self._reader(soft_prompts, prompts, width, length), ids, num_candidates
         )
+
+    def to_learn(self, text_in: list[str], text_out: list[str] | None = None) -> list[Tokens]:
+        """The tokens of texts to learn from, within the limits; see `loss`."""
+        raise NotImplementedError
+
+    def to_read(self, prompts: list[str]) -> list[Tokens]:
+        """The tokens of prompts to continue, within the limits."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def embedding_rms(self) -> float:

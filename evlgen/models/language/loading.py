@@ -47,6 +47,12 @@ def read_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
         )
 
 
+def model_without_weights(auto_class: Any, config: PretrainedConfig) -> PreTrainedModel:
+    """A model whose weights have shapes and take no memory."""
+    with torch.device("meta"):
+        return auto_class.from_config(config, trust_remote_code=False)
+
+
 def read_model(
     auto_class: Any,
     name: str,

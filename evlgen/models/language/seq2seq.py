@@ -18,7 +18,13 @@ from transformers.modeling_outputs import BaseModelOutput
 from evlgen.common.registry import registry
 from evlgen.models.language.causal import end_tokens, is_encoder_decoder
 from evlgen.models.language.generation import Decoding, decode_by_transformers
-from evlgen.models.language.hugging_face import IGNORED, HuggingFaceLanguageModel, Predictions, up_to_end
+from evlgen.models.language.hugging_face import (
+    IGNORED,
+    HuggingFaceLanguageModel,
+    Predictions,
+    Tokens,
+    up_to_end,
+)
 from evlgen.models.language.ranking import Reader, likelihoods_of
 
 
@@ -39,15 +45,17 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
     ) -> Predictions:
         """What the decoder learns is ``text_out``; or, without one, ``text_in``, while the encoder reads the
         prompt."""
-        texts = self._split(text_in, text_out)
-        ids = [self._with_ends(learned, self.max_output_txt_len) for _, learned in texts]
-        return self._predictions_of_tokens(soft_prompts, [read for read, _ in texts], ids)
+        return self._predictions_of(soft_prompts, self.to_learn(text_in, text_out))
 
     def _predictions_of_tokens(
         self, soft_prompts: Tensor, prompts: list[str], texts: list[list[int]]
     ) -> Predictions:
-        embeds, mask = self._encoder_inputs(soft_prompts, prompts)
-        labels = pad_sequence([torch.tensor(row) for row in texts], True, IGNORED)  # [B, T]
+        pairs = zip(self.to_read(prompts), texts, strict=True)
+        return self._predictions_of(soft_prompts, [s._replace(learned=ids) for s, ids in pairs])
+
+    def _predictions_of(self, soft_prompts: Tensor, samples: list[Tokens]) -> Predictions:
+        embeds, mask = self._encoder_inputs(soft_prompts, samples)
+        labels = pad_sequence([torch.tensor(s.learned) for s in samples], True, IGNORED)  # [B, T]
         rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
         self._check_something_is_learned(len(rows))
         self._check_length(labels.shape[1], "model.max_output_txt_len")
@@ -67,13 +75,22 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
         """What the decoder writes, up to its end token or ``max_length`` new tokens. See
         `CausalLanguageModel.generate_tokens`."""
         options = Decoding(**options)
-        embeds, mask = self._encoder_inputs(soft_prompts, prompts)
+        embeds, mask = self._encoder_inputs(soft_prompts, self.to_read(prompts))
         self._check_length(1 + options.max_length, "max_length (run.max_len)")
         ends = end_tokens(self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id)
         ids = decode_by_transformers(
             self.model, embeds, mask.to(embeds.device), options, ends, self.pad_token_id
         )
         return [up_to_end(row, ends) for row in ids[:, 1:].tolist()]  # without the start token
+
+    def to_learn(self, text_in: list[str], text_out: list[str] | None = None) -> list[Tokens]:
+        texts = self._split(text_in, text_out)
+        learned = [self._with_ends(text, self.max_output_txt_len) for _, text in texts]
+        pairs = zip(self.to_read([read for read, _ in texts]), learned, strict=True)
+        return [s._replace(learned=ids) for s, ids in pairs]
+
+    def to_read(self, prompts: list[str]) -> list[Tokens]:
+        return [Tokens([], self._with_ends(prompt, self.max_txt_len), []) for prompt in prompts]
 
     def texts(self, tokens: list[list[int]]) -> list[str]:
         """What is written in tokens of `generate_tokens`."""
@@ -84,11 +101,11 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
 
     def _reader(self, soft_prompts: Tensor, prompts: list[str], width: int, length: int) -> Reader:
         self._check_length(length, "model.max_output_txt_len")
-        return _DecoderReader(self.model, *self._encoder_inputs(soft_prompts, prompts))
+        return _DecoderReader(self.model, *self._encoder_inputs(soft_prompts, self.to_read(prompts)))
 
-    def _encoder_inputs(self, soft_prompts: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
+    def _encoder_inputs(self, soft_prompts: Tensor, samples: list[Tokens]) -> tuple[Tensor, Tensor]:
         """Embeddings [B, M + L, C] and their mask [B, M + L], 0 for padding, on the CPU."""
-        ids = [torch.tensor(self._with_ends(text, self.max_txt_len)) for text in texts]
+        ids = [torch.tensor(s.read) for s in samples]
         mask = pad_sequence([torch.ones_like(row) for row in ids], True, 0)
         mask = torch.cat([mask.new_ones(soft_prompts.shape[:2]), mask], dim=1)
         self._check_length(mask.shape[1], "model.max_txt_len")

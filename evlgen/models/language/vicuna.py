@@ -15,7 +15,8 @@ import torch
 
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
-from evlgen.models.language.causal import CausalLanguageModel, Tokens
+from evlgen.models.language.causal import CausalLanguageModel
+from evlgen.models.language.hugging_face import Tokens
 
 
 @registry.register_language_model("vicuna")

@@ -8,6 +8,7 @@ import torch
 from evlgen.common.errors import CheckpointError, ConfigError
 from evlgen.models.language import OPTLanguageModel, Seq2SeqLanguageModel, build_language_model
 from evlgen.models.model_config import LanguageConfig, ModelConfig
+from evlgen.models.text_lengths import TextLength, TextLengths
 
 QUESTIONS = ["what color is the circle?", "", "how many stars are there on the hill?"]
 ANSWERS = ["red", "two blue stars and a small cat", "no"]
@@ -151,3 +152,16 @@ def test_what_does_not_fit_is_named(seq2seq_folder):
         OPTLanguageModel(folder)
     with pytest.raises(ConfigError, match="kind 'seq2seq' has no place for one"):
         Seq2SeqLanguageModel(folder, chat_template=True)
+
+
+def test_input_and_output_are_measured_against_limits_of_their_own(seq2seq_folder):
+    def language(**limits):
+        return Seq2SeqLanguageModel(str(seq2seq_folder("t5")), device="meta", **limits)
+
+    read, learned = (len(language().tokenizer(text).input_ids) for text in (QUESTIONS[0], ANSWERS[1]))
+    limits = {"max_txt_len": read, "max_output_txt_len": learned}
+    for key, is_cut in ((None, False), *((key, True) for key in limits)):
+        smaller = {**limits, **({key: limits[key] - 1} if key else {})}
+        found = TextLengths(language(**smaller)).learned(QUESTIONS[:1], ANSWERS[1:2])
+        assert found == [TextLength(read, learned, is_cut)]
+    assert TextLengths(language(max_output_txt_len=1)).learned(QUESTIONS[:1], ANSWERS[1:2])[0].is_lost
