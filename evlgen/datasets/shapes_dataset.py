@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from evlgen.common.constraints import PositiveInt
+from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
 from evlgen.datasets.base_builder import BaseDatasetBuilder, role_of
 from evlgen.datasets.base_dataset import BaseDataset
@@ -85,9 +86,14 @@ class ShapesCaptionBuilder(BaseDatasetBuilder):
     Args:
         train_size, val_size, test_size: scenes of each split. No scene is in two splits.
         seed: of the world.
+        data_type: what the scenes are shown as, which the class has decided.
+
+    Raises:
+        ConfigError: ``data_type`` says otherwise.
     """
 
     DEFAULT_CONFIG = "configs/datasets/shapes_caption.yaml"
+    DATA_TYPE = "images"
     dataset_class: type[ShapesCaptionDataset] = ShapesCaptionDataset
 
     def __init__(
@@ -100,13 +106,14 @@ class ShapesCaptionBuilder(BaseDatasetBuilder):
         val_size: PositiveInt = 500,
         test_size: PositiveInt = 500,
         seed: int = 0,
-        data_type: Literal["images"] = "images",
+        data_type: Literal["images", "videos"] | None = None,
         dataset_card: str | None = None,
     ) -> None:
         super().__init__(name, cache_root, vis_processor, text_processor)
+        if data_type not in (None, self.DATA_TYPE):
+            raise ConfigError(f"datasets.{name}.data_type: must be {self.DATA_TYPE}, not {data_type}.")
         self.sizes = {"train": train_size, "val": val_size, "test": test_size}
         self.seed = seed
-        self.data_type = data_type
         self.dataset_card = dataset_card
 
     @property

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
-
 import numpy as np
 import torch
 from PIL import Image
 
-from evlgen.common.constraints import PositiveInt
 from evlgen.common.registry import registry
 from evlgen.common.video import spread
 from evlgen.datasets.shapes.clips import ShapesClip, captions, is_true, moving_scene
@@ -52,30 +48,5 @@ class ShapesVideoCaptionBuilder(ShapesCaptionBuilder):
     """
 
     DEFAULT_CONFIG = "configs/datasets/shapes_video_caption.yaml"
+    DATA_TYPE = "videos"
     dataset_class = ShapesVideoCaptionDataset
-
-    def __init__(
-        self,
-        name: str,
-        cache_root: str | Path,
-        vis_processor: dict,
-        text_processor: dict,
-        train_size: PositiveInt = 20000,
-        val_size: PositiveInt = 500,
-        test_size: PositiveInt = 500,
-        seed: int = 0,
-        data_type: Literal["videos"] = "videos",
-        dataset_card: str | None = None,
-    ) -> None:
-        super().__init__(
-            name,
-            cache_root,
-            vis_processor,
-            text_processor,
-            train_size,
-            val_size,
-            test_size,
-            seed,
-            data_type,
-            dataset_card,
-        )

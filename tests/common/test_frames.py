@@ -11,9 +11,8 @@ from evlgen.common.video import VIDEO_SUFFIXES
 
 def test_each_format_that_is_read_has_a_suffix_that_pillow_knows_too():
     Image.init()
-    assert {Image.EXTENSION[s] for s in PICTURE_SUFFIXES if s in Image.EXTENSION} == set(FORMATS) & set(
-        Image.EXTENSION.values()
-    )
+    named = {Image.EXTENSION[suffix] for suffix in PICTURE_SUFFIXES if suffix in Image.EXTENSION}
+    assert named == set(FORMATS) & set(Image.EXTENSION.values())
 
 
 def test_a_folder_stands_for_the_pictures_in_it_and_for_its_clips_where_these_are_read(tmp_path):

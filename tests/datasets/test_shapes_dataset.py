@@ -78,3 +78,9 @@ def test_index_beyond_the_size_ends_iteration() -> None:
 def test_empty_splits_are_refused(size: int) -> None:
     with pytest.raises(ConfigError, match=r"datasets\.shapes_caption\.train_size.*at least 1"):
         builder(train_size=size)
+
+
+@pytest.mark.parametrize("data_type", ["videos", "scenes"])
+def test_scenes_are_shown_as_what_the_name_says(data_type: str) -> None:
+    with pytest.raises(ConfigError, match=r"datasets\.shapes_caption\.data_type.*images.*" + data_type):
+        builder(data_type=data_type)
