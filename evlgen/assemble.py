@@ -57,7 +57,7 @@ def run(cfg: Config, runner_class: type | None = None) -> dict[str, dict[str, fl
 
     from evlgen.common.logs import log_to_file
     from evlgen.runners.distribution import make_accelerator, peers_named
-    from evlgen.runners.mixed_plan import check_streams
+    from evlgen.runners.mixed_plan import check_training_data
 
     accelerator = make_accelerator(cfg.run)
     with contextlib.ExitStack() as stack:
@@ -69,7 +69,7 @@ def run(cfg: Config, runner_class: type | None = None) -> dict[str, dict[str, fl
             logger.info("this run writes to %s", folder)
             write_atomically(folder / "config.yaml", cfg.to_yaml())
         datasets = build_datasets(cfg, builders)
-        check_streams(cfg.run, datasets)
+        check_training_data(cfg.run, datasets)
         set_seed(cfg.run.seed)  # before the model draws its first weights
         model = registry.get_model_class(cfg.model.arch).from_config(cfg.model, accelerator.device)
         runner = (runner_class or registry.get_runner_class(cfg.run.runner))(
@@ -235,7 +235,7 @@ def check_nothing_missing(cfg: Config, builders: dict[str, Any]) -> None:
 def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str, Dataset]]:
     """Dataset name -> split -> dataset, of the splits the run touches."""
     from evlgen.datasets.overlap import tell_of_overlap
-    from evlgen.runners.mixed_plan import known_length
+    from evlgen.runners.mixed_plan import told_length
 
     datasets = {
         name: {split: builder.get_split(split) for split in wanted_splits(cfg) if split in builder.splits}
@@ -243,8 +243,7 @@ def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str,
     }
     for name, splits in datasets.items():
         for split, dataset in splits.items():
-            count = known_length(dataset)
-            logger.info("%s/%s: %s samples", name, split, "an unknown number of" if count is None else count)
+            logger.info("%s/%s: %s", name, split, told_length(dataset))
         if not cfg.run.evaluate:
             scored = [*cfg.run.valid_splits, *cfg.run.test_splits]
             tell_of_overlap(name, splits, cfg.run.train_splits, scored)

@@ -38,7 +38,7 @@ def tar_members(path: str | os.PathLike) -> Iterator[TarMember]:
             file.seek(end)
             is_whole = not any(file.read(tarfile.BLOCKSIZE))
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
-        if end == 0:
+        if end == 0 or isinstance(error, OSError):
             why = str(error).strip().rstrip(".") or type(error).__name__
             raise DataError(
                 f"{path} is not a plain tar file that can be read: {why}.", "damaged shard"

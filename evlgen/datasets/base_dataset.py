@@ -17,12 +17,22 @@ from evlgen.processors.base_processor import BaseProcessor
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sample that could not be read: its index in the dataset, what its records call it, and why."""
+    """A sample that could not be read: its index in the dataset, what its records call it, and why.
 
-    index: int
+    Attributes:
+        index: None in a stream, whose samples have none.
+        cause: see `DataError`.
+        lost_share: where it stands for more than a sample, such as a shard: the share of the dataset that is
+            lost with it.
+        dataset: the dataset's name in the run.
+    """
+
+    index: int | None
     id: str
     reason: str
-    cause: str = "unreadable"  # see `DataError`
+    cause: str = "unreadable"
+    lost_share: float = 0.0
+    dataset: str = ""
 
 
 @dataclass(frozen=True)
@@ -33,11 +43,13 @@ class BadRecord:
         id: what reports call it: ``record 17 of captions.json``.
         reason: what is wrong with it.
         cause: see `DataError`.
+        lost_share: see `Skipped`.
     """
 
     id: str
     reason: str
     cause: str = "bad record"
+    lost_share: float = 0.0
 
 
 class BaseDataset(Dataset):
@@ -76,7 +88,7 @@ class BaseDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any] | Skipped:
         record = self.records[index]
         if isinstance(record, BadRecord):
-            return Skipped(index, record.id, record.reason, record.cause)
+            return Skipped(index, record.id, record.reason, record.cause, record.lost_share)
         try:
             return self.load_sample(index)
         except DataError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import json
 import logging
@@ -48,7 +49,8 @@ class ShardBuilder(BaseDatasetBuilder):
         data_type, caption, shuffle_buffer: see `ShardDataset`.
         num_samples: how many samples there are in all; None: what ``<shard>_stats.json`` beside the shards
             say (``successes``, as img2dataset and ``data pack`` write it), else what the headers of a few
-            shards say. Else nobody knows, and a run's length must be given in iterations.
+            shards say, both where a run has to know. Else nobody knows, and a run's length must be given in
+            iterations.
         video_reader: see `Video`.
     """
 
@@ -112,7 +114,7 @@ class ShardBuilder(BaseDatasetBuilder):
             data_type=self.data_type,
             caption=self.caption,
             shuffle_buffer=self.shuffle_buffer,
-            num_samples=self.num_samples or count_samples(shards, self.data_type),
+            num_samples=self.num_samples or functools.partial(count_samples, shards, self.data_type),
             reader=self.video_reader,
         )
 
@@ -172,7 +174,7 @@ def count_samples(shards: list[str], data_type: str) -> int | None:
         return sum(counts)
     if len(shards) > _MOST_COUNTED or any(_is_remote(shard) for shard in shards):
         return None
-    return sum(len(read_shard(shard, data_type)) for shard in shards)
+    return sum(len(read_shard(shard, data_type).samples) for shard in shards)
 
 
 def _count_in_stats(shard: str) -> int | None:

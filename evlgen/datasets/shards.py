@@ -7,37 +7,44 @@ comes. What is shuffled are these places, not the bytes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
 import math
 import os
 import random
 import tempfile
+import time
+import urllib.error
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import torch
 from PIL import Image
 
 from evlgen.common.errors import DataError
-from evlgen.common.images import open_image
+from evlgen.common.images import PICTURE_SUFFIXES, open_image
 from evlgen.common.io import NamedBytes, resolve
 from evlgen.common.tar_headers import tar_members
-from evlgen.common.video import Video
+from evlgen.common.video import VIDEO_SUFFIXES, Video
 from evlgen.datasets.annotations import describe, text_problem
 from evlgen.datasets.base_dataset import BadRecord
 from evlgen.datasets.stream import Lane, StreamDataset
 from evlgen.processors.base_processor import BaseProcessor
 
+logger = logging.getLogger(__name__)
+
 #: What follows a key, by what a dataset is of.
 SUFFIXES = {
-    "images": ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2", "ppm", "ico", "tga"),
-    "videos": ("mp4", "webm", "mkv", "avi", "mov", "m4v", "mpg", "mpeg", "wmv", "flv", "ogv", "3gp", "gif"),
+    "images": tuple(suffix[1:] for suffix in PICTURE_SUFFIXES),
+    "videos": tuple(suffix[1:] for suffix in (*VIDEO_SUFFIXES, ".gif")),
 }
 _TEXTS = ("json", "txt")
 _MOST_TEXT_BYTES = 1 << 20
 _EVEN = 8  # a lane has one piece more or less than another, of so many at least
 _KEPT_INDICES = 8
+PAUSES: tuple[float, ...] = (1, 4)  # seconds before each further try where a disk or the network has failed
 
 Part = tuple[int, int]  # where bytes begin in a shard, and how many they are
 
@@ -51,6 +58,14 @@ class ShardSample(NamedTuple):
     visual: Part
     json: Part | None
     txt: Part | None
+
+
+class ShardIndex(NamedTuple):
+    """What a shard holds: its samples in the order in which their keys first come, and what keeps it from
+    being read, or from being read to its end."""
+
+    samples: list[ShardSample | BadRecord]
+    damage: DataError | None
 
 
 class ShardDataset(StreamDataset):
@@ -67,7 +82,8 @@ class ShardDataset(StreamDataset):
         caption: the key of the caption, or list of captions, in ``key.json``. A sample without takes
             ``key.txt``.
         shuffle_buffer: a lane's next sample is drawn out of so many of its next ones.
-        num_samples: how many there are in all shards; None where nobody knows.
+        num_samples: how many there are in all shards, or what counts them when first asked; None where
+            nobody knows.
         reader: of clips; see `Video`.
     """
 
@@ -79,13 +95,17 @@ class ShardDataset(StreamDataset):
         data_type: Literal["images", "videos"] = "images",
         caption: str = "caption",
         shuffle_buffer: int = 1000,
-        num_samples: int | None = None,
+        num_samples: int | Callable[[], int | None] | None = None,
         reader: str = "auto",
     ) -> None:
         super().__init__(list(shards), vis_processor, text_processor)
         self.data_type, self.caption, self.shuffle_buffer = data_type, caption, shuffle_buffer
-        self.num_samples, self.reader = num_samples, reader
-        self._indices: dict[str, list[ShardSample | BadRecord]] = {}
+        self._num_samples, self.reader = num_samples, reader
+        self._indices: dict[str, ShardIndex] = {}
+
+    @functools.cached_property
+    def num_samples(self) -> int | None:
+        return self._num_samples() if callable(self._num_samples) else self._num_samples
 
     def places(self, lane: Lane | None, number: int = 0) -> Iterator[ShardSample | BadRecord]:
         if lane is None:
@@ -99,13 +119,14 @@ class ShardDataset(StreamDataset):
         with open(_local(place.shard), "rb") as file:
             record, text = _read(file, place.json), _read(file, place.txt)
             content = _read(file, place.visual)
-        caption = self._caption(record, text)
+        described = {} if record is None else _parsed(record)
+        caption = self._caption(described, text)
         with self._opened(content, _path(place)) as visual:
             pixels = self.vis_processor(visual)
         return {
             "image": pixels,
             "text_input": self.text_processor(caption),
-            "image_id": name,
+            "image_id": _image_id(described, name),
             "instance_id": name,
         }
 
@@ -122,16 +143,23 @@ class ShardDataset(StreamDataset):
 
     def _in_pieces(self, pieces: Sequence[tuple[str, int, int]]) -> Iterator[ShardSample | BadRecord]:
         for shard, part, parts in pieces:
-            samples = self._index(shard)
+            samples, damage = self._index(shard)
             yield from samples[len(samples) * part // parts : len(samples) * (part + 1) // parts]
+            if damage is not None:  # in each piece: whoever reads some of the pieces meets as many lost ones
+                which = shard if parts == 1 else f"{shard}, part {part + 1} of {parts}"
+                yield BadRecord(which, str(damage), damage.cause, 1 / (len(self.records) * parts))
 
-    def _index(self, shard: str) -> list[ShardSample | BadRecord]:
-        """`read_shard`, of which the last few are kept: lanes may share a shard."""
-        if shard not in self._indices:
+    def _index(self, shard: str) -> ShardIndex:
+        """`read_shard`, of which the last few are kept, as lanes may share a shard; but for damaged ones,
+        which may be whole the next time."""
+        if shard in self._indices:
+            return self._indices[shard]
+        index = _read_patiently(shard, self.data_type)
+        if index.damage is None:
             if len(self._indices) >= _KEPT_INDICES:
                 del self._indices[next(iter(self._indices))]
-            self._indices[shard] = read_shard(shard, self.data_type)
-        return self._indices[shard]
+            self._indices[shard] = index
+        return index
 
     @contextlib.contextmanager
     def _opened(self, content: bytes, name: str) -> Iterator[Image.Image | Video]:
@@ -147,8 +175,8 @@ class ShardDataset(StreamDataset):
             except DataError as error:
                 raise DataError(str(error).replace(file.name, name), error.cause) from error
 
-    def _caption(self, record: bytes | None, text: bytes | None) -> str:
-        value = _parsed(record).get(self.caption) if record is not None else None
+    def _caption(self, record: dict[str, Any], text: bytes | None) -> str:
+        value = record.get(self.caption)
         if value is None and text is not None:
             value = _decoded(text)
         if value is None:
@@ -166,18 +194,16 @@ class ShardDataset(StreamDataset):
         return chosen
 
 
-def read_shard(shard: str, data_type: str) -> list[ShardSample | BadRecord]:
-    """The samples of a shard in the order in which their keys first come; at least one entry.
+def read_shard(shard: str, data_type: str) -> ShardIndex:
+    """What a shard holds. One without samples counts as damaged.
 
     The members of a key belong together wherever they are in the shard. A `BadRecord` stands for a sample
-    that lacks its picture or its caption, for one whose key was there before, and for what a damaged shard
-    has lost.
+    that lacks its picture or its caption, and for one whose key was there before.
     """
-    name = shard_name(shard)
     found: dict[tuple[str, int], dict[str, Part]] = {}
     times: dict[tuple[str, str], int] = defaultdict(int)
     wanted = {*SUFFIXES[data_type], *_TEXTS}
-    damage: list[BadRecord] = []
+    damage: DataError | None = None
     try:
         for member in tar_members(_local(shard)):
             key, suffix = _split(member.name)
@@ -185,9 +211,30 @@ def read_shard(shard: str, data_type: str) -> list[ShardSample | BadRecord]:
                 found.setdefault((key, times[key, suffix]), {})[suffix] = (member.offset, member.size)
                 times[key, suffix] += 1
     except DataError as error:
-        damage.append(BadRecord(name, f"{error} {len(found)} samples before that are read.", error.cause))
+        damage = DataError(f"{error} {len(found)} samples before that are read.", error.cause)
+        damage.__cause__ = error.__cause__
     samples = [_sample(shard, key, number, parts, data_type) for (key, number), parts in found.items()]
-    return samples + damage or [BadRecord(name, f"{shard} has no samples.", "damaged shard")]
+    if not samples and damage is None:
+        damage = DataError(f"{shard} has no samples.", "damaged shard")
+    return ShardIndex(samples, damage)
+
+
+def _read_patiently(shard: str, data_type: str) -> ShardIndex:
+    """`read_shard`, tried again as `PAUSES` allow where a disk or the network has failed."""
+    for pause in PAUSES:
+        index = read_shard(shard, data_type)
+        if index.damage is None or not _may_pass(index.damage):
+            return index
+        logger.warning("%s Trying again in %g s.", index.damage, pause)
+        time.sleep(pause)
+    return read_shard(shard, data_type)
+
+
+def _may_pass(damage: DataError) -> bool:
+    """Whether this may be gone at the next try: not what is wrong in the file, nor that it is not there."""
+    cause = damage.__cause__
+    lasting = (FileNotFoundError, IsADirectoryError, PermissionError, urllib.error.HTTPError)
+    return isinstance(cause, OSError) and not isinstance(cause, lasting)
 
 
 def _sample(
@@ -279,6 +326,12 @@ def _parsed(content: bytes) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise DataError(f"its json must be a mapping, not {describe(record)}.", "bad record")
     return record
+
+
+def _image_id(record: dict[str, Any], name: str) -> int | str:
+    """What ``data pack`` noted of where the picture was; the sample's name where nothing is noted."""
+    noted = record.get("image_id")
+    return noted if isinstance(noted, int | str) and not isinstance(noted, bool) else name
 
 
 def _decoded(content: bytes) -> str:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import dataclasses
+import functools
+import logging
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,11 +22,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from evlgen.datasets.base_dataset import Skipped
 from evlgen.datasets.stream import StreamDataset
 from evlgen.runners.interruption import leave_to_parent
 
 if TYPE_CHECKING:
     from evlgen.runners.mixed_plan import MixedPlan, StreamSlot
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -130,6 +136,8 @@ class _SeededDataset(Dataset):
         place, seed = pair
         with seeded(seed):
             which, sample = self._in_map(place) if isinstance(place, int) else self._in_stream(place)
+        if isinstance(sample, Skipped):
+            return dataclasses.replace(sample, dataset=self.names[which])
         if isinstance(sample, dict):
             sample["dataset"] = self.names[which]
             if len(self.names) > 1:
@@ -198,7 +206,14 @@ def evenly_spread(length: int, count: int | None) -> Sequence[int]:
 def _workers(wanted: int, batches: int | None = None) -> int:
     """No more worker processes than there are cores to run them, or batches to make."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if wanted > cores:
+        _tell_of_cores(wanted, cores)
     return min(wanted, cores, wanted if batches is None else batches)
+
+
+@functools.cache  # once is enough
+def _tell_of_cores(wanted: int, cores: int) -> None:
+    logger.info("run.num_workers: %d workers of %d, as this process may use so many cores", cores, wanted)
 
 
 def _start_worker(worker: int) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from evlgen.common.errors import ConfigError
+from evlgen.common.errors import ConfigError, did_you_mean
 from evlgen.datasets.stream import Lane, StreamDataset
 from evlgen.runners.data import BatchPlan, mix_seed
 from evlgen.runners.run_config import RunConfig
@@ -152,18 +152,64 @@ def make_plan(
     ratios: Sequence[float] | None = None,
     rank: int = 0,
     world_size: int = 1,
+    has_epochs: bool = True,
 ) -> BatchPlan | MixedPlan:
-    """The plan that training on these datasets takes."""
+    """The plan that training on these datasets takes. Where it needs no epochs (``has_epochs``), and ratios
+    say how to mix, the samples of streams are not counted."""
     streams = [isinstance(dataset, StreamDataset) for dataset in datasets]
     if any(streams):
-        lengths = [known_length(dataset) for dataset in datasets]
+        is_counted = has_epochs or (len(streams) > 1 and not ratios)
+        lengths = [
+            known_length(dataset) if is_counted or not is_stream else None
+            for dataset, is_stream in zip(datasets, streams, strict=True)
+        ]
         return MixedPlan(lengths, streams, batch_size, seed, ratios, rank, world_size)
     return BatchPlan([len(d) for d in datasets], batch_size, seed, ratios, rank, world_size)
+
+
+def told_length(dataset: Dataset) -> str:
+    """The size of a dataset for people, as far as it is known without counting."""
+    if isinstance(dataset, StreamDataset):
+        return f"{len(dataset.records)} shards"
+    return f"{len(dataset)} samples"
 
 
 def known_length(dataset: Dataset) -> int | None:
     """The number of samples; None for a stream of which nobody knows it."""
     return dataset.num_samples if isinstance(dataset, StreamDataset) else len(dataset)
+
+
+def split_ratios(
+    ratios: Mapping[str, float] | None, named: Sequence[tuple[str, Dataset]]
+) -> list[float] | None:
+    """The weight of each training split: its dataset's ratio, shared by size among its splits.
+
+    Args:
+        ratios: ``run.train_dataset_ratios``.
+        named: the splits that are trained on, each with its dataset's name.
+
+    Raises:
+        ConfigError: a dataset has no ratio, or a ratio no dataset.
+    """
+    if not ratios:
+        return None
+    sizes: dict[str, int] = {}
+    lengths = [1 if isinstance(d, StreamDataset) else len(d) for _, d in named]  # a stream has one split
+    for (name, _), length in zip(named, lengths, strict=True):
+        sizes[name] = sizes.get(name, 0) + length
+    for name in ratios:
+        if name not in sizes:
+            raise ConfigError(
+                f"run.train_dataset_ratios names '{name}', which is not trained on in this run."
+                f"{did_you_mean(name, sizes)}"
+            )
+    for name in sizes:
+        if name not in ratios:
+            raise ConfigError(
+                f"run.train_dataset_ratios has no '{name}', which would not be trained on. Give it a weight, "
+                "or take it out of datasets."
+            )
+    return [ratios[name] * length / sizes[name] for (name, _), length in zip(named, lengths, strict=True)]
 
 
 def recorded(datasets: Iterable[Dataset]) -> dict[str, Any]:
@@ -175,12 +221,12 @@ def recorded(datasets: Iterable[Dataset]) -> dict[str, Any]:
 def one_by_one(dataset: Dataset) -> Iterator[Any]:
     """The samples of a dataset as they lie, each once."""
     if isinstance(dataset, StreamDataset):
-        return (dataset.read_place(place, i) for i, place in enumerate(dataset.places(None)))
+        return map(dataset.read_place, dataset.places(None))
     return (dataset[index] for index in range(len(dataset)))
 
 
-def check_streams(run: RunConfig, datasets: Mapping[str, Mapping[str, Dataset]]) -> None:
-    """Whether what a run asks of its training data can be had of streams.
+def check_training_data(run: RunConfig, datasets: Mapping[str, Mapping[str, Dataset]]) -> None:
+    """Whether a run's training data can be mixed as it says, and give what it asks, of streams too.
 
     Args:
         datasets: name -> split -> dataset.
@@ -196,7 +242,11 @@ def check_streams(run: RunConfig, datasets: Mapping[str, Mapping[str, Dataset]])
                         f"run.{key}: dataset '{name}' is a stream, which is for training only. Name a split "
                         f"of another dataset instead of '{split}'."
                     )
-    trained = {n: d for n, splits in datasets.items() for s, d in splits.items() if s in run.train_splits}
+    if run.evaluate:
+        return
+    named = [(n, d) for n, splits in datasets.items() for s, d in splits.items() if s in run.train_splits]
+    split_ratios(run.train_dataset_ratios, named)
+    trained = dict(named)
     streams = [name for name, dataset in trained.items() if isinstance(dataset, StreamDataset)]
     if streams and run.cache_vision:
         raise ConfigError(
@@ -204,10 +254,10 @@ def check_streams(run: RunConfig, datasets: Mapping[str, Mapping[str, Dataset]])
             "Set it to false."
         )
     for name in streams:
-        if known_length(trained[name]) is not None:
+        is_mixed_by_size = len(trained) > 1 and not run.train_dataset_ratios
+        if not (run.max_epoch or is_mixed_by_size) or known_length(trained[name]) is not None:
             continue
         unknown = f"nobody knows how many samples dataset '{name}' has. Set datasets.{name}.num_samples, or"
         if run.max_epoch:
             raise ConfigError(f"run.max_epoch: {unknown} give the length of training by run.max_iters.")
-        if len(trained) > 1 and not run.train_dataset_ratios:
-            raise ConfigError(f"run.train_dataset_ratios: {unknown} say here how to mix the datasets.")
+        raise ConfigError(f"run.train_dataset_ratios: {unknown} say here how to mix the datasets.")

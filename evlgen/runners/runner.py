@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from evlgen.common.errors import ConfigError, TrainingError, did_you_mean
+from evlgen.common.errors import TrainingError
 from evlgen.common.registry import registry
 from evlgen.models.base_model import BaseModel
 from evlgen.runners.checkpointer import Checkpointer
@@ -24,7 +24,7 @@ from evlgen.runners.data import batch_size, eval_loader, seeded, to_device, trai
 from evlgen.runners.distribution import Distribution, WeightedMeans, make_accelerator
 from evlgen.runners.interruption import StopRequest
 from evlgen.runners.loss_watch import LossWatch
-from evlgen.runners.mixed_plan import known_length, make_plan, one_by_one, recorded
+from evlgen.runners.mixed_plan import make_plan, one_by_one, recorded, split_ratios
 from evlgen.runners.optimizer import build_optimizer
 from evlgen.runners.progress import RunLog, validation_label
 from evlgen.runners.run_config import RunConfig
@@ -70,7 +70,7 @@ class Runner:
         self.model = model
         self.distribution = Distribution(self.accelerator, model, run)
         self.log = RunLog(folder, run, enabled=self.accelerator.is_main_process)
-        self.skipped = SkippedSamples(folder, run.max_skipped_share)
+        self.skipped = SkippedSamples(folder, run.max_skipped_share, self.accelerator.num_processes)
         self.watch = LossWatch(folder, run, self.accelerator)
         self.checkpointer = Checkpointer(
             folder / "checkpoints", run.keep_last, config or {}, self.accelerator
@@ -120,9 +120,10 @@ class Runner:
             list(self._trained.values()),
             run.batch_size_train,
             run.seed,
-            ratios=self._ratios(list(trained.values())),
+            ratios=split_ratios(run.train_dataset_ratios, list(trained.values())),
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
+            has_epochs=bool(run.max_epoch),
         )
         self.iters_per_epoch, self.total_iters = self.length()
         self.schedule = registry.get_lr_scheduler_class(run.lr_sched)(
@@ -338,22 +339,6 @@ class Runner:
         if is_best:
             state.best_metric, state.best_epoch = metric, state.epoch + 1
         return is_best
-
-    def _ratios(self, named: list[tuple[str, Dataset]]) -> list[float] | None:
-        """The weight of each training split: its dataset's ratio, shared by size among its splits."""
-        given = self.run.train_dataset_ratios
-        if not given:
-            return None
-        sizes: dict[str, int] = {}
-        for name, dataset in named:
-            sizes[name] = sizes.get(name, 0) + (known_length(dataset) or 1)
-        for name in given:
-            if name not in sizes:
-                raise ConfigError(
-                    f"run.train_dataset_ratios names '{name}', which is not trained on in this run."
-                    f"{did_you_mean(name, sizes)}"
-                )
-        return [given.get(name, 0.0) * (known_length(d) or 1) / sizes[name] for name, d in named]
 
     # ---- evaluation ----
 

@@ -27,19 +27,23 @@ class SkippedSamples:
 
     Args:
         folder: where ``skipped.jsonl`` lists them.
-        max_share: share of the samples read that may be broken.
+        max_share: share of the samples read that may be broken, and of a dataset's shards.
+        processes: how many there are: each meets about as large a part of a dataset's shards.
 
     Attributes:
         seen: how many samples were read or skipped.
         causes: how many were skipped, by `Skipped.cause`.
+        lost: the shards, or parts of them, that could not be read, each with its share of its dataset
+            (`Skipped.lost_share`): dataset -> id -> share.
     """
 
     MIN_SEEN = 100  # a share of fewer samples says little: judged at the end of an evaluation only
 
-    def __init__(self, folder: Path, max_share: float) -> None:
-        self.folder, self.max_share = folder, max_share
+    def __init__(self, folder: Path, max_share: float, processes: int = 1) -> None:
+        self.folder, self.max_share, self.processes = folder, max_share, processes
         self.seen = 0
         self.causes: Counter[str] = Counter()
+        self.lost: dict[str, dict[str, float]] = {}
         self._named: set[str] = set()
 
     def anew(self) -> SkippedSamples:
@@ -52,9 +56,13 @@ class SkippedSamples:
 
     def add_up(self) -> None:
         """Makes the counts those of all processes together; all of them call it."""
-        counts = gather_object([(self.seen, self.causes)])
-        self.seen = sum(seen for seen, _ in counts)
-        self.causes = sum((causes for _, causes in counts), Counter())
+        counts = gather_object([(self.seen, self.causes, self.lost)])
+        self.seen = sum(seen for seen, _, _ in counts)
+        self.causes = sum((causes for _, causes, _ in counts), Counter())
+        self.lost = {
+            dataset: {key: share for _, _, lost in counts for key, share in lost.get(dataset, {}).items()}
+            for dataset in sorted({dataset for _, _, lost in counts for dataset in lost})
+        }
 
     def take_out(self, batch: dict[str, Any], iteration: int | None) -> dict[str, Any] | None:
         """The batch without its list of skipped samples; None where nothing is left."""
@@ -62,7 +70,11 @@ class SkippedSamples:
         self.seen += len(skipped) + batch_size(batch)
         for sample in skipped:
             self.causes[sample.cause] += 1
+            if sample.lost_share:
+                self.lost.setdefault(sample.dataset, {})[sample.id] = sample.lost_share
             self._note(sample, iteration)
+        if any(sample.lost_share for sample in skipped):
+            self._check_lost()
         if skipped and self.seen >= self.MIN_SEEN:
             self.check()
         return batch or None
@@ -76,11 +88,24 @@ class SkippedSamples:
                 f"{self.folder / FILE}; mend them or raise the share."
             )
 
+    def _check_lost(self) -> None:
+        """Raises `TrainingError` when more than the allowed share of a dataset's shards could not be read,
+        whose samples nobody has counted."""
+        for dataset, lost in self.lost.items():
+            share = sum(lost.values()) * self.processes
+            if share > self.max_share:
+                raise TrainingError(
+                    f"{share:.1%} of the shards of dataset '{dataset}' could not be read, or not to their "
+                    f"end, so far: more than run.max_skipped_share ({self.max_share:g}) allows. They are "
+                    f"listed in {self.folder / FILE}; mend them, leave them out of build_info.storage, or "
+                    "raise the share."
+                )
+
     def report(self, speaks: bool = True) -> None:
         """One line on what training skipped, where it skipped anything. All processes call it, one
         ``speaks``."""
         total = self.anew()
-        total.seen, total.causes = self.seen, self.causes
+        total.seen, total.causes, total.lost = self.seen, self.causes, self.lost
         total.add_up()
         if speaks and total.causes:
             logger.warning(
@@ -90,14 +115,20 @@ class SkippedSamples:
                 told(total.causes),
                 self.folder / FILE,
             )
+            for dataset, lost in total.lost.items():
+                share = sum(lost.values())
+                logger.warning(
+                    "%.1f%% of the shards of '%s' could not be read to their end", 100 * share, dataset
+                )
 
     def to_json(self) -> dict[str, Any]:
         """What a resumed run needs to go on counting."""
-        return {"seen": self.seen, "causes": dict(self.causes)}
+        return {"seen": self.seen, "causes": dict(self.causes), "lost": self.lost}
 
     def restore(self, values: Mapping[str, Any]) -> None:
         """Takes over what `to_json` gave."""
         self.seen, self.causes = int(values.get("seen", 0)), Counter(values.get("causes", {}))
+        self.lost = {dataset: dict(lost) for dataset, lost in values.get("lost", {}).items()}
 
     def _note(self, sample: Skipped, iteration: int | None) -> None:
         key = f"{sample.id}: {sample.reason}"

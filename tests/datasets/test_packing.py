@@ -43,7 +43,7 @@ def captioned(folder: Path, count: int = 7, cls=CaptionDataset):
 
 def unpacked(folder: Path, **options) -> list:
     stream = ShardDataset(sorted(map(str, folder.glob("*.tar"))), IMAGE, TEXT, **options)
-    return [stream.read_place(place, 0) for place in stream.places(None)]
+    return [stream.read_place(place) for place in stream.places(None)]
 
 
 def members(path: Path) -> dict[str, bytes]:
@@ -86,7 +86,7 @@ def test_clips_come_back(shared, tmp_path):
     dataset = CaptionDataset(read_caption_records(path), VideoFiles(folder), frames, lambda text: text)
     assert pack(dataset, tmp_path / "out").storage == f"{tmp_path}/out/00000.tar"
     stream = ShardDataset([f"{tmp_path}/out/00000.tar"], frames, lambda text: text, data_type="videos")
-    samples = [stream.read_place(place, 0) for place in stream.places(None)]
+    samples = [stream.read_place(place) for place in stream.places(None)]
     assert [s["text_input"] for s in samples] == [f"clip {name}" for name in names]
     for index, sample in enumerate(samples):
         assert torch.equal(sample["image"], dataset[index]["image"])

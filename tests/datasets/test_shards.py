@@ -19,10 +19,14 @@ from shard_files import png, sample, write_shard, write_shards
 
 from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.registry import registry
-from evlgen.datasets.base_dataset import Skipped
+from evlgen.common.tar_headers import tar_members
+from evlgen.datasets import shards as shards_module
+from evlgen.datasets.base_dataset import BadRecord, Skipped
 from evlgen.datasets.shards import ShardDataset, _shuffled, lane_pieces
 from evlgen.datasets.stream import Lane
 from evlgen.processors import build_processor
+from evlgen.runners.mixed_plan import check_training_data, make_plan, told_length
+from evlgen.runners.run_config import RunConfig
 
 IMAGE = build_processor({"name": "blip_image_eval", "image_size": 8, "mean": [0, 0, 0], "std": [1, 1, 1]})
 TEXT = build_processor({"name": "blip_caption"})
@@ -34,7 +38,7 @@ def dataset(shards, **options) -> ShardDataset:
 
 def read_all(shards, **options) -> list:
     stream = dataset(shards, **options)
-    return [stream.read_place(place, i) for i, place in enumerate(stream.places(None))]
+    return [stream.read_place(place) for place in stream.places(None)]
 
 
 def captions(samples) -> list[str]:
@@ -87,6 +91,17 @@ def test_members_of_a_key_belong_together_wherever_they_are(tmp_path):
     assert captions(read_all(shards)) == ["a a", "a b", "a c"] * 2
 
 
+def test_the_id_that_is_noted_in_json_is_the_samples(tmp_path):
+    noted = {"a": 17, "b": "x.jpg", "c": None, "d": True}
+    members = {}
+    for key, image_id in noted.items():
+        content = json.dumps({"caption": "a", "image_id": image_id}).encode()
+        members |= {f"{key}.png": png(), f"{key}.json": content}
+    samples = read_all([write_shard(tmp_path / "0.tar", members)])
+    assert [s["image_id"] for s in samples] == [17, "x.jpg", "0.tar/c", "0.tar/d"]
+    assert samples[0]["sample_id"] == samples[0]["instance_id"] == "0.tar/a"
+
+
 def test_one_of_several_captions_is_drawn_at_each_reading(tmp_path):
     stream = dataset([write_shard(tmp_path / "0.tar", sample("a", ["one", "two", "three"]))])
     (place,) = stream.places(None)
@@ -102,7 +117,7 @@ def test_clips_are_read_from_shards(shared, tmp_path):
     stream = ShardDataset(
         [shard], lambda video: torch.from_numpy(video.read([0, 1], size=(8, 8))), TEXT, data_type="videos"
     )
-    first, second = (stream.read_place(place, 0) for place in stream.places(None))
+    first, second = (stream.read_place(place) for place in stream.places(None))
     assert first["image"].shape == (2, 8, 8, 3) and first["image"].float().std() > 5
     assert isinstance(second, Skipped) and f"{shard}/b.mp4" in second.reason
 
@@ -134,7 +149,7 @@ def test_a_broken_sample_is_skipped_in_its_place_and_moves_no_other(tmp_path, na
     shard = write_shard(tmp_path / "0.tar", {**sample("a"), **members, **sample("z")})
     first, broken, last = read_all([shard])
     assert captions([first, last]) == ["a a", "a z"]
-    assert isinstance(broken, Skipped) and (broken.index, broken.id) == (1, "0.tar/x")
+    assert isinstance(broken, Skipped) and (broken.index, broken.id) == (None, "0.tar/x")
     assert broken.cause == cause and reason in broken.reason
 
 
@@ -174,9 +189,10 @@ def test_of_a_damaged_shard_what_comes_before_is_read_and_the_rest_is_one_skippe
     good = [f"a 00000{i}" for i in range(3)]
     assert captions(samples)[:3] == good and captions(samples)[-1] == "a 000000"
     broken = samples[3:-1]
-    assert {s.cause for s in broken} <= {"damaged shard", "no caption"} and broken[-1].id == "00000.tar"
+    assert {s.cause for s in broken} <= {"damaged shard", "no caption"} and broken[-1].id == shard
     assert f"{shard} is damaged or cut off at byte" in broken[-1].reason
     assert "samples before that are read" in broken[-1].reason
+    assert [s.lost_share for s in broken] == [0.0] * (len(broken) - 1) + [1 / 2]
 
 
 @pytest.mark.parametrize("kind", ["compressed", "empty", "text", "gone", "folder"])
@@ -187,7 +203,45 @@ def test_a_shard_that_cannot_be_read_is_one_skipped_sample(tmp_path, kind):
         Path(shard).unlink()
     samples = read_all([first, shard, last])
     assert captions(samples) == ["a 000000", "skipped: damaged shard", "a 001000"]
-    assert shard in samples[1].reason
+    assert shard in samples[1].reason and samples[1].lost_share == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("shards", [2, 6, 40])
+def test_all_lanes_together_lose_the_share_of_the_damaged_shards_and_each_its_part_of_it(tmp_path, shards):
+    paths = write_shards(tmp_path, [1] * shards)
+    for path in paths[::2]:
+        Path(path).write_bytes(b"garbage" * 1000)
+    places = [list(dataset(paths).places(lane)) for lane in lanes(8)]
+    lost = [{p.id: p.lost_share for p in lane if isinstance(p, BadRecord)} for lane in places]
+    assert sum(sum(lane.values()) for lane in lost) == pytest.approx(1 / 2)
+    assert len(set().union(*lost)) == sum(map(len, lost))  # no id twice
+
+
+def test_a_disk_or_network_that_fails_for_a_moment_is_asked_again(tmp_path, monkeypatch, caplog):
+    (shard,) = write_shards(tmp_path, [2])
+    failures = []
+
+    def failing(path):
+        if len(failures) < 2:
+            failures.append(path)
+            raise DataError(f"{path} cannot be read.") from OSError(5, "Input/output error")
+        return tar_members(path)
+
+    monkeypatch.setattr(shards_module, "tar_members", failing)
+    monkeypatch.setattr(shards_module, "PAUSES", (0.0, 0.0))
+    assert captions(read_all([shard])) == ["a 000000", "a 000001"]
+    assert caplog.text.count("cannot be read. 0 samples before that are read. Trying again in 0 s.") == 2
+
+
+def test_a_damaged_shard_is_not_tried_again_at_once_but_in_the_next_pass(tmp_path, monkeypatch):
+    shard, copy = write_shards(tmp_path, [2, 2])
+    whole = Path(shard).read_bytes()
+    Path(shard).write_bytes(b"garbage" * 1000)
+    monkeypatch.setattr(shards_module, "PAUSES", (1e9,))
+    stream, lane = dataset([shard, copy]), Lane(0, 0, 1)
+    assert [place.id for place in stream.places(lane, 0) if isinstance(place, BadRecord)] == [shard]
+    Path(shard).write_bytes(whole)
+    assert not [place for place in stream.places(lane, 1) if isinstance(place, BadRecord)]
 
 
 # ---- lanes ----
@@ -310,6 +364,21 @@ def test_shards_that_are_not_there_are_left_out_with_a_warning_unless_all_are(tm
         built(tmp_path, "nowhere/*.tar").get_split("train")
 
 
+def test_samples_are_counted_only_when_somebody_asks(tmp_path, monkeypatch):
+    write_shards(tmp_path, [2, 3])
+    asked = []
+    monkeypatch.setattr("evlgen.datasets.shard_builders.count_samples", lambda *args: asked.append(args) or 5)
+    stream = built(tmp_path, "*.tar").get_split("train")
+    options = {"batch_size": 2, "seed": 1}
+    assert make_plan([stream], **options, has_epochs=False).batches_per_epoch is None
+    assert make_plan([stream, stream], **options, ratios=[1, 2], has_epochs=False).lengths == [None, None]
+    check_training_data(RunConfig(max_iters=3, valid_splits=[]), {"web_shards": {"train": stream}})
+    assert told_length(stream) == "2 shards" and not asked
+    assert make_plan([stream], **options).batches_per_epoch == 2
+    assert make_plan([stream, stream], **options, has_epochs=False).lengths == [5, 5]
+    assert len(asked) == 1
+
+
 def test_the_number_of_samples_is_given_or_in_the_stats_or_counted_or_unknown(tmp_path, monkeypatch):
     shards = write_shards(tmp_path, [2, 3])
     assert built(tmp_path, "*.tar", num_samples=99).get_split("train").num_samples == 99
@@ -330,7 +399,7 @@ def test_stats_that_say_no_number_are_named(tmp_path, content):
     write_shards(tmp_path, [1])
     (tmp_path / "00000_stats.json").write_text(content)
     with pytest.raises(DataError, match=r"00000_stats\.json does not say how many samples .* Delete it"):
-        built(tmp_path, "*.tar").get_split("train")
+        len(built(tmp_path, "*.tar").get_split("train"))
 
 
 def test_storage_that_names_nothing_says_so(tmp_path):

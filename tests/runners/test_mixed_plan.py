@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from itertools import islice
@@ -15,14 +16,22 @@ from shard_files import sample, write_shard, write_shards
 
 from evlgen.assemble import run
 from evlgen.common.config import Config
-from evlgen.common.errors import ConfigError
+from evlgen.common.errors import ConfigError, TrainingError
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.datasets.shards import ShardDataset
 from evlgen.processors import build_processor
 from evlgen.runners import mixed_plan
 from evlgen.runners.data import BatchPlan, train_loader
-from evlgen.runners.mixed_plan import LANES, MixedPlan, StreamSlot, check_streams, make_plan
+from evlgen.runners.mixed_plan import (
+    LANES,
+    MixedPlan,
+    StreamSlot,
+    check_training_data,
+    make_plan,
+    split_ratios,
+)
 from evlgen.runners.run_config import RunConfig
+from evlgen.runners.skipped import SkippedSamples
 
 
 def take(count, **options):
@@ -176,10 +185,45 @@ def test_what_a_stream_cannot_do_is_said_before_anything_is_loaded(tmp_path):
     }
     for message, settings in cases.items():
         with pytest.raises(ConfigError, match=message):
-            check_streams(RunConfig(**{"valid_splits": ["val"], **settings}), datasets)
-    check_streams(RunConfig(**iterations, train_dataset_ratios={"ccs14M": 1.0, "numbers": 1.0}), datasets)
-    check_streams(RunConfig(**iterations), {"ccs14M": {"train": unknown}})
-    check_streams(RunConfig(max_epoch=1, valid_splits=["val"]), {**datasets, "ccs14M": {"train": known}})
+            check_training_data(RunConfig(**{"valid_splits": ["val"], **settings}), datasets)
+    check_training_data(
+        RunConfig(**iterations, train_dataset_ratios={"ccs14M": 1.0, "numbers": 1.0}), datasets
+    )
+    check_training_data(RunConfig(**iterations), {"ccs14M": {"train": unknown}})
+    check_training_data(
+        RunConfig(max_epoch=1, valid_splits=["val"]), {**datasets, "ccs14M": {"train": known}}
+    )
+
+
+def test_every_dataset_that_is_trained_on_needs_a_ratio():
+    datasets = {"a": {"train": Numbers(3)}, "b": {"train": Numbers(6)}, "c": {"val": Numbers(3)}}
+    for ratios, message in {
+        ("a",): "train_dataset_ratios has no 'b', which would not be trained on",
+        ("a", "b", "c"): "names 'c', which is not trained on",
+    }.items():
+        given = RunConfig(max_iters=5, train_dataset_ratios=dict.fromkeys(ratios, 1.0))
+        with pytest.raises(ConfigError, match=message):
+            check_training_data(given, datasets)
+        check_training_data(dataclasses.replace(given, evaluate=True), {"c": datasets["c"]})
+    check_training_data(RunConfig(max_iters=5, train_dataset_ratios={"a": 1.0, "b": 1.0}), datasets)
+    named = [("a", Numbers(3)), ("a", Numbers(9)), ("b", Numbers(5))]
+    assert split_ratios({"a": 4.0, "b": 7.0}, named) == [1.0, 3.0, 7.0]
+    assert split_ratios(None, named) is None
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_stops_where_half_of_the_shards_are_lost_though_few_samples_are_skipped(tmp_path, world_size):
+    shards = write_shards(tmp_path, [40] * 6)
+    for shard in shards[1::2]:
+        Path(shard).write_bytes(b"garbage" * 1000)
+    for rank in range(world_size):
+        datasets = {"web": stream(shards)}
+        plan = make_plan([datasets["web"]], 8, seed=5, rank=rank, world_size=world_size, has_epochs=False)
+        skipped = SkippedSamples(tmp_path, 0.49, world_size)
+        with pytest.raises(TrainingError, match=r"5\d\.\d% of the shards of dataset 'web' could not be read"):
+            for number, batch in enumerate(islice(train_loader(datasets, plan, 0, False), 100)):
+                skipped.take_out(batch, number)
+        assert skipped.causes.total() < 0.25 * skipped.seen
 
 
 def test_a_split_that_only_shards_could_have_is_refused_with_a_remedy(tiny_project, tmp_path):
@@ -212,7 +256,7 @@ def test_a_run_on_shards_and_pictures_goes_on_bit_for_bit_with_any_number_of_wor
     assert len(losses) == 9
     saved = json.loads((final.parent / "training_state" / "progress.json").read_text())
     assert saved["data"] == {
-        "samples": [24, 11],
+        "samples": [24, None],  # no epochs: nobody counts the stream
         "batch_size": 4,
         "processes": 1,
         "shards": [2],
