@@ -7,6 +7,7 @@ import torch
 
 from evlgen.common.errors import ConfigError
 from evlgen.models.language import VicunaLanguageModel
+from evlgen.models.text_lengths import TextLengths
 
 QUESTIONS = ["what color is the circle?", "", "how many stars are there on the hill? two or three?"]
 ANSWERS = ["red", "two blue stars", "no"]
@@ -124,3 +125,13 @@ def test_a_llama_without_its_end_token_is_told_of_the_other_kind(model_folder):
     folder = model_folder("llama", bos=None, tokenizer_settings={"eos": "<end>"})
     with pytest.raises(ConfigError, match="has no token </s>, .* Set model.language.kind: causal"):
         VicunaLanguageModel(str(folder))
+
+
+def test_without_weights_texts_become_the_same_tokens(llama_folder):
+    folder = str(llama_folder("tokenizer.json"))
+    whole, bare = (VicunaLanguageModel(folder, max_txt_len=9, device=device) for device in ("cpu", "meta"))
+    question, answer = "what color is the circle?", "two blue stars and a green square"
+    assert bare.to_learn([question], [answer]) == whole.to_learn([question], [answer])
+    (found,) = TextLengths(bare).learned([question], [answer])
+    assert found.is_cut and not found.is_lost
+    assert found.learned == len(bare.tokenizer(answer, add_special_tokens=False).input_ids) + 1
