@@ -70,14 +70,14 @@ def pack(dataset: BaseDataset, folder: Path, samples_per_shard: int = 1000) -> P
             things in it.
     """
     samples = _samples(dataset)
-    _claim(folder, samples, samples_per_shard)
+    _claim(folder, samples, dataset.media.root, samples_per_shard)
     shards = [
         samples[first : first + samples_per_shard] for first in range(0, len(samples), samples_per_shard)
     ]
     paths = [str(folder / f"{number:05d}.tar") for number in range(len(shards))]
     with tqdm(total=len(samples), desc="packing", unit="sample", disable=None) as bar:
         for number, (path, part) in enumerate(zip(paths, shards, strict=True)):
-            if not os.path.isfile(stats_path(path)):
+            if not (os.path.isfile(path) and os.path.isfile(stats_path(path))):
                 _write_shard(path, part, number * samples_per_shard, dataset.media, bar)
             else:
                 bar.update(len(part))
@@ -85,20 +85,26 @@ def pack(dataset: BaseDataset, folder: Path, samples_per_shard: int = 1000) -> P
 
 
 def _samples(dataset: BaseDataset) -> list[_Sample]:
-    """Each picture or clip with its captions, in the order of the records."""
+    """Each picture or clip with its captions, in the order of the records. One that has several ids has the
+    first, and the captions of all."""
     captions = dataset.references()
     if not isinstance(dataset, MediaDataset) or not captions:
         raise DataError("this dataset cannot be packed: it takes pictures or clips in files, with captions.")
-    ids = {record["visual"]: record.get("image_id", record["visual"]) for record in good(dataset.records)}
-    found = ((visual, image_id, captions.get(image_id)) for visual, image_id in ids.items())
-    return [_Sample(visual, image_id, list(texts)) for visual, image_id, texts in found if texts]
+    ids: dict[str, dict[int | str, None]] = {}  # in their order, each once
+    for record in good(dataset.records):
+        ids.setdefault(record["visual"], {})[record.get("image_id", record["visual"])] = None
+    found = (
+        _Sample(visual, next(iter(own)), [text for image_id in own for text in captions.get(image_id, ())])
+        for visual, own in ids.items()
+    )
+    return [sample for sample in found if sample.captions]
 
 
-def _claim(folder: Path, samples: Sequence[_Sample], samples_per_shard: int) -> None:
-    """Notes in a folder what is packed there, or makes sure that it is this."""
-    digest = hashlib.blake2b(digest_size=16)
+def _claim(folder: Path, samples: Sequence[_Sample], root: Path, samples_per_shard: int) -> None:
+    """Notes in a folder what is packed there, from which ``root``, or makes sure that it is this."""
+    digest = hashlib.blake2b(os.fsencode(root.absolute()), digest_size=16)
     for sample in samples:
-        digest.update(json.dumps([sample.visual, sample.captions]).encode())
+        digest.update(json.dumps([sample.visual, sample.image_id, sample.captions]).encode())
     content = {
         "samples": len(samples),
         "samples_per_shard": samples_per_shard,

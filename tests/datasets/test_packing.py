@@ -140,6 +140,36 @@ def test_an_interrupted_call_leaves_whole_shards_only_and_the_next_goes_on(tmp_p
         assert (out / path.name).read_bytes() == path.read_bytes()
 
 
+def test_a_picture_with_several_ids_is_packed_once_with_the_captions_of_all(tmp_path):
+    captioned(tmp_path / "in", count=2)
+    rows = [("0.jpg", "b", "one"), ("1.PNG", "x", "other"), ("0.jpg", "a", "two"), ("0.jpg", "b", "three")]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"image": v, "image_id": i, "caption": c} for v, i, c in rows]))
+    dataset = CaptionDataset(read_caption_records(path), ImageFiles(tmp_path / "in"), IMAGE, TEXT)
+    packed = pack(dataset, tmp_path / "out")
+    assert (packed.samples, packed.captions) == (2, 4)
+    content = members(tmp_path / "out" / "00000.tar")
+    first = json.loads(content["000000000.json"])
+    assert (first["image_id"], sorted(first["caption"])) == ("b", ["one", "three", "two"])
+    assert [sample["image_id"] for sample in unpacked(tmp_path / "out")] == ["b", "x"]
+
+
+def test_a_shard_that_is_gone_is_written_again(tmp_path):
+    dataset = captioned(tmp_path / "in")
+    pack(dataset, tmp_path / "out", samples_per_shard=3)
+    gone = tmp_path / "out" / "00001.tar"
+    content = gone.read_bytes()
+    gone.unlink()
+    assert pack(dataset, tmp_path / "out", samples_per_shard=3).samples == 7
+    assert gone.read_bytes() == content
+
+
+def test_files_of_the_same_names_in_another_folder_are_other_data(tmp_path):
+    pack(captioned(tmp_path / "in"), tmp_path / "out")
+    with pytest.raises(DataError, match="out has shards of other data"):
+        pack(captioned(tmp_path / "other"), tmp_path / "out")
+
+
 def test_a_folder_with_other_things_in_it_is_refused(tmp_path):
     dataset = captioned(tmp_path / "in")
     with pytest.raises(DataError, match="in is not empty. Name another folder"):
