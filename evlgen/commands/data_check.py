@@ -59,11 +59,10 @@ def run(args: argparse.Namespace) -> int:
     content = {report.name: report.to_json(lengths.limits, lengths.UNIT) for report in reports}
     write_atomically(folder / "report.json", json.dumps(content, indent=1))
     print(f"report: {folder / 'report.json'}; broken samples: {folder / 'skipped.jsonl'}")
-    too_many = [r for r in reports if len(r.skipped) > cfg.run.max_skipped_share * r.num_samples]
+    too_many = [r for r in reports if r.error is None and r.broken_share > cfg.run.max_skipped_share]
     for report in too_many:
-        share = len(report.skipped) / report.num_samples
         print(
-            f"{report.name}: {share:.1%} are broken, more than run.max_skipped_share "
+            f"{report.name}: {report.broken_share:.1%} are broken, more than run.max_skipped_share "
             f"({cfg.run.max_skipped_share:.1%}) allows: a run would stop"
         )
     return 1 if too_many or any(report.error is not None for report in reports) else 0

@@ -64,6 +64,12 @@ class SplitReport:
         return Counter(sample.cause for sample in self.skipped)
 
     @property
+    def broken_share(self) -> float:
+        """Of the samples, or, where that is more, of the shards they are in."""
+        lost = sum(sample.lost_share for sample in self.skipped)
+        return max(len(self.skipped) / self.num_samples, lost)
+
+    @property
     def counts(self) -> dict[str, list[int]]:
         """How long texts are: what is read before, and what is learned; where there is any."""
         counts = {key: [getattr(length, key) for length in self.lengths] for key in ("read", "learned")}
@@ -147,9 +153,8 @@ def told(report: SplitReport, limits: Mapping[str, int], unit: str) -> Iterator[
     references = f", {report.num_references} texts to score against" if report.num_references else ""
     yield f"{report.name}: {report.num_samples} samples{visuals}{references}"
     if report.skipped:
-        share = len(report.skipped) / report.num_samples
         causes = ", ".join(f"{count} {cause}" for cause, count in report.causes.most_common())
-        yield f"  broken: {len(report.skipped)} ({share:.1%}): {causes}"
+        yield f"  broken: {len(report.skipped)} ({report.broken_share:.1%}): {causes}"
     else:
         yield "  broken: none"
     for key, counts in report.counts.items():

@@ -211,7 +211,8 @@ def read_shard(shard: str, data_type: str) -> ShardIndex:
                 found.setdefault((key, times[key, suffix]), {})[suffix] = (member.offset, member.size)
                 times[key, suffix] += 1
     except DataError as error:
-        damage = DataError(f"{error} {len(found)} samples before that are read.", error.cause)
+        before = f" {len(found)} samples before that are read." if found else ""
+        damage = DataError(f"{error}{before}", error.cause)
         damage.__cause__ = error.__cause__
     samples = [_sample(shard, key, number, parts, data_type) for (key, number), parts in found.items()]
     if not samples and damage is None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import tarfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
+from shard_files import write_shards
 
 from evlgen.commands import data_check
 from evlgen.commands.data_check import add_arguments
@@ -143,6 +145,16 @@ def test_a_question_is_measured_with_its_prompt_and_its_answer(dataset, tmp_path
     bare, asked = found
     assert (bare["cut_off"], bare["tokens"]["read"]["longest"], bare["limits"]) == (0, 8, {LIMIT: 10})
     assert (asked["cut_off"], asked["nothing_left"], asked["tokens"]["read"]["longest"]) == (1, 1, 12)
+
+
+def test_a_lost_shard_counts_by_its_share(tmp_path):
+    shards = write_shards(tmp_path, [4, 4, 4])
+    Path(shards[1]).write_bytes(b"garbage" * 1000)
+    processors = {"name": "blip_image_eval", "image_size": 8}, {"name": "blip_caption"}
+    stream = ShardDataset(shards, *map(build_processor, processors))
+    report = check_split("web/train", stream.listed(), words, 0)
+    assert report.broken_share == pytest.approx(1 / 3)
+    assert "  broken: 1 (33.3%): 1 damaged shard" in list(told(report, {}, "words"))
 
 
 def test_shards_have_a_sheet_and_a_count_of_pictures(dataset, tmp_path):
