@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from evlgen.datasets.base_dataset import BaseDataset
+from evlgen.runners import data
 from evlgen.runners.data import BatchPlan, eval_loader, seeded, train_loader
 
 
@@ -82,3 +83,11 @@ def test_evaluation_covers_each_sample_once_whatever_the_split():
         for batch in eval_loader(_Noise(), 2, 0, False, rank, 3):
             seen += batch["image"][:, 3].int().tolist()
     assert sorted(seen) == list(range(12))
+
+
+def test_that_fewer_workers_read_than_were_asked_for_is_told_once(monkeypatch, caplog):
+    monkeypatch.setattr(data.os, "sched_getaffinity", lambda process: range(2), raising=False)
+    data._tell_of_cores.cache_clear()
+    with caplog.at_level("INFO"):
+        assert [data._workers(count) for count in (2, 64, 64)] == [2, 2, 2]
+    assert caplog.messages == ["run.num_workers: 2 workers of 64, as this process may use so many cores"]
