@@ -211,9 +211,8 @@ def test_a_damaged_annotation(refused, coco, monkeypatch, content, named):
 def test_too_many_broken_pictures_stop_the_run_and_are_listed(refused, coco, monkeypatch, tmp_path):
     (coco / "coco" / "images" / "val2014" / "COCO_val2014_000000000007.jpg").write_bytes(b"not a picture")
     monkeypatch.setenv("EVLGEN_CACHE", str(coco))
-    message = refused(
-        "run.max_epoch=1", "run.max_skipped_share=0.1", "run.train_dataset_ratios={coco_caption: 1}", **COCO
-    )
+    ratios = "run.train_dataset_ratios={coco_caption: 1, shapes_caption: 0.000001}"
+    message = refused("run.max_epoch=1", "run.max_skipped_share=0.1", ratios, **COCO)
     assert "could not be read" in message and "run.max_skipped_share" in message
     listed = (tmp_path / "output" / "latest" / "skipped.jsonl").read_text()
     assert "COCO_val2014_000000000007.jpg" in listed
