@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
+import random
 import re
 import shutil
 import sys
@@ -22,7 +22,7 @@ from evlgen.common import downloads, obtaining
 from evlgen.common.catalogue import CATALOGUE, DATASETS, KINDS, catalogue, command_for, find_entry, items_of
 from evlgen.common.io import PACKAGE_ROOT
 
-NOISE = os.urandom(200_000)
+NOISE = random.Random(2).randbytes(200_000)
 ANNOTATION = b'[{"image": "train/1.jpg", "caption": "a cat", "image_id": 1}]'
 
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import http.server
 import os
+import random
 import socketserver
 import threading
 from pathlib import Path
@@ -17,7 +18,7 @@ from evlgen.common.downloads import fetch, file_md5
 from evlgen.common.errors import DataError
 from evlgen.common.io import download, download_target
 
-BODY = os.urandom(300_000)
+BODY = random.Random(0).randbytes(300_000)
 MD5 = hashlib.md5(BODY).hexdigest()
 OTHER = hashlib.md5(b"other").digest()
 

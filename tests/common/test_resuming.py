@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
+import random
 import shutil
 import threading
 from pathlib import Path
@@ -16,8 +16,8 @@ from evlgen.common import downloads
 from evlgen.common.downloads import as_size, fetch, length_of
 from evlgen.common.errors import DataError
 
-BODY = os.urandom(300_000)
-OTHER = os.urandom(300_000)
+BODY = random.Random(0).randbytes(300_000)
+OTHER = random.Random(1).randbytes(300_000)
 MD5 = hashlib.md5(BODY).hexdigest()
 
 

@@ -115,7 +115,13 @@ def photographs(folder: Path, count=6, broken=(3,)) -> list[dict]:
         Image.fromarray(noise).save(folder / f"{number}.png")
     for number in broken:
         (folder / f"{number}.png").write_bytes(b"no picture")
-    return [{"visual": f"{i}.png", "caption": c} for i in range(count) for c in ("grey noise", "a wall")]
+    return [{"image": f"{i}.png", "caption": c} for i in range(count) for c in ("grey noise", "a wall")]
+
+
+def captions(records: list[dict], folder: Path) -> CaptionDataset:
+    """A dataset of such records, as a builder reads them from a file."""
+    named = [{"visual": record["image"], "caption": record["caption"]} for record in records]
+    return CaptionDataset(named, ImageFiles(folder), build_processor(PLAIN), TEXT)
 
 
 # ---- training ----
@@ -249,7 +255,7 @@ def test_of_a_transform_that_is_not_random_one_view_is_kept_whatever_the_seed(mo
 
 def test_a_picture_with_several_captions_is_kept_once_and_a_broken_one_is_skipped(model, tmp_path):
     records = photographs(tmp_path / "pictures")
-    dataset = CaptionDataset(records, ImageFiles(tmp_path / "pictures"), build_processor(PLAIN), TEXT)
+    dataset = captions(records, tmp_path / "pictures")
     kept = fill(dataset, model)
     assert kept.store.entries == 6 and len(kept) == 12
     assert [kept[i]["text_input"] for i in (0, 1)] == ["grey noise", "a wall"]
@@ -307,9 +313,8 @@ def test_the_key_follows_what_a_transform_does_where_no_setting_says_it(model, m
 @pytest.mark.parametrize("change", ["time", "size", "name", "order"])
 def test_the_key_follows_the_files(model, tmp_path, change):
     records = photographs(tmp_path / "pictures", count=20, broken=())
-    processor = build_processor(PLAIN)
-    before = key(CaptionDataset(records, ImageFiles(tmp_path / "pictures"), processor, TEXT), model)
-    again = key(CaptionDataset(records, ImageFiles(tmp_path / "pictures"), processor, TEXT), model)
+    before = key(captions(records, tmp_path / "pictures"), model)
+    again = key(captions(records, tmp_path / "pictures"), model)
     picture = tmp_path / "pictures" / "13.png"  # none of those whose pixels are looked at
     if change == "time":
         os.utime(picture, ns=(1, 1))
@@ -319,10 +324,10 @@ def test_the_key_follows_the_files(model, tmp_path, change):
         os.utime(picture, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     elif change == "name":
         picture.rename(picture.with_name("thirteen.png"))
-        records = [{**r, "visual": r["visual"].replace("13.png", "thirteen.png")} for r in records]
+        records = [{**r, "image": r["image"].replace("13.png", "thirteen.png")} for r in records]
     else:
         records = records[::-1]
-    after = key(CaptionDataset(records, ImageFiles(tmp_path / "pictures"), processor, TEXT), model)
+    after = key(captions(records, tmp_path / "pictures"), model)
     assert before == again != after
 
 
