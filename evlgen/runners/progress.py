@@ -99,7 +99,7 @@ class RunLog:
             **_effort(state),
         }
         self._write(record)
-        self._show_step(record, seconds)
+        self._show_step(record, [name for name in losses if name != "loss"], seconds)
         state.logged_sum, state.logged_steps = 0.0, 0
         self.resume_clock(state)
 
@@ -153,8 +153,10 @@ class RunLog:
         """A bar over an evaluation's batches, on a terminal."""
         return tqdm(batches, desc=label, leave=False, dynamic_ncols=True, disable=not self.terminal)
 
-    def _show_step(self, record: dict[str, Any], seconds: float) -> None:
-        numbers = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['samples_per_s']:.0f} samples/s"
+    def _show_step(self, record: dict[str, Any], also: list[str], seconds: float) -> None:
+        """A line of a record's loss, of what else the task gives (``also``), rate and speed."""
+        losses = "  ".join(f"{name} {record[name]:.4f}" for name in ["loss", *also])
+        numbers = f"{losses}  lr {record['lr']:.2e}  {record['samples_per_s']:.0f} samples/s"
         if self._bar is not None:
             self._bar.set_postfix_str(numbers)
             return

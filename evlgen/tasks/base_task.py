@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sized
+from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from evlgen.common.errors import DataError
 from evlgen.models.base_model import BaseModel
 from evlgen.runners.run_config import CAPTION_LEN, RunConfig
 
@@ -75,6 +76,15 @@ class BaseTask:
         raise NotImplementedError(
             f"{type(self).__name__} must define after_evaluation(results, dataset, split, folder)"
         )
+
+    def check_keys(self, samples: Mapping[str, Any], keys: Iterable[str]) -> None:
+        """Raises `DataError` where a batch lacks what this task scores by."""
+        for key in keys:
+            if key not in samples:
+                raise DataError(
+                    f"task '{self.run.task}' scores by '{key}', which the dataset's samples have not "
+                    f"(they have {', '.join(samples)}). Its load_sample, or load_text, must give it."
+                )
 
     def tell_if_incomplete(self, results: Sized, dataset: Sized, path: Path) -> None:
         """Warns where a file to upload lacks samples that were skipped."""

@@ -33,6 +33,7 @@ class CaptioningTask(BaseTask):
 
     def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]:
         """``{"image_id", "caption", "instance_id"}`` for each sample of a batch."""
+        self.check_keys(samples, ("image_id", "instance_id"))
         if self.run.prompt is not None:
             samples = {**samples, "prompt": self.run.prompt}
         captions = model.generate(

@@ -103,6 +103,7 @@ class QuestionAnsweringTask(BaseTask):
     def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]:
         """``{"question_id", "answer", "question", "instance_id"}`` for each sample of a batch."""
         keys = ("question_id", "instance_id", "text_input")
+        self.check_keys(samples, keys)
         answers = self.answer(model, samples)
         return [
             {"question_id": i, "answer": answer, "question": question, "instance_id": n}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from evlgen.common.errors import DataError
 from evlgen.common.registry import registry
 from evlgen.datasets.caption_dataset import CaptionEvalDataset
 from evlgen.datasets.media import ImageFiles
@@ -96,3 +97,12 @@ def test_captions_without_references_are_written_and_not_scored(tmp_path, caplog
     assert json.loads((tmp_path / "captions.json").read_text()) == [{"image_id": 0, "caption": "x"}]
     assert "test has no references" in caplog.text
     assert "captions.json lacks 1 of 2 samples" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "key"), [("captioning", "image_id"), ("vqa", "question_id")])
+def test_a_dataset_that_gives_no_id_is_told_which(name, key) -> None:
+    task = registry.get_task_class(name)(RunConfig(task=name))
+    with pytest.raises(
+        DataError, match=rf"'{name}' scores by '{key}'.*they have image, text_input.*load_sample"
+    ):
+        task.valid_step(None, {"image": None, "text_input": ["a"]})
