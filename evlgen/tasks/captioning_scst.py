@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # What sampling takes to draw from the model itself: what is learned is the probability of what was drawn.
 FREELY = {"use_nucleus_sampling": True, "top_p": 1.0, "top_k": None, "temperature": 1.0, "min_length": 0}
+
+logger = logging.getLogger(__name__)
 
 
 @registry.register_task("captioning_scst")
@@ -59,6 +62,7 @@ class SelfCriticalCaptioningTask(CaptioningTask):
                 )
             references |= {(name, image): captions for image, captions in own.items()}
         self._names = list(datasets)
+        logger.info("counting the n-grams of the captions of %d pictures, for the reward", len(references))
         self._reward = CiderReward(references)
         self._distribution = distribution
 
