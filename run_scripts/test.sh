@@ -8,4 +8,4 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # several processes of one thread each, a file of tests at a time: twice as fast as one process of several threads
 export OMP_NUM_THREADS=1
 processes=$(.venv/bin/python -c 'import os; print(min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))')
-exec .venv/bin/python -m pytest -n "$processes" --dist loadfile "$@"
+exec .venv/bin/python -m pytest -n "$processes" --dist loadfile --no-loadscope-reorder "$@"
