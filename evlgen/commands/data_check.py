@@ -14,9 +14,9 @@ from evlgen.commands.arguments import add_run_arguments
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from evlgen.checking import SplitReport
     from evlgen.common.config import Config
     from evlgen.datasets.base_builder import BaseDatasetBuilder
-    from evlgen.datasets.checking import SplitReport
     from evlgen.models.text_lengths import TextLength, TextLengths, WordLengths
     from evlgen.tasks.base_task import BaseTask
 
@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from evlgen.assemble import ready_builders
+    from evlgen.checking import find_shared, told, write_skipped
     from evlgen.common.config import Config
     from evlgen.common.io import write_atomically
-    from evlgen.datasets.checking import find_shared, told, write_skipped
 
     cfg = Config.load(args.cfg_path, args.options, args.plugins)
     builders = ready_builders(cfg)
@@ -73,8 +73,8 @@ def _look_at(
 ) -> tuple[SplitReport, Path | None]:
     """The report of a split, and its contact sheet where there is one. What keeps the split from being read
     is noted in the report."""
+    from evlgen.checking import SplitReport, check_split, write_sheet
     from evlgen.common.errors import EVLGenError
-    from evlgen.datasets.checking import SplitReport, check_split, write_sheet
     from evlgen.datasets.stream import StreamDataset
 
     name = f"{builder.name}/{split}"

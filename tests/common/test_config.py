@@ -552,10 +552,10 @@ def test_structure_and_run_section_are_checked_before_torch_is_imported(project)
     assert run_python(code) == "True False"
 
 
-def test_importing_the_configuration_costs_under_a_quarter_of_a_second():
-    code = "import time; t = time.process_time(); import evlgen.common.config; print(time.process_time() - t)"
-    run_python(code)  # writes the byte code
-    assert min(float(run_python(code)) for _ in range(3)) < 0.25
+def test_importing_the_configuration_imports_nothing_heavy():
+    heavy = ("torch", "transformers", "timm", "accelerate", "numpy", "PIL", "pyarrow", "decord", "iopath")
+    code = f"import sys, evlgen.common.config; print([m for m in {heavy} if m in sys.modules])"
+    assert run_python(code) == "[]"
 
 
 # ---- values of another kind than their key's

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from shard_files import write_shards
 
+from evlgen.checking import check_split, find_shared, told, write_sheet, write_skipped
 from evlgen.commands import data_check
 from evlgen.commands.data_check import add_arguments
 from evlgen.common.errors import DataError
 from evlgen.datasets.base_dataset import BadRecord, MediaDataset
-from evlgen.datasets.checking import check_split, find_shared, told, write_sheet, write_skipped
 from evlgen.datasets.media import ImageFiles
 from evlgen.datasets.shards import ShardDataset
 from evlgen.models.text_lengths import TextLength
