@@ -1,8 +1,10 @@
-"""Hugging Face models by folder, ``evlgen://`` address or hub id."""
+"""Hugging Face models by folder, GGUF file, ``evlgen://`` address or hub id."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,23 @@ _TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 
 def looks_like_path(name: str) -> bool:
-    """True for what can only be a path: absolute, relative with a dot, in the home folder, or an address."""
-    return name.startswith((".", "/", "~", PACKAGE_PREFIX)) or "://" in name or name.count("/") > 1
+    """True for what can only be a path: absolute, relative with a dot, in the home folder, an address, or a
+    GGUF file."""
+    starts = name.startswith((".", "/", "~", PACKAGE_PREFIX))
+    return starts or "://" in name or name.count("/") > 1 or is_gguf(name)
+
+
+def is_gguf(name: str) -> bool:
+    """Whether this names a model in one file in llama.cpp's format."""
+    return name.lower().endswith(".gguf")
 
 
 def missing_model(name: str) -> str | None:
     """Why a model is not on this machine, with the remedy; None when it is."""
     if name.startswith(("http://", "https://")):
         return "it is an address, and a model is a folder here or a hub id"
+    if is_gguf(name):
+        return _missing_gguf(Path(resolve(name)))
     path = Path(resolve(name)) if looks_like_path(name) else Path(name)
     if os.path.isdir(path):
         return None if os.path.isfile(path / "config.json") else f"the folder {path} holds no config.json"
@@ -52,6 +63,16 @@ def missing_model(name: str) -> str | None:
     )
 
 
+def _missing_gguf(path: Path) -> str | None:
+    if not os.path.isfile(path):
+        return f"there is no file {path}"
+    if re.search(r"-\d{5}-of-\d{5}\.gguf$", path.name.lower()):
+        return "it is one part of several. Join them to one file with llama.cpp's gguf-split --merge"
+    if importlib.util.find_spec("gguf") is None:
+        return 'GGUF files are read with the package gguf. Install it with `pip install "evlgen[gguf]"`'
+    return None
+
+
 def local_model_folder(name: str) -> Path:
     """The folder of a model: as given, from the Hugging Face cache, or downloaded into it.
 
@@ -59,6 +80,8 @@ def local_model_folder(name: str) -> Path:
         CheckpointError: it is nowhere and cannot be downloaded (says how to get it), or is refused by
             `check_model_folder`.
     """
+    if is_gguf(name):
+        raise CheckpointError(f"'{name}' is a GGUF file, and a Hugging Face folder or hub id is read here.")
     reason = missing_model(name)
     if reason is None:
         path = Path(resolve(name)) if looks_like_path(name) else Path(name)

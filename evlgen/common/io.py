@@ -1,5 +1,5 @@
-"""Paths and files: everything that names a file may be local, http(s), ``evlgen://`` (inside this package) or
-any handler registered with iopath."""
+"""Paths and files: everything that names a file may be local, http(s), ``evlgen://`` (inside this package),
+``cache://`` (inside the data root) or any handler registered with iopath."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from iopath.common.file_io import PathManager
 
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
-PACKAGE_PREFIX = "evlgen://"
+PACKAGE_PREFIX, CACHE_PREFIX = "evlgen://", "cache://"
 _LONGEST_STEM = 100  # of a downloaded file's name, in bytes; the name of its temporary file is longer
 _SUFFIX = re.compile(r"((?<=.)(\.tar)?\.\w{1,12})?$")  # of a file's name; may be empty
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
@@ -40,18 +40,26 @@ def path_manager() -> PathManager:
     """The iopath manager of this package. Register a handler here to read from a store of your own."""
     from iopath.common.file_io import PathHandler, PathManager
 
-    class PackagePathHandler(PathHandler):
+    class FolderPathHandler(PathHandler):
+        """Paths below a folder, which is looked up each time."""
+
+        def __init__(self, prefix: str, folder: Callable[[], Path], what: str) -> None:
+            super().__init__()
+            self.prefix, self.folder, self.what = prefix, folder, what
+
         def _get_supported_prefixes(self) -> list[str]:
-            return [PACKAGE_PREFIX]
+            return [self.prefix]
 
         def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
-            local = os.path.normpath(PACKAGE_ROOT / path[len(PACKAGE_PREFIX) :])
-            if not Path(local).is_relative_to(PACKAGE_ROOT):
-                raise DataError(f"{path} leads out of the package.")
+            root = self.folder()
+            local = os.path.normpath(root / path[len(self.prefix) :])
+            if not Path(local).is_relative_to(root):
+                raise DataError(f"{path} leads out of {self.what}.")
             return local
 
     manager = PathManager()
-    manager.register_handler(PackagePathHandler())
+    manager.register_handler(FolderPathHandler(PACKAGE_PREFIX, lambda: PACKAGE_ROOT, "the package"))
+    manager.register_handler(FolderPathHandler(CACHE_PREFIX, cache_root, "the data root"))
     return manager
 
 
@@ -63,6 +71,7 @@ def scheme_of(name: str) -> str | None:
 
 def resolve(path: str | os.PathLike, md5: str | None = None) -> str:
     """A local path for anything iopath knows, and ``file://``; http(s) files are fetched once into the cache.
+    ``cache://parts/model`` is below the data root, see `cache_root`.
 
     Args:
         md5: the published sum of what is downloaded.

@@ -63,8 +63,8 @@ class ImageTextBuilder(BaseDatasetBuilder):
         annotations: a table (CSV, TSV, JSON, JSON lines, Parquet), or a Hugging Face dataset folder; or one
             for each split: ``{train: my.csv, val: val.csv}``.
         columns: what its columns are called; those left out are guessed, and the log says so.
-        root: the folder, or zip or tar archive, that the names of pictures start from; None: the table's own
-            folder.
+        root: the folder, or zip or tar archive, that the names of pictures start from; or one for each split,
+            as of ``annotations``. None: the table's own folder.
         split: shares of the training pictures that become ``val`` and ``test``. A picture with all its texts
             is in one split. None: a tenth each where there is one table for everything, else nothing.
         train_answers: of questions; see `QuestionDataset`.
@@ -84,7 +84,7 @@ class ImageTextBuilder(BaseDatasetBuilder):
         text_processor: dict,
         annotations: str | dict[str, str],
         columns: ImageColumns | None = None,
-        root: str | None = None,
+        root: str | dict[str, str] | None = None,
         split: Shares | None = None,
         train_answers: Literal["sample", "all"] = "sample",
         answer_list: str | None = None,
@@ -107,8 +107,7 @@ class ImageTextBuilder(BaseDatasetBuilder):
     def missing(self, splits: Iterable[str] | None = None) -> list[str]:
         splits = self.splits if splits is None else splits
         wanted = {text: "annotations" for text in map(self._table_path, splits)}
-        if self.root is not None:
-            wanted[self.root] = "root"
+        wanted |= {root: "root" for root in map(self._root_of, splits) if root is not None}
         return [
             f"{self.name}: '{text}' is not there (looked at {' and '.join(places)}). Put it there, or set "
             f"{self._key}.{key}."
@@ -203,13 +202,21 @@ class ImageTextBuilder(BaseDatasetBuilder):
         if tables is None:
             known = ", ".join(map(str, found))
             raise DataError(f"{self.name}: {path} has no tables of the split '{split}'. Splits: {known}.")
-        return tables if self.root is None else tables._replace(root=self._path(self.root))
+        root = self._root_of(split)
+        return tables if root is None else tables._replace(root=self._path(root))
 
     def _table_path(self, split: str) -> str:
         """Where the annotation of a split is, as the YAML says."""
         if isinstance(self.annotations, str):
             return self.annotations
         return self.annotations[split if split in self.annotations else "train"]
+
+    def _root_of(self, split: str) -> str | None:
+        """The root of a split, as the YAML says; those that have no table share the training pictures'."""
+        if not isinstance(self.root, Mapping):
+            return self.root
+        is_apart = not isinstance(self.annotations, str) and split in self.annotations
+        return self.root.get(split if is_apart else "train")
 
     def _path(self, text: str) -> Path:
         """A path of the YAML: from the working folder where it is there, else from the data root."""
@@ -244,7 +251,7 @@ class VideoTextBuilder(ImageTextBuilder):
         text_processor: dict,
         annotations: str | dict[str, str],
         columns: VideoColumns | None = None,
-        root: str | None = None,
+        root: str | dict[str, str] | None = None,
         split: Shares | None = None,
         train_answers: Literal["sample", "all"] = "sample",
         answer_list: str | None = None,

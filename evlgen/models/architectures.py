@@ -34,6 +34,16 @@ class EvlgenVicuna(VLM):
     MODEL_TYPES: ClassVar[dict[str, str]] = _types("evlgen_vicuna", "pretrain_vicuna7b", "pretrain_vicuna13b")
 
 
+@registry.register_model("evlgen_causal")
+class EvlgenCausal(VLM):
+    """EVL_Gen with any causal language model of transformers, text put before and after it as its own
+    tokenizer does."""
+
+    LANGUAGE_MODEL = "causal"
+    DEFAULT_MODEL_TYPE = "smollm2_135m"
+    MODEL_TYPES: ClassVar[dict[str, str]] = _types("evlgen_causal", "smollm2_135m")
+
+
 @registry.register_model("evlgen_video_opt")
 class EvlgenVideoOPT(VLM):
     """EVL_Gen for clips with OPT: attention over the frames inside the vision encoder."""

@@ -85,7 +85,7 @@ class LanguageConfig:
     """The frozen language model.
 
     Args:
-        name: Hugging Face hub id or local folder.
+        name: Hugging Face hub id, local folder, or a ``.gguf`` file.
         kind: a registered language model: how text is put before and after it (``opt``, ``vicuna``,
             ``causal``, ``seq2seq``); null: the one that fits the architecture and the model's own config.
         freeze: no gradients, eval mode, not in checkpoints.

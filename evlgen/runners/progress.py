@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from evlgen.common.io import write_atomically
+from evlgen.runners.image_use import ImageUse
 from evlgen.runners.run_config import RunConfig
 from evlgen.runners.skipped import told
 from evlgen.runners.training_state import TrainingState
@@ -119,16 +120,20 @@ class RunLog:
         count: int,
         causes: Mapping[str, int],
         seconds: float,
+        use: ImageUse | None = None,
     ) -> None:
-        """Notes the metrics of an evaluated split, the samples scored and those that could not be read.
+        """Notes the metrics of an evaluated split, the samples scored and those that could not be read, and
+        how much the images are used; warns where they are not.
 
         Args:
             state: of the run that is being validated; None for a test.
             causes: how many samples were skipped, by cause.
+            use: None where it could not be measured.
         """
         if not self.enabled:
             return
         label = validation_label(state)
+        train_loss = state.loss_mean if state is not None and state.loss_steps else None
         self._write(
             {
                 "type": "evaluation",
@@ -140,14 +145,19 @@ class RunLog:
                 "skipped_by_cause": dict(causes),
                 "seconds": seconds,
                 **({} if state is None else _effort(state)),
+                **({} if use is None else use.fields(train_loss)),
                 **metrics,
             }
         )
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         left_out = f", {told(causes)} skipped," if causes else ""
-        self._say(
-            f"{' '.join(x for x in (key, label) if x)}: {count} samples{left_out} in {seconds:.1f} s  {shown}"
-        )
+        title = " ".join(x for x in (key, label) if x)
+        self._say(f"{title}: {count} samples{left_out} in {seconds:.1f} s  {shown}")
+        if use is not None:
+            self._say(f"{title}: {use.line(train_loss)}")
+            is_warming_up = state is not None and state.iteration <= self.run.warmup_steps
+            if use.is_ignored and not is_warming_up:
+                logger.warning("%s", use.warning())
 
     def progress(self, batches: Iterable[Any], label: str) -> Iterable[Any]:
         """A bar over an evaluation's batches, on a terminal."""

@@ -116,6 +116,9 @@ class RunConfig:
     valid_freq: PositiveInt = 1
     #: Registered metrics to score with; None: all that the task offers.
     metrics: list[Annotated[str, Registered("metric")]] | None = None
+    #: On how many samples of each evaluated split (and process) it is measured what the images are worth: the
+    #: loss with the right images and with exchanged ones. 0: on none.
+    image_use_samples: NonNegativeInt = 256
     #: Whether validation computes metrics, or only writes the generated texts.
     report_metric: bool = True
 

@@ -22,6 +22,7 @@ from evlgen.models.base_model import BaseModel
 from evlgen.runners.checkpointer import Checkpointer
 from evlgen.runners.data import batch_size, eval_loader, seeded, to_device, train_loader
 from evlgen.runners.distribution import Distribution, WeightedMeans, make_accelerator
+from evlgen.runners.image_use import ImageUseMeter
 from evlgen.runners.interruption import StopRequest
 from evlgen.runners.loss_watch import LossWatch
 from evlgen.runners.mixed_plan import make_plan, one_by_one, recorded, split_ratios
@@ -375,6 +376,7 @@ class Runner:
         was_training = self.model.training
         self.model.eval()
         results: list[dict[str, Any]] = []
+        meter = ImageUseMeter(run.image_use_samples)
         started, broken = time.perf_counter(), self.skipped.anew()
         with self.distribution.generating():
             for batch in self.log.progress(loader, f"evaluating {key}"):
@@ -384,10 +386,14 @@ class Runner:
                 samples = broken.take_out(batch, None)
                 if samples is not None:
                     with accelerator.autocast():
-                        results += self.task.valid_step(self.model, to_device(samples, accelerator.device))
+                        samples = to_device(samples, accelerator.device)
+                        if not meter.is_full:
+                            samples = self._measure(meter, samples)
+                        results += self.task.valid_step(self.model, samples)
         broken.add_up()
         broken.check()
         results = gather_object(results)
+        use = meter.over_processes()
         self.model.train(was_training)
         metrics: dict[str, float] = {}
         if accelerator.is_main_process:
@@ -395,8 +401,19 @@ class Runner:
             folder = self.folder / "result" / "_".join(x for x in (key.replace("/", "_"), label) if x)
             metrics = self.task.after_evaluation(results, dataset, split, folder)
             seconds = time.perf_counter() - started
-            self.log.evaluation(key, state, metrics, len(results), broken.causes, seconds)
+            self.log.evaluation(key, state, metrics, len(results), broken.causes, seconds, use)
         return gather_object([metrics])[0]
+
+    def _measure(self, meter: ImageUseMeter, samples: dict[str, Any]) -> dict[str, Any]:
+        """Adds a batch to the measure of how much images are used; the batch with what need not be computed
+        again."""
+        learned = self.task.held_out(samples)
+        if learned is None:
+            return samples
+        encoded = self.model.encoded(learned)
+        meter.add(self.model, encoded)
+        known = {key: encoded[key] for key in ("visual_tokens",) if key in encoded}
+        return {**samples, **known}
 
 
 @registry.register_runner("runner_iter")

@@ -61,6 +61,11 @@ class BaseTask:
     def before_evaluation(self, dataset: Dataset, split: str) -> None:
         """Called before the first `valid_step` of a split, on every process."""
 
+    def held_out(self, samples: dict[str, Any]) -> dict[str, Any] | None:
+        """The samples of an evaluation with the text that people wrote to each, as `to_learn` gives those of
+        training: what `evlgen.runners.image_use` measures. None where nothing of that is known."""
+        return None
+
     def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]:
         """One JSON-able result for each sample of a batch."""
         raise NotImplementedError(f"{type(self).__name__} must define valid_step(model, samples)")

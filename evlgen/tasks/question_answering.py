@@ -52,6 +52,7 @@ class QuestionAnsweringTask(BaseTask):
         check_slots(self.prompt)
         self.lemmatizer = load_lemmatizer() if run.apply_lemmatizer else None
         self.candidates: list[str] = []
+        self._truths: Mapping[Hashable, list[str]] = {}
 
     # ---- training
 
@@ -90,7 +91,9 @@ class QuestionAnsweringTask(BaseTask):
     # ---- evaluation
 
     def before_evaluation(self, dataset: BaseDataset, split: str) -> None:
-        """Reads the list of answers that are ranked. Raises `ConfigError` where there is none."""
+        """Reads people's answers, and the list of those that are ranked. Raises `ConfigError` where there is
+        none."""
+        self._truths = dataset.answers()
         if self.run.inference_method != "rank":
             return
         self.candidates = list(dict.fromkeys(dataset.answer_list()))
@@ -99,6 +102,14 @@ class QuestionAnsweringTask(BaseTask):
                 f"run.inference_method: rank chooses from a list of answers, and split '{split}' has none. "
                 "Give the dataset an answer_list, or set run.inference_method: generate."
             )
+
+    def held_out(self, samples: dict[str, Any]) -> dict[str, Any] | None:
+        """The questions with the commonest answer of each; None where people answered one of them not."""
+        truths = [self._truths.get(question_id) for question_id in samples.get("question_id", [])]
+        if not truths or not all(truths):
+            return None
+        answers = [max(people, key=people.count) for people in truths]
+        return {**samples, "text_input": self.to_ask(samples), "text_output": answers}
 
     def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]:
         """``{"question_id", "answer", "question", "instance_id"}`` for each sample of a batch."""

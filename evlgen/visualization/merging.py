@@ -184,8 +184,7 @@ def _behind_encoder(vision: Any, maps: list[tuple[str, Tensor]]) -> list[tuple[s
 def _grid(vision: Any, num_tokens: int) -> tuple[int, int]:
     """Rows and columns of the patches of one frame."""
     patches = num_tokens - vision.num_prefix_tokens
-    embed = getattr(getattr(vision, "trunk", None), "patch_embed", None)
-    known = getattr(embed, "grid_size", None)
+    known = vision.grid_size
     if known is not None and math.prod(known) == patches:
         return tuple(known)
     side = math.isqrt(max(patches, 0))

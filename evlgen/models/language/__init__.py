@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 
 from evlgen.common.errors import ConfigError
-from evlgen.common.hub import read_model_config
 from evlgen.common.precision import dtype_of
 from evlgen.common.registry import registry
 from evlgen.models.language.base import LanguageModel
 from evlgen.models.language.causal import CausalLanguageModel, is_encoder_decoder
-from evlgen.models.language.loading import find_folder
+from evlgen.models.language.loading import config_content, find_model
 from evlgen.models.language.opt import OPTLanguageModel
 from evlgen.models.language.seq2seq import Seq2SeqLanguageModel
 from evlgen.models.language.vicuna import VicunaLanguageModel
@@ -58,7 +57,7 @@ def build_language_model(
 
 
 def _kind_of(name: str, preferred: str) -> str:
-    config = read_model_config(find_folder(name))
+    config = config_content(name, find_model(name))
     if registry.get_language_model_class(preferred).reads(config):
         return preferred
     if is_encoder_decoder(config):

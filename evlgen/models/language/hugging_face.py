@@ -14,7 +14,7 @@ from evlgen.common.errors import CheckpointError, ConfigError
 from evlgen.models.language.adapters import adapter_modules, add_adapters
 from evlgen.models.language.base import LanguageModel
 from evlgen.models.language.loading import (
-    find_folder,
+    find_model,
     model_without_weights,
     named_errors,
     read_config,
@@ -58,7 +58,8 @@ class HuggingFaceLanguageModel(LanguageModel):
     A subclass says which models it reads, and how texts become token ids and predictions of them.
 
     Args:
-        name: hub id or local folder, weights as safetensors or PyTorch files; read memory-mapped.
+        name: hub id or local folder, weights as safetensors or PyTorch files, read memory-mapped; or a
+            ``.gguf`` file, whose weights are dequantised.
         dtype: type of the weights.
         prompt: the text before every caption; its tokens are not learned.
         max_txt_len: text tokens read at most.
@@ -97,18 +98,18 @@ class HuggingFaceLanguageModel(LanguageModel):
         self.prompt = prompt
         self.max_txt_len = max_txt_len
         self.max_output_txt_len = max_txt_len if max_output_txt_len is None else max_output_txt_len
-        folder = find_folder(name)
-        config = read_config(name, folder)
+        path = find_model(name)
+        config = read_config(name, path)
         self._check_kind(config)
         options = quantization_options(quantization, dtype, torch.device(device))
-        self.tokenizer = read_tokenizer(name, folder)
-        with named_errors(name, folder):
+        self.tokenizer = read_tokenizer(name, path)
+        with named_errors(name, path):
             self._prepare_tokenizer()
         if torch.device(device).type == "meta":
             self.model = model_without_weights(self.AUTO_CLASS, config)
         else:
-            self.model = read_model(self.AUTO_CLASS, name, folder, config, dtype, attention, **options)
-        with named_errors(name, folder):
+            self.model = read_model(self.AUTO_CLASS, name, path, config, dtype, attention, **options)
+        with named_errors(name, path):
             self._prepare_model()
         self.pad_token_id = self._filler()
         if chat_template:

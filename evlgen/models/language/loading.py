@@ -1,49 +1,67 @@
-"""Hugging Face language models from a folder: configuration, tokenizer, weights, and errors that say which
-key of the YAML named them."""
+"""Hugging Face language models from a folder or a GGUF file: configuration, tokenizer, weights, and errors
+that say which key of the YAML named them."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from evlgen.common.errors import CheckpointError
-from evlgen.common.hub import local_model_folder
+from evlgen.common.errors import CheckpointError, ConfigError
+from evlgen.common.hub import is_gguf, local_model_folder, missing_model, read_model_config
+from evlgen.common.io import resolve
 from evlgen.common.weights import reading, weights_only
 
 
-def find_folder(name: str) -> Path:
-    """The folder of a language model. Raises `CheckpointError` where there is none, or one that is
-    refused."""
+def find_model(name: str) -> Path:
+    """The folder of a language model, or its GGUF file. Raises `CheckpointError` where there is none, or one
+    that is refused."""
     try:
-        return local_model_folder(name)
+        if not is_gguf(name):
+            return local_model_folder(name)
+        if reason := missing_model(name):
+            raise CheckpointError(f"'{name}': {reason}.")
+        return Path(resolve(name))
     except CheckpointError as error:
         raise CheckpointError(f"model.language.name {error}") from error
 
 
 @contextlib.contextmanager
-def named_errors(name: str, folder: Path) -> Iterator[None]:
-    """Whatever transformers says of a damaged or incomplete folder, as a `CheckpointError`."""
+def named_errors(name: str, path: Path) -> Iterator[None]:
+    """Whatever transformers says of a damaged or incomplete folder or file, as a `CheckpointError`."""
     try:
-        with reading(folder), weights_only():
+        with reading(path), weights_only():
             yield
     except CheckpointError as error:
         raise CheckpointError(f"model.language.name '{name}': {error}") from error
 
 
-def read_config(name: str, folder: Path) -> PretrainedConfig:
-    with named_errors(name, folder):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+def _source(path: Path) -> tuple[Path, dict[str, Any]]:
+    """What ``from_pretrained`` takes to read a model: its folder, and of a GGUF file its name there."""
+    return (path.parent, {"gguf_file": path.name}) if is_gguf(path.name) else (path, {})
 
 
-def read_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
-    with named_errors(name, folder):
+def read_config(name: str, path: Path) -> PretrainedConfig:
+    folder, options = _source(path)
+    with named_errors(name, path):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+
+
+def config_content(name: str, path: Path) -> Mapping[str, Any]:
+    """What the model's ``config.json`` holds, or would hold."""
+    return read_config(name, path).to_dict() if is_gguf(path.name) else read_model_config(path)
+
+
+def read_tokenizer(name: str, path: Path) -> PreTrainedTokenizerBase:
+    folder, options = _source(path)
+    with named_errors(name, path):
         return AutoTokenizer.from_pretrained(
-            folder, clean_up_tokenization_spaces=False, trust_remote_code=False
+            folder, clean_up_tokenization_spaces=False, trust_remote_code=False, **options
         )
 
 
@@ -56,13 +74,13 @@ def model_without_weights(auto_class: Any, config: PretrainedConfig) -> PreTrain
 def read_model(
     auto_class: Any,
     name: str,
-    folder: Path,
+    path: Path,
     config: PretrainedConfig,
     dtype: torch.dtype,
     attention: str,
     **options: Any,
 ) -> PreTrainedModel:
-    """The model with its weights, read memory-mapped.
+    """The model with its weights, read memory-mapped; those of a GGUF file are dequantised.
 
     Args:
         auto_class: transformers' ``AutoModelFor...`` of its kind.
@@ -76,18 +94,51 @@ def read_model(
     known = auto_class._model_mapping
     if type(config) in known and not getattr(known[type(config)], "_supports_sdpa", True):
         attention = "eager"
-    with named_errors(name, folder):
+    folder, source = _source(path)
+    if source:
+        options |= _dequantised(name, options)
+    with named_errors(name, path):
         model, report = auto_class.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attention,
             trust_remote_code=False,
             output_loading_info=True,
+            **source,
             **options,
         )
     if missing := sorted(report["missing_keys"]):  # transformers would draw them at random
         raise CheckpointError(
-            f"model.language.name '{name}': {folder} lacks {len(missing)} of its weights, such as "
+            f"model.language.name '{name}': {path} lacks {len(missing)} of its weights, such as "
             f"{missing[0]}. Get it again."
         )
+    if source:
+        _forget_quantisation(model)
     return model
+
+
+def _dequantised(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that make plain weights of a GGUF file's. Newer releases of transformers would keep them in
+    blocks, and fetch code for them from the hub, unless they are told not to.
+
+    Raises:
+        ConfigError: another quantisation is asked for.
+    """
+    if "quantization_config" in options:
+        raise ConfigError(
+            f"model.language.quantization: '{name}' is a GGUF file, whose weights are dequantised. Set it to "
+            "none, or name a folder or hub id."
+        )
+    if not hasattr(transformers, "GgufConfig"):
+        return {}
+    return {"quantization_config": transformers.GgufConfig(dequantize=True)}
+
+
+def _forget_quantisation(model: PreTrainedModel) -> None:
+    """What tells transformers and peft that the weights are in blocks: they are plain ones now."""
+    for key in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, key):
+            delattr(model, key)
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config

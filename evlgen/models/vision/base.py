@@ -17,6 +17,7 @@ class VisionEncoder(nn.Module):
         embed_dim: C.
         num_tokens: N.
         num_prefix_tokens: tokens before the patches (class token, registers); 0 where there are none.
+        grid_size: rows and columns in which the patches lie; None where that is not known.
         image_size: side of the pictures it reads, in pixels.
         image_mean, image_std: normalisation of its pixels, three numbers each.
     """
@@ -24,6 +25,7 @@ class VisionEncoder(nn.Module):
     embed_dim: int
     num_tokens: int
     num_prefix_tokens: int
+    grid_size: tuple[int, int] | None = None
     image_size: int
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""Any timm model as vision encoder, and EVA-CLIP-g as BLIP-2 uses it."""
+"""Any timm model as vision encoder, transformer or convolutional net, and EVA-CLIP-g as BLIP-2 uses it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import timm
 import torch
 from accelerate import init_empty_weights
 from timm.layers import resample_abs_pos_embed
+from timm.models.mobilenetv3 import MobileNetV3
 from torch import Tensor, nn
 
 from evlgen.common.errors import CheckpointError, ConfigError, EVLGenError, did_you_mean
@@ -20,6 +21,7 @@ from evlgen.common.registry import registry
 from evlgen.common.weights import read_weights, weights_only
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.checkpointing import checkpoint_blocks, offloaded
+from evlgen.models.vision.efficientnet import efficientnet_to_timm, is_efficientnet_pytorch
 from evlgen.models.vision.merging import Merging, merge_in_blocks, num_merged_tokens
 
 _MOST_LAYERS, _MOST = 512, 65536  # in kwargs
@@ -27,7 +29,8 @@ _MOST_LAYERS, _MOST = 512, 65536  # in kwargs
 
 @registry.register_vision_encoder("timm")
 class TimmEncoder(VisionEncoder):
-    """A timm model without its head; all tokens of its last block.
+    """A timm model without its head: all tokens of a transformer's last block, or each place of a
+    convolutional net's last feature map, row by row.
 
     Args:
         name: timm model name, ``vit_base_patch16_224`` or with a tag, ``vit_base_patch16_clip_224.openai``.
@@ -36,11 +39,13 @@ class TimmEncoder(VisionEncoder):
             random.
         dtype: type of the weights.
         drop_path_rate: stochastic depth while training.
-        kwargs: further arguments of ``timm.create_model``.
+        kwargs: further arguments of ``timm.create_model``; of a model with feature maps also
+            ``out_indices``, one number: the level whose map is read, as timm counts them, from 0 or, as -2,
+            from the end.
 
     Raises:
         ConfigError: no such timm model, an argument it does not take, an image size the patches do not
-        divide. CheckpointError: the weights are missing, damaged or of other shapes.
+        divide, no such level. CheckpointError: the weights are missing, damaged or of other shapes.
     """
 
     TIMM_NAME: ClassVar[str | None] = None  # the model to create where `name` is a registered one
@@ -59,27 +64,30 @@ class TimmEncoder(VisionEncoder):
     ) -> None:
         super().__init__()
         source = self.WEIGHTS_URL if pretrained is True else pretrained
+        arguments = {**self.DEFAULTS, **(kwargs or {})}
+        level = arguments.pop("out_indices", None)
         self.trunk = _create(
             self.TIMM_NAME or name,
             pretrained=source is None,
             empty=isinstance(source, str),
             img_size=image_size,
             **({"drop_path_rate": drop_path_rate} if drop_path_rate else {}),
-            **{**self.DEFAULTS, **(kwargs or {})},
+            **arguments,
         )
-        _drop_heads(self.trunk)
         self._check_image_size(name, image_size)
+        _drop_heads(self.trunk)
         if isinstance(source, str):
             self._load(source, dtype)
+        self.level = _keep_up_to_level(self.trunk, name, level)
         self.trunk.to(dtype)
         self.image_size = image_size
-        self.embed_dim = self.trunk.num_features
         self.num_prefix_tokens = getattr(self.trunk, "num_prefix_tokens", 0)
         data = self.trunk.pretrained_cfg
         self.image_mean, self.image_std = tuple(data["mean"]), tuple(data["std"])
         self.offloads = False
         self.merging: Merging | None = None
-        self.num_tokens = self._count_tokens()
+        self.memory_format = torch.preserve_format
+        self._measure_tokens()
 
     def checkpoint(self, offload: bool) -> None:
         """See `VisionEncoder.checkpoint`. Raises `ConfigError` where timm's model does not offer it."""
@@ -127,11 +135,7 @@ class TimmEncoder(VisionEncoder):
         if self.merging is not None:
             self.merging.start()
         with offloaded(pixels.device) if self.offloads else contextlib.nullcontext():
-            tokens = self.trunk.forward_features(pixels)
-        if tokens.ndim == 4:  # a feature map: [B, H, W, C] of a Swin, [B, C, H, W] of a convolutional net
-            channels_last = tokens.shape[-1] == self.trunk.num_features != tokens.shape[1]
-            tokens = tokens.flatten(1, 2) if channels_last else tokens.flatten(2).transpose(1, 2)
-        return tokens
+            return _tokens_of(self._feature_map(pixels.contiguous(memory_format=self.memory_format)))
 
     def forward_details(self, pixels: Tensor) -> dict[str, Tensor]:
         """The forward pass with its insides, for pictures and tests.
@@ -157,14 +161,37 @@ class TimmEncoder(VisionEncoder):
             )
 
     @torch.no_grad()
-    def _count_tokens(self) -> int:
+    def _measure_tokens(self) -> None:
+        """Notes the number, the grid and the channels of the tokens."""
         if hasattr(self.trunk, "num_prefix_tokens"):  # a plain transformer keeps all its tokens
-            return self.trunk.patch_embed.num_patches + self.num_prefix_tokens
+            self.embed_dim = self.trunk.num_features
+            self.grid_size = tuple(self.trunk.patch_embed.grid_size)
+            self.num_tokens = self.trunk.patch_embed.num_patches + self.num_prefix_tokens
+            return
+        if any(isinstance(module, nn.BatchNorm2d) for module in self.trunk.modules()):
+            # convolutions on a CPU take 0.6 of the time with the channels last
+            self.memory_format = torch.channels_last
+            self.trunk.to(memory_format=torch.channels_last)
         was_training, weight = self.trunk.training, next(self.trunk.parameters())
         self.trunk.eval()
-        count = self.forward(torch.zeros(1, 3, self.image_size, self.image_size, dtype=weight.dtype)).shape[1]
+        side = self.image_size
+        features = self._feature_map(torch.zeros(1, 3, side, side, dtype=weight.dtype))
         self.trunk.train(was_training)
-        return count
+        if features.ndim == 4:
+            self.grid_size = tuple(features.shape[2:])
+        self.num_tokens, self.embed_dim = _tokens_of(features).shape[1:]
+
+    def _feature_map(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] -> tokens [B, N, C], or a feature map [B, C, h, w]."""
+        if self.level is not None:
+            (features,) = self.trunk.forward_intermediates(
+                pixels, indices=[self.level], stop_early=True, intermediates_only=True
+            )
+            return features
+        features = self.trunk.forward_features(pixels)
+        if features.ndim == 4 and features.shape[-1] == self.trunk.num_features != features.shape[1]:
+            return features.permute(0, 3, 1, 2)  # a Swin's [B, h, w, C]
+        return features
 
     def _load(self, source: str, dtype: torch.dtype) -> None:
         state = self._adapt(read_weights(resolve(source)))
@@ -270,6 +297,8 @@ def openai_to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _to_timm(state: dict[str, Tensor], trunk: nn.Module) -> dict[str, Tensor]:
     """Weights as their authors published them -> in timm's layout, by the conversion timm has for the model;
     as they are where they have all its names, or where that conversion does not know them either."""
+    if is_efficientnet_pytorch(state) and hasattr(trunk, "blocks"):
+        return efficientnet_to_timm(state, trunk)
     convert = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
     if convert is None or set(trunk.state_dict()) <= set(state):
         return state
@@ -279,10 +308,42 @@ def _to_timm(state: dict[str, Tensor], trunk: nn.Module) -> dict[str, Tensor]:
         return state
 
 
+def _tokens_of(features: Tensor) -> Tensor:
+    """A feature map [B, C, h, w] -> its places row by row, [B, h * w, C]; tokens as they are."""
+    return features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
+
+
+def _keep_up_to_level(trunk: nn.Module, name: str, level: Any) -> int | None:
+    """Takes away what comes after a level of feature maps; its number, counted from 0, or None for none.
+
+    Raises:
+        ConfigError: no such level; or the model has none.
+    """
+    if level is None:
+        return None
+    if isinstance(level, list | tuple) and len(level) == 1:
+        (level,) = level
+    if hasattr(trunk, "num_prefix_tokens") or not hasattr(trunk, "forward_intermediates"):
+        raise ConfigError(
+            f"model.vision.kwargs.out_indices: {name} has no levels of feature maps. To read an earlier "
+            "block of a transformer, set kwargs.depth."
+        )
+    count = len(trunk.feature_info)
+    if isinstance(level, bool) or not isinstance(level, int) or not -count <= level < count:
+        raise ConfigError(
+            f"model.vision.kwargs.out_indices: {level!r:.60} is not one number from {-count} to {count - 1}, "
+            f"the levels of {name}."
+        )
+    level %= count
+    trunk.prune_intermediate_layers(level)
+    return level
+
+
 def _drop_heads(trunk: nn.Module) -> None:
     """What comes after the tokens goes, so that it takes no memory, no weights and no gradients. timm builds
     it even without classes: the attention pooling of a SigLIP is an eighth of its ViT-B."""
-    for name in ("attn_pool", "fc_norm", "head", "head_dist"):
+    heads = ("conv_head", "norm_head") if isinstance(trunk, MobileNetV3) else ()
+    for name in ("attn_pool", "fc_norm", "head", "head_dist", *heads):
         if isinstance(getattr(trunk, name, None), nn.Module):
             setattr(trunk, name, nn.Identity())
 
