@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evlgen.runners.log_fields import IMAGE_USE
+
 _NO_METRICS = (
     *("time", "type", "split", "label", "iteration", "samples", "skipped", "seconds"),
     *("trained_seconds", "trained_samples", "stage", "slot"),
+    *IMAGE_USE,
 )
 #: In the order in which they are preferred for plots.
 PREFERRED = ("CIDEr", "true_captions", "accuracy", "agg_metrics", "SPICE", "METEOR", "ROUGE_L", "Bleu_4")
@@ -22,6 +25,12 @@ def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
         if name not in _NO_METRICS and isinstance(value, int | float) and not isinstance(value, bool)
     }
     return {name: found[name] for name in _ordered(found)}
+
+
+def image_use_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """How much the images were used at an evaluation, by a line of a run's log; empty where it was not
+    measured."""
+    return {name: float(record[name]) for name in IMAGE_USE if name in record}
 
 
 def metric_names(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -11,13 +11,14 @@ from typing import Any
 from evlgen.comparison.plots import (
     COLOURS,
     as_data_address,
+    image_use_figure,
     loss_figure,
     plotted_metrics,
     quality_figure,
     sweep_figure,
 )
 from evlgen.comparison.stages import Run
-from evlgen.comparison.table import best_rows, cost_table, errors, quality_table
+from evlgen.comparison.table import best_rows, cost_table, errors, image_use_table, quality_table
 
 Report = Mapping[str, Any]
 
@@ -69,6 +70,7 @@ def page(report: Report, runs: Sequence[Run], swept: str | None = None) -> str:
         _differences(report),
         "<h2>Quality while training</h2>",
         *_plot(quality_figure(report), _curve_caption(report)),
+        *_image_use(report),
         "<h2>Training loss</h2>",
         *_plot(loss_figure(report), _loss_caption(report)),
         *_captions(report, runs),
@@ -191,6 +193,21 @@ def _has_stages(report: Report) -> bool:
 def _sweep_caption(report: Report) -> str:
     bars = "Bars are one standard deviation over seeds. " if len(report["seeds"]) > 1 else ""
     return f"{bars}The percentages are shares of the longest training time."
+
+
+def _image_use(report: Report) -> list[str]:
+    """How much the images are used, where that was measured."""
+    table, figure = image_use_table(report), image_use_figure(report)
+    if table is None:
+        return []
+    return [
+        "<h2>Use of the images</h2>",
+        _table(*table, {}),
+        '<p class="note">Losses of held-out texts in eval mode, nats per token. What the image is worth: how '
+        "much higher the loss is when each text is read with another sample's image. The common part: how "
+        "much of the soft prompts' mean square is the same for all images.</p>",
+        *([] if figure is None else _plot(figure, "Use of the images on the held-out samples.")),
+    ]
 
 
 def _captions(report: Report, runs: Sequence[Run]) -> list[str]:

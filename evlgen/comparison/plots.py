@@ -59,6 +59,26 @@ def quality_figure(report: Report) -> Figure | None:
         return figure
 
 
+def image_use_figure(report: Report) -> Figure | None:
+    """What the image is worth, and the common part of the soft prompts, against seconds of training; None
+    where that was not measured more than once."""
+    names = {
+        "image_worth": "worth of the image, nats per token",
+        "common_fraction": "common part of the prompts",
+    }
+    runs = [run for c in report["configurations"] for run in c["runs"]]
+    if not any(sum("image_worth" in point for point in run["curve"]) > 1 for run in runs):
+        return None
+    with _styled():
+        figure, axes = _grid(1, 2, report)
+        for axis, (name, label) in zip(axes[0], names.items(), strict=True):
+            _draw_curves(axis, report, name, "seconds")
+            axis.set_xlabel("training time, s")
+            axis.set_ylabel(label)
+            axis.axhline(0.0 if name == "image_worth" else 1.0, color=_GREY, lw=0.8, ls=":")
+        return figure
+
+
 def loss_figure(report: Report) -> Figure | None:
     """The training loss against seconds and samples; None where nothing was trained."""
     runs = [run for c in report["configurations"] for run in c["runs"]]

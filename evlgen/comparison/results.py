@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evlgen.comparison.machine import machine, without_folders
-from evlgen.comparison.metrics import metric_names, metrics_of
+from evlgen.comparison.metrics import image_use_of, metric_names, metrics_of
 from evlgen.comparison.plan import Configuration, Settings, differing_keys
 from evlgen.comparison.stages import Run, StageRun
+from evlgen.runners.log_fields import IMAGE_USE
 
 _ALIKE = 3  # numbers of trained weights that differ by less than this factor need no note
 _SIZES = ("trainable_parameters", "total_parameters", "soft_prompts")
@@ -91,6 +92,7 @@ def run_report(run: Run) -> dict[str, Any]:
         **{key: max((f[key] for f in facts if f.get(key)), default=None) for key in _PEAKS},
         "data": facts[-1].get("data"),
         "final": metrics_of(curve[-1]) if curve and is_finished else {},
+        "image_use": image_use_of(curve[-1]) if curve and is_finished else {},
         "curve": curve,
         "loss": loss,
         "captions": [{k: v for k, v in row.items() if k != "picture"} for row in run.stages[-1].shown()],
@@ -103,7 +105,14 @@ def _curves(stages: Sequence[StageRun]) -> tuple[list[dict[str, Any]], list[dict
     before = (0.0, 0, 0)
     for number, stage in enumerate(stages, start=1):
         for record in stage.evaluations():
-            curve.append({**_at(record, before, number), "slot": record["label"], **metrics_of(record)})
+            curve.append(
+                {
+                    **_at(record, before, number),
+                    "slot": record["label"],
+                    **metrics_of(record),
+                    **image_use_of(record),
+                }
+            )
         for record in stage.steps():
             loss.append({**_at(record, before, number), "loss": record["loss"]})
         before = tuple(a + b for a, b in zip(before, stage.effort(), strict=True))
@@ -128,6 +137,8 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     out |= {key: mean_and_deviation([run[key] for run in finished]) for key in numbers}
     names = metric_names([run["final"] for run in finished])
     out["final"] = {name: mean_and_deviation([run["final"].get(name) for run in finished]) for name in names}
+    use = {name: mean_and_deviation([run["image_use"].get(name) for run in finished]) for name in IMAGE_USE}
+    out["image_use"] = {name: value for name, value in use.items() if value is not None}
     return out
 
 

@@ -21,6 +21,28 @@ def quality_table(report: Report) -> tuple[list[str], list[list[str]]]:
     return ["configuration", *names, "status"], rows
 
 
+_IMAGE_USE = {
+    "image_worth": "worth of the image, nats per token",
+    "eval_loss": "loss",
+    "exchanged_loss": "with exchanged images",
+    "train_loss": "in training",
+    "common_fraction": "common part of the soft prompts",
+}
+
+
+def image_use_table(report: Report) -> tuple[list[str], list[list[str]]] | None:
+    """Titles and rows of how much the images are used at the end; None where that was not measured."""
+    found = [c["summary"].get("image_use", {}) for c in report["configurations"]]
+    names = [name for name in _IMAGE_USE if any(name in use for use in found)]
+    if not names:
+        return None
+    rows = [
+        [c["label"], *(_spread(use.get(name), lambda x: f"{x:.3f}") for name in names)]
+        for c, use in zip(report["configurations"], found, strict=True)
+    ]
+    return ["configuration", *(_IMAGE_USE[name] for name in names)], rows
+
+
 def cost_table(report: Report) -> tuple[list[str], list[list[str]]]:
     """Titles and rows of sizes, times and memory, with units."""
     gpu = any(c["summary"]["peak_gpu_bytes"] for c in report["configurations"])
@@ -74,10 +96,11 @@ def best_rows(report: Report) -> dict[str, int]:
 
 
 def as_text(report: Report) -> str:
-    """Both tables for a terminal, and why runs failed."""
-    return "\n".join(
-        [*_lines(*quality_table(report)), "", *_lines(*cost_table(report)), *_told(errors(report))]
-    )
+    """The tables for a terminal, and why runs failed."""
+    use = image_use_table(report)
+    tables = [quality_table(report), *([] if use is None else [use]), cost_table(report)]
+    lines = [line for table in tables for line in ["", *_lines(*table)]]
+    return "\n".join([*lines[1:], *_told(errors(report))])
 
 
 def _lines(titles: list[str], rows: list[list[str]]) -> list[str]:

@@ -187,6 +187,11 @@ class BaseModel(nn.Module):
         """Modules inside `frozen_modules` that are trained nonetheless: adapters, temporal attention."""
         return []
 
+    def lr_scales(self) -> dict[str, float]:
+        """Factors on the learning rate by the start of weights' names, where a part needs another rate than
+        the rest; those of ``run.lr_scale`` come first."""
+        return {}
+
     def train(self, mode: bool = True):
         """Training mode for what is trained; frozen parts stay in eval mode."""
         super().train(mode)

@@ -20,14 +20,12 @@ from torch import Tensor
 from evlgen.common.errors import EVLGenError
 from evlgen.models.base_model import BaseModel
 from evlgen.runners.data import batch_size
+from evlgen.runners.log_fields import IMAGE_USE
 
 logger = logging.getLogger(__name__)
 
 MIN_WORTH = 0.01  # nats per token; an image worth less is ignored
 MAX_COMMON = 0.99  # fraction of the soft prompts' mean square
-
-#: What is logged of an evaluation besides its metrics.
-FIELDS = ("eval_loss", "exchanged_loss", "image_worth", "common_fraction", "train_loss")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +59,9 @@ class ImageUse:
         return near_zero or (self.common_fraction or 0.0) > MAX_COMMON
 
     def fields(self, train_loss: float | None) -> dict[str, float]:
-        """`FIELDS` of a log record, those that are known."""
+        """`IMAGE_USE` of a log record, those that are known."""
         values = (self.loss, self.exchanged_loss, self.worth, self.common_fraction, train_loss)
-        return {name: value for name, value in zip(FIELDS, values, strict=True) if value is not None}
+        return {name: value for name, value in zip(IMAGE_USE, values, strict=True) if value is not None}
 
     def line(self, train_loss: float | None) -> str:
         """A line for the log."""
@@ -205,7 +203,7 @@ def exchange(keys: Sequence[Hashable]) -> list[int] | None:
     for index, key in enumerate(keys):
         groups.setdefault(key, []).append(index)
     shift = max(map(len, groups.values()), default=0)
-    if 2 * shift > len(keys):
+    if not keys or 2 * shift > len(keys):
         return None
     ordered = [index for group in groups.values() for index in group]
     out = [0] * len(keys)

@@ -1,20 +1,49 @@
-"""The optimizer: AdamW, no weight decay on biases and norms."""
+"""The optimizer: AdamW, no weight decay on biases and norms, a learning rate for each part."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
+from evlgen.common.errors import ConfigError, did_you_mean
 from evlgen.runners.spread import by_kind
 
 
 def build_optimizer(
-    model: nn.Module, lr: float, weight_decay: float, beta2: float = 0.999
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    beta2: float = 0.999,
+    lr_scale: Mapping[str, float] | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW over what is trained; vectors and scalars (biases, norms) do not decay."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """AdamW over what is trained; vectors and scalars (biases, norms) do not decay.
+
+    Args:
+        lr_scale: factors on the learning rate by the start of weights' names, ``{"language": 0.1}``; the
+            longest that fits counts, else the model's own (`BaseModel.lr_scales`), else 1. Each group of the
+            optimizer has its factor as ``lr_scale``.
+
+    Raises:
+        ConfigError: no trained weight has such a name.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    factors = {**(model.lr_scales() if hasattr(model, "lr_scales") else {}), **(lr_scale or {})}
+    for prefix in lr_scale or {}:
+        if not any(_starts(name, prefix) for name, _ in named):
+            parts = sorted({".".join(name.split(".")[:depth]) for name, _ in named for depth in (1, 2)})
+            raise ConfigError(
+                f"run.lr_scale.{prefix}: no trained weight's name starts with it."
+                f"{did_you_mean(prefix, parts)} Trained parts: {', '.join(p for p in parts if '.' not in p)}."
+            )
+    by_factor: dict[float, list[nn.Parameter]] = {}
+    for name, p in named:
+        fitting = [prefix for prefix in factors if _starts(name, prefix)]
+        by_factor.setdefault(factors[max(fitting, key=len)] if fitting else 1.0, []).append(p)
     groups = [
-        {"params": params, "weight_decay": decay}
+        {"params": params, "weight_decay": decay, "lr_scale": factor}
+        for factor, trained in by_factor.items()
         for kind in by_kind(trained)
         for decay, params in (
             (weight_decay, [p for p in kind if p.ndim >= 2]),
@@ -23,3 +52,7 @@ def build_optimizer(
         if params
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=True)
+
+
+def _starts(name: str, prefix: str) -> bool:
+    return f"{name}.".startswith(f"{prefix}.")

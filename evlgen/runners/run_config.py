@@ -52,6 +52,9 @@ class RunConfig:
     warmup_steps: NonNegativeInt = 0
     #: Factor per epoch of the step schedule, which needs it.
     lr_decay_rate: Share | None = None
+    #: Part of the model -> factor on the learning rate of its weights, ``{language: 0.1}``; a part is what
+    #: their names start with.
+    lr_scale: dict[str, PositiveFloat] | None = None
     #: AdamW's decay of weights; biases and norms have none.
     weight_decay: NonNegativeFloat = 0.05
     #: AdamW's second moment decay.

@@ -136,7 +136,7 @@ class Runner:
             warmup_steps=run.warmup_steps,
             decay_rate=run.lr_decay_rate or 1.0,
         )
-        optimizer = build_optimizer(self.model, run.init_lr, run.weight_decay, run.beta2)
+        optimizer = build_optimizer(self.model, run.init_lr, run.weight_decay, run.beta2, run.lr_scale)
         self.optimizer = accelerator.prepare(optimizer)
         self.state = TrainingState(
             data={
@@ -217,7 +217,7 @@ class Runner:
         state, processes = self.state, self.accelerator.num_processes
         learning_rate = self.learning_rate()
         for params in self.optimizer.param_groups:
-            params["lr"] = learning_rate
+            params["lr"] = learning_rate * params.get("lr_scale", 1.0)
         is_one_batch = group * processes == 1
         means = WeightedMeans()
         seen: list[tuple[Tensor, list[str]]] = []  # each batch's loss and sample ids

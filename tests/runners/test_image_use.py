@@ -1,0 +1,170 @@
+"""How much a model uses its images: what is measured, logged and warned of."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from evlgen.assemble import run
+from evlgen.common.config import Config
+from evlgen.common.registry import registry
+from evlgen.models.connectors.base import Connector
+from evlgen.runners.image_use import ImageUseMeter, common_fraction, exchange
+from evlgen.runners.log_fields import IMAGE_USE
+
+
+@registry.register_connector("constant_for_tests")
+class ConstantConnector(Connector):
+    """Gives the same soft prompts for every image: what a collapsed connector gives."""
+
+    def __init__(self, vision_dim, language_dim, num_tokens=None, num_prefix_tokens=1, embedding_rms=None):
+        super().__init__()
+        self.prompts = nn.Parameter(0.1 * torch.randn(4, language_dim))
+
+    def forward(self, tokens):
+        return self.prompts.expand(len(tokens), -1, -1) + 0.0 * tokens.mean()
+
+    def num_soft_prompts(self, num_tokens):
+        return len(self.prompts)
+
+
+CONSTANT = "model.connector={name: constant_for_tests}"
+
+
+def evaluations(path, *options):
+    run(Config.load(path, options))
+    lines = (path.parent / "output" / "latest" / "log.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["type"] == "evaluation"]
+
+
+def test_a_connector_that_returns_a_constant_is_reported_as_ignoring_the_image(tiny_project, caplog):
+    with caplog.at_level(logging.WARNING, "evlgen"):
+        (found,) = evaluations(tiny_project(run={"max_epoch": 1}), CONSTANT, "model.checkpoint=null")
+    assert abs(found["image_worth"]) < 1e-6 and found["common_fraction"] == pytest.approx(1.0)
+    assert found["eval_loss"] == pytest.approx(found["exchanged_loss"])
+    (warning,) = (r.getMessage() for r in caplog.records if "ignores the image" in r.getMessage())
+    assert "100.0 % of the soft prompts is common to all images" in warning
+    assert "docs/training-on-real-parts.md" in warning
+
+
+def test_the_bundled_model_uses_its_images_and_is_not_warned_of(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "evlgen"):
+        found = bundled("projects/shapes/caption.yaml", tmp_path, "run.valid_splits=[val]")[0]
+    assert set(IMAGE_USE) <= set(found)
+    assert found["image_worth"] == pytest.approx(found["exchanged_loss"] - found["eval_loss"])
+    assert found["image_worth"] > 0.3 and 0 < found["common_fraction"] < 0.9
+    assert found["train_loss"] > 0
+    text = caplog.text
+    assert "the image is worth" in text and "ignores the image" not in text
+
+
+def bundled(project, folder, *options):
+    """The evaluations of a step of the bundled model on the Shapes world."""
+    short = [
+        *(
+            "run.max_iters=1",
+            "run.iters_per_inner_epoch=null",
+            "run.batch_size_train=2",
+            "run.warmup_steps=0",
+        ),
+        *("run.batch_size_eval=4", "run.num_workers=0", "run.max_eval_samples=8", "run.tensorboard=false"),
+        *("run.metrics=[bleu]", "run.precision=fp32", "run.init_lr=1e-9", "run.min_lr=0", "run.warmup_lr=0"),
+        *("model.checkpoint=evlgen://assets/shapes/connector", "run.test_splits=[test]"),
+    ]
+    name = next(iter(Config.load(project).datasets))
+    places = [f"datasets.{name}.train_size=4", f"run.output_dir={folder}"]
+    run(Config.load(project, [*short, *places, *options]))
+    lines = (folder / "latest" / "log.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["type"] == "evaluation"]
+
+
+def test_it_is_not_warned_of_before_the_warm_up_is_over(tiny_project, caplog):
+    path = tiny_project(run={"max_epoch": 1, "warmup_steps": 1000})
+    with caplog.at_level(logging.WARNING, "evlgen"):
+        evaluations(path, CONSTANT, "model.checkpoint=null")
+    assert "ignores the image" not in caplog.text
+
+
+def test_the_measure_can_be_turned_off(tiny_project):
+    found = evaluations(tiny_project(run={"max_epoch": 1, "image_use_samples": 0}))[-1]
+    assert not set(IMAGE_USE) & set(found)
+
+
+def test_no_other_number_of_a_run_depends_on_the_measure(tiny_project):
+    records = []
+    for samples in (0, 256):
+        path = tiny_project(run={"image_use_samples": samples})
+        run(Config.load(path))
+        lines = (path.parent / "output" / "latest" / "log.jsonl").read_text().splitlines()
+        records.append([json.loads(line) for line in lines])
+    for without, with_it in zip(*records, strict=True):
+        skipped = ("time", "seconds", "trained_seconds", "samples_per_s")
+        assert {k: v for k, v in without.items() if k not in skipped} == {
+            k: v for k, v in with_it.items() if k not in (*skipped, *IMAGE_USE)
+        }
+
+
+@pytest.mark.parametrize("project", ["projects/shapes/vqa.yaml", "projects/shapes/video_caption.yaml"])
+def test_questions_and_videos_are_measured_too(project, tmp_path):
+    found = bundled(project, tmp_path)[-1]
+    assert found["exchanged_loss"] > found["eval_loss"] > 0
+
+
+class Reader:
+    """A model whose loss of a text is how far its image is from the one the text names."""
+
+    def soft_prompts(self, samples):
+        return samples["image"]
+
+    def sample_losses(self, samples, soft_prompts):
+        losses = (soft_prompts - samples["named"]).abs().sum((1, 2))
+        return {"losses": losses, "num_tokens": torch.tensor(samples["tokens"])}
+
+
+def batch(values, keys, tokens):
+    image = torch.tensor(values).view(-1, 1, 1)
+    return {"image": image, "named": image.clone(), "image_id": keys, "tokens": tokens}
+
+
+def test_worth_is_the_difference_of_the_losses_per_token():
+    meter = ImageUseMeter(10)
+    meter.add(Reader(), batch([1.0, 3.0], ["a", "b"], [2, 4]))
+    use = meter.over_processes()
+    assert use.loss == 0.0
+    assert use.worth == pytest.approx((2.0 + 2.0) / 6)
+    assert use.common_fraction == pytest.approx(4.0 / 5.0)  # the mean is 2, the mean square 5
+    assert use.num_samples == 2
+
+
+def test_a_batch_of_one_image_is_read_with_the_image_before_it():
+    meter = ImageUseMeter(10)
+    for value, key in ((1.0, "a"), (3.0, "b"), (3.0, "b")):
+        meter.add(Reader(), batch([value], [key], [1]))
+    use = meter.over_processes()
+    assert use.num_samples == 1 and use.worth == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    "keys", [["a", "b"], ["a", "a", "b", "b", "c"], ["a", "b", "a", "c", "b", "a"], list(range(7))]
+)
+def test_every_sample_gets_another_image_and_every_image_goes_around(keys):
+    order = exchange(keys)
+    assert sorted(order) == list(range(len(keys)))
+    assert all(keys[i] != keys[j] for i, j in enumerate(order))
+
+
+@pytest.mark.parametrize("keys", [[], ["a"], ["a", "a", "a", "b"]])
+def test_where_most_samples_are_of_one_image_nothing_is_exchanged(keys):
+    assert exchange(keys) is None
+
+
+def test_the_common_part_over_processes_is_that_of_all_samples_together():
+    prompts = torch.randn(12, 3, 5, dtype=torch.float64) + 0.5
+    parts = [(p.sum(0), p.square().sum().item(), len(p)) for p in prompts.split([5, 7])]
+    expected = prompts.mean(0).square().sum() / prompts.square().sum((1, 2)).mean()
+    assert common_fraction(parts) == pytest.approx(expected.item())
+    assert common_fraction([(None, 0.0, 0)]) is None
