@@ -106,6 +106,18 @@ class LanguageConfig:
 
 
 @dataclasses.dataclass
+class SoftPromptConfig:
+    """What stands around a connector's output, so that it does not become constant; see
+    `evlgen.models.soft_prompts`.
+
+    Args:
+        scale: the part that depends on the image at the start, as a fraction of the word embeddings' scale.
+    """
+
+    scale: PositiveFloat = 0.4
+
+
+@dataclasses.dataclass
 class ModelConfig:
     """The ``model`` section.
 
@@ -115,6 +127,7 @@ class ModelConfig:
         checkpoint: folder, file or URL, own or published, loaded over the parts.
         vision, connector, language: the three parts. ``connector`` is ``name`` and that connector's
             parameters.
+        soft_prompts: what is added around the connector's output; null, as published: nothing.
         prompt: the text before every caption, in training and generation (BLIP-2: "a photo of").
         max_txt_len: text tokens read at most.
         max_output_txt_len: tokens of ``text_output`` learned at most, where a model reads input and output
@@ -127,6 +140,7 @@ class ModelConfig:
     vision: VisionConfig = dataclasses.field(default_factory=VisionConfig)
     connector: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "tomeformer"})
     language: LanguageConfig = dataclasses.field(default_factory=LanguageConfig)
+    soft_prompts: SoftPromptConfig | None = None
     prompt: str = ""
     max_txt_len: PositiveInt = 32
     max_output_txt_len: PositiveInt | None = None

@@ -22,6 +22,7 @@ from evlgen.models.language import LanguageModel, build_language_model
 from evlgen.models.model_config import ModelConfig
 from evlgen.models.ops import quicken
 from evlgen.models.prompts import ask, check_count, fill_ocr_slots
+from evlgen.models.soft_prompts import SoftPromptHead
 from evlgen.models.text_lengths import TextLengths
 from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
@@ -40,6 +41,7 @@ class VLM(BaseModel):
         language: reads soft prompts and text.
         prompt: the text before every caption.
         freeze_vision, freeze_language: what is not trained, but for the parts' own `trained_modules`.
+        prompt_head: what is added around the connector's output; None: nothing.
         temporal: how the frames of a clip become one set of visual tokens, see `TemporalConfig`; None for a
             model of images.
     """
@@ -56,12 +58,14 @@ class VLM(BaseModel):
         freeze_vision: bool = True,
         freeze_language: bool = True,
         temporal: str | None = None,
+        prompt_head: SoftPromptHead | None = None,
     ) -> None:
         super().__init__()
         self.temporal = temporal
         self.vision = vision
         self.ln_vision = nn.LayerNorm(vision.embed_dim, eps=1e-5)
         self.connector = connector
+        self.prompt_head = prompt_head
         self.language = language
         self.prompt = prompt
         self._frozen = [
@@ -81,15 +85,22 @@ class VLM(BaseModel):
         temporal = cfg.vision.temporal.form if cfg.vision.temporal else cls.TEMPORAL
         vision = build_vision_encoder(cfg.vision, device, temporal)
         language = build_language_model(cfg, cls.LANGUAGE_MODEL, device)
+        embedding_rms = language.embedding_rms()
         connector = connector_class(
             vision_dim=vision.embed_dim,
             language_dim=language.embed_dim,
             num_tokens=vision.num_tokens,
             num_prefix_tokens=vision.num_prefix_tokens,
-            embedding_rms=language.embedding_rms(),
+            embedding_rms=embedding_rms,
             **connector_args,
         )
-        model = cls(vision, connector, language, cfg.prompt, cfg.vision.freeze, cfg.language.freeze, temporal)
+        head = None
+        if cfg.soft_prompts is not None:
+            count = connector.num_soft_prompts(vision.num_tokens)
+            head = SoftPromptHead(count, language.embed_dim, embedding_rms, cfg.soft_prompts.scale)
+        model = cls(
+            vision, connector, language, cfg.prompt, cfg.vision.freeze, cfg.language.freeze, temporal, head
+        )
         model._log_parts()
         return model
 
@@ -197,7 +208,8 @@ class VLM(BaseModel):
         `encode` gave earlier -> soft prompts [B, M, C_language]."""
         tokens = samples.get("visual_tokens")
         tokens = self.encode(samples["image"]) if tokens is None else tokens.to(self.device)
-        return self.connector(self._normed(tokens))
+        prompts = self.connector(self._normed(tokens))
+        return prompts if self.prompt_head is None else self.prompt_head(prompts)
 
     def encoded(self, samples: dict[str, Any]) -> dict[str, Any]:
         """Samples that are read more than once: ``visual_tokens`` in place of ``image``, so that the encoder
@@ -394,6 +406,15 @@ class VLM(BaseModel):
         with self._own_precision(soft_prompts.device):
             found = self.language.log_likelihoods(soft_prompts, prompts, lists, num_candidates)
         return [answers[int(scores.argmax())] for answers, scores in zip(lists, found, strict=True)]
+
+    def lr_scales(self) -> dict[str, float]:
+        parts = {"connector": self.connector, "prompt_head": self.prompt_head}
+        return {
+            f"{name}.{key}": factor
+            for name, part in parts.items()
+            if hasattr(part, "lr_scales")
+            for key, factor in part.lr_scales().items()
+        }
 
     def frozen_modules(self) -> list[nn.Module]:
         """The frozen parts."""

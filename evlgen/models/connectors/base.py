@@ -28,6 +28,10 @@ class Connector(nn.Module):
         """[B, N, vision_dim] -> [B, M, language_dim]."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(tokens)")
 
+    def lr_scales(self) -> dict[str, float]:
+        """Factors on the learning rate by the start of weights' names, where some need another rate."""
+        return {}
+
     def num_soft_prompts(self, num_tokens: int) -> int:
         """M for N visual tokens."""
         raise NotImplementedError(f"{type(self).__name__} must define num_soft_prompts(num_tokens)")

@@ -175,7 +175,7 @@ def load_bert_layers(connector: nn.Module, init: str) -> None:
     folder, raw = read_bert(init)
     own = connector.state_dict()
     state = {k: v for k, v in bert_to_tomeformer(raw).items() if k in own}
-    wanted = {k for k in own if not k.startswith(("proj_in.", "proj_out."))}
+    wanted = {k for k in own if not k.startswith("proj_")}
     if missing := sorted(wanted - set(state)):
         raise CheckpointError(
             f"model.connector.init '{init}' is no BERT this connector can start from: {missing[0]} and "

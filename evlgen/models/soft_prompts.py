@@ -1,0 +1,87 @@
+"""What keeps soft prompts apart from one another: a learned vector at each place, and an image's part that
+cannot become constant.
+
+A frozen language model needs two things from soft prompts: in what style to write, which is the same for
+every image, and what the image shows. The style is learned within some twenty iterations, and until then the
+part that depends on the image is noise. A connector that has the same weights for both removes that noise and
+becomes constant (docs/training-on-real-parts.md). So here the style has weights of its own, and the image's
+part is standardised over the batch: that removes its mean, and the gradient that would make it constant.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PLACES_LR_SCALE = 10.0
+_EPS = 1e-6
+_MOMENTUM = 0.1  # of the running statistics, as of torch's batch norms
+
+
+class SoftPromptHead(nn.Module):
+    """``place + gain * standardised(prompt)``.
+
+    Soft prompts are standardised in each channel over the images and places of a batch (batch normalisation;
+    Ioffe and Szegedy, 2015), of all processes together; in eval mode by the running statistics. Batches that
+    are accumulated are standardised each by itself.
+
+    Args:
+        num_places: soft prompts of one image.
+        channels: of the word embeddings.
+        embedding_rms: root mean square of the word embeddings, at which places start.
+        scale: the image's part at the start, as a fraction of ``embedding_rms``.
+    """
+
+    def __init__(self, num_places: int, channels: int, embedding_rms: float, scale: float) -> None:
+        super().__init__()
+        self.places = nn.Parameter(embedding_rms * torch.randn(num_places, channels))
+        self.gain = nn.Parameter(torch.full((channels,), scale * embedding_rms))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("variance", torch.ones(channels))
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.long))
+
+    def forward(self, prompts: Tensor) -> Tensor:
+        """[B, M, C] -> [B, M, C], float32. Another M than ``num_places``, as of the frames of a video in a
+        row, stretches the places over it."""
+        rows = prompts.float().flatten(0, 1)  # [B * M, C]
+        if self.training and torch.is_grad_enabled():
+            mean, variance = batch_statistics(rows)
+            self._remember(mean.detach(), variance.detach())
+        else:
+            mean, variance = self.mean, self.variance
+        part = (rows - mean) * ((variance + _EPS).rsqrt() * self.gain)
+        return part.view(prompts.shape) + self._places_for(prompts.shape[1])
+
+    def lr_scales(self) -> dict[str, float]:
+        """Places learn the style of the texts, faster than the rest learns what images show."""
+        return {"places": PLACES_LR_SCALE}
+
+    def _places_for(self, count: int) -> Tensor:
+        known = len(self.places)
+        if count == known:
+            return self.places
+        # a product, whose gradient is the same every time, which that of indexing is not on a GPU
+        nearest = torch.arange(count, device=self.places.device) * known // count
+        return F.one_hot(nearest, known).to(self.places.dtype) @ self.places
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+        self.num_batches += 1
+        share = (1 / self.num_batches).clamp(min=_MOMENTUM)  # a plain mean of the first batches
+        self.mean.lerp_(mean, share)
+        self.variance.lerp_(variance, share)
+
+
+def batch_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean and variance of each channel, of the rows [N, C] of all processes together. Differentiable."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        mean = rows.mean(0)
+        return mean, (rows - mean).square().mean(0)
+    from torch.distributed.nn.functional import all_reduce
+
+    count = torch.full((1,), float(len(rows)), device=rows.device)
+    dist.all_reduce(count)
+    mean = all_reduce(rows.sum(0)) / count
+    return mean, all_reduce((rows - mean).square().sum(0)) / count
