@@ -79,9 +79,23 @@ def batch_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         mean = rows.mean(0)
         return mean, (rows - mean).square().mean(0)
-    from torch.distributed.nn.functional import all_reduce
-
     count = torch.full((1,), float(len(rows)), device=rows.device)
     dist.all_reduce(count)
-    mean = all_reduce(rows.sum(0)) / count
-    return mean, all_reduce((rows - mean).square().sum(0)) / count
+    mean = _Sum.apply(rows.sum(0)) / count
+    return mean, _Sum.apply((rows - mean).square().sum(0)) / count
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of all processes' tensors. Its gradient is the sum of theirs, as each process uses it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad

@@ -100,6 +100,27 @@ def test_soft_prompts_start_at_the_scale_of_the_word_embeddings():
     assert 0.015 < rms < 0.025
 
 
+def test_with_a_residual_each_soft_prompt_gets_the_mean_of_the_visual_tokens_that_merged_into_it():
+    connector, x = small(residual=True, embedding_rms=0.1), torch.randn(2, 17, 24)
+    details = connector.forward_details(x)
+    layers = connector.proj_out(details["hidden_states"][-1])
+    for image in range(2):
+        for prompt in range(layers.shape[1]):
+            mean = x[image, details["merge_map"][image] == prompt].mean(0)
+            expected = layers[image, prompt] + connector.proj_residual.weight @ mean
+            torch.testing.assert_close(details["soft_prompts"][image, prompt], expected)
+    assert torch.equal(connector(x), details["soft_prompts"])
+    assert (
+        4 < connector.proj_residual.weight.std() * 24**0.5 / (connector.proj_out.weight.std() * 32**0.5) < 6
+    )
+
+
+def test_a_residual_is_nothing_that_a_bert_has(bert_folder):
+    connector = TomeFormer(24, 8, num_layers=2, r=2, init=str(bert_folder), residual=True, init_lr_scale=0.1)
+    assert connector.lr_scales() == dict.fromkeys(("positions", "token_types", "input_norm", "layers"), 0.1)
+    assert small(init_lr_scale=0.1).lr_scales() == {}  # nothing starts from a BERT there
+
+
 def test_without_a_class_token_nothing_is_protected():
     connector = small(num_prefix_tokens=0)
     assert connector.num_protected == 0

@@ -147,6 +147,7 @@ class QFormer(Connector):
         init: hub id or folder of a BERT whose layers the connector starts from (its sizes are then the
             connector's), the queries' feed-forward blocks as copies of the text's; cross-attention and
             queries start at random. None starts from random weights of the sizes below.
+        init_lr_scale: factor on the learning rate of what starts from ``init``.
         hidden_size, num_attention_heads, intermediate_size: BERT's sizes, by default BERT-base's, or those of
             ``init``.
         hidden_dropout_prob, attention_probs_dropout_prob: dropouts, by default ``init``'s, else 0.1.
@@ -170,6 +171,7 @@ class QFormer(Connector):
         num_layers: PositiveInt = 12,
         cross_attention_freq: PositiveInt = 2,
         init: str | None = None,
+        init_lr_scale: PositiveFloat = 1.0,
         hidden_size: PositiveInt | None = None,
         num_attention_heads: PositiveInt | None = None,
         intermediate_size: PositiveInt | None = None,
@@ -189,6 +191,7 @@ class QFormer(Connector):
             layer_norm_eps=layer_norm_eps,
         )
         self.sizes, self.init = sizes, init
+        self.init_lr_scale = init_lr_scale if init is not None else 1.0
         self.num_query_token = num_query_token
         width = sizes.hidden_size
         num_cross = -(-num_layers // cross_attention_freq)
@@ -243,6 +246,14 @@ class QFormer(Connector):
     def num_soft_prompts(self, num_tokens: int) -> int:
         """M for N visual tokens: as many as there are queries."""
         return self.num_query_token
+
+    def lr_scales(self) -> dict[str, float]:
+        if self.init_lr_scale == 1.0:
+            return {}
+        parts = ("cross_query", "cross_key_value", "cross_out", "cross_norm")
+        crossing = [i for i, layer in enumerate(self.layers) if layer.has_cross_attention]
+        at_random = {f"layers.{i}.{part}": 1.0 for i in crossing for part in parts}
+        return {"input_norm": self.init_lr_scale, "layers": self.init_lr_scale, **at_random}
 
     @torch.no_grad()
     def _initialise(self, init: str | None, embedding_rms: float | None) -> None:

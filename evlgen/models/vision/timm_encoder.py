@@ -75,10 +75,10 @@ class TimmEncoder(VisionEncoder):
             **arguments,
         )
         self._check_image_size(name, image_size)
+        self.level = _keep_up_to_level(self.trunk, name, level)
         _drop_heads(self.trunk)
         if isinstance(source, str):
             self._load(source, dtype)
-        self.level = _keep_up_to_level(self.trunk, name, level)
         self.trunk.to(dtype)
         self.image_size = image_size
         self.num_prefix_tokens = getattr(self.trunk, "num_prefix_tokens", 0)
@@ -335,7 +335,7 @@ def _keep_up_to_level(trunk: nn.Module, name: str, level: Any) -> int | None:
             f"the levels of {name}."
         )
     level %= count
-    trunk.prune_intermediate_layers(level)
+    trunk.prune_intermediate_layers([level])
     return level
 
 

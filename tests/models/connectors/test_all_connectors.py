@@ -28,16 +28,21 @@ VARIANTS = [
     ("linear", {"keep_prefix": False}),
     ("pool", {"grid": 3, "keep_prefix": True}),
     ("tomeformer", {"merge": "size_weighted", "proportional_attention": True}),
+    ("tomeformer", {"residual": True}),
 ]
 OWN = [
     name
     for name in registry.list_connectors()
     if registry.get_connector_class(name).__module__.startswith("evlgen.")  # not those of other tests
 ]
-# a vision encoder without a class token, and one with registers beside it
+SMALL_VIT = {"patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 4}
+# a vision encoder without a class token, one with registers beside it, and nets whose feature maps are tokens
 ENCODERS = {
-    "siglip": ("vit_base_patch16_siglip_224", 0),
-    "registers": ("vit_small_patch14_reg4_dinov2", 5),
+    "siglip": ("vit_base_patch16_siglip_224", 0, SMALL_VIT),
+    "registers": ("vit_small_patch14_reg4_dinov2", 5, SMALL_VIT),
+    "efficientnet": ("tf_efficientnet_lite0", 0, {"out_indices": 2}),
+    "convnext": ("convnext_atto", 0, {"out_indices": 1}),
+    "mobilenet": ("mobilenetv4_conv_small", 0, {"out_indices": 2}),
 }
 
 
@@ -164,8 +169,7 @@ def test_soft_prompts_start_at_the_scale_of_the_word_embeddings(name, samples):
 @pytest.mark.parametrize(("name", "changes"), [*((name, {}) for name in OWN), *VARIANTS])
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_it_reads_encoders_with_other_tokens_before_the_patches(encoder, name, changes):
-    timm_name, num_prefix = ENCODERS[encoder]
-    kwargs = {"patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 4}
+    timm_name, num_prefix, kwargs = ENCODERS[encoder]
     vision = {"name": timm_name, "image_size": 32, "pretrained": False, "kwargs": kwargs}
     model = build(name, changes, vision=vision)
     assert model.vision.num_prefix_tokens == num_prefix
