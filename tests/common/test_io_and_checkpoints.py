@@ -37,6 +37,14 @@ def test_addresses_inside_the_package(tmp_path):
     assert resolve("file:///a%20b/c.png") == "/a b/c.png"
 
 
+def test_paths_below_the_data_root_and_none_outside(tmp_path, monkeypatch):
+    monkeypatch.setenv("EVLGEN_CACHE", str(tmp_path / "root"))
+    assert resolve("cache://parts/model") == str((tmp_path / "root" / "parts" / "model").resolve())
+    for path in ("cache://../other", "cache://parts/../../other"):
+        with pytest.raises(DataError, match="leads out of the data root"):
+            resolve(path)
+
+
 def test_addresses_that_nothing_reads_are_refused_and_registered_ones_read():
     with pytest.raises(DataError, match="nothing here reads store:// addresses. Register an iopath handler"):
         resolve("store://bucket/x")

@@ -320,6 +320,23 @@ def test_one_table_for_everything_is_divided_unless_it_is_said_otherwise(folder)
         _ = builder(annotations={"test": "a.csv"}, split={"val": 0.5}).splits
 
 
+def test_splits_may_have_roots_of_their_own(folder):
+    for split, name in (("train", "a.png"), ("val", "b.png")):
+        (folder / f"{split}_images").mkdir()
+        os.rename(name, folder / f"{split}_images" / name)
+        write_csv(f"{split}.csv", [row for row in ROWS if row["image"] == name])
+    tables = {"train": "train.csv", "val": "val.csv"}
+    built = builder(annotations=tables, root={"train": "train_images", "val": "val_images"})
+    assert built.missing() == []
+    assert [sample["text_input"] for sample in samples(built.build_split("train"))] == ["a dog", "the dog"]
+    (only,) = samples(built.build_split("val"))
+    assert only["image_id"] == "b.png" and only["image"].shape == (3, 8, 8)
+    gone = builder(annotations=tables, root={"train": "train_images", "val": "gone"})
+    (line,) = gone.missing(["val"])
+    assert "'gone' is not there" in line and "datasets.image_text.root" in line
+    assert gone.missing(["train"]) == []
+
+
 def test_a_folder_gives_its_splits(folder):
     for split in ("train", "validation"):
         os.makedirs("data", exist_ok=True)

