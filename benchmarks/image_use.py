@@ -61,10 +61,8 @@ def main() -> None:
     runs = {name: Path(folder) for name, _, folder in (run.partition("=") for run in args.runs)}
     for name, folder in runs.items():
         last = evaluations(folder)[-1]
-        print(
-            f"{name}: iteration {last['iteration']}  loss {last['eval_loss']:.3f}  exchanged "
-            f"{last['exchanged_loss']:.3f}  worth {last['image_worth']:.3f}  common {last['common_fraction']:.3f}"
-        )
+        shown = "  ".join(f"{key} {last[key]:.3f}" for key in (*PANELS, "exchanged_loss", "train_loss"))
+        print(f"{name}: iteration {last['iteration']}  {shown}")
     draw(runs).savefig(args.output, dpi=130)
 
 
