@@ -10,6 +10,7 @@ import io
 import json
 import os
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def make_data_root(root: Path, real: Path | None) -> Path:
     if real is not None:
         for folder in real.iterdir():
             os.symlink(folder, root / folder.name)
-    for make in (_coco, _gqa, _nocaps, _okvqa, _videos, _shards, _visual_genome, _own):
+    for make in (_coco, _gqa, _nocaps, _okvqa, _videos, _shards, _visual_genome, _own, _flickr8k):
         make(root)
     return root
 
@@ -97,6 +98,20 @@ def _official(questions: list[dict]) -> dict[str, dict]:
         "OpenEnded_mscoco_val2014_questions": {"data_subtype": "val2014", "questions": asked},
         "mscoco_val2014_annotations": {"data_subtype": "val2014", "annotations": annotations},
     }
+
+
+def _flickr8k(root: Path) -> None:
+    """Tables, and zips of the images they name."""
+    (root / "flickr8k").mkdir()
+    for split in ("train", "val"):
+        lines = ["image,caption"]
+        with zipfile.ZipFile(root / "flickr8k" / f"{split}.zip", "w") as archive:
+            for i in range(COUNT):
+                content = io.BytesIO()
+                picture(i).save(content, format="JPEG")
+                archive.writestr(f"{split}_{i}.jpg", content.getvalue())
+                lines += [f'{split}_{i}.jpg,"{text}"' for text in captions(scene("train", i))]
+        (root / "flickr8k" / f"{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _gqa(root: Path) -> None:
