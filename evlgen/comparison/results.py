@@ -137,7 +137,10 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     out |= {key: mean_and_deviation([run[key] for run in finished]) for key in numbers}
     names = metric_names([run["final"] for run in finished])
     out["final"] = {name: mean_and_deviation([run["final"].get(name) for run in finished]) for name in names}
-    use = {name: mean_and_deviation([run["image_use"].get(name) for run in finished]) for name in IMAGE_USE}
+    use = {
+        name: mean_and_deviation([run.get("image_use", {}).get(name) for run in finished])
+        for name in IMAGE_USE
+    }
     out["image_use"] = {name: value for name, value in use.items() if value is not None}
     return out
 

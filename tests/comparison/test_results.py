@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from evlgen.comparison.metrics import metric_names, metrics_of, table_metrics
+from evlgen.comparison.metrics import image_use_of, metric_names, metrics_of, table_metrics
 from evlgen.comparison.page import page
-from evlgen.comparison.plots import as_png, loss_figure, quality_figure, sweep_figure
+from evlgen.comparison.plots import as_png, image_use_figure, loss_figure, quality_figure, sweep_figure
 from evlgen.comparison.results import mean_and_deviation, mean_curve, summary
-from evlgen.comparison.table import as_text, best_rows, cost_table, quality_table
+from evlgen.comparison.table import as_text, best_rows, cost_table, image_use_table, quality_table
 
 
 def run_of(seed: int, values: list[float], status: str = "finished") -> dict:
@@ -165,3 +165,30 @@ def test_a_sweep_shows_training_time_and_under_a_budget_of_time_that_of_a_sample
         axis = sweep_figure({**report, "budget": budget}, "model.connector.r").axes[1]
         assert axis.get_ylabel() == "training time, s"
         assert list(axis.get_lines()[0].get_ydata()) == [20.5, 20.0]
+
+
+def with_image_use(run: dict, worths: list[float]) -> dict:
+    """The same run, in which it was measured what the images are worth."""
+    uses = [
+        {"eval_loss": 3.0, "exchanged_loss": 3.0 + w, "image_worth": w, "common_fraction": 0.9}
+        for w in worths
+    ]
+    curve = [{**point, **use} for point, use in zip(run["curve"], uses, strict=True)]
+    return {**run, "curve": curve, "image_use": image_use_of(curve[-1]) if run["final"] else {}}
+
+
+def test_what_the_image_is_worth_to_each_configuration_is_shown(report):
+    assert image_use_table(report) is None and image_use_figure(report) is None
+    assert "Use of the images" not in page(report, [])
+    runs = [
+        with_image_use(run_of(1, [0.2, 0.6]), [0.1, 0.3]),
+        with_image_use(run_of(2, [0.4, 1.0]), [0.1, 0.5]),
+    ]
+    report = report_of(("measured", runs), ("not measured", [run_of(1, [0.1, 0.7])]))
+    titles, rows = image_use_table(report)
+    assert titles[1:3] == ["worth of the image, nats per token", "loss"]
+    assert rows[0][1:3] == ["0.400 ± 0.141", "3.000 ± 0.000"] and set(rows[1][1:]) == {"–"}
+    assert "worth of the image" in as_text(report)
+    assert "Use of the images" in page(report, [])
+    assert as_png(image_use_figure(report))[:4] == b"\x89PNG"
+    assert metrics_of(runs[0]["curve"][-1]).keys() == {"CIDEr"}

@@ -86,7 +86,7 @@ class TimmEncoder(VisionEncoder):
         self.image_mean, self.image_std = tuple(data["mean"]), tuple(data["std"])
         self.offloads = False
         self.merging: Merging | None = None
-        self.memory_format = torch.preserve_format
+        self.channels_last = False
         self._measure_tokens()
 
     def checkpoint(self, offload: bool) -> None:
@@ -134,8 +134,10 @@ class TimmEncoder(VisionEncoder):
         """[B, 3, H, W] -> [B, N, C]."""
         if self.merging is not None:
             self.merging.start()
+        if self.channels_last:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
         with offloaded(pixels.device) if self.offloads else contextlib.nullcontext():
-            return _tokens_of(self._feature_map(pixels.contiguous(memory_format=self.memory_format)))
+            return _tokens_of(self._feature_map(pixels))
 
     def forward_details(self, pixels: Tensor) -> dict[str, Tensor]:
         """The forward pass with its insides, for pictures and tests.
@@ -170,7 +172,7 @@ class TimmEncoder(VisionEncoder):
             return
         if any(isinstance(module, nn.BatchNorm2d) for module in self.trunk.modules()):
             # convolutions on a CPU take 0.6 of the time with the channels last
-            self.memory_format = torch.channels_last
+            self.channels_last = True
             self.trunk.to(memory_format=torch.channels_last)
         was_training, weight = self.trunk.training, next(self.trunk.parameters())
         self.trunk.eval()
