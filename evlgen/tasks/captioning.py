@@ -12,7 +12,6 @@ from evlgen.common.io import write_atomically
 from evlgen.common.registry import registry
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.models.base_model import BaseModel
-from evlgen.runners.run_config import RunConfig
 from evlgen.tasks.base_task import BaseTask
 from evlgen.tasks.caption_sheet import caption_sheet
 from evlgen.tasks.metrics import ImageId, score_captions
@@ -32,10 +31,8 @@ class CaptioningTask(BaseTask):
     servers are sent, and LAVIS writes for clips too. Ids are those of the ground truth, numbers or texts.
     """
 
-    def __init__(self, run: RunConfig) -> None:
-        super().__init__(run)
-        self._evaluated: BaseDataset | None = None
-        self._references: Mapping[ImageId, Sequence[str]] = {}
+    _evaluated: BaseDataset | None = None  # the split that is evaluated, and its references
+    _references: Mapping[ImageId, Sequence[str]] = {}
 
     def before_evaluation(self, dataset: BaseDataset, split: str) -> None:
         """Reads the references of the split."""

@@ -41,6 +41,7 @@ class QuestionAnsweringTask(BaseTask):
     """
 
     MAX_LEN = ANSWER_LEN
+    _truths: Mapping[Hashable, list[str]] = {}  # people's answers of the split that is evaluated
 
     def __init__(self, run: RunConfig) -> None:
         super().__init__(run)
@@ -52,7 +53,6 @@ class QuestionAnsweringTask(BaseTask):
         check_slots(self.prompt)
         self.lemmatizer = load_lemmatizer() if run.apply_lemmatizer else None
         self.candidates: list[str] = []
-        self._truths: Mapping[Hashable, list[str]] = {}
 
     # ---- training
 

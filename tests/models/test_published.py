@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from evlgen.cli import main
 from evlgen.common.config import Config, load_model_config, load_model_file
@@ -469,6 +470,17 @@ def test_temporal_weights_of_the_form_average_have_no_published_layout(without_s
     assert convert("--to", "own", published, tmp_path / "own", "--cfg-path", cfg) == 0
     assert convert("--to", "published", tmp_path / "own", tmp_path / "no.pth", *average) == 1
     assert not (tmp_path / "no").exists() and not (tmp_path / "no.pth").exists()
+
+
+@pytest.mark.parametrize("name", ["prompt_head.places", "connector.proj_residual.weight"])
+def test_what_the_published_code_has_no_place_for_is_not_published(name, without_strays, tmp_path, capsys):
+    published, cfg = without_strays("evlgen_opt")
+    assert convert("--to", "own", published, tmp_path / "own", "--cfg-path", cfg) == 0
+    state = {**load_file(tmp_path / "own" / "model.safetensors"), name: torch.zeros(2, 2)}
+    save_file(state, tmp_path / "own" / "model.safetensors")
+    assert convert("--to", "published", tmp_path / "own", tmp_path / "no.pth") == 1
+    assert f"holds {name}, which the published code has no place for" in capsys.readouterr().err
+    assert not (tmp_path / "no.pth").exists()
 
 
 def test_a_converted_folder_is_the_golden_model(golden, tmp_path):

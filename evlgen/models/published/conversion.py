@@ -89,10 +89,22 @@ def _write_published(state: dict[str, Tensor], section: dict[str, Any], source: 
     _check_sizes(state, section, source)
     if (section.get("vision") or {}).get("name") == "clip_L" and any(k.startswith("vision.") for k in state):
         raise CheckpointError(f"{source} holds weights of clip_L, whose published names are not written.")
+    _check_published_place(state, source)
     published = to_published_names(state, _projection(section))
     with atomic_file(target, "wb") as file:
         torch.save({"model": published, "config": {"model": section}}, file)
     return len(published)
+
+
+def _check_published_place(state: Mapping[str, Tensor], source: Path) -> None:
+    """Raises `CheckpointError` for weights that the published code has no place for."""
+    own = ("prompt_head.", "connector.proj_residual.")
+    name = next((name for name in state if name.startswith(own)), None)
+    if name is not None:
+        raise CheckpointError(
+            f"{source} holds {name}, which the published code has no place for. Train with "
+            "model.soft_prompts: null and model.connector.residual: false to publish under its names."
+        )
 
 
 def _check_target(target: Path, layout: str, force: bool) -> None:
