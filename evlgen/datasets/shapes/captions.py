@@ -8,7 +8,7 @@ questions.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from evlgen.datasets.shapes.world import COLOURS, COLUMNS, KINDS, ROWS, Scene, Shape
@@ -244,14 +244,19 @@ def _three_groups(groups: list[Group], phrases: list[str], rng: random.Random) -
             for other in relations(third, second):
                 more = rng.choice(_RELATIONS[other])
                 related.append(f"{a} {words} {b}, and {c} {more} the {second.kind}")
-    for relation in set(relations(first, third)) & set(relations(second, third)):
+    for relation in _in_both(relations(first, third), relations(second, third)):
         related.append(f"{a} and {b} are {rng.choice(_RELATIONS[relation])} {c}")
-    for relation in set(relations(first, second)) & set(relations(first, third)):
+    for relation in _in_both(relations(first, second), relations(first, third)):
         related.append(f"{a} {rng.choice(_RELATIONS[relation])} {b} and {c}")
     if rng.random() < _SHARE_WITH_POSITIONS / 2:
         x, y, z = (position_phrase(g.members[0], rng) for g in groups)
         return f"{a} {x}, {b} {y} and {c} {z}"
     return rng.choice(related if related and rng.random() < 0.5 else plain)
+
+
+def _in_both(relations: Sequence[str], others: Sequence[str]) -> list[str]:
+    """In the order of the first: that of a set differs between processes, and the generator is drawn from."""
+    return [relation for relation in relations if relation in others]
 
 
 def _opened(phrase: str, rng: random.Random) -> str:
