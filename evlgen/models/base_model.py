@@ -252,10 +252,10 @@ class BaseModel(nn.Module):
                 f"{_some(unexpected)}. "
                 "Check model.arch and model.connector."
             )
-        if missing and all(name.startswith(_HEAD) for name in missing):
+        if missing and all(name.startswith((_HEAD, "connector.proj_residual.")) for name in missing):
             raise CheckpointError(
-                f"{path} was trained without model.soft_prompts, and gives other texts with it. Set "
-                f"model.soft_prompts: null; {_WITHOUT}"
+                f"{path} was trained without {_some(missing)}, and gives other texts with it. Set "
+                f"model.soft_prompts: null and model.connector.residual: false; {_WITHOUT}"
             )
         self.load_state_dict({k: state[k] for k in loaded}, strict=False)
         logger.info("%s: %d weights loaded", path, len(loaded))

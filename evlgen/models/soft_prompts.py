@@ -68,10 +68,11 @@ class SoftPromptHead(nn.Module):
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, variance: Tensor) -> None:
-        self.num_batches += 1
-        share = (1 / self.num_batches).clamp(min=_MOMENTUM)  # a plain mean of the first batches
-        self.mean.lerp_(mean, share)
-        self.variance.lerp_(variance, share)
+        finite = mean.isfinite().all() & variance.isfinite().all()  # the runner leaves other steps out
+        self.num_batches += finite
+        share = (1 / self.num_batches.clamp(min=1)).clamp(min=_MOMENTUM)  # a plain mean of the first batches
+        self.mean.copy_(torch.where(finite, torch.lerp(self.mean, mean, share), self.mean))
+        self.variance.copy_(torch.where(finite, torch.lerp(self.variance, variance, share), self.variance))
 
 
 def batch_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -99,7 +99,8 @@ class VLM(BaseModel):
             count = connector.num_soft_prompts(vision.num_tokens)
             head = SoftPromptHead(count, language.embed_dim, embedding_rms, cfg.soft_prompts.scale)
         model = cls(
-            vision, connector, language, cfg.prompt, cfg.vision.freeze, cfg.language.freeze, temporal, head
+            *(vision, connector, language, cfg.prompt, cfg.vision.freeze, cfg.language.freeze, temporal),
+            **({} if head is None else {"prompt_head": head}),  # subclasses may not know it
         )
         model._log_parts()
         return model

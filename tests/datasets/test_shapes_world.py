@@ -64,7 +64,7 @@ def test_pictures_are_64_by_64_rgb_and_show_every_shape_in_its_colour():
 
 
 def test_shapes_of_a_scene_do_not_overlap_and_stay_inside():
-    for i in range(30):
+    for i in range(300):
         shapes = scene("train", i).shapes
         for n, a in enumerate(shapes):
             assert a.radius <= min(a.x, a.y) and max(a.x, a.y) + a.radius <= 64
@@ -74,7 +74,7 @@ def test_shapes_of_a_scene_do_not_overlap_and_stay_inside():
 
 def test_the_same_description_gives_different_pictures():
     seen: dict[str, np.ndarray] = {}
-    for i in range(800):
+    for i in range(3000):
         item = scene("train", i)
         if item.description in seen:
             assert not np.array_equal(seen[item.description], draw(item))
@@ -105,7 +105,7 @@ def test_guessing_does_not_pay():
 
 
 def test_every_scene_has_five_different_captions_that_never_change():
-    for i in range(30):
+    for i in range(300):
         item = scene("val", i)
         lines = captions(item)
         assert len(set(lines)) == 5

@@ -103,6 +103,14 @@ def test_two_processes_standardise_as_one_with_all_their_images(tmp_path):
         torch.testing.assert_close(own, known, atol=1e-5, rtol=1e-4)
 
 
+def test_numbers_that_are_not_finite_are_not_remembered():
+    ours, prompts = head(), torch.randn(6, 3, 5)
+    ours(prompts)
+    before = {key: value.clone() for key, value in ours.state_dict().items()}
+    ours(torch.full((6, 3, 5), float("nan")))
+    assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
+
+
 def test_places_stretch_over_the_frames_of_a_video():
     ours = head().eval()
     out = ours(torch.zeros(2, 6, 5))
@@ -187,8 +195,11 @@ def test_a_checkpoint_keeps_it_and_says_when_the_config_does_not_fit(shapes, tmp
     with pytest.raises(CheckpointError, match=r"prompt_head\..*Set model.soft_prompts to what"):
         build(sizes).load_checkpoint(saved)
     without = build(sizes).save_pretrained(tmp_path / "without")
-    with pytest.raises(CheckpointError, match="trained without model.soft_prompts"):
+    with pytest.raises(CheckpointError, match="trained without .*prompt_head.*Set model.soft_prompts: null"):
         build(sizes, {"scale": 0.4}).load_checkpoint(without)
+    plain = build({**sizes, "residual": False}).save_pretrained(tmp_path / "plain")
+    with pytest.raises(CheckpointError, match="trained without connector.proj_residual"):
+        build(sizes, {"scale": 0.4}).load_checkpoint(plain)
 
 
 def test_places_learn_faster_and_what_starts_from_a_bert_slower():
