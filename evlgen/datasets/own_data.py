@@ -212,7 +212,7 @@ class ImageTextBuilder(BaseDatasetBuilder):
         return self.annotations[split if split in self.annotations else "train"]
 
     def _root_of(self, split: str) -> str | None:
-        """The root of a split, as the YAML says; those that have no table share the training pictures'."""
+        """The root of a split, as the YAML says; those without a table share that of the training images."""
         if not isinstance(self.root, Mapping):
             return self.root
         is_apart = not isinstance(self.annotations, str) and split in self.annotations

@@ -3,9 +3,9 @@ cannot become constant.
 
 A frozen language model needs two things from soft prompts: in what style to write, which is the same for
 every image, and what the image shows. The style is learned within some twenty iterations, and until then the
-part that depends on the image is noise. A connector that has the same weights for both removes that noise and
-becomes constant (docs/training-on-real-parts.md). So here the style has weights of its own, and the image's
-part is standardised over the batch: that removes its mean, and the gradient that would make it constant.
+part that depends on the image is noise. A connector that has the same weights for both can remove that noise
+and become constant (docs/training-on-real-parts.md). So here style has weights of its own, and the image's
+part is standardised over the batch, which removes its mean and the gradient that would make it constant.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class SoftPromptHead(nn.Module):
         if count == known:
             return self.places
         # a product, whose gradient is the same every time, which that of indexing is not on a GPU
-        nearest = torch.arange(count, device=self.places.device) * known // count
+        order = torch.arange(count, device=self.places.device)
+        # frames stand one after the other, each with all of its places
+        nearest = order % known if count % known == 0 else order * known // count
         return F.one_hot(nearest, known).to(self.places.dtype) @ self.places
 
     @torch.no_grad()

@@ -111,10 +111,10 @@ def test_numbers_that_are_not_finite_are_not_remembered():
     assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
 
 
-def test_places_stretch_over_the_frames_of_a_video():
+def test_every_frame_of_a_video_has_the_places_of_an_image():
     ours = head().eval()
     out = ours(torch.zeros(2, 6, 5))
-    expected = ours.places.repeat_interleave(2, 0) - ours.mean * ours.gain
+    expected = ours.places.repeat(2, 1) - ours.mean * ours.gain
     torch.testing.assert_close(out[0], expected)
 
 

@@ -134,8 +134,8 @@ class TomeFormer(Connector):
         proportional_attention: a token is attended to in proportion to the number of visual tokens it
             stands for (`proportional_attention`).
         residual: a soft prompt also gets Linear(vision_dim -> language_dim) of the mean of the visual tokens
-            that merged into it, which the layers add to: at the start five times as much as theirs. It makes
-            training start several times faster (docs/training-on-real-parts.md).
+            that merged into it, which the layers add to: at the start five times as much as theirs (what was
+            measured with it: docs/training-on-real-parts.md).
         init: hub id or folder of a BERT whose layers the connector starts from (its sizes are then the
             connector's); None starts from random weights of the sizes below.
         init_lr_scale: factor on the learning rate of what starts from ``init``.
