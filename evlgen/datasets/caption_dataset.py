@@ -45,7 +45,8 @@ Records = Sequence[Mapping[str, Any] | BadRecord]
 
 class CaptionDataset(MediaDataset):
     """One sample per caption: ``image`` float32 [3, H, W] (a clip: [3, T, H, W]), ``text_input``,
-    ``image_id``, ``instance_id``.
+    ``image_id``, ``instance_id``. With ``captions_together`` one per image, whose ``text_input`` is the list of
+    its captions: each is learned after the same soft prompts, which are computed and read once.
 
     Args:
         records: mappings with ``visual``, a file name; ``caption``, a text or a list of them; ``image_id``
@@ -59,15 +60,23 @@ class CaptionDataset(MediaDataset):
     """
 
     def __init__(
-        self, records: Records, media: Media, vis_processor: BaseProcessor, text_processor: BaseProcessor
+        self,
+        records: Records,
+        media: Media,
+        vis_processor: BaseProcessor,
+        text_processor: BaseProcessor,
+        captions_together: bool = False,
     ) -> None:
-        super().__init__(PackedRecords(one_per_caption(records)), media, vis_processor, text_processor)
+        ordered = one_per_image(records) if captions_together else one_per_caption(records)
+        super().__init__(PackedRecords(ordered), media, vis_processor, text_processor)
         refuse_bad(self.records)
 
     def load_text(self, index: int) -> dict[str, Any]:
         record = self.records[index]
+        caption = record["caption"]
+        is_list = isinstance(caption, list)
         return {
-            "text_input": self.text_processor(record["caption"]),
+            "text_input": [*map(self.text_processor, caption)] if is_list else self.text_processor(caption),
             "image_id": _id(record),
             "instance_id": str(index),
         }
@@ -75,7 +84,7 @@ class CaptionDataset(MediaDataset):
     def references(self) -> References:
         found: References = {}
         for record in good(self.records):
-            found.setdefault(_id(record), []).append(record["caption"])
+            found.setdefault(_id(record), []).extend(_texts(record))
         return found
 
 

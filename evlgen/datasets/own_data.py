@@ -69,6 +69,7 @@ class ImageTextBuilder(BaseDatasetBuilder):
             is in one split. None: a tenth each where there is one table for everything, else nothing.
         train_answers: of questions; see `QuestionDataset`.
         answer_list: of questions: a JSON list of the answers that ranking chooses from.
+        captions_together: a training sample is an image with all its captions; see `CaptionDataset`.
     """
 
     DEFAULT_CONFIG = "configs/datasets/image_text.yaml"
@@ -88,6 +89,7 @@ class ImageTextBuilder(BaseDatasetBuilder):
         split: Shares | None = None,
         train_answers: Literal["sample", "all"] = "sample",
         answer_list: str | None = None,
+        captions_together: bool = False,
     ) -> None:
         super().__init__(name, cache_root, vis_processor, text_processor)
         self._key = f"datasets.{name}"
@@ -99,6 +101,7 @@ class ImageTextBuilder(BaseDatasetBuilder):
         self.shares = None if split is None else _made(Shares, split, f"{self._key}.split")
         self.train_answers = train_answers
         self.answer_list = answer_list
+        self.captions_together = captions_together
 
     @property
     def splits(self) -> list[str]:
@@ -133,10 +136,14 @@ class ImageTextBuilder(BaseDatasetBuilder):
         return ImageFiles(root)
 
     def _caption_dataset(self, split: str, records: Sequence[Any], media: Media) -> BaseDataset:
-        kind = CaptionDataset if role_of(split) == "train" else CaptionEvalDataset
-        return kind(records, media, self.vis_processor(split), self.text_processor(split))
+        parts = (records, media, self.vis_processor(split), self.text_processor(split))
+        if role_of(split) == "train":
+            return CaptionDataset(*parts, self.captions_together)
+        return CaptionEvalDataset(*parts)
 
     def _question_dataset(self, split: str, records: Sequence[Any], media: Media) -> BaseDataset:
+        if self.captions_together:
+            raise ConfigError(f"{self._key}.captions_together: this is a table of questions. Take it out.")
         parts = (records, media, self.vis_processor(split), self.text_processor(split))
         if role_of(split) == "train":
             return QuestionDataset(*parts, self.train_answers)
@@ -256,6 +263,7 @@ class VideoTextBuilder(ImageTextBuilder):
         train_answers: Literal["sample", "all"] = "sample",
         answer_list: str | None = None,
         video_reader: Reader = "auto",
+        captions_together: bool = False,
     ) -> None:
         super().__init__(
             name,
@@ -268,6 +276,7 @@ class VideoTextBuilder(ImageTextBuilder):
             split,
             train_answers,
             answer_list,
+            captions_together,
         )
         self.video_reader = video_reader
 

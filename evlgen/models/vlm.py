@@ -142,10 +142,11 @@ class VLM(BaseModel):
         Args:
             samples: ``image`` [B, 3, H, W], of a clip [B, 3, T, H, W] (or ``visual_tokens``, see
                 `soft_prompts`); ``text_input`` list[str] to learn; with ``text_output`` list[str] that is
-                learned and ``text_input`` only read. With ``text_weights`` [N], one for each text, and
-                ``num_texts`` list[int], how many of the N texts belong to each picture (without it, one), the
-                loss is the weighted sum of the texts' negated log-likelihoods, by picture. ``text_tokens``,
-                N texts of `generate_tokens`, may stand in place of ``text_input``.
+                learned and ``text_input`` only read. ``num_texts`` list[int]: how many of the N texts belong
+                to each image, whose soft prompts are then read once for all of them; without it, one. With
+                ``text_weights`` [N], one for each text, the loss is the weighted sum of the texts' negated
+                log-likelihoods, by image. ``text_tokens``, N texts of `generate_tokens`, may stand in place of
+                ``text_input``.
 
         Returns:
             ``loss``: scalar, float32; ``num_tokens``: how many tokens it is the mean of, and with
@@ -154,9 +155,10 @@ class VLM(BaseModel):
         if "text_weights" in samples:
             return self._weighted_loss(samples)
         soft_prompts = self.soft_prompts(samples)
+        counts = self._text_counts(samples, len(soft_prompts))
         with self._own_precision(soft_prompts.device):
             loss, num_tokens = self.language.loss(
-                soft_prompts, samples["text_input"], samples.get("text_output")
+                soft_prompts, samples["text_input"], samples.get("text_output"), **_several(counts)
             )
         return {"loss": loss, "num_tokens": num_tokens}
 
@@ -185,24 +187,29 @@ class VLM(BaseModel):
             DataError: the texts are not as many as the pictures, or as ``num_texts`` says.
         """
         soft_prompts = self.soft_prompts(samples) if soft_prompts is None else soft_prompts
-        counts = samples.get("num_texts", [1] * len(soft_prompts))
-        _check_length("num_texts", counts, len(soft_prompts), "pictures")
-        for key in ("text_input", "text_output", "text_tokens"):
-            if key in samples:
-                _check_length(key, samples[key], sum(counts), "texts, by num_texts or one a picture")
-        if "num_texts" in samples:
-            repeats = torch.tensor(counts, device=soft_prompts.device)
-            soft_prompts = soft_prompts.repeat_interleave(repeats, dim=0)  # [N, M, C]
+        counts = self._text_counts(samples, len(soft_prompts))
         with self._own_precision(soft_prompts.device):
             if "text_tokens" in samples:
                 pairs = zip(self._prompts(samples, len(counts)), counts, strict=True)
                 prompts = [prompt for prompt, count in pairs for _ in range(count)]
-                found = self.language.token_losses(soft_prompts, prompts, samples["text_tokens"])
+                found = self.language.token_losses(
+                    soft_prompts, prompts, samples["text_tokens"], **_several(counts)
+                )
             else:
                 found = self.language.sample_losses(
-                    soft_prompts, samples["text_input"], samples.get("text_output")
+                    soft_prompts, samples["text_input"], samples.get("text_output"), **_several(counts)
                 )
         return dict(zip(("losses", "num_tokens"), found, strict=True))
+
+    @staticmethod
+    def _text_counts(samples: dict[str, Any], num_images: int) -> list[int]:
+        """How many texts each image has. Raises `DataError` where the texts are not as many."""
+        counts = samples.get("num_texts", [1] * num_images)
+        _check_length("num_texts", counts, num_images, "images")
+        for key in ("text_input", "text_output", "text_tokens"):
+            if key in samples:
+                _check_length(key, samples[key], sum(counts), "texts, by num_texts or one an image")
+        return counts
 
     def soft_prompts(self, samples: dict[str, Any]) -> Tensor:
         """``image`` [B, 3, H, W] or [B, 3, T, H, W], or in its place ``visual_tokens`` [B, N, C_vision] that
@@ -467,6 +474,11 @@ def _check_length(key: str, values: Sized, count: int, what: str) -> None:
     """Raises `DataError` unless a sample's key has ``count`` values."""
     if len(values) != count:
         raise DataError(f"'{key}' has {len(values)} values, and there are {count} {what}.")
+
+
+def _several(counts: list[int]) -> dict[str, Any]:
+    """The argument ``num_texts`` of a language model, where an image has several."""
+    return {} if all(count == 1 for count in counts) else {"num_texts": counts}
 
 
 def _count(samples: dict[str, Any]) -> int:

@@ -47,12 +47,17 @@ class BaseTask:
         return model(self.to_learn(samples))
 
     def to_learn(self, samples: dict[str, Any]) -> dict[str, Any]:
-        """The samples of a batch as the model's `forward` reads them.
+        """The samples of a batch as the model's `forward` reads them. Where each has a list of texts, these
+        become one list, with ``num_texts``.
 
         Raises:
             DataError: they lack what this task learns.
         """
-        return samples
+        texts = samples.get("text_input")
+        if not texts or not all(isinstance(of_one, list) for of_one in texts):
+            return samples
+        flat = [text for of_one in texts for text in of_one]
+        return {**samples, "text_input": flat, "num_texts": [len(of_one) for of_one in texts]}
 
     def to_ask(self, samples: dict[str, Any]) -> list[str]:
         """The samples' own texts that the model is given to continue; empty where it is given none."""

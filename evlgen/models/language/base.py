@@ -33,14 +33,20 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def loss(
-        self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None = None
+        self,
+        soft_prompts: Tensor,
+        text_in: list[str],
+        text_out: list[str] | None = None,
+        num_texts: list[int] | None = None,
     ) -> tuple[Tensor, int]:
         """The mean next-token loss of the text after the soft prompts.
 
         Args:
             soft_prompts: [B, M, C].
-            text_in: the text to learn; or, where ``text_out`` is given, what is read but not learned.
-            text_out: the text to learn after ``text_in``.
+            text_in: the N texts to learn; or, where ``text_out`` is given, what is read but not learned.
+            text_out: the texts to learn after ``text_in``.
+            num_texts: how many of the N texts follow each image's soft prompts, each as if it was alone
+                there; None: one. Passed only where an image has several.
 
         Returns:
             The loss (scalar, float32) and the number of tokens it is the mean of.
@@ -48,18 +54,26 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def sample_losses(
-        self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None = None
+        self,
+        soft_prompts: Tensor,
+        text_in: list[str],
+        text_out: list[str] | None = None,
+        num_texts: list[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As `loss`, of each sample by itself: for ranking texts, weighing them, and rewarding them.
+        """As `loss`, of each text by itself: for ranking texts, weighing them, and rewarding them.
 
         Returns:
-            The *sum* of the losses of each sample's tokens ([B], float32: the negated log-likelihood of the
-            text), and how many tokens that are ([B]).
+            The *sum* of the losses of each text's tokens ([N], float32: the negated log-likelihood of the
+            text), and how many tokens that are ([N]).
         """
         raise NotImplementedError
 
     def token_losses(
-        self, soft_prompts: Tensor, prompts: list[str], texts: list[list[int]]
+        self,
+        soft_prompts: Tensor,
+        prompts: list[str],
+        texts: list[list[int]],
+        num_texts: list[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `sample_losses`, of texts that are tokens already, each after its prompt just as
         `generate_tokens` writes it: the losses are of the very choices that were made there. A text without

@@ -28,9 +28,11 @@ from evlgen.models.language.hugging_face import (
     HuggingFaceLanguageModel,
     Predictions,
     Tokens,
+    for_each_text,
     up_to_end,
 )
 from evlgen.models.language.ranking import Reader, TreeReader
+from evlgen.models.language.text_trees import TextTrees, text_trees
 
 
 @registry.register_language_model("causal")
@@ -46,19 +48,15 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
     def reads(cls, config: Mapping[str, Any]) -> bool:
         return is_causal(config)
 
-    def _predictions(
-        self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None
+    def _predictions_of(
+        self, soft_prompts: Tensor, samples: list[Tokens], num_texts: list[int] | None = None
     ) -> Predictions:
-        return self._predictions_of(soft_prompts, self.to_learn(text_in, text_out))
-
-    def _predictions_of_tokens(
-        self, soft_prompts: Tensor, prompts: list[str], texts: list[list[int]]
-    ) -> Predictions:
-        pairs = zip(self.to_read(prompts), texts, strict=True)
-        return self._predictions_of(soft_prompts, [s._replace(learned=ids) for s, ids in pairs])
-
-    def _predictions_of(self, soft_prompts: Tensor, samples: list[Tokens]) -> Predictions:
         num_soft = soft_prompts.shape[1]
+        if num_texts is not None:
+            trees = text_trees(samples, num_texts, num_soft)
+            if can_read_trees(self.model, trees.visible.shape[-1]):
+                return self._predictions_of_trees(soft_prompts, trees)
+            soft_prompts = for_each_text(soft_prompts, num_texts)
         labels = [
             [IGNORED] * (len(s.before) + num_soft + len(s.read)) + s.learned for s in samples
         ]  # B lists
@@ -70,6 +68,23 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         embeds, _ = self._embed(soft_prompts, samples, padding_side="right")
         # a token is predicted one position before it stands
         return self._predictions_at(rows, columns - 1, labels[rows, columns], inputs_embeds=embeds)
+
+    def _predictions_of_trees(self, soft_prompts: Tensor, trees: TextTrees) -> Predictions:
+        """As `_predictions_of`, where what the texts of an image share is read once."""
+        self._check_something_is_learned(len(trees.targets))
+        self._check_length(int(trees.positions.max()) + 1, "model.max_txt_len")
+        embeds, _ = self._embed(soft_prompts, trees.rows, padding_side="right")
+        hidden = torch.finfo(embeds.dtype).min
+        mask = torch.zeros_like(trees.visible, dtype=embeds.dtype).masked_fill_(~trees.visible, hidden)
+        return self._predictions_at(
+            trees.places[0],
+            trees.places[1],
+            trees.targets,
+            trees.texts,
+            inputs_embeds=embeds,
+            attention_mask=mask[:, None].to(embeds.device),  # the same for all heads
+            position_ids=trees.positions.to(embeds.device),
+        )
 
     @torch.no_grad()
     def generate_tokens(self, soft_prompts: Tensor, prompts: list[str], **options) -> list[list[int]]:

@@ -44,7 +44,7 @@ class Predictions(NamedTuple):
     Attributes:
         logits: [n, vocabulary], float32.
         targets: [n], the tokens.
-        rows: [n], the sample each belongs to.
+        rows: [n], the text each belongs to.
     """
 
     logits: Tensor
@@ -127,24 +127,38 @@ class HuggingFaceLanguageModel(LanguageModel):
         return adapter_modules(self.model)
 
     def loss(
-        self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None = None
+        self,
+        soft_prompts: Tensor,
+        text_in: list[str],
+        text_out: list[str] | None = None,
+        num_texts: list[int] | None = None,
     ) -> tuple[Tensor, int]:
         """The mean next-token loss of the texts after the soft prompts; see `LanguageModel.loss`. A prompt's
         tokens do not count, nor do ``text_in``'s where there is a ``text_out``, nor padding."""
-        logits, targets, rows = self._predictions(soft_prompts, text_in, text_out)
+        logits, targets, rows = self._predictions_of(soft_prompts, self.to_learn(text_in, text_out), num_texts)
         return F.cross_entropy(logits, targets), len(rows)
 
     def sample_losses(
-        self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None = None
+        self,
+        soft_prompts: Tensor,
+        text_in: list[str],
+        text_out: list[str] | None = None,
+        num_texts: list[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Each sample's loss by itself; see `LanguageModel.sample_losses`."""
-        return _by_sample(self._predictions(soft_prompts, text_in, text_out), len(soft_prompts))
+        """Each text's loss by itself; see `LanguageModel.sample_losses`."""
+        found = self._predictions_of(soft_prompts, self.to_learn(text_in, text_out), num_texts)
+        return _by_sample(found, len(text_in))
 
     def token_losses(
-        self, soft_prompts: Tensor, prompts: list[str], texts: list[list[int]]
+        self,
+        soft_prompts: Tensor,
+        prompts: list[str],
+        texts: list[list[int]],
+        num_texts: list[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The losses of texts as `generate_tokens` wrote them; see `LanguageModel.token_losses`."""
-        return _by_sample(self._predictions_of_tokens(soft_prompts, prompts, texts), len(soft_prompts))
+        found = self._predictions_of_tokens(soft_prompts, prompts, texts, num_texts)
+        return _by_sample(found, len(texts))
 
     @torch.no_grad()
     def log_likelihoods(
@@ -221,17 +235,23 @@ class HuggingFaceLanguageModel(LanguageModel):
             return [self._caption(text) for text in text_in]
         return list(zip(text_in, text_out, strict=True))
 
-    def _predictions(
-        self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None
+    def _predictions_of(
+        self, soft_prompts: Tensor, samples: list[Tokens], num_texts: list[int] | None = None
     ) -> Predictions:
-        """What the model expects where a token is learned."""
+        """What the model expects where a token is learned; ``num_texts`` as in `loss`."""
         raise NotImplementedError
 
     def _predictions_of_tokens(
-        self, soft_prompts: Tensor, prompts: list[str], texts: list[list[int]]
+        self,
+        soft_prompts: Tensor,
+        prompts: list[str],
+        texts: list[list[int]],
+        num_texts: list[int] | None = None,
     ) -> Predictions:
-        """As `_predictions`, of tokens after prompts."""
-        raise NotImplementedError
+        """As `_predictions_of`, of tokens after prompts."""
+        pairs = zip(self.to_read(prompts), texts, strict=True)
+        samples = [sample._replace(learned=ids) for sample, ids in pairs]
+        return self._predictions_of(soft_prompts, samples, num_texts)
 
     def _reader(self, soft_prompts: Tensor, prompts: list[str], width: int, length: int) -> Reader:
         """What reads texts after the prompts: ``width`` texts of a prompt side by side at most, and
@@ -251,14 +271,16 @@ class HuggingFaceLanguageModel(LanguageModel):
         """The tokens of each text after a prompt and a gap, its end token the last."""
         raise NotImplementedError
 
-    def _predictions_at(self, rows: Tensor, columns: Tensor, targets: Tensor, **inputs) -> Predictions:
-        """The predictions of ``targets`` [n] at the positions (rows [n], columns [n]); indices on the CPU, so
-        that a GPU waits for nothing. Logits are computed there alone."""
+    def _predictions_at(
+        self, rows: Tensor, columns: Tensor, targets: Tensor, texts: Tensor | None = None, **inputs
+    ) -> Predictions:
+        """The predictions of ``targets`` [n] at the positions (rows [n], columns [n]) of the batch, those of
+        one text in a row of it unless ``texts`` [n] names the text of each; indices on the CPU, so that a GPU
+        waits for nothing. Logits are computed there alone."""
         device = inputs["inputs_embeds"].device
         rows = rows.to(device)
-        return Predictions(
-            self._logits_at(rows, columns.to(device), inputs).float(), targets.to(device), rows
-        )
+        logits = self._logits_at(rows, columns.to(device), inputs).float()
+        return Predictions(logits, targets.to(device), rows if texts is None else texts.to(device))
 
     def _logits_at(self, rows: Tensor, columns: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """What the model's own forward does before and after its output layer (a scale, a cap) stays in
@@ -313,8 +335,15 @@ def up_to_end(ids: list[int], ends: list[int]) -> list[int]:
     return ids[: end + 1]
 
 
+def for_each_text(soft_prompts: Tensor, num_texts: list[int] | None) -> Tensor:
+    """Soft prompts [B, M, C] -> those of each text, [N, M, C]."""
+    if num_texts is None:
+        return soft_prompts
+    return soft_prompts.repeat_interleave(torch.tensor(num_texts, device=soft_prompts.device), dim=0)
+
+
 def _by_sample(predictions: Predictions, count: int) -> tuple[Tensor, Tensor]:
-    """The sum of the losses of each sample's tokens, [count], and how many those are, [count]."""
+    """The sum of the losses of each text's tokens, [count], and how many those are, [count]."""
     logits, targets, rows = predictions
     losses = F.cross_entropy(logits, targets, reduction="none")  # [n]
     return losses.new_zeros(count).index_add(0, rows, losses), torch.bincount(rows, minlength=count)

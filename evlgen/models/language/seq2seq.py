@@ -23,6 +23,7 @@ from evlgen.models.language.hugging_face import (
     HuggingFaceLanguageModel,
     Predictions,
     Tokens,
+    for_each_text,
     up_to_end,
 )
 from evlgen.models.language.ranking import Reader, likelihoods_of
@@ -40,21 +41,10 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
     def reads(cls, config: Mapping[str, Any]) -> bool:
         return is_encoder_decoder(config)
 
-    def _predictions(
-        self, soft_prompts: Tensor, text_in: list[str], text_out: list[str] | None
+    def _predictions_of(
+        self, soft_prompts: Tensor, samples: list[Tokens], num_texts: list[int] | None = None
     ) -> Predictions:
-        """What the decoder learns is ``text_out``; or, without one, ``text_in``, while the encoder reads the
-        prompt."""
-        return self._predictions_of(soft_prompts, self.to_learn(text_in, text_out))
-
-    def _predictions_of_tokens(
-        self, soft_prompts: Tensor, prompts: list[str], texts: list[list[int]]
-    ) -> Predictions:
-        pairs = zip(self.to_read(prompts), texts, strict=True)
-        return self._predictions_of(soft_prompts, [s._replace(learned=ids) for s, ids in pairs])
-
-    def _predictions_of(self, soft_prompts: Tensor, samples: list[Tokens]) -> Predictions:
-        embeds, mask = self._encoder_inputs(soft_prompts, samples)
+        embeds, mask = self._encoder_inputs(for_each_text(soft_prompts, num_texts), samples)
         labels = pad_sequence([torch.tensor(s.learned) for s in samples], True, IGNORED)  # [B, T]
         rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
         self._check_something_is_learned(len(rows))
@@ -84,6 +74,8 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
         return [up_to_end(row, ends) for row in ids[:, 1:].tolist()]  # without the start token
 
     def to_learn(self, text_in: list[str], text_out: list[str] | None = None) -> list[Tokens]:
+        """What the decoder learns is ``text_out``; or, without one, ``text_in``, while the encoder reads the
+        prompt."""
         texts = self._split(text_in, text_out)
         learned = [self._with_ends(text, self.max_output_txt_len) for _, text in texts]
         pairs = zip(self.to_read([read for read, _ in texts]), learned, strict=True)

@@ -1,0 +1,71 @@
+"""Several texts of an image in one row: equal to each text with soft prompts of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from evlgen.models.language.causal import CausalLanguageModel
+from evlgen.models.language.hugging_face import Tokens
+from evlgen.models.language.text_trees import text_trees
+
+TEXTS = ["a red dog on a table", "two dogs", "the dog", "a cat", "a small cat under a large table"]
+COUNTS = [3, 2]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, golden):
+    """A small LLaMA (positions by rotation) and a small GPT-2 (learned positions), with the golden tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(golden / "evlgen_opt" / "language")
+    torch.manual_seed(0)
+    size = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 2}
+    made = {
+        "llama": LlamaForCausalLM(
+            LlamaConfig(
+                **size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+            )
+        ),
+        "gpt2": GPT2LMHeadModel(GPT2Config(**size, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
+    }
+    found = {}
+    for name, model in made.items():
+        found[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(found[name])
+        tokenizer.save_pretrained(found[name])
+    return found
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("text_out", [None, ["yes", "no", "maybe so", "a cat", "no"]])
+def test_as_each_text_alone(folders, kind, attention, text_out):
+    model = CausalLanguageModel(str(folders[kind]), prompt="a photo of", attention=attention).eval()
+    prompts = torch.randn(2, 4, 32, requires_grad=True)
+    apart = prompts.repeat_interleave(torch.tensor(COUNTS), 0)
+    expected = model.sample_losses(apart, TEXTS, text_out)
+    found = model.sample_losses(prompts, TEXTS, text_out, num_texts=COUNTS)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    gradients = [torch.autograd.grad(losses.sum(), prompts)[0] for losses in (found[0], expected[0])]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+    loss, count = model.loss(prompts, TEXTS, text_out, num_texts=COUNTS)
+    assert count == int(expected[1].sum())
+    torch.testing.assert_close(loss, expected[0].sum() / count, rtol=1e-4, atol=1e-4)
+
+
+def test_texts_of_an_image_share_what_they_read():
+    question = [5, 6, 7]
+    trees = text_trees([Tokens([1], question, [8, 2]), Tokens([1], question, [9, 2])], [2], num_soft=4)
+    assert trees.rows == [Tokens([1], [*question, 8, 2, 9, 2], [])]
+    assert trees.positions.tolist() == [[*range(8), 8, 9, 8, 9]]
+    assert trees.places.tolist() == [[0] * 4, [7, 8, 7, 10]]  # both first tokens at the trunk's end
+    assert trees.texts.tolist() == [0, 0, 1, 1]
+    assert not trees.visible[0, 10:, 8:10].any()  # a branch does not see the other
+    assert trees.visible[0, 11].tolist() == [True] * 8 + [False] * 2 + [True] * 2
+
+
+def test_texts_that_read_different_things_are_apart():
+    trees = text_trees([Tokens([], [5], [8, 2]), Tokens([], [6, 7], [9])], [2], num_soft=1)
+    assert trees.rows == [Tokens([], [5, 8, 2, 6, 7, 9], [])]
+    assert trees.positions.tolist() == [[0, 1, 2, 3, 1, 2, 3]]
+    assert trees.places.tolist() == [[0] * 3, [1, 2, 5]]
