@@ -45,8 +45,8 @@ Records = Sequence[Mapping[str, Any] | BadRecord]
 
 class CaptionDataset(MediaDataset):
     """One sample per caption: ``image`` float32 [3, H, W] (a clip: [3, T, H, W]), ``text_input``,
-    ``image_id``, ``instance_id``. With ``captions_together`` one per image, whose ``text_input`` is the list of
-    its captions: each is learned after the same soft prompts, which are computed and read once.
+    ``image_id``, ``instance_id``. With ``captions_together`` one per image, whose ``text_input`` is the list
+    of its captions: each is learned after the same soft prompts, which are computed and read once.
 
     Args:
         records: mappings with ``visual``, a file name; ``caption``, a text or a list of them; ``image_id``

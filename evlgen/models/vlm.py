@@ -145,8 +145,8 @@ class VLM(BaseModel):
                 learned and ``text_input`` only read. ``num_texts`` list[int]: how many of the N texts belong
                 to each image, whose soft prompts are then read once for all of them; without it, one. With
                 ``text_weights`` [N], one for each text, the loss is the weighted sum of the texts' negated
-                log-likelihoods, by image. ``text_tokens``, N texts of `generate_tokens`, may stand in place of
-                ``text_input``.
+                log-likelihoods, by image. ``text_tokens``, N texts of `generate_tokens`, may stand in place
+                of ``text_input``.
 
         Returns:
             ``loss``: scalar, float32; ``num_tokens``: how many tokens it is the mean of, and with

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -21,14 +21,13 @@ from evlgen.common.errors import EVLGenError
 from evlgen.models.base_model import BaseModel
 from evlgen.runners.data import batch_size
 from evlgen.runners.log_fields import IMAGE_USE
+from evlgen.runners.training_state import kept_random_state
 
 logger = logging.getLogger(__name__)
 
 MIN_WORTH = 0.01  # nats per token; an image worth less is ignored
-MAX_COMMON = (
-    0.99  # fraction of the soft prompts' mean square; above it an image has to be worth the following
-)
-MIN_WORTH_OF_NEARLY_CONSTANT = 0.1  # learned places are a large part that is common and does no harm
+MAX_COMMON = 0.99  # fraction of the soft prompts' mean square; above it they are nearly constant
+MIN_SAMPLES = 32  # of fewer samples a small worth proves nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +35,14 @@ class ImageUse:
     """What an evaluation found.
 
     Attributes:
-        loss: of the held-out texts in eval mode, nats per token.
+        loss: of the held-out texts in eval mode, nats per token; NaN where no text was measured.
         exchanged_loss: the same, every text with the image (or video) of another sample.
         worth_error: standard error of `worth`.
-        common_fraction: how much of the soft prompts' mean square is the mean over images at each place; None
-            where the model has no soft prompts, or not the same number for all images.
-        num_samples: samples measured.
+        common_fraction: how much of the soft prompts' mean square is the mean over images at each place,
+            learned places (`model.soft_prompts`) apart; None where the model has no soft prompts, or not the
+            same number for all images.
+        num_samples: samples whose losses were measured.
+        num_left_out: samples with a loss that is not finite.
     """
 
     loss: float
@@ -49,6 +50,7 @@ class ImageUse:
     worth_error: float
     common_fraction: float | None
     num_samples: int
+    num_left_out: int = 0
 
     @property
     def worth(self) -> float:
@@ -57,33 +59,65 @@ class ImageUse:
 
     @property
     def is_ignored(self) -> bool:
-        """Whether the model ignores its images."""
-        is_nearly_constant = (self.common_fraction or 0.0) > MAX_COMMON
-        least = MIN_WORTH_OF_NEARLY_CONSTANT if is_nearly_constant else MIN_WORTH
-        return self.worth < max(least, 2 * self.worth_error)
+        """Whether the model ignores its images, as far as the samples tell."""
+        if not self.num_samples:
+            return self._is_nearly_constant
+        return self.worth < MIN_WORTH if self._are_too_few else self.worth < self._least
+
+    @property
+    def _least(self) -> float:
+        """What an image must be worth to be more than chance."""
+        return max(MIN_WORTH, 2 * self.worth_error)
+
+    @property
+    def _are_too_few(self) -> bool:
+        return self.num_samples < MIN_SAMPLES and 2 * self.worth_error > MIN_WORTH
+
+    @property
+    def _is_nearly_constant(self) -> bool:
+        return (self.common_fraction or 0.0) > MAX_COMMON
 
     def fields(self, train_loss: float | None) -> dict[str, float]:
         """`IMAGE_USE` of a log record, those that are known."""
         values = (self.loss, self.exchanged_loss, self.worth, self.common_fraction, train_loss)
-        return {name: value for name, value in zip(IMAGE_USE, values, strict=True) if value is not None}
+        pairs = zip(IMAGE_USE, values, strict=True)
+        return {name: value for name, value in pairs if value is not None and not math.isnan(value)}
 
     def line(self, train_loss: float | None) -> str:
-        """A line for the log."""
-        trained = "" if train_loss is None else f" (in training {train_loss:.4f})"
+        """A line for the log.
+
+        Args:
+            train_loss: the running mean of the training loss.
+        """
+        left_out = (
+            f"; {self.num_left_out} samples with a loss that is not finite" if self.num_left_out else ""
+        )
+        if not self.num_samples:
+            return self._common().capitalize() + left_out
+        trained = "" if train_loss is None else f" (in training, a running mean: {train_loss:.4f})"
         return (
             f"loss {self.loss:.4f}{trained}, with exchanged images {self.exchanged_loss:.4f}: "
-            f"the image is worth {self.worth:.4f} nats per token{self._common('; ')}"
+            f"the image is worth {self.worth:.4f} nats per token{self._common('; ')}{left_out}"
         )
 
     def warning(self) -> str:
-        """What to tell the user where `is_ignored`."""
-        return (
-            "the model ignores the image: with another sample's image its loss changes by "
-            f"{self.worth:.4f} nats per token{self._common(', and ')}. "
-            "Train longer; if that does not change it, see docs/training-on-real-parts.md."
-        )
+        """What to tell the user; empty where nothing is wrong."""
+        remedy = "Train longer; if that does not change it, see docs/training-on-real-parts.md."
+        if self.is_ignored:
+            change = f"with another sample's image its loss changes by {self.worth:.4f} nats per token"
+            what = f"{change}{self._common(', and ')}" if self.num_samples else self._common()
+            return f"the model ignores the image: {what}. {remedy}"
+        if self._is_nearly_constant:
+            return f"the soft prompts are nearly constant:{self._common(' ')}. {remedy}"
+        if self.num_samples and self._are_too_few and self.worth < self._least:
+            return (
+                f"whether the model uses the image cannot be told from {self.num_samples} samples: it is "
+                f"worth {self.worth:.4f} nats per token, give or take {2 * self.worth_error:.4f}. Evaluate "
+                "more (run.max_eval_samples, run.image_use_samples)."
+            )
+        return ""
 
-    def _common(self, joint: str) -> str:
+    def _common(self, joint: str = "") -> str:
         if self.common_fraction is None:
             return ""
         return f"{joint}{100 * self.common_fraction:.1f} % of the soft prompts is common to all images"
@@ -99,30 +133,57 @@ class ImageUseMeter:
     def __init__(self, max_samples: int) -> None:
         self.max_samples = max_samples
         self.count = 0
+        self._has_failed = False
         self._rows: list[tuple[float, float, int]] = []  # loss, loss with another image, tokens; of a sample
         self._mean: Tensor | None = None  # sum of soft prompts over samples, [M, C], float64
         self._square = 0.0
         self._prompts = 0
         self._previous: tuple[Hashable, Tensor] | None = None  # the last sample's image key and soft prompts
 
-    @property
-    def is_full(self) -> bool:
-        return self.count >= self.max_samples
-
-    @torch.no_grad()
-    def add(self, model: BaseModel, samples: dict[str, Any]) -> None:
-        """Measures a batch.
+    def measure(
+        self,
+        model: BaseModel,
+        samples: dict[str, Any],
+        held_out: Callable[[dict[str, Any]], dict[str, Any] | None],
+    ) -> dict[str, Any]:
+        """Measures a batch, unless there are enough. An evaluation never ends here: what fails is left out
+        and logged once.
 
         Args:
             model: in eval mode.
-            samples: as the model's `forward` reads them, one text for each image.
+            samples: of an evaluation.
+            held_out: from them to those whose texts are known; see `BaseTask.held_out`.
+
+        Returns:
+            The samples with what need not be computed again.
         """
+        if self._has_failed or self.count >= self.max_samples:
+            return samples
         try:
-            self._add(model, samples)
+            with kept_random_state():  # a loss may draw, such as the negatives of BLIP-2's first stage
+                samples = {**samples, **_kept(model.encoded(samples))}
+                learned = held_out(samples)
+                if learned is not None:
+                    self.add(model, learned)
+                elif hasattr(model, "sample_losses"):
+                    self.count += batch_size(samples)
+                    self._remember(model, model.soft_prompts(samples))
         except EVLGenError as error:  # texts that cannot be learned, such as a question beyond all limits
             logger.warning("a batch is left out of the measure of how much images are used: %s", error)
+        except Exception as error:  # a task or model of somebody's own may not have what is asked here
+            self._has_failed = True
+            logger.warning(
+                "how much images are used cannot be measured: %s: %s. run.image_use_samples: 0 turns the "
+                "measure off.",
+                type(error).__name__,
+                error,
+            )
+        return samples
 
-    def _add(self, model: BaseModel, samples: dict[str, Any]) -> None:
+    @torch.no_grad()
+    def add(self, model: BaseModel, samples: dict[str, Any]) -> None:
+        """Measures samples as the model's `forward` reads them, one text for each image. The model is in eval
+        mode."""
         batch = batch_size(samples)
         keys = list(samples.get("image_id", range(self.count, self.count + batch)))
         self.count += batch
@@ -131,7 +192,7 @@ class ImageUseMeter:
             return
         prompts = model.soft_prompts(samples)
         others = self._others(keys, prompts)
-        self._remember(prompts)
+        self._remember(model, prompts)
         self._previous = (keys[-1], prompts[-1:])
         if others is None:
             return
@@ -140,14 +201,16 @@ class ImageUseMeter:
         self._rows += zip(*(column.tolist() for column in columns), strict=True)
 
     def _add_whole(self, model: BaseModel, samples: dict[str, Any], keys: Sequence[Hashable]) -> None:
-        """Of a model that gives the loss of a batch only, such as BLIP-2's first stage."""
+        """Of a model that gives the loss of a batch only, such as BLIP-2's first stage, whose loss of writing
+        the text is the one in nats per token."""
         order = exchange(keys)
         name = next((name for name in ("visual_tokens", "image") if name in samples), None)
         if order is None or name is None:
             return
         right, exchanged = (model(s) for s in (samples, {**samples, name: samples[name][order]}))
+        loss = "loss_lm" if "loss_lm" in right else "loss"
         weight = int(right.get("num_tokens", len(keys)))
-        self._rows.append((float(right["loss"]) * weight, float(exchanged["loss"]) * weight, weight))
+        self._rows.append((float(right[loss]) * weight, float(exchanged[loss]) * weight, weight))
 
     def _others(self, keys: Sequence[Hashable], prompts: Tensor) -> Tensor | None:
         """For each sample the soft prompts of another image; None where there is no other."""
@@ -162,8 +225,11 @@ class ImageUseMeter:
             return None
         return self._previous[1].expand_as(prompts)
 
-    def _remember(self, prompts: Tensor) -> None:
+    @torch.no_grad()
+    def _remember(self, model: BaseModel, prompts: Tensor) -> None:
         values = prompts.float()
+        if (head := getattr(model, "prompt_head", None)) is not None:
+            values = values - head.places_for(prompts.shape[1])
         total = values.sum(0).cpu().double()
         if self._mean is None:
             self._mean = torch.zeros_like(total)
@@ -177,10 +243,13 @@ class ImageUseMeter:
     def over_processes(self) -> ImageUse | None:
         """What all processes found together; None where nothing could be measured."""
         parts = gather_object([self._rows])
-        rows = torch.tensor([row for part in parts for row in part], dtype=torch.float64).reshape(-1, 3)
+        measured = torch.tensor([row for part in parts for row in part], dtype=torch.float64).reshape(-1, 3)
         common = common_fraction(gather_object([(self._mean, self._square, self._prompts)]))
-        if not len(rows) or not rows.isfinite().all():
-            return None
+        rows = measured[measured.isfinite().all(1)]
+        left_out = len(measured) - len(rows)
+        if not len(rows):
+            is_nothing_known = common is None and not left_out
+            return None if is_nothing_known else ImageUse(*[math.nan] * 3, common, 0, left_out)
         right, exchanged, tokens = rows.T
         num_tokens = tokens.sum()
         worth = (exchanged - right).sum() / num_tokens
@@ -191,7 +260,13 @@ class ImageUseMeter:
             worth_error=(residual.square().sum().sqrt() / num_tokens).item(),
             common_fraction=common,
             num_samples=len(rows),
+            num_left_out=left_out,
         )
+
+
+def _kept(encoded: dict[str, Any]) -> dict[str, Any]:
+    """What of encoded samples need not be computed again."""
+    return {key: encoded[key] for key in ("visual_tokens",) if key in encoded}
 
 
 def exchange(keys: Sequence[Hashable]) -> list[int] | None:

@@ -156,8 +156,8 @@ class RunLog:
         if use is not None:
             self._say(f"{title}: {use.line(train_loss)}")
             is_warming_up = state is not None and state.iteration <= self.run.warmup_steps
-            if use.is_ignored and not is_warming_up:
-                logger.warning("%s", use.warning())
+            if (warning := use.warning()) and not is_warming_up:
+                logger.warning("%s", warning)
 
     def progress(self, batches: Iterable[Any], label: str) -> Iterable[Any]:
         """A bar over an evaluation's batches, on a terminal."""

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -387,8 +388,8 @@ class Runner:
                 if samples is not None:
                     with accelerator.autocast():
                         samples = to_device(samples, accelerator.device)
-                        if not meter.is_full:
-                            samples = self._measure(meter, samples)
+                        held_out = partial(self.task.held_out, dataset=dataset)
+                        samples = meter.measure(self.model, samples, held_out)
                         results += self.task.valid_step(self.model, samples)
         broken.add_up()
         broken.check()
@@ -403,17 +404,6 @@ class Runner:
             seconds = time.perf_counter() - started
             self.log.evaluation(key, state, metrics, len(results), broken.causes, seconds, use)
         return gather_object([metrics])[0]
-
-    def _measure(self, meter: ImageUseMeter, samples: dict[str, Any]) -> dict[str, Any]:
-        """Adds a batch to the measure of how much images are used; the batch with what need not be computed
-        again."""
-        learned = self.task.held_out(samples)
-        if learned is None:
-            return samples
-        encoded = self.model.encoded(learned)
-        meter.add(self.model, encoded)
-        known = {key: encoded[key] for key in ("visual_tokens",) if key in encoded}
-        return {**samples, **known}
 
 
 @registry.register_runner("runner_iter")

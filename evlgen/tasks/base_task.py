@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def select(samples: Mapping[str, Any], indices: list[int]) -> dict[str, Any]:
+    """The samples of a batch with these indices."""
+    return {
+        key: value[indices] if isinstance(value, Tensor) else [value[i] for i in indices]
+        for key, value in samples.items()
+    }
+
+
 class BaseTask:
     """One way to train and evaluate a model. The runner loops; a task says what happens to a batch.
 
@@ -32,6 +40,8 @@ class BaseTask:
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
+        self._referenced: BaseDataset | None = None
+        self._references: Mapping[int | str, list[str]] = {}
         self.max_len = run.max_len or self.MAX_LEN
 
     def before_training(self, datasets: Mapping[str, BaseDataset], distribution: Distribution) -> None:
@@ -66,10 +76,24 @@ class BaseTask:
     def before_evaluation(self, dataset: Dataset, split: str) -> None:
         """Called before the first `valid_step` of a split, on every process."""
 
-    def held_out(self, samples: dict[str, Any]) -> dict[str, Any] | None:
-        """The samples of an evaluation with the text that people wrote to each, as `to_learn` gives those of
-        training: what `evlgen.runners.image_use` measures. None where nothing of that is known."""
-        return None
+    def held_out(self, samples: dict[str, Any], dataset: BaseDataset) -> dict[str, Any] | None:
+        """Those samples of an evaluation to which people wrote a text, with it, as `to_learn` gives those of
+        training: what `evlgen.runners.image_use` measures. None where there are none."""
+        known = self.references_of(dataset)
+        texts = {i: known.get(image_id) for i, image_id in enumerate(samples.get("image_id", []))}
+        texts = {i: of_one[0] for i, of_one in texts.items() if of_one}
+        if not texts:
+            return None
+        process = getattr(dataset, "text_processor", None) or (lambda text: text)
+        return self.to_learn(
+            {**select(samples, list(texts)), "text_input": [process(text) for text in texts.values()]}
+        )
+
+    def references_of(self, dataset: BaseDataset) -> Mapping[int | str, list[str]]:
+        """`BaseDataset.references`, read once."""
+        if self._referenced is not dataset:
+            self._referenced, self._references = dataset, dataset.references()
+        return self._references
 
     def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]:
         """One JSON-able result for each sample of a batch."""

@@ -31,22 +31,6 @@ class CaptioningTask(BaseTask):
     servers are sent, and LAVIS writes for clips too. Ids are those of the ground truth, numbers or texts.
     """
 
-    _evaluated: BaseDataset | None = None  # the split that is evaluated, and its references
-    _references: Mapping[ImageId, Sequence[str]] = {}
-
-    def before_evaluation(self, dataset: BaseDataset, split: str) -> None:
-        """Reads the references of the split."""
-        self._evaluated, self._references = dataset, dataset.references()
-
-    def held_out(self, samples: dict[str, Any]) -> dict[str, Any] | None:
-        """The samples with the first reference of each, as the dataset's text processor puts it; None where
-        one has none."""
-        references = [self._references.get(image_id) for image_id in samples.get("image_id", [])]
-        if not references or not all(references):
-            return None
-        process = getattr(self._evaluated, "text_processor", None) or (lambda text: text)
-        return self.to_learn({**samples, "text_input": [process(texts[0]) for texts in references]})
-
     def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]:
         """``{"image_id", "caption", "instance_id"}`` for each sample of a batch."""
         self.check_keys(samples, ("image_id", "instance_id"))
@@ -73,7 +57,7 @@ class CaptioningTask(BaseTask):
         rows = [{"image_id": r["image_id"], "caption": r["caption"]} for r in results]
         write_atomically(folder / "captions.json", json.dumps(rows, ensure_ascii=False, indent=0))
         self.tell_if_incomplete(rows, dataset, folder / "captions.json")
-        references = self._references if dataset is self._evaluated else dataset.references()
+        references = self.references_of(dataset)
         self._show(results, references, dataset, folder)
         if not self.run.report_metric or not rows:
             return {}

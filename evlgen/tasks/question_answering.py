@@ -15,7 +15,7 @@ from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.models.base_model import BaseModel
 from evlgen.models.prompts import ask, check_slots
 from evlgen.runners.run_config import ANSWER_LEN, RunConfig
-from evlgen.tasks.base_task import BaseTask
+from evlgen.tasks.base_task import BaseTask, select
 from evlgen.tasks.caption_sheet import caption_sheet
 from evlgen.tasks.lemmatizer import load_lemmatizer
 
@@ -103,13 +103,17 @@ class QuestionAnsweringTask(BaseTask):
                 "Give the dataset an answer_list, or set run.inference_method: generate."
             )
 
-    def held_out(self, samples: dict[str, Any]) -> dict[str, Any] | None:
-        """The questions with the commonest answer of each; None where people answered one of them not."""
-        truths = [self._truths.get(question_id) for question_id in samples.get("question_id", [])]
-        if not truths or not all(truths):
+    def held_out(self, samples: dict[str, Any], dataset: BaseDataset) -> dict[str, Any] | None:
+        """The questions that people answered, with the commonest answer of each."""
+        answers = {}
+        for i, question_id in enumerate(samples.get("question_id", [])):
+            people = [" ".join(answer.split()) for answer in self._truths.get(question_id, [])]
+            if people := [answer for answer in people if answer]:
+                answers[i] = max(people, key=people.count)
+        if not answers:
             return None
-        answers = [max(people, key=people.count) for people in truths]
-        return {**samples, "text_input": self.to_ask(samples), "text_output": answers}
+        asked = select(samples, list(answers))
+        return {**asked, "text_input": self.to_ask(asked), "text_output": list(answers.values())}
 
     def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]:
         """``{"question_id", "answer", "question", "instance_id"}`` for each sample of a batch."""

@@ -30,10 +30,10 @@ def head(num_places=3, channels=5, rms=0.5, scale=0.4) -> SoftPromptHead:
 def test_in_training_it_is_batch_norm_plus_places():
     ours, theirs = head(), nn.BatchNorm1d(5, eps=1e-6)
     nn.init.constant_(theirs.weight, 0.2)
-    prompts = torch.randn(4, 3, 5, requires_grad=True)
-    expected = theirs(prompts.flatten(0, 1)).view(4, 3, 5) + ours.places
+    prompts = torch.randn(8, 3, 5, requires_grad=True)
+    expected = theirs(prompts.flatten(0, 1)).view(8, 3, 5) + ours.places
     torch.testing.assert_close(ours(prompts), expected)
-    weights = torch.randn(4, 3, 5)
+    weights = torch.randn(8, 3, 5)
     (own,) = torch.autograd.grad((ours(prompts) * weights).sum(), prompts)
     (known,) = torch.autograd.grad((expected * weights).sum(), prompts)
     torch.testing.assert_close(own, known, atol=1e-5, rtol=1e-4)
@@ -48,7 +48,7 @@ def test_the_image_part_starts_at_its_share_of_the_word_embeddings_scale_whateve
 
 
 def test_the_gradient_that_would_make_prompts_constant_does_not_reach_the_connector():
-    prompts = torch.randn(4, 3, 5, requires_grad=True)
+    prompts = torch.randn(8, 3, 5, requires_grad=True)
     head()(prompts).sum().backward()
     assert prompts.grad.abs().max() < 1e-5
 
@@ -64,7 +64,7 @@ def test_in_eval_mode_an_image_is_the_same_alone_and_in_a_batch_and_nothing_is_r
 
 
 def test_the_first_batches_count_alike_in_what_is_remembered():
-    ours, batches = head(), torch.randn(4, 6, 3, 5) + 3.0
+    ours, batches = head(), torch.randn(4, 8, 3, 5) + 3.0
     for batch in batches:
         ours(batch)
     torch.testing.assert_close(ours.mean, batches.mean((0, 1, 2)))
@@ -88,7 +88,7 @@ def _one_of_two(rank: int, address: str, prompts: torch.Tensor) -> list[torch.Te
 
 
 def test_two_processes_standardise_as_one_with_all_their_images(tmp_path):
-    prompts = torch.randn(5, 3, 5, generator=torch.Generator().manual_seed(3)) + 1.0
+    prompts = torch.randn(9, 3, 5, generator=torch.Generator().manual_seed(3)) + 1.0
     address = f"file://{tmp_path / 'meeting'}"
     context = multiprocessing.get_context("spawn")
     other = context.Process(target=_one_of_two, args=(1, address, prompts))
@@ -109,6 +109,29 @@ def test_numbers_that_are_not_finite_are_not_remembered():
     before = {key: value.clone() for key, value in ours.state_dict().items()}
     ours(torch.full((6, 3, 5), float("nan")))
     assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_what_distinguishes_images_is_as_loud_in_use_whatever_the_batch_size(size):
+    """Images that differ much, each with soft prompts that differ little."""
+    ours = head(channels=64)
+    images = torch.randn(96, 1, 64) + 0.05 * torch.randn(96, 3, 64)
+    for _ in range(3):
+        for batch in images.split(size):
+            last = ours(batch)
+    ours.eval()
+    used = (ours(images) - ours.places).square().mean().sqrt().item()
+    assert used == pytest.approx(0.2, rel=0.15)
+    learned = (last - ours.places).square().mean().sqrt().item()
+    assert learned == pytest.approx(0.2, rel=0.5 if size == 1 else 0.25)
+
+
+def test_a_batch_of_one_image_teaches_what_distinguishes_it():
+    ours = head()
+    ours(torch.randn(8, 3, 5))
+    image = torch.randn(1, 3, 5, requires_grad=True)
+    ours(image).sum().backward()  # its own mean would have no gradient
+    assert image.grad.abs().min() > 1e-3
 
 
 def test_every_frame_of_a_video_has_the_places_of_an_image():

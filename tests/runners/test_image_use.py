@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from evlgen.assemble import run
 from evlgen.common.config import Config
 from evlgen.common.registry import registry
 from evlgen.models.connectors.base import Connector
-from evlgen.runners.image_use import ImageUseMeter, common_fraction, exchange
+from evlgen.runners.image_use import ImageUse, ImageUseMeter, common_fraction, exchange
 from evlgen.runners.log_fields import IMAGE_USE
 
 
@@ -168,3 +169,77 @@ def test_the_common_part_over_processes_is_that_of_all_samples_together():
     expected = prompts.mean(0).square().sum() / prompts.square().sum((1, 2)).mean()
     assert common_fraction(parts) == pytest.approx(expected.item())
     assert common_fraction([(None, 0.0, 0)]) is None
+
+
+def measured(worth, error, common=0.5, samples=100):
+    return ImageUse(1.0, 1.0 + worth, error, common, samples)
+
+
+@pytest.mark.parametrize(
+    ("use", "words"),
+    [
+        (measured(0.3, 0.02), ""),
+        (measured(0.001, 0.0001), "ignores the image"),
+        (measured(0.03, 0.02), "ignores the image"),
+        (measured(0.3, 0.02, common=0.995), "nearly constant"),
+        (measured(0.2, 0.15, samples=4), "cannot be told from 4 samples"),
+        (measured(0.0, 0.0, common=1.0, samples=4), "ignores the image"),
+        (ImageUse(*[math.nan] * 3, 0.999, 0), "ignores the image"),
+        (ImageUse(*[math.nan] * 3, 0.5, 0), ""),
+    ],
+)
+def test_a_warning_says_what_is_wrong_and_no_more(use, words):
+    assert words in use.warning() if words else not use.warning()
+
+
+def test_samples_with_losses_that_are_not_finite_are_left_out_and_counted():
+    meter = ImageUseMeter(10)
+    meter.add(Reader(), batch([1.0, 3.0], ["a", "b"], [2, 4]))
+    meter.add(Reader(), batch([float("inf"), 3.0], ["c", "d"], [1, 1]))
+    use = meter.over_processes()
+    assert use.worth == pytest.approx(4.0 / 6) and use.num_samples == 2 and use.num_left_out == 2
+    assert "2 samples with a loss that is not finite" in use.line(None)
+
+
+def test_what_a_task_of_somebodys_own_lacks_ends_the_measure_and_not_the_evaluation(caplog):
+    class Model(Reader):
+        def encoded(self, samples):
+            return {**samples, "visual_tokens": samples["image"]}
+
+    def held_out(samples):
+        raise KeyError("captions")
+
+    meter, samples = ImageUseMeter(10), batch([1.0, 3.0], ["a", "b"], [2, 4])
+    for _ in range(2):
+        assert "visual_tokens" not in samples or samples["visual_tokens"] is samples["image"]
+        samples = meter.measure(Model(), samples, held_out)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "KeyError: 'captions'" in warning and "run.image_use_samples: 0" in warning
+    assert meter.over_processes() is None
+
+
+def test_without_texts_the_common_part_is_measured():
+    class Model(Reader):
+        def encoded(self, samples):
+            return samples
+
+    meter = ImageUseMeter(10)
+    meter.measure(Model(), batch([1.0, 3.0], ["a", "b"], [2, 4]), lambda samples: None)
+    use = meter.over_processes()
+    assert use.common_fraction == pytest.approx(4.0 / 5.0)
+    assert use.fields(None) == {"common_fraction": use.common_fraction}
+    assert use.line(None) == "80.0 % of the soft prompts is common to all images"
+
+
+def test_samples_without_a_reference_do_not_hide_the_others(tiny_project):
+    cfg = Config.load(tiny_project())
+    task = registry.get_task_class("captioning")(cfg.run)
+
+    class Pictures:
+        text_processor = None
+
+        def references(self):
+            return {"b": ["a dog", "two dogs"], "c": []}
+
+    found = task.held_out({"image": torch.arange(3.0), "image_id": ["a", "b", "c"]}, Pictures())
+    assert found["text_input"] == ["a dog"] and found["image"].tolist() == [1.0]

@@ -135,7 +135,9 @@ class HuggingFaceLanguageModel(LanguageModel):
     ) -> tuple[Tensor, int]:
         """The mean next-token loss of the texts after the soft prompts; see `LanguageModel.loss`. A prompt's
         tokens do not count, nor do ``text_in``'s where there is a ``text_out``, nor padding."""
-        logits, targets, rows = self._predictions_of(soft_prompts, self.to_learn(text_in, text_out), num_texts)
+        logits, targets, rows = self._predictions_of(
+            soft_prompts, self.to_learn(text_in, text_out), num_texts
+        )
         return F.cross_entropy(logits, targets), len(rows)
 
     def sample_losses(

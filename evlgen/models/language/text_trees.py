@@ -1,8 +1,8 @@
 """Several texts behind one image's soft prompts, read in one row: what they share stands there once.
 
-A row is a tree: the trunk (soft prompts, and the text that all of them begin with reading), then the branches, one
-for each text, that see the trunk and themselves only. With five captions to an image a decoder reads half as many
-positions as it does where each caption has soft prompts of its own, and computes the same.
+A row is a tree: the trunk (soft prompts, and what all texts read before they differ), then the branches, one
+for each text, that see the trunk and themselves only. With five captions to an image a decoder reads half as
+many positions as it does where each caption has soft prompts of its own, and computes the same.
 """
 
 from __future__ import annotations

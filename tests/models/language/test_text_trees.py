@@ -16,7 +16,7 @@ COUNTS = [3, 2]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, golden):
-    """A small LLaMA (positions by rotation) and a small GPT-2 (learned positions), with the golden tokenizer."""
+    """A small LLaMA (rotary positions) and a small GPT-2 (learned ones), with the golden tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(golden / "evlgen_opt" / "language")
     torch.manual_seed(0)
     size = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 2}
