@@ -22,6 +22,7 @@ from evlgen.datasets.base_dataset import BadRecord
 from evlgen.datasets.own_data import Shares, divide
 from evlgen.datasets.own_records import ImageColumns, read_records
 from evlgen.datasets.tables import open_table
+from evlgen.runners.run_config import RunConfig
 
 CAPTIONS = {"a.png": ["a dog", "the dog"], "b.png": ["red, and green"], "c.png": ["x", "y", "z"]}
 ROWS = [{"image": name, "caption": text} for name, texts in CAPTIONS.items() for text in texts]
@@ -472,3 +473,27 @@ def test_columns_that_are_given_are_not_guessed(folder):
         needs_text=True,
     )
     assert list(records) == [{"visual": "a.png", "image_id": "1", "caption": ["y"]}]
+
+
+@pytest.mark.parametrize("rows", [ROWS, LISTS])
+def test_an_image_with_all_its_captions_is_one_sample(folder, rows):
+    Path("own.json").write_text(json.dumps(rows))
+    own = builder(annotations={"train": "own.json", "val": "own.json"}, captions_together=True)
+    train, val = own.build_split("train"), own.build_split("val")
+    assert [s["text_input"] for s in samples(train)] == list(CAPTIONS.values())
+    assert train.references() == val.references() == CAPTIONS
+    batch = train.collater(samples(train))
+    run = RunConfig(task="captioning", max_epoch=1)
+    learned = registry.get_task_class("captioning")(run).to_learn(batch)
+    assert learned["text_input"] == [text for texts in CAPTIONS.values() for text in texts]
+    assert learned["num_texts"] == [2, 1, 3]
+    assert all("text_input" not in sample for sample in samples(val))
+
+
+def test_captions_together_of_questions_are_named(folder):
+    Path("own.json").write_text(json.dumps([{"image": "a.png", "question": "what", "answer": "a dog"}]))
+    own = builder(questions=True, annotations={"train": "own.json"}, captions_together=True)
+    with pytest.raises(
+        ConfigError, match="datasets.image_text.captions_together: this is a table of questions"
+    ):
+        own.build_split("train")

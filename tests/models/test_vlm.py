@@ -178,6 +178,15 @@ def test_losses_of_tokens_are_those_of_the_choices_that_wrote_them(build, sample
     ]
 
 
+def test_several_texts_of_an_image_are_learned_as_if_each_had_it_alone(build, samples):
+    model = build()
+    texts = ["a dog", "the dog on a hill", "red", "two cats", "a cat"]
+    together = model({"image": samples["image"], "text_input": texts, "num_texts": [2, 1, 2]})
+    apart = model({"image": samples["image"][[0, 0, 1, 2, 2]], "text_input": texts})
+    assert together["num_tokens"] == apart["num_tokens"]
+    torch.testing.assert_close(together["loss"], apart["loss"], rtol=1e-5, atol=1e-6)
+
+
 def test_pictures_read_twice_are_encoded_once_where_the_encoder_is_frozen(build, samples):
     model = build()
     assert set(model.encoded(samples)) == {"visual_tokens", "text_input"}
@@ -190,7 +199,7 @@ def test_pictures_read_twice_are_encoded_once_where_the_encoder_is_frozen(build,
     "change, message",
     [
         ({"text_weights": [1.0]}, "'text_weights' has 1 values, and there are 5 texts"),
-        ({"num_texts": [2, 3]}, "'num_texts' has 2 values, and there are 3 pictures"),
+        ({"num_texts": [2, 3]}, "'num_texts' has 2 values, and there are 3 images"),
         ({"num_texts": [2, 1, 3]}, "'text_input' has 5 values, and there are 6 texts"),
         ({"text_output": ["red"]}, "'text_output' has 1 values, and there are 5 texts"),
     ],

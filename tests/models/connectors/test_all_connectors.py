@@ -17,8 +17,10 @@ BERT = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermedi
 
 # Every registered connector has its section here, small; one that is new fails until it has.
 SECTIONS = {
+    "c_abstractor": {"grid": 3, "depth": 1, "hidden_size": 64},
     "linear": {},
     "mlp": {"hidden_size": 96},
+    "pixel_shuffle": {"factor": 2},
     "pool": {"grid": 4},
     "qformer": {"num_query_token": 8, **BERT},
     "resampler": {"num_latents": 8, **BERT},
@@ -26,6 +28,7 @@ SECTIONS = {
 }
 VARIANTS = [
     ("linear", {"keep_prefix": False}),
+    ("pixel_shuffle", {"factor": 3}),
     ("pool", {"grid": 3, "keep_prefix": True}),
     ("tomeformer", {"merge": "size_weighted", "proportional_attention": True}),
     ("tomeformer", {"residual": True}),

@@ -28,6 +28,8 @@ CONNECTORS = {
     "linear": "{name: linear}",
     "mlp": "{name: mlp}",
     "pool": "{name: pool, grid: 2}",
+    "pixel_shuffle": "{name: pixel_shuffle, factor: 2}",
+    "c_abstractor": "{name: c_abstractor, grid: 2, depth: 1, hidden_size: 32}",
     "resampler": "{name: resampler, num_latents: 4, num_layers: 1, num_attention_heads: 2}",
     "tomeformer": f"{{name: tomeformer, r: 3, {BERT}}}",
     "qformer": f"{{name: qformer, num_query_token: 5, {BERT}}}",
