@@ -118,6 +118,13 @@ def command_for(dataset: str, storage: str) -> str | None:
     return None
 
 
+def command_that_explains(dataset: str) -> str | None:
+    """The command that says where the files of a dataset are to be had; None where the catalogue does not
+    have it."""
+    names = (name for name, entry in catalogue().items() if dataset in entry.datasets)
+    return next((f"python -m evlgen download {name}" for name in names), None)
+
+
 def items_of(entry: Entry) -> list[Item]:
     """What an entry's datasets need, each place and address once, annotations first."""
     found = {item.key: item for dataset in entry.datasets for item in _items(_section(dataset), entry)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from evlgen.datasets import (  # noqa: F401 (registers)
     caption_builders,
+    flickr8k,
     own_data,
     question_builders,
     shapes_dataset,

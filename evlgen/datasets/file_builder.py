@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evlgen.common.archives import is_archive
-from evlgen.common.catalogue import command_for
+from evlgen.common.catalogue import command_for, command_that_explains
 from evlgen.common.errors import ConfigError
 from evlgen.common.io import cache_root
 from evlgen.common.schema import build_dataclass
@@ -149,6 +149,8 @@ class FileBuilder(BaseDatasetBuilder):
             fetch = f"Run `{command} --to {self.cache_root}`" if elsewhere else f"Run `{command}`"
         else:
             fetch = f"Download {' and '.join(downloads)} {where}" if downloads else "Put it there"
+            if not downloads and (command := command_that_explains(self.name)):
+                fetch += f" (`{command}` says where it is to be had)"
         return f"{fetch}, or set EVLGEN_CACHE to the data root that has it."
 
     def _local(self, storage: str) -> Path | None:

@@ -55,9 +55,11 @@ class GQATask(ExactMatchTask):
 
 
 @registry.register_task("video_qa")
+@registry.register_task("exact_match_qa")
 class VideoQATask(ExactMatchTask):
-    """Exact match of short answers about clips (MSRVTT-QA and MSVD-QA; Xu et al., ACM MM 2017), whatever
-    their case, blanks and last full stop. Number words stay words: so they are in these sets."""
+    """Exact match of whole answers, whatever their case, blanks and last full stop: about videos (MSRVTT-QA
+    and MSVD-QA; Xu et al., ACM MM 2017) and images (DAQUAR; Malinowski and Fritz, NIPS 2014). Number words
+    stay words: so they are in these sets."""
 
     def is_met(self, answer: str, truths: Sequence[str]) -> bool:
         return _plain(answer) in map(_plain, truths)
