@@ -32,7 +32,7 @@ def make_data_root(root: Path, real: Path | None) -> Path:
     if real is not None:
         for folder in real.iterdir():
             os.symlink(folder, root / folder.name)
-    for make in (_coco, _gqa, _nocaps, _okvqa, _videos, _shards, _visual_genome, _own, _flickr8k):
+    for make in (_coco, _gqa, _nocaps, _okvqa, _videos, _shards, _visual_genome, _own, _flickr8k, _daquar):
         make(root)
     return root
 
@@ -112,6 +112,28 @@ def _flickr8k(root: Path) -> None:
                 archive.writestr(f"{split}_{i}.jpg", content.getvalue())
                 lines += [f'{split}_{i}.jpg,"{text}"' for text in captions(scene("train", i))]
         (root / "flickr8k" / f"{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+    published = {"train": "train", "val": "dev", "test": "test"}
+    names = {split: [f"{split}_{i}.jpg" for i in range(2)] for split in published}
+    everything = [name for of_one in names.values() for name in of_one]
+    tokens = "".join(f"{name}#{i}\tA red image .\n" for name in everything for i in range(2))
+    (root / "flickr8k" / "Flickr8k.token.txt").write_text(tokens, encoding="utf-8")
+    for split, word in published.items():
+        lines = "\n".join(names[split]) + "\n"
+        (root / "flickr8k" / f"Flickr_8k.{word}Images.txt").write_text(lines, encoding="utf-8")
+    _pictures(root / "flickr8k" / "Flicker8k_Dataset", everything)
+
+
+def _daquar(root: Path) -> None:
+    """Questions about photographs in an archive: the layout of ``projects/photos/daquar_lite.yaml``."""
+    (root / "daquar").mkdir()
+    lines = ["image,question,answer"]
+    with zipfile.ZipFile(root / "daquar" / "train.zip", "w") as archive:
+        for index in range(4):
+            archive.writestr(f"image{index}.jpg", _jpeg(index))
+            lines.append(f'image{index}.jpg,what is left of the chair ?,"table, lamp"')
+    (root / "daquar" / "train.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _gqa(root: Path) -> None:

@@ -6,8 +6,11 @@
 #        as cache://parts)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-folder=${1:+$(realpath -m "$OLDPWD/$1")}
-case ${1:-} in /*) folder=$1 ;; esac
+case ${1:-} in
+    -*) sed -n '2,6s/^# //p' "run_scripts/photos/$(basename "${BASH_SOURCE[0]}")"; exit 0 ;;
+    /*) folder=$1 ;;
+    *) folder=${1:+$(realpath -m "$OLDPWD/$1")} ;;
+esac
 bash run_scripts/install.sh gguf
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 exec .venv/bin/python run_scripts/photos/get_parts.py ${folder:+"$folder"}
