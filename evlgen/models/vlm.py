@@ -124,6 +124,10 @@ class VLM(BaseModel):
             if not os.path.exists(resolve(cfg.checkpoint)):
                 why = "there is no such file or folder; see model.checkpoint"
                 found.append(Missing(f"checkpoint {cfg.checkpoint}", why, False))
+        named = (vision.pretrained, language, start)
+        if any(item.why for item in found) and any("cache://parts/" in str(part) for part in named):
+            why = "bash run_scripts/photos/get_parts.sh fetches them"
+            found.append(Missing("the small parts", why, False))
         return [item for item in found if item.why]
 
     @classmethod

@@ -115,6 +115,26 @@ def test_questions_and_videos_are_measured_too(project, tmp_path):
     assert found["exchanged_loss"] > found["eval_loss"] > 0
 
 
+CAPTIONING, QUESTIONS, VIDEOS = (
+    f"projects/shapes/{name}.yaml" for name in ("caption", "vqa", "video_caption")
+)
+
+
+@pytest.mark.parametrize("project", [QUESTIONS, VIDEOS])
+def test_questions_and_videos_that_are_ignored_are_reported(project, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "evlgen"):
+        found = bundled(project, tmp_path, CONSTANT, "model.checkpoint=null")[-1]
+    assert abs(found["image_worth"]) < 1e-6 and found["common_fraction"] == pytest.approx(1.0)
+    assert "the model ignores the image" in caplog.text
+
+
+def test_the_first_stage_is_measured_by_its_loss_of_writing(tmp_path):
+    """BLIP-2's first stage sums three losses, one of which is in nats per token."""
+    options = ["model.checkpoint=null", "run.valid_splits=[val]", "run.test_splits=[]"]
+    found = bundled("projects/blip2/shapes_stage1.yaml", tmp_path, *options)[-1]
+    assert found["eval_loss"] == pytest.approx(7.0, abs=2.0)  # of an untrained writer, near ln(vocabulary)
+
+
 class Reader:
     """A model whose loss of a text is how far its image is from the one the text names."""
 

@@ -65,6 +65,11 @@ class TimmEncoder(VisionEncoder):
         super().__init__()
         source = self.WEIGHTS_URL if pretrained is True else pretrained
         arguments = {**self.DEFAULTS, **(kwargs or {})}
+        if "features_only" in arguments:
+            raise ConfigError(
+                "model.vision.kwargs.features_only: leave it out. The last level's features are read; "
+                "out_indices names another level."
+            )
         level = arguments.pop("out_indices", None)
         self.trunk = _create(
             self.TIMM_NAME or name,
