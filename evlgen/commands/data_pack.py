@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     dataset = builders[name].get_split(args.split)
     packed = pack(dataset, Path(args.to).expanduser().absolute(), args.samples_per_shard)
     left_out = f"; {packed.left_out} could not be read and are left out" if packed.left_out else ""
+    left_out += f"; {packed.bad_rows} rows make no sample and are left out" if packed.bad_rows else ""
     print(
         f"# {packed.samples} samples with {packed.captions} captions{left_out}. To train on them:\n"
         "datasets:\n"

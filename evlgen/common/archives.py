@@ -17,7 +17,6 @@ import lzma
 import os
 import shutil
 import stat
-import tarfile
 import tempfile
 import zipfile
 import zlib
@@ -27,15 +26,14 @@ from typing import IO
 
 from evlgen.common.errors import DataError
 from evlgen.common.io import download, download_target
+from evlgen.common.tar_headers import BLOCK, TarMember, read_members
 
 _CHUNK = 1 << 20
 _LONGEST_NAME = 4096
-_TAR_HEADER = 512  # bytes that even an empty member takes
 _PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-# What zipfile and tarfile raise on damaged archives besides OSError; they have no common base class.
+# What zipfile and decompressors raise on damaged archives besides OSError; they have no common base class.
 _DAMAGED = (
     zipfile.BadZipFile,
-    tarfile.TarError,
     zlib.error,
     lzma.LZMAError,
     EOFError,
@@ -70,7 +68,7 @@ class _Member:
     path: PurePosixPath
     is_folder: bool
     size: int
-    content: zipfile.ZipInfo | tarfile.TarInfo
+    content: zipfile.ZipInfo | TarMember
 
 
 def extract(archive: str | os.PathLike, folder: str | os.PathLike, limits: Limits | None = None) -> Path:
@@ -207,7 +205,7 @@ def _are_same_files(path: Path, target: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(archive: Path) -> Iterator[zipfile.ZipFile | tarfile.TarFile]:
+def _opened(archive: Path) -> Iterator[zipfile.ZipFile | IO[bytes]]:
     if not os.path.isfile(archive):
         raise DataError(f"there is no archive at {archive}.")
     if zipfile.is_zipfile(archive):
@@ -217,24 +215,11 @@ def _opened(archive: Path) -> Iterator[zipfile.ZipFile | tarfile.TarFile]:
         with open(archive, "rb") as file:
             start = file.read(6)
         unpack = next((unpack for magic, unpack in _PACKED.items() if start.startswith(magic)), open)
-        with unpack(archive, "rb") as file, tarfile.open(fileobj=_SmallReads(file), mode="r:") as opened:
+        with unpack(archive, "rb") as opened:
             yield opened
 
 
-class _SmallReads:
-    """A file that gives no large piece at once: tarfile reads a member's long names into memory, whatever
-    size their header claims."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.seek, self.tell, self._read = file.seek, file.tell, file.read
-
-    def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= 2 * _CHUNK:
-            raise ValueError("a header is too large")
-        return self._read(size)
-
-
-def _judged(opened: zipfile.ZipFile | tarfile.TarFile, archive: Path, limits: Limits) -> list[_Member]:
+def _judged(opened: zipfile.ZipFile | IO[bytes], archive: Path, limits: Limits) -> list[_Member]:
     """The members, all of them harmless. Raises `DataError` for the first that is not."""
     room = min(limits.bytes, _CHUNK + limits.ratio * archive.stat().st_size)
     members: list[_Member] = []
@@ -243,7 +228,7 @@ def _judged(opened: zipfile.ZipFile | tarfile.TarFile, archive: Path, limits: Li
     for member in _members(opened):
         if (reason := _objection(member, files, folders)) is not None:
             raise DataError(f"{archive} is refused: its member '{member.name[:200]}' {reason}.")
-        room -= member.size + _TAR_HEADER
+        room -= member.size + BLOCK
         if room < 0:
             raise DataError(
                 f"{archive} is refused: it claims to hold more than {limits.bytes} bytes, or more than "
@@ -257,18 +242,13 @@ def _judged(opened: zipfile.ZipFile | tarfile.TarFile, archive: Path, limits: Li
     return members
 
 
-def _members(opened: zipfile.ZipFile | tarfile.TarFile) -> Iterator[_Member]:
+def _members(opened: zipfile.ZipFile | IO[bytes]) -> Iterator[_Member]:
     if isinstance(opened, zipfile.ZipFile):
         for info in opened.infolist():
             yield _Member(info.filename, PurePosixPath(info.filename), info.is_dir(), info.file_size, info)
         return
-    while (info := opened.next()) is not None:
-        opened.members.clear()  # tarfile would keep every header it has read: that is what a bomb is made of
-        yield _Member(info.name, PurePosixPath(info.name), info.isdir(), max(0, info.size), info)
-    # tarfile takes a file that ends between two members for a whole one
-    opened.fileobj.seek(opened.offset)
-    if opened.fileobj.read(_TAR_HEADER) != bytes(_TAR_HEADER):
-        raise EOFError("it is cut off")
+    for member in read_members(opened, needs_end=True):
+        yield _Member(member.name, PurePosixPath(member.name), member.kind == "folder", member.size, member)
 
 
 def _objection(member: _Member, files: set[PurePosixPath], folders: set[PurePosixPath]) -> str | None:
@@ -291,13 +271,11 @@ def _objection(member: _Member, files: set[PurePosixPath], folders: set[PurePosi
     return None
 
 
-def _kind(content: zipfile.ZipInfo | tarfile.TarInfo) -> str | None:
+def _kind(content: zipfile.ZipInfo | TarMember) -> str | None:
     """What a member is, where it is neither a file nor a folder. Links are refused whatever they lead to: no
     data set needs them."""
-    if isinstance(content, tarfile.TarInfo):
-        if content.isreg() and not content.issparse() or content.isdir():
-            return None
-        return "a link" if content.islnk() or content.issym() else "no plain file"
+    if isinstance(content, TarMember):
+        return {"file": None, "folder": None, "link": "a link", "other": "no plain file"}[content.kind]
     kind = stat.S_IFMT(content.external_attr >> 16)
     if content.flag_bits & 1:
         return "encrypted"
@@ -306,32 +284,32 @@ def _kind(content: zipfile.ZipInfo | tarfile.TarInfo) -> str | None:
     return None if kind in (0, stat.S_IFREG, stat.S_IFDIR) else "no plain file"
 
 
-def _write(opened: zipfile.ZipFile | tarfile.TarFile, members: list[_Member], folder: Path) -> None:
+def _write(opened: zipfile.ZipFile | IO[bytes], members: list[_Member], folder: Path) -> None:
     for member in members:
         path = folder / member.path
         if member.is_folder:
             path.mkdir(parents=True, exist_ok=True)
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        source = (
-            opened.open(member.content)
-            if isinstance(opened, zipfile.ZipFile)
-            else opened.extractfile(member.content)
-        )
-        with source, open(path, "xb") as file:
-            _copy(source, file, member)
+        with contextlib.ExitStack() as stack:
+            if isinstance(opened, zipfile.ZipFile):
+                source = stack.enter_context(opened.open(member.content))
+            else:
+                source = opened
+                source.seek(member.content.offset)
+            _copy(source, stack.enter_context(open(path, "xb")), member)
 
 
 def _copy(source: IO[bytes], file: IO[bytes], member: _Member) -> None:
     """Copies what the member said it holds, and not a byte more."""
     left = member.size
-    while chunk := source.read(min(_CHUNK, left + 1)):
+    while left and (chunk := source.read(min(_CHUNK, left))):
         left -= len(chunk)
-        if left < 0:
-            raise ValueError(f"'{member.name}' holds more than the {member.size} bytes it names")
         file.write(chunk)
     if left:
         raise ValueError(f"'{member.name}' is cut off")
+    if isinstance(source, zipfile.ZipExtFile) and source.read(1):
+        raise ValueError(f"'{member.name}' holds more than the {member.size} bytes it names")
 
 
 def _cause(error: Exception) -> str:

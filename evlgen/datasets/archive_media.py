@@ -11,16 +11,16 @@ import hashlib
 import lzma
 import os
 import re
-import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from evlgen.common.errors import DataError, did_you_mean
 from evlgen.common.io import atomic_file, cache_root
+from evlgen.common.tar_headers import DamagedTarError, read_members
 
 if TYPE_CHECKING:
     import pyarrow
@@ -28,11 +28,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_MEMBER_BYTES = 256 << 20  # no picture is larger; what claims to be would fill the memory
-_TAR_BLOCK = 512
+_TABLES = (".parquet", ".arrow")
 _ARCHIVE = re.compile(r"\.(zip|tar|tar\.gz|tgz|tar\.bz2|tar\.xz)(?=/|$)", re.IGNORECASE)
-_CELL = re.compile(
-    r"(?P<file>.*\.(?:parquet|arrow))#(?P<column>.+):(?P<row>\d+)(?:=(?P<digest>[0-9a-f]+))?", re.DOTALL
-)
+_CELL_END = re.compile(r"(?P<row>[0-9]{1,18})(=(?P<digest>[0-9a-f]+))?")
+_LONGEST_PATH = 4096  # of a file; what lies in it may have a longer name
 # What zipfile raises on damaged members besides OSError.
 _DAMAGED = (
     zipfile.BadZipFile,
@@ -56,8 +55,15 @@ class Place(NamedTuple):
 class Cell(NamedTuple):
     """What the name of a cell says."""
 
-    place: str  # ``train.parquet#image:17``
+    file: str
+    column: str
+    row: str
     digest: str | None  # of the bytes in it; cells of equal bytes hold the same picture
+
+    @property
+    def place(self) -> str:
+        """``train.parquet#image:17``."""
+        return f"{self.file}#{self.column}:{self.row}"
 
 
 def cell_name(file: str | os.PathLike, column: str, row: int, content: Any = b"") -> str:
@@ -68,16 +74,21 @@ def cell_name(file: str | os.PathLike, column: str, row: int, content: Any = b""
 
 def split_cell(name: str) -> Cell | None:
     """The parts of a name that `cell_name` made; None for any other name."""
-    cell = _CELL.fullmatch(name)
-    return None if cell is None else Cell(name[: cell.end("row")], cell["digest"])
+    place, _, end = name.rpartition(":")
+    found = _CELL_END.fullmatch(end)
+    start = max(place.rfind(f"{suffix}#", 0, len(place) - 1) for suffix in _TABLES)  # a column has a name
+    if found is None or start < 0:
+        return None
+    file, _, column = place[start:].partition("#")
+    return Cell(place[:start] + file, column, found["row"], found["digest"])
 
 
 def split_place(path: str) -> Place | None:
     """The archive or table that a path leads into: ``photos.tar/a/1.jpg``, ``train.parquet#image:17``; None
     for a file of its own. A folder may be called ``x.zip`` too."""
-    if (cell := _CELL.fullmatch(path)) is not None and os.path.isfile(cell["file"]):
-        return Place(Path(cell["file"]), cell["column"], cell["row"])
-    for found in _ARCHIVE.finditer(path):
+    if (cell := split_cell(path)) is not None and os.path.isfile(cell.file):
+        return Place(Path(cell.file), cell.column, cell.row)
+    for found in _ARCHIVE.finditer(path, 0, _LONGEST_PATH):
         file, member = path[: found.end()], path[found.end() + 1 :]
         if os.path.isfile(file):
             return Place(Path(file), None, member)
@@ -220,21 +231,17 @@ class TarArchive(Container):
             the place where the headers break off; None where the archive ends as it should.
         """
         try:
-            with tarfile.open(self.file, mode="r:") as archive:
-                while (info := archive.next()) is not None:
-                    archive.members.clear()  # tarfile would keep every header it has read
-                    if info.isreg() and not info.issparse():
-                        self._places[_plain(info.name)] = info.offset_data, info.size
-                end = archive.offset
-        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
+            with open(self.file, "rb") as file:
+                for member in read_members(file, needs_end=True):
+                    if member.kind == "file":
+                        self._places[_plain(member.name)] = member.offset, member.size
+        except (DamagedTarError, OSError) as error:
             if not self._places:
                 raise DataError(
                     f"{self.file} is not a tar archive: {_said(error)}.", "damaged archive"
                 ) from error
-            return max(start + size for start, size in self._places.values())
-        with open(self.file, "rb") as file:
-            file.seek(end)
-            return None if file.read(_TAR_BLOCK) == bytes(_TAR_BLOCK) else end
+            return error.offset if isinstance(error, DamagedTarError) else 0
+        return None
 
 
 class TableColumn(Container):
@@ -269,7 +276,7 @@ class TableColumn(Container):
         chunk = self._chunks.get()[which]
         value = chunk[row - (self._ends[which - 1] if which else 0)].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
-        if not content:
+        if not isinstance(content, bytes) or not content:
             raise DataError(f"row {row} of {self.file} has no bytes in '{self.column}'.", "empty file")
         return content
 
@@ -309,7 +316,17 @@ def open_arrow(file: Path) -> pyarrow.Table:
 
 
 def _open_chunks(file: Path, column: str) -> list[pyarrow.Array]:
-    return open_arrow(file).column(column).chunks
+    table = open_arrow(file)
+    _check_column(column, table.column_names, file)
+    return table.column(column).chunks
+
+
+def _check_column(column: str, columns: Sequence[str], file: Path) -> None:
+    if columns.count(column) != 1:
+        raise DataError(
+            f"{file} has {columns.count(column) or 'no'} columns '{column}'.{did_you_mean(column, columns)}",
+            "missing file",
+        )
 
 
 def _as_arrow_file(file: Path, column: str) -> Path:
@@ -325,6 +342,7 @@ def _as_arrow_file(file: Path, column: str) -> Path:
         return target
     try:
         with pq.ParquetFile(file) as source, atomic_file(target, "wb") as sink:
+            _check_column(column, source.schema_arrow.names, file)
             schema = pa.schema([source.schema_arrow.field(column)])
             with pa.ipc.new_stream(sink, schema) as writer:
                 for batch in source.iter_batches(batch_size=64, columns=[column], use_threads=False):

@@ -37,6 +37,7 @@ class Media:
     def __init__(self, root: str | os.PathLike) -> None:
         self.root = Path(root)
         self._containers: dict[tuple[Path, str | None], Container] = {}
+        self._has_told_of_backslashes = False
 
     def open(self, name: str, draft_size: int | None = None) -> Any:
         """What a processor takes: see the subclasses. Raises `DataError` or `OSError`.
@@ -51,10 +52,32 @@ class Media:
         """What a person is shown of it."""
         raise NotImplementedError(f"{type(self).__name__} must define picture(name)")
 
+    def spelled(self, name: str) -> str:
+        """A name as the files have it: ``a/1.png`` for Windows' ``a\\1.png``, where only that is there."""
+        if "\\" not in name or is_address(name) or self._has(name):
+            return name
+        slashed = name.replace("\\", "/")
+        if not self._has(slashed):
+            return name
+        if not self._has_told_of_backslashes:
+            self._has_told_of_backslashes = True
+            logger.warning("names with backslashes are read with slashes, such as %s for %r", slashed, name)
+        return slashed
+
+    def _has(self, name: str) -> bool:
+        place = self.place(name)
+        if place is None:
+            return os.path.exists(os.path.join(self.root, name))
+        try:
+            return self._container(place).has(place.member)
+        except DataError:
+            return False
+
     def source(self, name: str) -> Hashable:
         """What the pixels are made from; see `BaseDataset.visual_source`."""
         if is_address(name):
             return name
+        name = self.spelled(name)
         place = self.place(name)
         if place is None:
             return self.root / name
@@ -72,6 +95,7 @@ class Media:
         """The file as it is, for copying. Raises `DataError` or `OSError`."""
         if is_address(name):
             return read_bytes(_fetched(name))
+        name = self.spelled(name)
         place = self.place(name)
         return read_bytes(self.root / name) if place is None else self._container(place).read(place.member)
 
@@ -85,7 +109,7 @@ class Media:
         addresses = 0
         folders: Counter[str] = Counter()
         inside: dict[tuple[Path, str | None], list[Place]] = defaultdict(list)
-        for name in names:
+        for name in map(self.spelled, names):
             if is_address(name):
                 addresses += 1
             elif (place := self.place(name)) is None:
@@ -149,6 +173,7 @@ class ImageFiles(Media):
     def _file(self, name: str) -> Path | NamedBytes:
         if is_address(name):
             return _fetched(name)
+        name = self.spelled(name)
         place = self.place(name)
         if place is None:
             return self.root / name
@@ -170,6 +195,7 @@ class VideoFiles(Media):
         self.reader = reader
 
     def open(self, name: str, draft_size: int | None = None) -> Video:
+        name = self.spelled(name)
         if (place := self.place(name)) is not None:
             raise DataError(
                 f"{place.file} is an archive, and clips are not read inside of one: unpack it, and name the "

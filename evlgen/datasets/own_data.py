@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from evlgen.common.errors import ConfigError, DataError
+from evlgen.common.errors import ConfigError, DataError, did_you_mean
 from evlgen.common.registry import registry
 from evlgen.common.schema import NonNegativeInt, Share, build_dataclass
 from evlgen.common.video import Reader
@@ -21,11 +21,11 @@ from evlgen.datasets.base_builder import BaseDatasetBuilder, role_of
 from evlgen.datasets.base_dataset import BadRecord, BaseDataset
 from evlgen.datasets.caption_dataset import CaptionDataset, CaptionEvalDataset
 from evlgen.datasets.media import ImageFiles, Media, VideoFiles, is_address
-from evlgen.datasets.own_records import Columns, ImageColumns, VideoColumns, read_records
+from evlgen.datasets.own_records import Columns, ImageColumns, VideoColumns, count_splits, read_records
 from evlgen.datasets.question_annotations import read_answer_list
 from evlgen.datasets.question_dataset import QuestionDataset, QuestionEvalDataset
 from evlgen.datasets.records import good
-from evlgen.datasets.table_folders import Tables, find_tables
+from evlgen.datasets.table_folders import Tables, find_tables, split_named
 from evlgen.datasets.tables import open_table
 
 logger = logging.getLogger(__name__)
@@ -61,12 +61,14 @@ class ImageTextBuilder(BaseDatasetBuilder):
 
     Args:
         annotations: a table (CSV, TSV, JSON, JSON lines, Parquet), or a Hugging Face dataset folder; or one
-            for each split: ``{train: my.csv, val: val.csv}``.
+            for each split: ``{train: my.csv, val: val.csv}``. A column ``split`` says which rows are whose.
         columns: what its columns are called; those left out are guessed, and the log says so.
         root: the folder, or zip or tar archive, that the names of pictures start from; or one for each split,
-            as of ``annotations``. None: the table's own folder.
+            that has a table (splits that are shares of the training pictures are read where those are).
+            None: the table's own folder.
         split: shares of the training pictures that become ``val`` and ``test``. A picture with all its texts
-            is in one split. None: a tenth each where there is one table for everything, else nothing.
+            is in one split. None: a tenth each where there is one table for everything, which has no column
+            of splits, else nothing.
         train_answers: of questions; see `QuestionDataset`.
         answer_list: of questions: a JSON list of the answers that ranking chooses from.
         captions_together: a training sample is an image with all its captions; see `CaptionDataset`.
@@ -102,6 +104,7 @@ class ImageTextBuilder(BaseDatasetBuilder):
         self.train_answers = train_answers
         self.answer_list = answer_list
         self.captions_together = captions_together
+        self._counts: dict[tuple[Path, ...], dict[str, int]] = {}
 
     @property
     def splits(self) -> list[str]:
@@ -157,16 +160,46 @@ class ImageTextBuilder(BaseDatasetBuilder):
         """The splits that have a table of their own."""
         if not isinstance(self.annotations, str):
             return list(self.annotations)
-        if "://" in self.annotations or not os.path.exists(self._path(self.annotations)):
+        if not self._is_here:
             return ["train"]
-        return [split or "train" for split in find_tables(self._path(self.annotations))]
+        return self._splits_in_column or [split or "train" for split in self._found]
+
+    @property
+    def _is_here(self) -> bool:
+        """Whether what ``annotations`` name can be looked at without fetching it."""
+        text = self.annotations
+        return not isinstance(text, str) or ("://" not in text and os.path.exists(self._path(text)))
+
+    @functools.cached_property
+    def _found(self) -> dict[str | None, Tables]:
+        """The tables at the one path of ``annotations``."""
+        return find_tables(self._path(self.annotations))
+
+    @functools.cached_property
+    def _splits_in_column(self) -> list[str]:
+        """The splits that a column of the only table tells apart."""
+        if not isinstance(self.annotations, str) or not self._is_here or len(self._found) > 1:
+            return []
+        try:
+            return list(self._split_counts(next(iter(self._found.values()))))
+        except DataError:  # it is said where the table is read
+            return []
+
+    def _split_counts(self, tables: Tables) -> dict[str, int]:
+        """How many rows of each split there are by a column of the tables; empty where none tells."""
+        files = tuple(tables.files)
+        if files not in self._counts:
+            opened = [open_table(file) for file in files]
+            self._counts[files] = count_splits(opened, self.columns, f"{self._key}.columns")
+        return self._counts[files]
 
     @functools.cached_property
     def _held_out(self) -> Shares:
         """The shares of the training pictures that the other splits get."""
         given = self._given_splits
         if self.shares is None:
-            return ONE_TABLE if isinstance(self.annotations, str) and given == ["train"] else Shares()
+            is_one = isinstance(self.annotations, str) and given == ["train"] and not self._splits_in_column
+            return ONE_TABLE if is_one else Shares()
         for split in self.shares.splits:
             if split in given or "train" not in given:
                 why = (
@@ -180,6 +213,8 @@ class ImageTextBuilder(BaseDatasetBuilder):
     @functools.cached_property
     def _divided(self) -> dict[str, list[Any]]:
         """The training records by split. Read once, for the same pictures to be divided each time."""
+        if self.shares is None and len(self._split_counts(self._tables("train"))) > 1:  # of a fetched table
+            return {split: self._read(split, split == "train")[1] for split in ("train", "val", "test")}
         divided = divide(self._read("train", needs_text=True)[1], self._held_out)
         sizes = ", ".join(
             f"{split} {len({r['visual'] for r in good(part)})}" for split, part in divided.items()
@@ -190,6 +225,7 @@ class ImageTextBuilder(BaseDatasetBuilder):
     def _read(self, split: str, needs_text: bool) -> tuple[Path, Sequence[Any]]:
         """The root and the records of a split that has a table."""
         tables = self._tables(split)
+        of_split, has_strays = self._rows_of(split, tables)
         records = read_records(
             [open_table(file) for file in tables.files],
             self.columns,
@@ -197,15 +233,40 @@ class ImageTextBuilder(BaseDatasetBuilder):
             tables.root,
             f"{self._key}.columns",
             needs_text,
+            of_split,
+            has_strays,
         )
         if is_address(self._table_path(split)):
             check_inside((record["visual"] for record in good(records)), self._table_path(split))
         return tables.root, records
 
+    def _rows_of(self, split: str, tables: Tables) -> tuple[str | None, bool]:
+        """Which rows of its tables a split has: those of a name in their column of splits (None: all), and
+        whether those in no split are among them."""
+        counts, name = self._split_counts(tables), split_named(split) or split
+        if name in counts or not counts:
+            return (name if counts else None), name == next(iter(counts), name)
+        known = ", ".join(counts)
+        if len(counts) > 1:
+            raise DataError(
+                f"{self.name}: {tables.files[0]} has no rows of the split '{split}', but of {known}. Where "
+                f"its column of splits is not meant, set {self._key}.columns.split to ''."
+            )
+        logger.warning(
+            "%s: %s is named for the split '%s', and its column of splits says %s: all its rows are taken",
+            self.name,
+            tables.files[0],
+            split,
+            known,
+        )
+        return None, True
+
     def _tables(self, split: str) -> Tables:
         path = self._path(self._table_path(split))
         found = find_tables(path)
         tables = found.get(split) or found.get(None)
+        if split in self._splits_in_column:
+            tables = next(iter(found.values()))
         if tables is None:
             known = ", ".join(map(str, found))
             raise DataError(f"{self.name}: {path} has no tables of the split '{split}'. Splits: {known}.")
@@ -219,11 +280,28 @@ class ImageTextBuilder(BaseDatasetBuilder):
         return self.annotations[split if split in self.annotations else "train"]
 
     def _root_of(self, split: str) -> str | None:
-        """The root of a split, as the YAML says; those without a table share that of the training images."""
+        """The root of a split, as the YAML says; those without a table share that of the training images.
+
+        Raises:
+            ConfigError: there is one for each split, and none for this one, or one for a split that has no
+                table.
+        """
         if not isinstance(self.root, Mapping):
             return self.root
-        is_apart = not isinstance(self.annotations, str) and split in self.annotations
-        return self.root.get(split if is_apart else "train")
+        given = self._given_splits if self._is_here else list(self.root)
+        for name in self.root:
+            if name not in given:
+                raise ConfigError(
+                    f"{self._key}.root.{name}: no table is one of the split '{name}'."
+                    f"{did_you_mean(name, given)} Splits that have one: {', '.join(given)}."
+                )
+        own = split if split in given else "train"
+        if own not in self.root:
+            raise ConfigError(
+                f"{self._key}.root: names no folder or archive for the split '{own}'. Give it one "
+                f"({own}: ...), or name one root for all splits."
+            )
+        return self.root[own]
 
     def _path(self, text: str) -> Path:
         """A path of the YAML: from the working folder where it is there, else from the data root."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import logging
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,9 +19,10 @@ from evlgen.common.errors import ConfigError, DataError, did_you_mean
 from evlgen.datasets.annotations import as_text, describe, is_id, text_problem
 from evlgen.datasets.archive_media import split_cell
 from evlgen.datasets.base_dataset import BadRecord
-from evlgen.datasets.media import is_address
+from evlgen.datasets.media import Media, is_address
 from evlgen.datasets.packed import PackedRecords
 from evlgen.datasets.records import good, refuse_bad
+from evlgen.datasets.table_folders import split_named
 from evlgen.datasets.tables import Row, Table
 
 logger = logging.getLogger(__name__)
@@ -46,8 +49,14 @@ USUAL_NAMES = {
     "question": ("question", "questions"),
     "answer": ("answer", "answers"),
     "question_id": ("question_id", "qid"),
+    "split": ("split",),
 }
-_LITERAL = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+# An entry of a list as Python and numpy write them, and what stands before the next one.
+_ENTRY = re.compile(
+    r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|None|null|nan|NaN|-?[0-9]+(?:\.[0-9]+)?)(?:[\s,]+|$)""",
+    re.DOTALL,
+)
+_NOTHING = ("None", "null", "nan", "NaN")
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,8 @@ class Columns:
         question: with it the dataset is one of questions.
         answer: their answers; as ``text``.
         question_id: without one the number of the row serves.
+        split: what tells which split a row is in: train, val (validation, dev) or test. A blank name: no
+            column does.
     """
 
     text: str | list[str] | None = None
@@ -68,6 +79,7 @@ class Columns:
     question: str | None = None
     answer: str | list[str] | None = None
     question_id: str | None = None
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,7 @@ class Found:
     Attributes:
         visual: of the pictures or clips.
         texts: of captions or, where there is a question, answers; may be none.
-        id, question, question_id: None where there is none.
+        id, question, question_id, split: None where there is none.
         guessed: those of the keys of ``columns`` that were not given.
     """
 
@@ -108,11 +120,12 @@ class Found:
     id: str | None
     question: str | None
     question_id: str | None
+    split: str | None
     guessed: tuple[str, ...]
 
     def names(self) -> list[str]:
         """All of them."""
-        single = (self.visual, self.id, self.question, self.question_id)
+        single = (self.visual, self.id, self.question, self.question_id, self.split)
         return list(dict.fromkeys([*filter(None, single), *self.texts]))
 
 
@@ -135,11 +148,8 @@ def find_columns(table: Table, columns: Columns, visual: str, key: str) -> Found
     given = {f.name: getattr(columns, f.name) for f in fields(columns) if getattr(columns, f.name)}
     for name, wanted in given.items():
         for column in _listed(wanted):
-            if column not in table.columns:
-                raise ConfigError(
-                    f"{key}.{name}: {table.path} has no column '{column}'."
-                    f"{did_you_mean(column, table.columns)} Columns: {', '.join(table.columns)}."
-                )
+            if name != "split":
+                _check_column(table, column, f"{key}.{name}")
     guesses = {name: _usual(name, table.columns) for name in USUAL_NAMES if name not in given}
     found = {**guesses, **given}
     if not found[visual]:
@@ -152,12 +162,75 @@ def find_columns(table: Table, columns: Columns, visual: str, key: str) -> Found
         id=found["id"],
         question=found["question"] if is_question else None,
         question_id=found["question_id"] if is_question else None,
+        split=_split_column(table, columns, key),
         guessed=tuple(name for name in used if guesses.get(name)),
     )
 
 
+def _check_column(table: Table, column: str, key: str) -> None:
+    if column not in table.columns:
+        raise ConfigError(
+            f"{key}: {table.path} has no column '{column}'.{did_you_mean(column, table.columns)} "
+            f"Columns: {', '.join(table.columns)}."
+        )
+
+
+def _split_column(table: Table, columns: Columns, key: str) -> str | None:
+    if columns.split is None:
+        return _usual("split", table.columns)
+    column = columns.split.strip() or None
+    if column is not None:
+        _check_column(table, column, f"{key}.split")
+    return column
+
+
+def count_splits(tables: Sequence[Table], columns: Columns, key: str) -> dict[str, int]:
+    """How many rows of each split there are by the tables' column of splits, in the order train, val, test;
+    empty where they have none. The log says what was found.
+
+    Args:
+        columns, key: see `find_columns`.
+
+    Raises:
+        ConfigError: a column that was named is not there, or names no splits.
+    """
+    found: Counter[str | None] = Counter()
+    others: dict[str, None] = {}
+    column = None
+    for table in tables:
+        column = _split_column(table, columns, key)
+        for row in table.rows([column]) if column else ():
+            value = row.values.get(column) if isinstance(row, Row) else None
+            split = split_named(value)
+            found[split] += 1
+            if split is None and isinstance(row, Row) and len(others) < 5:
+                others[describe(value)] = None
+    counts = {split: found[split] for split in ("train", "val", "test") if found[split]}
+    if counts:
+        logger.info(
+            "%s: the column '%s' says which split a row is in: %s%s",
+            tables[0].path.name,
+            column,
+            ", ".join(f"{split} {count}" for split, count in counts.items()),
+            f"; {found[None]} rows are in none" if found[None] else "",
+        )
+    elif others:
+        why = f"{tables[0].path.name}: its column '{column}' names no splits but {', '.join(others)}"
+        if columns.split:
+            raise ConfigError(f"{key}.split: {why}. Splits are train, val and test.")
+        logger.info("%s: it is not used", why)
+    return counts
+
+
 def read_records(
-    tables: Sequence[Table], columns: Columns, visual: str, root: Path, key: str, needs_text: bool
+    tables: Sequence[Table],
+    columns: Columns,
+    visual: str,
+    root: Path,
+    key: str,
+    needs_text: bool,
+    split: str | None = None,
+    has_strays: bool = True,
 ) -> PackedRecords:
     """The records of tables, read one after the other: ``visual`` and, of captions, ``caption`` (a list) and
     ``image_id``; of questions ``question``, ``question_id``, ``answers`` (a list) and ``image_id``. An id
@@ -167,6 +240,8 @@ def read_records(
         columns, visual, key: see `find_columns`.
         root: the folder that pictures are read from: names inside it come without it.
         needs_text: whether a record without a caption, or answer, is bad.
+        split: only rows of this split, by the column of splits. None: all.
+        has_strays: whether rows that are in no split, which are bad, are among them.
 
     Raises:
         ConfigError: see `find_columns`; there is no column of texts where they are needed.
@@ -174,6 +249,7 @@ def read_records(
     """
     records: list[Record | BadRecord] = []
     ids = _Ids(())
+    media, numbers = Media(root), itertools.count()
     for table in tables:
         found = find_columns(table, columns, visual, key)
         if needs_text and not found.texts:
@@ -181,7 +257,10 @@ def read_records(
         if not records:
             _tell(table, found, visual)
             ids = _Ids(found.guessed)
-        records += _records(table, found, root, needs_text, ids, first=len(records))
+        rows = table.rows(found.names())
+        if split is not None:
+            rows = _of_split(rows, found.split, split, has_strays)
+        records += _records(rows, found, media, needs_text, ids, numbers)
     for name in sorted(ids.unused):
         logger.info(
             "%s: its ids are not one for each, so they are not used as `%s`. Name the column in %s.%s if it "
@@ -210,15 +289,19 @@ def _not_guessed(table: Table, name: str, key: str) -> ConfigError:
 
 
 def _records(
-    table: Table, found: Found, root: Path, needs_text: bool, ids: _Ids, first: int
+    rows: Iterable[Row | BadRecord],
+    found: Found,
+    media: Media,
+    needs_text: bool,
+    ids: _Ids,
+    numbers: Iterator[int],
 ) -> Iterator[Record | BadRecord]:
-    prefix = os.path.join(root, "")
-    for number, row in enumerate(table.rows(found.names()), start=first):
+    for number, row in zip(numbers, rows, strict=False):
         if isinstance(row, BadRecord):
             yield row
             continue
         try:
-            record, empty = _record(row, found, prefix, needs_text, number)
+            record, empty = _record(row, found, media, needs_text, number)
             ids.note(record)
         except DataError as error:
             yield BadRecord(row.place, str(error), error.cause)
@@ -227,13 +310,27 @@ def _records(
         yield from [BadRecord(row.place, "one of its captions is empty.", "empty caption")] * empty
 
 
-def _record(row: Row, found: Found, prefix: str, needs_text: bool, number: int) -> tuple[Record, int]:
+def _of_split(
+    rows: Iterable[Row | BadRecord], column: str | None, split: str, has_strays: bool
+) -> Iterator[Row | BadRecord]:
+    """The rows of a split; a `BadRecord` stands for one that is in none."""
+    for row in rows:
+        value = row.values.get(column) if isinstance(row, Row) else None
+        own = split_named(value)
+        if own == split:
+            yield row
+        elif own is None and has_strays:
+            why = f"'{column}' must be train, val or test, not {describe(value)}."
+            yield BadRecord(row.place, why, "no split") if isinstance(row, Row) else row
+
+
+def _record(row: Row, found: Found, media: Media, needs_text: bool, number: int) -> tuple[Record, int]:
     """A row's record, and how many empty captions there are among those of a list.
 
     Raises:
         DataError: it makes none.
     """
-    record: Record = {"visual": _file_name(row.values.get(found.visual), found.visual, prefix)}
+    record: Record = {"visual": _file_name(row.values.get(found.visual), found.visual, media)}
     written = [text for column in found.texts for text in _texts(row.values.get(column), column)]
     texts = [text for text in written if not _is_nothing(text)]
     if needs_text and not texts:
@@ -253,12 +350,14 @@ def _record(row: Row, found: Found, prefix: str, needs_text: bool, number: int) 
     return {**record, "question": questions[0], "answers": texts}, 0
 
 
-def _file_name(value: Any, column: str, prefix: str) -> str:
+def _file_name(value: Any, column: str, media: Media) -> str:
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"'{column}' must be a file name or address, not {describe(value)}.", "bad record")
     name = value.strip()
     _check_text(name, column)
-    return name if is_address(name) else os.path.normpath(name).removeprefix(prefix)
+    if is_address(name):
+        return name
+    return os.path.normpath(media.spelled(name)).removeprefix(os.path.join(media.root, ""))
 
 
 def _texts(value: Any, column: str) -> list[str]:
@@ -266,7 +365,7 @@ def _texts(value: Any, column: str) -> list[str]:
     values = _written_list(value) if isinstance(value, str) else value
     if not isinstance(values, list | tuple):
         values = [] if _is_nothing(value) else [value]
-    texts = ["" if text is None else as_text(text) for text in values]
+    texts = ["" if _is_nothing(text) else as_text(text) for text in values]
     for text in texts:
         if not isinstance(text, str):
             why = f"'{column}' must be text or a list of texts, not {describe(value)}."
@@ -288,24 +387,34 @@ def _check_text(text: str, column: str) -> None:
         raise DataError(f"'{column}' holds {problem}: {describe(text)}.", cause)
 
 
-def _written_list(text: str) -> list[str] | None:
-    """The texts of a list in one cell: JSON's ``["a", "b"]``, and what pandas makes of a column of lists
-    (``['a', 'b']``) or of arrays (``['a' 'b']``). None where it is no list of texts."""
+def _written_list(text: str) -> list[Any] | None:
+    """The list in one cell: JSON's ``["a", null]``, and what pandas makes of a column of lists
+    (``['a', None]``) or of arrays (``['a' 'b']``). None where it is not a list of texts, numbers or nulls."""
     text = text.strip()
     if not (text.startswith("[") and text.endswith("]")):
         return None
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
-        inner = text[1:-1]
-        if _LITERAL.sub("", inner).strip(", \t\r\n"):
+        values = _python_list(text[1:-1].strip())
+    plain = isinstance(values, list) and all(
+        value is None or (isinstance(value, str | int | float) and not isinstance(value, bool))
+        for value in values
+    )
+    return values if plain else None
+
+
+def _python_list(text: str) -> list[Any] | None:
+    values, at = [], 0
+    while at < len(text):
+        if (found := _ENTRY.match(text, at)) is None:
             return None
         try:
-            values = [ast.literal_eval(literal) for literal in _LITERAL.findall(inner)]
+            values.append(None if found[1] in _NOTHING else ast.literal_eval(found[1]))
         except (ValueError, SyntaxError):
             return None
-    is_texts = isinstance(values, list) and all(isinstance(value, str) for value in values)
-    return values if is_texts else None
+        at = found.end()
+    return values
 
 
 def _id(value: Any, column: str | None) -> int | str | None:

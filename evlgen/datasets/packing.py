@@ -7,8 +7,9 @@ import io
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from evlgen.common.errors import DataError
 from evlgen.common.images import FORMATS
 from evlgen.common.io import atomic_file, write_atomically
 from evlgen.common.json_io import read_json
-from evlgen.datasets.base_dataset import BaseDataset, MediaDataset
+from evlgen.common.locks import alone_at
+from evlgen.datasets.base_dataset import BadRecord, BaseDataset, MediaDataset
 from evlgen.datasets.media import Media
 from evlgen.datasets.records import good
 from evlgen.datasets.shards import SUFFIXES, stats_path
@@ -27,7 +29,8 @@ from evlgen.datasets.shards import SUFFIXES, stats_path
 logger = logging.getLogger(__name__)
 
 MANIFEST = "pack.json"
-_SHOWN = 5  # left-out files that are named
+_OURS = re.compile(r"\.(pack\.json|[0-9]{5,}(\.tar|_stats\.json))\..+")  # what killed calls leave behind
+_SHOWN = 5  # rows without a sample that are named
 _SUFFIX_OF = {"JPEG": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}  # others are called as their format
 
 
@@ -40,12 +43,14 @@ class Packed:
         samples: pictures or clips in them.
         left_out: those that could not be read.
         captions: of the samples.
+        bad_rows: rows (or captions, images) of the dataset that make no sample.
     """
 
     storage: str
     samples: int
     left_out: int
     captions: int
+    bad_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,9 @@ def pack(dataset: BaseDataset, folder: Path, samples_per_shard: int = 1000) -> P
     """Writes each picture or clip once, its file's own bytes beside ``{"caption", "image_id", "source"}``.
 
     ``caption`` is a text, or a list where there are several. Shards are there when they are whole, with their
-    numbers in ``<shard>_stats.json``. Where a call was interrupted, the next one goes on. Files that cannot
-    be read are left out; whether pictures can be decoded is not looked at.
+    numbers in ``<shard>_stats.json``. Where a call was interrupted, the next one goes on, and removes what
+    was half written. Files that cannot be read and rows that make no sample are left out, and the log says
+    so; whether pictures can be decoded is not looked at.
 
     Args:
         folder: empty, not there, or one in which the same was begun.
@@ -69,8 +75,19 @@ def pack(dataset: BaseDataset, folder: Path, samples_per_shard: int = 1000) -> P
         DataError: the dataset has no files with captions, none of them can be read, or the folder has other
             things in it.
     """
-    samples = _samples(dataset)
-    _claim(folder, samples, dataset.media.root, samples_per_shard)
+    samples, bad = _samples(dataset)
+    for record in bad[:_SHOWN]:
+        logger.warning("left out: %s (%s)", record.id, record.reason)
+    if len(bad) > _SHOWN:
+        logger.warning("left out: %d more rows that make no sample", len(bad) - _SHOWN)
+    _check_empty(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone_at(folder / MANIFEST):
+        _claim(folder, samples, dataset.media.root, samples_per_shard)
+        return replace(_packed(folder, samples, dataset.media, samples_per_shard), bad_rows=len(bad))
+
+
+def _packed(folder: Path, samples: Sequence[_Sample], media: Media, samples_per_shard: int) -> Packed:
     shards = [
         samples[first : first + samples_per_shard] for first in range(0, len(samples), samples_per_shard)
     ]
@@ -78,30 +95,41 @@ def pack(dataset: BaseDataset, folder: Path, samples_per_shard: int = 1000) -> P
     with tqdm(total=len(samples), desc="packing", unit="sample", disable=None) as bar:
         for number, (path, part) in enumerate(zip(paths, shards, strict=True)):
             if not (os.path.isfile(path) and os.path.isfile(stats_path(path))):
-                _write_shard(path, part, number * samples_per_shard, dataset.media, bar)
+                _write_shard(path, part, number * samples_per_shard, media, bar)
             else:
                 bar.update(len(part))
     return _summed(folder, paths)
 
 
-def _samples(dataset: BaseDataset) -> list[_Sample]:
-    """Each picture or clip with its captions, in the order of the records. One that has several ids has the
-    first, and the captions of all."""
+def _samples(dataset: BaseDataset) -> tuple[list[_Sample], list[BadRecord]]:
+    """Each picture or clip with its captions, in the order of the records, and what makes none. One that has
+    several ids has the first, and the captions of all."""
     captions = dataset.references()
     if not isinstance(dataset, MediaDataset) or not captions:
         raise DataError("this dataset cannot be packed: it takes pictures or clips in files, with captions.")
     ids: dict[str, dict[int | str, None]] = {}  # in their order, each once
     for record in good(dataset.records):
         ids.setdefault(record["visual"], {})[record.get("image_id", record["visual"])] = None
-    found = (
+    found = [
         _Sample(visual, next(iter(own)), [text for image_id in own for text in captions.get(image_id, ())])
         for visual, own in ids.items()
-    )
-    return [sample for sample in found if sample.captions]
+    ]
+    bad = [record for record in dataset.records if isinstance(record, BadRecord)]
+    bad += [BadRecord(s.visual, "it has no caption.", "empty caption") for s in found if not s.captions]
+    return [sample for sample in found if sample.captions], bad
+
+
+def _check_empty(folder: Path) -> None:
+    """Raises `DataError` for a folder with other things in it than shards that were begun."""
+    if not folder.exists() or (folder / MANIFEST).is_file():
+        return
+    if not folder.is_dir() or not all(_OURS.fullmatch(path.name) for path in folder.iterdir()):
+        raise DataError(f"{folder} is not empty. Name another folder for the shards.")
 
 
 def _claim(folder: Path, samples: Sequence[_Sample], root: Path, samples_per_shard: int) -> None:
-    """Notes in a folder what is packed there, from which ``root``, or makes sure that it is this."""
+    """Notes in a folder what is packed there, from which ``root``, or makes sure that it is this, and removes
+    what was half written. For one process at a time."""
     digest = hashlib.blake2b(os.fsencode(root.absolute()), digest_size=16)
     for sample in samples:
         digest.update(json.dumps([sample.visual, sample.image_id, sample.captions]).encode())
@@ -114,10 +142,11 @@ def _claim(folder: Path, samples: Sequence[_Sample], root: Path, samples_per_sha
     if manifest.is_file():
         if read_json(manifest, DataError, "manifest") != content:
             raise DataError(f"{folder} has shards of other data or of another size. Name another folder.")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder} is not empty. Name another folder for the shards.")
     else:
         write_atomically(manifest, json.dumps(content))
+    for path in folder.iterdir():
+        if _OURS.fullmatch(path.name) and path.suffix != ".lock":
+            path.unlink()
 
 
 def _write_shard(path: str, samples: Sequence[_Sample], first: int, media: Media, bar: tqdm) -> None:

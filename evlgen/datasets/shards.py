@@ -29,6 +29,7 @@ from evlgen.common.io import NamedBytes, resolve
 from evlgen.common.tar_headers import tar_members
 from evlgen.common.video import VIDEO_SUFFIXES, Video
 from evlgen.datasets.annotations import describe, text_problem
+from evlgen.datasets.archive_media import MAX_MEMBER_BYTES
 from evlgen.datasets.base_dataset import BadRecord
 from evlgen.datasets.stream import Lane, StreamDataset
 from evlgen.processors.base_processor import BaseProcessor
@@ -41,7 +42,7 @@ SUFFIXES = {
     "videos": tuple(suffix[1:] for suffix in (*VIDEO_SUFFIXES, ".gif")),
 }
 _TEXTS = ("json", "txt")
-_MOST_TEXT_BYTES = 1 << 20
+_MOST_BYTES = {"caption": 1 << 20, "images": MAX_MEMBER_BYTES, "videos": 2 << 30}  # more may fill the memory
 _EVEN = 8  # a lane has one piece more or less than another, of so many at least
 _KEPT_INDICES = 8
 PAUSES: tuple[float, ...] = (1, 4)  # seconds before each further try where a disk or the network has failed
@@ -117,8 +118,8 @@ class ShardDataset(StreamDataset):
     def load_place(self, place: ShardSample) -> dict[str, Any]:
         name = self.place_id(place)
         with open(_local(place.shard), "rb") as file:
-            record, text = _read(file, place.json), _read(file, place.txt)
-            content = _read(file, place.visual)
+            record, text = _read(file, place.json, "caption"), _read(file, place.txt, "caption")
+            content = _read(file, place.visual, self.data_type)
         described = {} if record is None else _parsed(record)
         caption = self._caption(described, text)
         with self._opened(content, _path(place)) as visual:
@@ -132,7 +133,7 @@ class ShardDataset(StreamDataset):
 
     def picture_at(self, place: ShardSample) -> Image.Image:
         with open(_local(place.shard), "rb") as file:
-            content = _read(file, place.visual)
+            content = _read(file, place.visual, self.data_type)
         with self._opened(content, _path(place)) as visual:
             if isinstance(visual, Image.Image):
                 return visual
@@ -198,7 +199,9 @@ def read_shard(shard: str, data_type: str) -> ShardIndex:
     """What a shard holds. One without samples counts as damaged.
 
     The members of a key belong together wherever they are in the shard. A `BadRecord` stands for a sample
-    that lacks its picture or its caption, and for one whose key was there before.
+    that lacks its picture or its caption, and for one whose key was there before. A key is all before the
+    suffix, dots included; but where there is a sample ``001``, ``001.seg.png`` is a further part of it, as
+    webdataset has it, and a whole sample ``001.seg`` beside it is a `BadRecord`: it may be either.
     """
     found: dict[tuple[str, int], dict[str, Part]] = {}
     times: dict[tuple[str, str], int] = defaultdict(int)
@@ -214,7 +217,17 @@ def read_shard(shard: str, data_type: str) -> ShardIndex:
         before = f" {len(found)} samples before that are read." if found else ""
         damage = DataError(f"{error}{before}", error.cause)
         damage.__cause__ = error.__cause__
-    samples = [_sample(shard, key, number, parts, data_type) for (key, number), parts in found.items()]
+    made = {
+        (key, number): _sample(shard, key, number, parts, data_type) for (key, number), parts in found.items()
+    }
+    whole = {key for (key, _), sample in made.items() if isinstance(sample, ShardSample)}
+    samples = []
+    for (key, _), sample in made.items():
+        if (first := _before_dots(key)) == key or first not in whole:
+            samples.append(sample)
+        elif key in whole:
+            why = f"its name has dots: it may be a sample of its own, or belong to '{first}'."
+            samples.append(BadRecord(f"{shard_name(shard)}/{key}", why, "ambiguous name"))
     if not samples and damage is None:
         damage = DataError(f"{shard} has no samples.", "damaged shard")
     return ShardIndex(samples, damage)
@@ -295,10 +308,16 @@ def _shuffled(places: Iterator[Any], size: int, order: random.Random) -> Iterato
 
 
 def _split(name: str) -> tuple[str, str]:
-    """``a/b/001.seg.png`` -> ``("a/b/001", "seg.png")``, as webdataset names samples."""
+    """``a/b/001.seg.png`` -> ``("a/b/001.seg", "png")``; no key where the name of the file is hidden."""
     folder, slash, file = name.rpartition("/")
-    stem, _, suffix = file.partition(".")
-    return (folder + slash + stem if stem else "", suffix.lower())
+    stem, _, suffix = file.rpartition(".")
+    return (folder + slash + stem if stem and not file.startswith(".") else "", suffix.lower())
+
+
+def _before_dots(key: str) -> str:
+    """``a/b/001.seg`` -> ``a/b/001``: what webdataset calls a sample."""
+    folder, slash, file = key.rpartition("/")
+    return folder + slash + file.partition(".")[0]
 
 
 def _path(place: ShardSample) -> str:
@@ -309,10 +328,13 @@ def _local(shard: str) -> str:
     return resolve(shard) if "://" in shard else shard
 
 
-def _read(file: BinaryIO, part: Part | None) -> bytes | None:
+def _read(file: BinaryIO, part: Part | None, what: str) -> bytes | None:
     if part is None:
         return None
     offset, size = part
+    if size > _MOST_BYTES[what]:
+        which = "text" if what == "caption" else "file"
+        raise DataError(f"its {which} has {size} bytes: that is no {what.removesuffix('s')}.", "too large")
     if offset + size > os.fstat(file.fileno()).st_size:
         raise DataError(f"{file.name} is cut off inside of it.", "damaged shard")
     file.seek(offset)
@@ -336,8 +358,6 @@ def _image_id(record: dict[str, Any], name: str) -> int | str:
 
 
 def _decoded(content: bytes) -> str:
-    if len(content) > _MOST_TEXT_BYTES:
-        raise DataError(f"its text has {len(content)} bytes: that is no caption.", "too large")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

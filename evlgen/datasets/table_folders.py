@@ -16,10 +16,15 @@ from evlgen.datasets.tables import SUFFIXES
 # huggingface.co/docs/hub/datasets-file-names-and-splits
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "validation", "valid", "dev"), "val"),
+    **dict.fromkeys(("val", "validation", "validate", "valid", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 _ONE_DATASET = (".parquet", ".arrow")  # several such files without split names are shards of one table
+
+
+def split_named(name: object) -> str | None:
+    """The split that a name means, ``val`` for ``Validation``; None where it is that of none."""
+    return _SPLITS.get(str(name).strip().lower())
 
 
 class Tables(NamedTuple):

@@ -24,6 +24,8 @@ SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow")
 _JSON_LISTS = ("annotations", "data", "records")  # keys under which JSON files keep their records
 _DELIMITERS = ",;\t|"
 _SNIFFED_ROWS = 20
+_MOST_FIELD = 1 << 24  # characters of a field; Python's own limit of 131,072 is less than some texts have
+_UNCLOSED = "unexpected end of data"  # what Python's csv says of a quote that does not end
 
 
 class Row(NamedTuple):
@@ -81,20 +83,25 @@ class DelimitedTable(Table):
     """CSV and TSV: UTF-8, with or without a byte order mark (or UTF-16 with one), as spreadsheets write them.
 
     What parts the fields is looked for in the first rows: comma, semicolon, tab or bar; in a ``.tsv`` it is
-    the tab. Fields in quotes may have line ends. The first row names the columns.
+    the tab. What Python's ``csv`` reads by the rules (RFC 4180) is read as it does; see `_records` for the
+    rest. The first row names the columns; those without a name are ignored.
     """
 
     def __init__(self, path: Path) -> None:
         with _reading(path), _text(path) as file:
             start = [line for line, _ in zip(file, range(10 * _SNIFFED_ROWS), strict=False)]
-        self._delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(start)
-        header = next((found for _, found in _records(iter(start), self._delimiter)), None)
+            self._delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(start)
+            file.seek(0)
+            header = next((found for _, found in _records(file, self._delimiter)), None)
         if not isinstance(header, list):
             why = f"its first row cannot be read ({header})" if header else "it is empty"
             raise DataError(f"{path} has no row that names its columns: {why}.")
         if not _is_utf8(header):
             raise DataError(f"{path} is not UTF-8 text: save it as UTF-8.", "not UTF-8")
-        columns = [column.strip() for column in header]
+        self._header = [column.strip() for column in header]
+        columns = [column for column in self._header if column]
+        if not columns:
+            raise DataError(f"{path} has no row that names its columns: its first row is empty.")
         twice = sorted({column for column in columns if columns.count(column) > 1})
         if twice:
             raise DataError(f"{path} has two columns '{twice[0]}': give one of them another name.")
@@ -112,15 +119,17 @@ class DelimitedTable(Table):
             return BadRecord(place, f"its quotes cannot be read: {found}.", "bad quotes")
         if not _is_utf8(found):
             return BadRecord(place, "it is not UTF-8 text.", "not UTF-8")
-        if len(found) != len(self.columns):
+        while len(found) > len(self._header) and not found[-1].strip():
+            found.pop()
+        if len(found) > len(self._header) or any(self._header[len(found) :]):
             why = f"it has {len(found)} fields, and the first row names {len(self.columns)}"
             hint = (
                 f"; a text with '{self._delimiter}' in it needs quotes"
-                if len(found) > len(self.columns)
+                if len(found) > len(self._header)
                 else ""
             )
             return BadRecord(place, f"{why}{hint}.", "ragged row")
-        return Row(place, dict(zip(self.columns, found, strict=True)))
+        return Row(place, {name: cell for name, cell in zip(self._header, found, strict=False) if name})
 
 
 class JsonTable(Table):
@@ -262,20 +271,19 @@ def _delimiter(lines: Sequence[str]) -> str:
     """What parts the fields of these first lines: what gives most rows the header's number of fields, then
     most fields; the comma where nothing does."""
 
-    def score(delimiter: str) -> tuple[float, int]:
+    def score(delimiter: str) -> tuple[bool, float, int]:
         found = [fields for _, fields in _records(iter(lines), delimiter) if isinstance(fields, list)]
         rows = found[:_SNIFFED_ROWS]
         if not rows or len(rows[0]) < 2:
-            return 0.0, 0
-        return sum(len(row) == len(rows[0]) for row in rows) / len(rows), len(rows[0])
+            return False, 0.0, 0
+        has_quotes = any('"' in name for name in rows[0])  # a name in quotes was cut in two
+        return not has_quotes, sum(len(row) == len(rows[0]) for row in rows) / len(rows), len(rows[0])
 
     return max(_DELIMITERS, key=score)
 
 
 class _Lines:
-    """Lines that can be given back, with the number of the one last taken. Python's limit on the length of a
-    field, by which a quote that never ends is found, is raised for lines that are longer; see `_next_fields`.
-    """
+    """Lines that can be given back, with the number of the one last taken."""
 
     def __init__(self, lines: Iterator[str]) -> None:
         self._lines = lines
@@ -288,7 +296,6 @@ class _Lines:
 
     def __next__(self) -> str:
         line = self._returned.pop() if self._returned else next(self._lines)
-        csv.field_size_limit(max(csv.field_size_limit(), len(line)))
         self.taken.append(line)
         self.number += 1
         return line
@@ -301,51 +308,63 @@ class _Lines:
 
 def _records(lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
     """The records of a delimited text: the number of the line each starts in, and its fields, or why it has
-    none. A quote that does not end in its own row spoils that row only: reading goes on behind it."""
-    source, width = _Lines(lines), 0
+    none.
+
+    They are those of Python's ``csv``, by the strict rules, as far as it has no objection. Where it has one,
+    a quote that does not end in its own row spoils that row only: reading goes on behind it. From there on
+    quotes are doubted: what they join, but looks like rows of the table, is rows.
+    """
+    source, width, doubted = _Lines(lines), 0, False
     reader = csv.reader(source, delimiter=delimiter, strict=True)
+    single = 0  # before this line no quote ends that is opened in a line before it
     while True:
         source.taken.clear()
         start = source.number + 1
         try:
-            fields = _next_fields(reader)
+            lone = csv.reader([next(source)], delimiter=delimiter, strict=True) if start < single else None
+            fields: list[str] | str = _next_fields(lone or reader)
         except StopIteration:
             return
         except csv.Error as error:
-            source.keep_first()
-            yield start, _plain_fields(source.taken, delimiter) or str(error).rstrip(".")
+            fields = str(error).rstrip(".")
         else:
-            if _are_rows(source.taken, delimiter, width):
-                source.keep_first()
-                yield start, "unclosed quote"
-            elif fields:
-                width = width or len(fields)  # the header's
-                yield start, fields
+            if doubted and _are_rows(source.taken, delimiter, width):
+                fields = _UNCLOSED
+        if isinstance(fields, str):
+            doubted, single = True, max(single, source.number)
+            source.keep_first()
+            if len(source.taken) == 1 and fields != _UNCLOSED:
+                fields = _plain_fields(source.taken[0], delimiter)
+        if fields:
+            width = width or len(fields)  # the header's
+            yield start, fields
 
 
 def _next_fields(reader: Iterator[list[str]]) -> list[str]:
     """The next of a csv reader, after which the limit of all csv readers is as it was."""
-    before = csv.field_size_limit()
+    before = csv.field_size_limit(_MOST_FIELD)
     try:
         return next(reader)
     finally:
         csv.field_size_limit(before)
 
 
-def _plain_fields(lines: Sequence[str], delimiter: str) -> list[str] | None:
-    """The fields of a line in which quotes are text: ``1.jpg,"Stop" says a sign``. None for what went on over
-    several lines, where nobody knows what was meant."""
-    return lines[0].rstrip("\r\n").split(delimiter) if len(lines) == 1 else None
+def _plain_fields(line: str, delimiter: str) -> list[str]:
+    """The fields of a line in which quotes are text: ``1.jpg,"Stop" says a sign``."""
+    return line.rstrip("\r\n").split(delimiter)
 
 
 def _are_rows(lines: Sequence[str], delimiter: str, width: int) -> bool:
     """Whether the lines of one record are rows by themselves, so that a quote in the first was joined with
-    one in the last: each has ``width`` fields, and no field begins with a blank, as what follows a comma in a
-    sentence does."""
+    one in the last: each has ``width`` fields, no field begins with a blank, as what follows a comma in a
+    sentence does, and there is a column of names of files of one kind."""
     if len(lines) < 2 or width < 2:
         return False
-    rows = [line.rstrip("\r\n").split(delimiter) for line in lines]
-    return all(len(row) == width and not any(f[:1].isspace() for f in row) for row in rows)
+    rows = [_plain_fields(line, delimiter) for line in lines]
+    if not all(len(row) == width and not any(f[:1].isspace() for f in row) for row in rows):
+        return False
+    kinds = ({os.path.splitext(field)[1] for field in column} for column in zip(*rows, strict=True))
+    return any(len(kind) == 1 and len(next(iter(kind))) > 1 for kind in kinds)
 
 
 def _is_json_lines(path: Path) -> bool:

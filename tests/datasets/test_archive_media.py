@@ -9,6 +9,7 @@ import os
 import pickle
 import tarfile
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from PIL import Image
 from evlgen.common.errors import DataError
 from evlgen.datasets import archive_media
 from evlgen.datasets.annotations import check_inside
-from evlgen.datasets.archive_media import Place, split_place
+from evlgen.datasets.archive_media import Place, cell_name, split_cell, split_place
 from evlgen.datasets.media import ImageFiles, VideoFiles
 
 COUNT = 5
@@ -128,6 +129,38 @@ def test_the_source_of_a_picture_changes_with_its_file(folder, container):
     assert first != other and media.source(inside(container, 0)) == first
     os.utime(folder / container, (1, 1))
     assert media.source(inside(container, 0)) != first
+
+
+@pytest.mark.parametrize("piece", ["x.parquet#", "x.parquet#a:1", ":1=a", "a.zip/", ".arrow#:", "=" * 9])
+def test_names_of_any_length_are_looked_at_in_short_time(piece):
+    start = time.process_time()
+    assert split_place(piece * 100_000 + ":x") is None
+    assert split_place("x.parquet#image:" + "1" * 100_000) is None
+    assert time.process_time() - start < 2
+
+
+def test_the_parts_of_a_cells_name():
+    assert split_cell("d/a.parquet#b.parquet#c:7=0f")[:4] == ("d/a.parquet#b.parquet", "c", "7", "0f")
+    assert split_cell("a.arrow#x:y:7")[:4] == ("a.arrow", "x:y", "7", None)
+    assert split_cell(cell_name("a.parquet", "image", 3, b"x")).place == "a.parquet#image:3"
+    assert [split_cell(name) for name in ("a.png", "a.parquet#:1", "a.parquet#b", "a.parquet#b:1=x")] == [
+        None
+    ] * 4
+
+
+@pytest.mark.parametrize("suffix", ["arrow", "parquet"])
+def test_a_column_that_is_not_there_or_has_no_bytes_is_named(tmp_path, monkeypatch, suffix):
+    monkeypatch.setenv("EVLGEN_CACHE", str(tmp_path / "root"))
+    table = pa.table({"image": [b"x"], "number": [1]})
+    if suffix == "parquet":
+        pq.write_table(table, tmp_path / "a.parquet")
+    else:
+        with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(DataError, match="has no columns 'imag'. Did you mean 'image'"):
+        ImageFiles(tmp_path).open(f"a.{suffix}#imag:0")
+    with pytest.raises(DataError, match="row 0 of .* has no bytes in 'number'"):
+        ImageFiles(tmp_path).open(f"a.{suffix}#number:0")
 
 
 def test_a_folder_may_be_called_as_an_archive_is(folder):

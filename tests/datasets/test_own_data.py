@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,7 +20,7 @@ from evlgen.common.registry import registry
 from evlgen.common.schema import check_section
 from evlgen.datasets import Skipped
 from evlgen.datasets.base_dataset import BadRecord
-from evlgen.datasets.own_data import Shares, divide
+from evlgen.datasets.own_data import ImageTextBuilder, Shares, divide
 from evlgen.datasets.own_records import ImageColumns, read_records
 from evlgen.datasets.tables import open_table
 from evlgen.runners.run_config import RunConfig
@@ -150,6 +151,113 @@ def test_unusable_rows_are_named_in_their_place(folder):
         ("line 5 of a.csv", "empty caption"),
     ]
     assert isinstance(found[5], tuple) and found[5][0] == "line 6 of a.csv" and found[6] == "café"
+
+
+@pytest.mark.parametrize(
+    ("cell", "texts", "empty"),
+    [
+        ('["a cat", null]', ["a cat"], 1),
+        ("['a dog', None]", ["a dog"], 1),
+        ("['a dog' None\n 'b']", ["a dog", "b"], 1),
+        ("[nan, 'a dog', '']", ["a dog"], 2),
+        ("['2', 3]", ["2", "3"], 0),
+        ("[laughs] it's fun", ["[laughs] it's fun"], 0),
+        ("[a], 'b'", ["[a], 'b'"], 0),
+        ("['" + "\\'" * 100_000 + "]", ["['" + "\\'" * 100_000 + "]"], 0),  # no list, found at once
+    ],
+)
+def test_lists_in_cells_are_lists_and_their_empty_entries_are_counted(folder, cell, texts, empty):
+    write_csv("a.csv", [{"image": "a.png", "caption": cell}])
+    records = builder(annotations={"train": "a.csv"}).get_split("train").records
+    bad = [record for record in records if isinstance(record, BadRecord)]
+    assert [t for r in records if not isinstance(r, BadRecord) for t in as_texts(r)] == texts
+    assert [(r.id, r.cause) for r in bad] == [("line 2 of a.csv", "empty caption")] * empty
+
+
+def as_texts(record) -> list[str]:
+    return record["caption"] if isinstance(record["caption"], list) else [record["caption"]]
+
+
+def test_paths_with_backslashes_are_read_with_slashes_and_one_notice(folder, caplog):
+    (folder / "in").mkdir()
+    for name in CAPTIONS:
+        os.rename(name, f"in/{name}")
+    Image.new("RGB", (8, 8)).save("d\\e.png")  # a name that has one
+    with zipfile.ZipFile("in.zip", "w") as zipped:
+        zipped.write("in/a.png", "in/a.png")
+    texts = [
+        "in\\a.png,x",
+        ".\\in\\b.png,y",
+        "in/a.png,z",
+        "d\\e.png,e",
+        "in\\none.png,n",
+        "in.zip\\in\\a.png,q",
+    ]
+    Path("a.csv").write_text("\n".join(["image,caption", *texts]))
+    dataset = builder(annotations={"train": "a.csv"}).get_split("train")
+    names = [record["visual"] for record in dataset.records]
+    assert names == ["in/a.png", "in/b.png", "in/a.png", "d\\e.png", "in\\none.png", "in.zip/in/a.png"]
+    assert [isinstance(sample, Skipped) for sample in samples(dataset)] == [False] * 4 + [True, False]
+    assert sum("backslashes" in message for message in caplog.messages) == 1
+
+
+def split_rows() -> list[dict]:
+    return [
+        {"image": name, "caption": f"of {split}", "split": split}
+        for name, split in (("a.png", "train"), ("b.png", "Validation"), ("c.png", "test"), ("a.png", "dev"))
+    ]
+
+
+def test_a_column_of_splits_is_used_and_the_log_says_so(folder, caplog):
+    caplog.set_level("INFO", "evlgen")
+    write_csv("a.csv", [*split_rows(), {"image": "c.png", "caption": "?", "split": ""}])
+    built = builder(annotations="a.csv")
+    assert built.splits == ["train", "val", "test"]
+    found = {split: samples(built.get_split(split)) for split in built.splits}
+    train, stray = found["train"]
+    assert (train["text_input"], stray.id, stray.cause) == ("of train", "line 6 of a.csv", "no split")
+    assert [s["image_id"] for s in found["val"]] == ["b.png", "a.png"]
+    assert [s["image_id"] for s in found["test"]] == ["c.png"]
+    logged = (
+        "a.csv: the column 'split' says which split a row is in: train 1, val 2, test 1; 1 rows are in none"
+    )
+    assert caplog.messages.count(logged) == 1
+    apart = builder(annotations={"train": "a.csv", "validation": "a.csv"})
+    assert [len(apart.get_split(split).records) for split in apart.splits] == [2, 2]
+    write_csv("b.csv", split_rows()[:1])
+    assert builder(annotations="b.csv").splits == ["train"]  # all of it is meant: nothing is held out
+    mixed = builder(annotations={"train": "a.csv", "unseen": "a.csv"})
+    with pytest.raises(
+        DataError, match=r"no rows of the split 'unseen', but of train, val, test.*columns\.split"
+    ):
+        mixed.get_split("unseen")
+    assert len(builder(annotations={"unseen": "b.csv"}).get_split("unseen").records) == 1
+    with pytest.raises(ConfigError, match=r"split\.val: the split has annotations of its own"):
+        _ = builder(annotations="a.csv", split={"val": 0.5}).splits
+    off = builder(annotations={"train": "a.csv"}, columns={"split": ""})
+    assert len(off.get_split("train").records) == 5
+
+
+def test_a_column_called_split_that_names_none_is_not_used(folder, caplog):
+    caplog.set_level("INFO", "evlgen")
+    write_csv("a.csv", [{**row, "split": index % 2} for index, row in enumerate(ROWS)])
+    assert builder(annotations="a.csv").splits == ["train", "val", "test"]
+    assert 'a.csv: its column \'split\' names no splits but "0", "1": it is not used' in caplog.messages
+    with pytest.raises(ConfigError, match=r"columns\.split: a\.csv: its column 'split' names no splits"):
+        _ = builder(annotations="a.csv", columns={"split": "split"}).splits
+    with pytest.raises(ConfigError, match=r"columns\.split: .*a\.csv has no column 'part'"):
+        _ = builder(annotations="a.csv", columns={"split": "part"}).splits
+
+
+def test_the_rows_of_a_fetched_table_are_divided_by_its_column(folder, monkeypatch):
+    write_csv("a.csv", split_rows())
+    monkeypatch.setattr(ImageTextBuilder, "storage_path", lambda self, *args: folder / "a.csv")
+    built = builder(annotations="https://example.org/a.csv", root=str(folder))
+    assert {split: len(built.get_split(split).records) for split in built.splits} == {
+        "train": 1,
+        "val": 2,
+        "test": 1,
+    }
 
 
 def test_where_no_row_can_be_used_the_first_one_says_why(folder):
@@ -336,6 +444,30 @@ def test_splits_may_have_roots_of_their_own(folder):
     (line,) = gone.missing(["val"])
     assert "'gone' is not there" in line and "datasets.image_text.root" in line
     assert gone.missing(["train"]) == []
+
+
+def test_roots_by_split_are_those_of_splits_that_have_a_table(folder):
+    for split, name in (("train", "a.png"), ("val", "b.png")):
+        (folder / split).mkdir()
+        os.rename(name, folder / split / "x.png")
+        write_csv(f"{split}.csv", [{"image": "x.png", "caption": split}])
+    tables = {"train": "train.csv", "val": "val.csv"}
+    with pytest.raises(
+        ConfigError, match=r"root\.vall: no table is one of the split 'vall'.*Did you mean 'val'"
+    ):
+        builder(annotations=tables, root={"train": "train", "vall": "val"}).missing()
+    with pytest.raises(ConfigError, match=r"root: names no folder or archive for the split 'val'"):
+        builder(annotations=tables, root={"train": "train"}).get_split("val")
+    with pytest.raises(ConfigError, match=r"root\.val: no table is one of the split 'val'.*have one: train"):
+        builder(
+            annotations={"train": "train.csv"}, split={"val": 0.5}, root={"train": "train", "val": "val"}
+        ).missing()
+    gone = builder(annotations="gone.csv", root={"train": "train", "val": "val"})
+    assert "'gone.csv' is not there" in gone.missing()[0]
+    built = builder(annotations=".", root={"train": "train", "val": "val"})  # a folder with its own splits
+    assert built.splits == ["train", "val"]
+    reds = [float(samples(built.get_split(split))[0]["image"][0, 0, 0]) for split in built.splits]
+    assert reds[0] < reds[1]
 
 
 def test_a_folder_gives_its_splits(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tarfile
 from pathlib import Path
 
@@ -102,6 +103,48 @@ def test_files_that_cannot_be_read_are_left_out_and_counted(tmp_path, caplog):
     assert [line.split()[2] for line in caplog.messages] == ["1.PNG", "2.webp", "3.dat"]
     assert len(unpacked(tmp_path / "out")) == 4
     assert not [s for s in unpacked(tmp_path / "out") if isinstance(s, Skipped)]
+
+
+def test_rows_that_make_no_sample_are_named_and_counted(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "in/a.png")
+    rows = ["path,caption", "a.png,x", "a.png,", 'a.png,"[""y"", null]"', "a.png,x,y", *["a.png,"] * 4]
+    (tmp_path / "in/a.csv").write_text("\n".join(rows))
+    text = {"image_text": {"annotations": {"train": str(tmp_path / "in/a.csv")}}}
+    project = {"model": {"arch": "evlgen_opt", "model_type": "shapes"}, "datasets": text}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(project))
+    command = ["data", "pack", "--cfg-path", str(tmp_path / "p.yaml"), "--to", str(tmp_path / "out")]
+    for _ in range(2):  # the second time everything is there already
+        assert main(command) == 0
+        shown, logged = capsys.readouterr()
+        assert shown.startswith("# 1 samples with 2 captions; 7 rows make no sample and are left out. To ")
+        left_out = [line for line in logged.splitlines() if "left out: " in line]
+        assert "left out: line 3 of a.csv (it has no caption" in left_out[0]
+        assert len(left_out) == 6 and "left out: 2 more rows that make no sample" in left_out[-1]
+
+
+@pytest.mark.parametrize("name", ["pack.json", "00001.tar", "00001_stats.json"])
+def test_a_call_that_is_killed_at_any_file_is_gone_on_with(tmp_path, monkeypatch, name):
+    dataset = captioned(tmp_path / "in", count=4)
+    pack(dataset, tmp_path / "whole", samples_per_shard=2)
+    out, replace = tmp_path / "out", os.replace
+
+    def killed(source, target):
+        if os.path.basename(target) == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr(os, "replace", killed)
+        pack(dataset, out, samples_per_shard=2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    left = {path.name for path in out.iterdir()}
+    assert any(file.startswith(f".{name}.") for file in left) and name not in left
+    assert pack(dataset, out, samples_per_shard=2).samples == 4
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()
+    }
 
 
 def test_where_nothing_can_be_read_there_is_an_error(tmp_path):

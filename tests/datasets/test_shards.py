@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import random
+import tarfile
 import threading
 from collections import Counter
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -158,6 +159,49 @@ def test_a_key_that_comes_again_is_skipped_and_the_first_is_taken(tmp_path):
     samples = read_all([write_shard(tmp_path / "0.tar", members)])
     assert captions(samples) == ["first", "a b", "skipped: duplicate id"]
     assert samples[2].id == "0.tar/a"
+
+
+def test_names_with_dots_are_keys_where_the_pairing_is_plain_and_named_where_it_is_not(tmp_path):
+    members = [
+        *("a.png", "a.txt", "a.seg.png", "a.meta.json"),  # the last two are parts of the sample
+        *("photo.v1.png", "photo.v1.txt", "in.1/photo.v2.PNG", "in.1/photo.v2.json"),
+        *("2024.01.05.png", "2024.01.05.txt", "2024.01.06.png"),
+        *("b.x.png", "b.y.txt", "c.v1.png", "c.txt"),
+        *("d.png", "d.txt", "d.v1.png", "d.v1.txt"),
+        *("._a.png", "._a.txt", ".e.png"),  # hidden files, such as macOS puts beside
+    ]
+    content = {"g": png(), "n": b'{"caption": "x"}', "t": b"x"}
+    pairs = [(name, content[name[-1].lower()]) for name in members]
+    samples = read_all([write_shard(tmp_path / "0.tar", pairs)])
+    assert [s["instance_id"] for s in samples if not isinstance(s, Skipped)] == [
+        *("0.tar/a", "0.tar/photo.v1", "0.tar/in.1/photo.v2", "0.tar/2024.01.05", "0.tar/d"),
+    ]
+    assert {s.id: s.cause for s in samples if isinstance(s, Skipped)} == {
+        "0.tar/2024.01.06": "no caption",
+        "0.tar/b.x": "no caption",
+        "0.tar/b.y": "missing file",
+        "0.tar/c.v1": "no caption",
+        "0.tar/c": "missing file",
+        "0.tar/d.v1": "ambiguous name",
+    }
+
+
+def test_a_member_that_claims_too_much_is_not_read(tmp_path):
+    path = tmp_path / "0.tar"
+    header = tarfile.TarInfo("x.png")
+    header.size = 20 << 30
+    with open(path, "wb") as file:
+        file.write(header.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(header.size + 512)
+        file.seek(0, 2)
+        text = tarfile.TarInfo("x.txt")
+        text.size = 1
+        file.write(text.tobuf() + b"x".ljust(512, b"\0") + bytes(1024))
+    (skipped,) = read_all([str(path)])
+    assert (skipped.cause, skipped.reason) == (
+        "too large",
+        "its file has 21474836480 bytes: that is no image.",
+    )
 
 
 def damaged(folder: Path, kind: str) -> str:

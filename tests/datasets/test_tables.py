@@ -99,6 +99,51 @@ def test_a_quote_that_ends_in_a_later_row_swallows_no_rows(tmp_path):
     assert rows(tmp_path / "c.csv", 'caption\n"two\nlines"\n') == [["two\nlines"]]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        'path,caption\na.png,a red dog\nb.png,"STOP\n1,000 m ahead"\nd.png,"x\ny,z"\n',
+        'path,caption\na.png,"see\nb.png,blue"\nc.png,""""\n,\nd.png,"a ""b"", c"\n',
+        'path,caption,more\na.png,"1,2,3\n4,5,6\n\n7,8,9",x\n',
+        "path,caption\n" + 'a.png,"' + "b.png,c\n" * 10_000 + '"\nz.png,last\n',
+        'path,"caption (en; de; fr)"\na.png,"dog; Hund; chien"\nb.png,ragged, row\n',
+    ],
+    ids=["numbers", "rows in quotes", "three columns", "long", "other delimiters in quotes"],
+)
+def test_what_pythons_csv_reads_without_complaint_is_read_as_it_does(tmp_path, content):
+    expected = [row for row in csv.reader(content.splitlines(keepends=True), strict=True) if row][1:]
+    width = content.partition("\n")[0].count(",") + 1
+    assert [row for row in rows(tmp_path / "a.csv", content) if isinstance(row, list)] == [
+        row for row in expected if len(row) == width
+    ]
+
+
+def test_one_row_whose_quotes_are_wrong_leaves_the_others_as_they_are(tmp_path):
+    content = (
+        'path,caption\na.png,"fine\n1,000 m"\nb.png,"no" quotes\nc.png,"STOP\n1,000 m ahead"\nz.png,"cut'
+    )
+    assert rows(tmp_path / "a.csv", content) == [
+        *(["a.png", "fine\n1,000 m"], ["b.png", '"no" quotes'], ["c.png", "STOP\n1,000 m ahead"]),
+        ("line 7 of a.csv", "bad quotes"),
+    ]
+
+
+@pytest.mark.parametrize("line", ['a.png","c\n', 'a.png,"b\n', '"""\n'])
+def test_quotes_that_never_end_cost_no_more_than_their_lines(tmp_path, line):
+    found = rows(tmp_path / "a.csv", "path,caption\n" + line * 20_000 + "z.png,last\n")
+    assert 9_000 < len(found) <= 20_001  # the square of their number would take minutes
+
+
+def test_columns_without_a_name_are_ignored(tmp_path):
+    found = rows(tmp_path / "a.csv", "path,caption,,\na.png,a dog,,\nb.png,a cat\nc.png,red,note,\n")
+    assert found == [["a.png", "a dog"], ["b.png", "a cat"], ["c.png", "red"]]
+    assert rows(tmp_path / "b.csv", ",path,,caption\n0,a.png,x,a dog\n") == [["a.png", "a dog"]]
+    assert rows(tmp_path / "c.csv", "path,caption\na.png,a dog,,\n") == [["a.png", "a dog"]]
+    (tmp_path / "d.csv").write_text(",,\na,b,c\n")
+    with pytest.raises(DataError, match="no row that names its columns"):
+        open_table(tmp_path / "d.csv")
+
+
 @pytest.mark.parametrize("key", [None, "data", "annotations", "records"])
 def test_json_lists_are_found_at_the_top_or_under_their_usual_keys(tmp_path, key):
     records = [{"image": "1.jpg"}, 7, {"image": "2.jpg", "caption": ["a", "b"]}]
