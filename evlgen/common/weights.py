@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from evlgen.common.errors import CheckpointError, EVLGenError
 from evlgen.common.json_io import read_json
-from evlgen.common.pickle_check import DamagedPickle, RefusedPickle, check_pickles
+from evlgen.common.pickle_check import DamagedPickle, RefusedPickle, check_pickles, is_zip
 
 _FOLDER_FILES = (
     "model.safetensors",
@@ -56,7 +55,7 @@ def read_pickle(path: str | Path) -> object:
     """
     try:
         check_pickles(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
     except RefusedPickle as error:
         raise CheckpointError(
             f"{path} is refused: {error}. Only tensors and plain values are read, since loading more could "
