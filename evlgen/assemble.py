@@ -272,6 +272,10 @@ def run_folder(cfg: Config, accelerator: Any, stack: contextlib.ExitStack) -> Pa
             chosen[0] = str(folder)
         except EVLGenError as error:
             chosen[1] = str(error)
+        except OSError as error:
+            chosen[1] = (
+                f"{error.filename or cfg.run.output_dir} cannot be written ({error.strerror or error})."
+            )
     broadcast_object_list(chosen)
     if chosen[1]:
         raise TrainingError(chosen[1])
@@ -288,7 +292,7 @@ def _choose_folder(cfg: Config, restarted: bool) -> Path:
         runs = [p for p in runs if found_checkpoints(p / "checkpoints")] or runs
         if runs:
             # the run begun or continued last; names are times, and clocks are put back
-            newest = (parent / "latest").resolve()
+            newest = parent / (parent / "latest").resolve().name
             return _current(newest if newest in runs else max(runs))
     elif cfg.run.resume:
         checkpoint = Path(os.path.expanduser(cfg.run.resume)).resolve()

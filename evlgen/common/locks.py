@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import socket
@@ -61,9 +62,9 @@ def sole_writer(folder: Path) -> Iterator[None]:
     with _lock_or_none(lock) as file:
         if file is None:
             raise TrainingError(_in_use(folder, _owner_named_in(lock)))
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk; this is for the other's message only
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         _owned.add(folder)
         try:
             yield
@@ -74,10 +75,10 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lock_or_none(lock: Path) -> Iterator[IO[bytes] | None]:
+def _lock_or_none(lock: Path) -> Iterator[io.FileIO | None]:
     """The open lock file, locked; None where another process has it."""
     while True:
-        with open(lock, "ab") as file:
+        with open(lock, "ab", buffering=0) as file:
             try:
                 if fcntl is not None:
                     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

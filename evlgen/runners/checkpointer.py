@@ -178,10 +178,15 @@ class Checkpointer:
         if not self.accelerator.is_main_process or not is_checkpoint(folder):
             return
         progress = f"{STATE_FOLDER}/{PROGRESS_FILE}"
-        values = {**read_progress(folder / progress), **state.to_json()}
-        replace_file(folder, progress, json.dumps(values, indent=1))
-        if is_best:
-            point(self.folder / "best", folder)
+        try:
+            values = {**read_progress(folder / progress), **state.to_json()}
+            replace_file(folder, progress, json.dumps(values, indent=1))
+            if is_best:
+                point(self.folder / "best", folder)
+        except (OSError, CheckpointError) as error:  # the checkpoint stays as it was saved
+            cause = (isinstance(error, OSError) and error.strerror) or error
+            self._problem = f"the validation of {folder} could not be noted in it ({cause})."
+            logger.error("%s", self._problem)
 
     # ---- finding and restoring ----
 
