@@ -20,6 +20,7 @@ from evlgen.common.errors import (
     did_you_mean,
 )
 from evlgen.common.io import cache_root, write_atomically
+from evlgen.common.locks import sole_writer
 from evlgen.common.registry import registry
 from evlgen.common.schema import build_dataclass, parameters_of
 
@@ -63,7 +64,7 @@ def run(cfg: Config, runner_class: type | None = None) -> dict[str, dict[str, fl
     with contextlib.ExitStack() as stack:
         stack.enter_context(peers_named())
         keep_checkpoint(cfg)
-        folder = run_folder(cfg, accelerator)
+        folder = run_folder(cfg, accelerator, stack)
         stack.enter_context(log_to_file(folder / "log.txt", enabled=accelerator.is_main_process))
         if accelerator.is_main_process:
             logger.info("this run writes to %s", folder)
@@ -250,12 +251,13 @@ def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str,
     return datasets
 
 
-def run_folder(cfg: Config, accelerator: Any) -> Path:
+def run_folder(cfg: Config, accelerator: Any, stack: contextlib.ExitStack) -> Path:
     """The folder of this run: ``output_dir/<date-time>``, or, with ``resume: auto``, the newest one with a
     checkpoint. Where torchrun started the processes again, that of before: ``run.resume`` becomes ``auto``.
+    No other run writes to it until ``stack`` ends.
 
     Raises:
-        TrainingError: it cannot be written to.
+        TrainingError: it cannot be written to; another run is writing to it.
     """
     from accelerate.utils import broadcast_object_list, gather_object
 
@@ -265,9 +267,15 @@ def run_folder(cfg: Config, accelerator: Any) -> Path:
     chosen = [None, None]
     if accelerator.is_main_process:
         try:
-            chosen[0] = str(_choose_folder(cfg, restarted))
+            folder = _choose_folder(cfg, restarted)
+            stack.enter_context(sole_writer(folder))
+            chosen[0] = str(folder)
         except EVLGenError as error:
             chosen[1] = str(error)
+        except OSError as error:
+            chosen[1] = (
+                f"{error.filename or cfg.run.output_dir} cannot be written ({error.strerror or error})."
+            )
     broadcast_object_list(chosen)
     if chosen[1]:
         raise TrainingError(chosen[1])
@@ -283,7 +291,9 @@ def _choose_folder(cfg: Config, restarted: bool) -> Path:
         # one that was stopped during its first save has none that is whole: it starts again, in its place
         runs = [p for p in runs if found_checkpoints(p / "checkpoints")] or runs
         if runs:
-            return _current(max(runs))
+            # the run begun or continued last; names are times, and clocks are put back
+            newest = parent / (parent / "latest").resolve().name
+            return _current(newest if newest in runs else max(runs))
     elif cfg.run.resume:
         checkpoint = Path(os.path.expanduser(cfg.run.resume)).resolve()
         if not os.path.isdir(checkpoint / STATE_FOLDER):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from evlgen.common.checkpoints import WEIGHTS_FILE
+from evlgen.common.digests import check_digests
 from evlgen.common.errors import CheckpointError, EVLGenError
 from evlgen.common.json_io import read_json
 from evlgen.common.pickle_check import DamagedPickle, RefusedPickle, check_pickles, is_zip
 
 _FOLDER_FILES = (
-    "model.safetensors",
+    WEIGHTS_FILE,
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
@@ -31,17 +33,53 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     ``state_dict`` / ``module``) and Hugging Face folders, sharded or not.
 
     Raises:
-        CheckpointError: nothing there, a damaged file, one without tensors, or a pickle that wants to run
-            code.
+        CheckpointError: nothing there, a damaged file, one that differs from its digest, without tensors, or
+            with numbers that are not finite, or a pickle that wants to run code.
     """
     path = Path(path)
     if os.path.isdir(path):
         return _read_folder(path)
     if not os.path.isfile(path):
         raise CheckpointError(f"there is no checkpoint at {path}.")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    return _state_dict(read_pickle(path), path)
+    if path.name == WEIGHTS_FILE:
+        try:
+            check_digests(path.parent, [WEIGHTS_FILE])
+        except CheckpointError as error:
+            raise CheckpointError(f"{path.parent} cannot be read: {error}.") from error
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else _state_dict(read_pickle(path), path)
+    check_finite(state, f"{path} is refused")
+    return state
+
+
+def check_finite(weights: Mapping[str, Tensor], what: str) -> None:
+    """Raises `CheckpointError` where a number is NaN or infinite.
+
+    Args:
+        what: the beginning of the message: the file, and that it is refused.
+    """
+    if (name := first_not_finite(weights)) is not None:
+        raise CheckpointError(
+            f"{what}: its tensor {name[:200]} holds numbers that are not finite (NaN or infinite). It was "
+            "damaged, or its training went wrong. Get it again, or take an older one."
+        )
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with NaN or an infinite number, or None."""
+    return next((name for name, value in tensors.items() if not _is_finite(value)), None)
+
+
+def _is_finite(value: Tensor) -> bool:
+    if value.is_complex():
+        value = torch.view_as_real(value)
+    if not value.is_floating_point() or value.numel() == 0 or value.is_meta:
+        return True
+    if value.element_size() == 1:
+        if "float4" in str(value.dtype):  # every number of it is finite
+            return True
+        value = value.float()
+    # reads every number once and needs no memory, and NaN goes through: 20 times faster than isfinite
+    return all(bound.isfinite().item() for bound in torch.aminmax(value.detach()))
 
 
 def read_pickle(path: str | Path) -> object:

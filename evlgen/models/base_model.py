@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from evlgen.common.checkpoints import CONFIG_FILE, WEIGHTS_FILE, write_folder
 from evlgen.common.config import load_model_config, load_model_file
+from evlgen.common.digests import DIGESTS_FILE, check_digests
 from evlgen.common.errors import CheckpointError, ConfigError, EVLGenError
 from evlgen.common.io import make_readable, resolve, write_atomically
 from evlgen.common.registry import registry
@@ -126,6 +127,10 @@ class BaseModel(nn.Module):
             arch = next(arch for arch in _names_of(cls))
             return cls.from_config(load_model_config(arch, str(name)), device)
         folder = _pretrained_folder(str(name), cls)
+        try:
+            check_digests(folder, [CONFIG_FILE])
+        except CheckpointError as error:  # weights are refused, but people do edit this file
+            logger.warning("%s: %s.", folder, error)
         cfg = load_model_file(folder / CONFIG_FILE)
         cfg.checkpoint = str(folder)
         return cls.from_config(cfg, device)
@@ -329,6 +334,7 @@ class BaseModel(nn.Module):
             return write_folder(folder, self.save_weights)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.") as temporary:
             self.save_weights(Path(temporary))
+            (folder / DIGESTS_FILE).unlink(missing_ok=True)  # of the files that are replaced
             for name in (WEIGHTS_FILE, CONFIG_FILE):
                 os.replace(Path(temporary) / name, folder / name)
         return folder
@@ -404,7 +410,7 @@ def _pretrained_folder(name: str, cls: type[BaseModel]) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, DIGESTS_FILE]))
     except Exception as error:  # the hub client raises many kinds; all mean: not there
         raise CheckpointError(
             f"'{name}' is no folder, no model type ({', '.join(cls.MODEL_TYPES)}) and not on the hub from "

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -31,14 +31,16 @@ from evlgen.common.checkpoints import (
     clear_unfinished,
     found_checkpoints,
     is_checkpoint,
+    place_of,
     point,
     remove_old,
     write_folder,
 )
 from evlgen.common.config import changed_keys
+from evlgen.common.digests import check_digests, replace_file, write_digests
 from evlgen.common.errors import CheckpointError, ConfigError, TrainingError
 from evlgen.common.io import write_atomically
-from evlgen.common.weights import read_weights
+from evlgen.common.weights import first_not_finite, read_weights
 from evlgen.common.yaml_io import read_yaml
 from evlgen.models.base_model import BaseModel
 from evlgen.runners.spread import gathered
@@ -78,6 +80,7 @@ class Checkpointer:
         self.saved_iteration: int | None = None
         self._job: _SaveJob | None = None
         self._problem: str | None = None  # why the last write failed
+        self._unreadable: set[Path] = set()
 
     def __enter__(self) -> Checkpointer:
         if self.accelerator.is_main_process:
@@ -133,10 +136,11 @@ class Checkpointer:
             write_atomically(folder / STATE_FOLDER / EFFORT_FILE, effort)
             save_file(moments, folder / STATE_FOLDER / OPTIMIZER_FILE)
             save_file(drawn, folder / STATE_FOLDER / RANDOM_FILE)
+            write_digests(folder)
 
-        self._job = _SaveJob(
-            self.folder / f"step_{state.iteration:08d}", weights, moments, write, self.keep_last
-        )
+        target = self.folder / f"step_{state.iteration:08d}"
+        self._unreadable.discard(target)
+        self._job = _SaveJob(target, weights, moments, write, self.keep_last)
         self._job.start()
 
     def wait_for_copy(self) -> None:
@@ -173,16 +177,22 @@ class Checkpointer:
         folder = self.folder / f"step_{state.iteration:08d}"
         if not self.accelerator.is_main_process or not is_checkpoint(folder):
             return
-        progress = folder / STATE_FOLDER / PROGRESS_FILE
-        write_atomically(progress, json.dumps({**read_progress(progress), **state.to_json()}, indent=1))
-        if is_best:
-            point(self.folder / "best", folder)
+        progress = f"{STATE_FOLDER}/{PROGRESS_FILE}"
+        try:
+            values = {**read_progress(folder / progress), **state.to_json()}
+            replace_file(folder, progress, json.dumps(values, indent=1))
+            if is_best:
+                point(self.folder / "best", folder)
+        except (OSError, CheckpointError) as error:  # the checkpoint stays as it was saved
+            cause = (isinstance(error, OSError) and error.strerror) or error
+            self._problem = f"the validation of {folder} could not be noted in it ({cause})."
+            logger.error("%s", self._problem)
 
     # ---- finding and restoring ----
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint of this run, or None."""
-        return next(iter(found_checkpoints(self.folder)), None)
+        """The newest whole checkpoint of this run, or None; not one that `resume` could not read."""
+        return next((p for p in found_checkpoints(self.folder) if p not in self._unreadable), None)
 
     def best_or_latest(self) -> Path:
         """The best checkpoint by validation; the newest where none was scored."""
@@ -209,33 +219,53 @@ class Checkpointer:
         if source != "auto":
             folder = Path(source).expanduser()
             try:
-                return self._restore(folder, model, optimizer, state)
+                return self._restore(folder, self._read(folder), model, optimizer, state)
             except CheckpointError as error:
                 raise CheckpointError(f"run.resume: {folder} cannot be continued: {error}") from error
-        for folder in found_checkpoints(self.folder):
+        found = found_checkpoints(self.folder)
+        for folder in found:
             try:
-                content = _Saved.read(folder)
+                content = self._read(folder)
             except CheckpointError as error:
                 logger.warning("%s is left aside: %s", folder, error)
+                self._unreadable.add(folder)
                 continue
-            return self._restore(folder, model, optimizer, state, content)
-        logger.info("nothing to resume in %s: starting from the beginning", self.folder)
+            if self._unreadable:
+                logger.warning("going on from %s, the newest checkpoint that is whole", folder)
+            return self._restore(folder, content, model, optimizer, state)
+        if found:
+            logger.warning("no checkpoint in %s can be read: starting from the beginning", self.folder)
+        else:
+            logger.info("nothing to resume in %s: starting from the beginning", self.folder)
         return None
+
+    def _read(self, folder: Path) -> _Saved:
+        """Reads a checkpoint whole; the first process compares it with its digests, and all hear of it."""
+        problem: list[str | None] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                check_digests(folder)
+            except CheckpointError as error:
+                problem = [str(error)]
+        broadcast_object_list(problem)
+        if problem[0]:
+            raise CheckpointError(f"{problem[0]}.")
+        return _Saved.read(folder)
 
     def _restore(
         self,
         folder: Path,
+        saved: _Saved,
         model: BaseModel,
         optimizer: torch.optim.Optimizer,
         state: TrainingState,
-        content: _Saved | None = None,
     ) -> dict[str, Any]:
-        saved = content or _Saved.read(folder)
         for line in changed_keys(saved.config, self._config_for(model), _OF_THIS_RUN):
             logger.warning("changed since %s was saved: %s", folder.name, line)
         data = state.data
         state.restore(saved.progress)
         state.effort = saved.effort
+        self._count_rewind(folder, state)
         if state.data != data:
             logger.warning(
                 "the data is not that of %s (%s there, %s here): its order differs from here on%s",
@@ -257,6 +287,18 @@ class Checkpointer:
         drawn = {k.partition(".")[2]: v for k, v in saved.drawn.items() if k.partition(".")[0] == str(rank)}
         set_random_state(drawn, processes[rank].get("random", {}))
         return processes[rank].get("own", {})
+
+    def _count_rewind(self, folder: Path, state: TrainingState) -> None:
+        """What is saved from here on is newer than the checkpoints that the run goes back behind."""
+        newest = next(iter(found_checkpoints(self.folder)), None)
+        if newest is None or place_of(newest) <= (state.rewinds, state.iteration):
+            return
+        state.rewinds = place_of(newest)[0] + 1
+        logger.warning(
+            "%s is later than %s: what is saved from here on counts as newer, and run.keep_last removes it",
+            newest.name,
+            folder.name,
+        )
 
     def _config_for(self, model: BaseModel) -> dict[str, Any]:
         section = {**dataclasses.asdict(model.cfg), "checkpoint": None}
@@ -322,7 +364,7 @@ class _SaveJob(threading.Thread):
             finally:
                 self._tensors = ()
                 self.copied.set()
-            bad = next((k for k, v in weights.items() if not torch.isfinite(v).all()), None)
+            bad = first_not_finite({**weights, **moments})
             if bad is not None:
                 raise TrainingError(f"{bad} is not finite")
             write_folder(self.target, lambda folder: self._write(folder, weights, moments))

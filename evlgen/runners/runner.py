@@ -88,14 +88,16 @@ class Runner:
             split name -> metrics, of the test splits.
 
         Raises:
-            TrainingError: a loss that is not finite; too many broken samples; the last checkpoint could not
-                be saved. Interrupted: Ctrl-C or SIGTERM, after saving.
+            TrainingError: a loss that is not finite; too many broken samples; not one step could be made; the
+                last checkpoint could not be saved. Interrupted: Ctrl-C or SIGTERM, after saving.
         """
         with self.stop, self.checkpointer:
             self._set_up_training()
             state, batches = self.state, iter(self._loader)
             while not self.is_done():
                 self._train_epoch(batches)
+                if self.is_trained():
+                    self._check_trained()
                 self._save()
                 is_best = self._validate()
                 state.epoch = self.next_epoch()
@@ -154,6 +156,7 @@ class Runner:
             if self.state.iteration:
                 logger.info("resuming after %s", self.where())
         self.plan.start = self.state.iteration
+        self._steps, self._left_out = 0, 0
         self._clock = time.perf_counter()
         if run.cache_vision:
             self._trained = cached(self._trained, self.model, run, accelerator, self.stop)
@@ -248,14 +251,31 @@ class Runner:
             state.effort.samples += count
             self._count_time()
             if math.isfinite(norm) and math.isfinite(losses["loss"]):
+                self._steps += 1
                 self.watch.finite(state, losses["loss"], seen)
                 numbers = {"lr": learning_rate, "grad_norm": norm}
                 self.log.train_step(state, losses, numbers, count, group)
             else:
+                self._left_out += 1
                 self.watch.not_finite(state, losses["loss"], norm, seen, self.checkpointer.latest())
         self.optimizer.zero_grad(set_to_none=True)
         self._count_time()
         return asked_to_stop
+
+    def _check_trained(self) -> None:
+        """Raises `TrainingError` where there were iterations, and not one of them changed the weights."""
+        if self._steps or self.state.iteration == self.plan.start:
+            return
+        cause = (
+            f"the loss or the gradient of all {self._left_out} steps was not finite (not_finite.jsonl in "
+            f"{self.folder} lists their samples). Lower run.init_lr, or start from other weights"
+            if self._left_out
+            else f"no training sample could be read; see skipped.jsonl in {self.folder}"
+        )
+        raise TrainingError(
+            f"nothing was trained between iterations {self.plan.start} and {self.state.iteration}: {cause}. "
+            f"The last checkpoint is {self.checkpointer.latest() or 'none yet'}."
+        )
 
     def _count_time(self) -> None:
         """Adds the time since the last call, or since the epoch was begun, to that of training."""

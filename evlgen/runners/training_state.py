@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from evlgen.common.checkpoints import PROGRESS_FILE
 from evlgen.common.errors import CheckpointError
 from evlgen.runners.spread import part_of
 
-PROGRESS_FILE = "progress.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random.safetensors"
 EFFORT_FILE = "effort.json"
@@ -67,6 +67,8 @@ class TrainingState:
     iteration: int = 0
     #: (Inner) epochs trained and validated.
     epoch: int = 0
+    #: How often the run went back to an earlier checkpoint than its newest one; 0 in older checkpoints.
+    rewinds: int = 0
     best_metric: float | None = None
     best_epoch: int | None = None
     #: Optimizer steps left out because a number was not finite: in all, and just before now.
@@ -93,7 +95,7 @@ class TrainingState:
         for field in dataclasses.fields(self):
             if field.name == "effort":
                 continue
-            value = values.get(field.name)
+            value = values.get(field.name, 0 if field.name == "rewinds" else None)
             own = getattr(self, field.name)
             kind = float if own is None else type(own)
             if own is None and value is None:

@@ -9,10 +9,11 @@ import zipfile
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from evlgen.common.errors import CheckpointError
 from evlgen.common.hub import local_model_folder, missing_model
-from evlgen.common.weights import check_weights_file, read_weights, shards_of
+from evlgen.common.weights import check_weights_file, first_not_finite, read_weights, shards_of
 from evlgen.models.connectors.bert_weights import bert_sizes
 
 
@@ -79,3 +80,72 @@ def test_heads_of_a_bert_that_do_not_divide_its_width(tmp_path) -> None:
 def test_an_address_is_no_model_and_is_not_fetched(monkeypatch) -> None:
     monkeypatch.setattr("evlgen.common.hub.resolve", lambda name: pytest.fail(f"{name} was fetched"))
     assert "address" in missing_model("https://host/model")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex64]
+)
+def test_weights_that_are_not_finite_are_refused_in_every_layout(tmp_path, dtype, number) -> None:
+    good = {"a": torch.zeros(3, 2, dtype=dtype), "empty": torch.zeros(0), "ids": torch.arange(3)}
+    bad = {**good, "b": torch.zeros(2, 3, dtype=dtype)}
+    bad["b"][1, 1] = number
+    for name in ("x.pth", "x.safetensors"):
+        save = torch.save if name == "x.pth" else save_file
+        save(good, tmp_path / name)
+        assert read_weights(tmp_path / name).keys() == good.keys()
+        save(bad, tmp_path / name)
+        with pytest.raises(CheckpointError, match="x.* is refused: its tensor b holds numbers"):
+            read_weights(tmp_path / name)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"b": "x.safetensors"}}')
+    with pytest.raises(CheckpointError, match="its tensor b holds numbers"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [k for k in dir(torch) if k.startswith(("float8", "float4"))])
+def test_the_smallest_number_types_are_looked_at_too(kind) -> None:
+    numbers = torch.zeros(4, dtype=torch.uint8).view(getattr(torch, kind))
+    assert first_not_finite({"x": numbers}) is None
+    if kind.startswith("float8_e") and "m0" not in kind:
+        nan = torch.tensor([0.0, float("nan")]).to(getattr(torch, kind))
+        assert first_not_finite({"x": numbers, "y": nan}) == "y"
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_language_model_with_a_number_that_is_not_finite(language, pickled) -> None:
+    from evlgen.models.language.opt import OPTLanguageModel
+
+    weights = load_file(language / "model.safetensors")
+    name = next(n for n in weights if n.endswith("layers.0.fc1.weight"))
+    weights[name][0, 0] = float("inf")
+    if pickled:
+        (language / "model.safetensors").unlink()
+        torch.save(weights, language / "pytorch_model.bin")
+    else:
+        save_file(weights, language / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model.language.name .* is refused: its tensor .*fc1.weight"):
+        OPTLanguageModel(str(language))
+
+
+def test_a_number_beyond_half_precision_is_not_read_as_infinity(language, golden) -> None:
+    from omegaconf import OmegaConf
+
+    from evlgen.common.registry import registry
+    from evlgen.models.language.opt import OPTLanguageModel
+
+    weights = load_file(language / "model.safetensors")
+    next(v for n, v in weights.items() if n.endswith("layers.0.fc1.weight"))[0, 0] = 1e6
+    save_file(weights, language / "model.safetensors", {"format": "pt"})
+    OPTLanguageModel(str(language))
+    with pytest.raises(CheckpointError, match="read as torch.float16, is refused: its tensor"):
+        OPTLanguageModel(str(language), dtype=torch.float16)
+
+    section = OmegaConf.load(golden / "evlgen_opt" / "model.yaml").model.vision
+    weights = load_file(golden / "evlgen_opt" / section.pretrained)
+    next(v for n, v in weights.items() if n.endswith("blocks.0.mlp.fc1.weight"))[0, 0] = 1e6
+    save_file(weights, language / "vision.safetensors")
+    options = {"pretrained": str(language / "vision.safetensors"), "kwargs": {**section.kwargs}}
+    encoder = registry.get_vision_encoder_class(section.name)
+    encoder(section.name, section.image_size, **options)
+    with pytest.raises(CheckpointError, match="vision.safetensors, read as torch.float16, is refused"):
+        encoder(section.name, section.image_size, dtype=torch.float16, **options)

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from transformers import BertConfig, BertModel, OPTForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from evlgen.common.digests import DIGESTS_FILE
 from evlgen.common.registry import registry
 from evlgen.models.connectors.tomeformer import TomeFormer
 from evlgen.models.language.opt import OPTLanguageModel
@@ -68,6 +69,7 @@ def _save_run(model, folder: Path) -> None:
     optimizer.step()
     with Checkpointer(folder, 1, {}, _accelerator()) as checkpointer:
         checkpointer.save(model, optimizer, TrainingState(iteration=3, epoch=1), {"seen": 12})
+    (folder / "step_00000003" / DIGESTS_FILE).unlink()  # so that damage comes as far as what reads it
 
 
 def _from_pretrained(path: Path) -> None:

@@ -14,11 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from faults import deaths
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from evlgen.assemble import run
+from evlgen.common import checkpoints
 from evlgen.common.config import Config
+from evlgen.common.digests import DIGESTS_FILE, check_digests
 from evlgen.common.errors import CheckpointError, TrainingError
 from evlgen.common.registry import registry
 from evlgen.runners.checkpointer import Checkpointer
@@ -78,6 +81,128 @@ def test_weights_that_are_not_finite_are_not_saved(training):
     assert checkpointer.latest().name == "step_00000001"
     with pytest.raises(TrainingError, match="step_00000002 could not be saved .ln_vision.bias is not finite"):
         checkpointer.raise_problem()
+
+
+def save(training, *iterations: int) -> list[Path]:
+    """Saves at these iterations, in this order; their folders."""
+    checkpointer, model, optimizer = training
+    with checkpointer:
+        for iteration in iterations:
+            checkpointer.save(model, optimizer, TrainingState(iteration=iteration), {})
+    return [checkpointer.folder / f"step_{iteration:08d}" for iteration in iterations]
+
+
+def resumed(training, source: str = "auto") -> TrainingState:
+    """Where a new process goes on."""
+    old, model, optimizer = training
+    state = TrainingState()
+    with Checkpointer(old.folder, old.keep_last, old.config, old.accelerator) as checkpointer:
+        checkpointer.resume(source, model, optimizer, state)
+    return state
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 64
+    file.write_bytes(content)
+
+
+def test_one_flipped_bit_in_any_file_of_the_newest_checkpoint_is_found(training, caplog):
+    older, newest = save(training, 1, 2)
+    files = sorted(p for p in newest.rglob("*") if p.is_file())
+    assert len(files) == 7
+    for file in files:
+        whole = file.read_bytes()
+        flip_a_bit(file)
+        caplog.clear()
+        state = resumed(training)
+        assert state.iteration == 1 and state.rewinds == 1, file
+        assert "step_00000002 is left aside: its" in caplog.text and DIGESTS_FILE in caplog.text
+        assert f"going on from {older}, the newest checkpoint that is whole" in caplog.text
+        with pytest.raises(CheckpointError, match="step_00000002 cannot be continued: its") as refused:
+            resumed(training, str(newest))
+        assert file.name in str(refused.value)
+        file.write_bytes(whole)
+    assert resumed(training).iteration == 2
+    flip_a_bit(newest / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"its model.safetensors does not match its digest"):
+        training[1].load_checkpoint(newest)
+
+
+def test_a_checkpoint_without_digests_is_read_and_refused_where_a_number_is_not_finite(training, caplog):
+    older, newest = save(training, 1, 2)
+    for folder in (older, newest):
+        (folder / DIGESTS_FILE).unlink()  # as older versions wrote them
+        progress = folder / "training_state" / "progress.json"
+        values = json.loads(progress.read_text())
+        del values["rewinds"]
+        progress.write_text(json.dumps(values))
+    assert resumed(training).iteration == 2
+    for name in ("model.safetensors", "training_state/optimizer.safetensors"):
+        tensors = load_file(newest / name)
+        key = next(key for key, value in tensors.items() if value.ndim)
+        save_file({**tensors, key: tensors[key] * float("nan")}, newest / name)
+        assert resumed(training).iteration == 1
+        assert f"{key} holds numbers that are not finite" in caplog.text
+        save_file(tensors, newest / name)
+    assert resumed(training).iteration == 2
+
+
+def test_the_iteration_decides_which_checkpoint_is_newest_after_the_clock_was_put_back(training):
+    folders = save(training, 10, 20)
+    for folder, when in zip(folders, (2e9, 1e9), strict=True):
+        for path in [folder, *folder.rglob("*")]:
+            os.utime(path, (when, when))
+    assert resumed(training).iteration == 20
+    save(training, 30)
+    assert sorted(p.name for p in training[0].folder.glob("step_*")) == ["step_00000020", "step_00000030"]
+
+
+def test_a_run_that_went_back_goes_on_from_what_it_saved_then(training, caplog):
+    first, _, _ = save(
+        (Checkpointer(training[0].folder, 9, {}, training[0].accelerator), *training[1:]), 1, 2, 3
+    )
+    state = resumed(training, str(first))
+    assert (state.iteration, state.rewinds) == (1, 1)
+    assert "step_00000003 is later than step_00000001" in caplog.text
+    checkpointer, model, optimizer = training
+    state.iteration = 2
+    with checkpointer:
+        checkpointer.save(model, optimizer, state, {})
+    assert checkpointer.latest().name == "step_00000002"
+    again = resumed(training)
+    assert (again.iteration, again.rewinds) == (2, 1)
+    assert sorted(p.name for p in checkpointer.folder.glob("step_*")) == ["step_00000002", "step_00000003"]
+
+
+def test_saving_a_step_again_may_be_killed_at_any_system_call(training, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    checkpointer, model, optimizer = training
+    folder = checkpointer.folder
+
+    def save_again() -> None:
+        state = TrainingState(iteration=2)
+        checkpointer.save(model, optimizer, state, {})
+        checkpointer.wait()
+        if checkpointer._problem is None:
+            checkpointer.end_epoch(state, is_best=True)
+
+    save(training, 1, 2)
+    save_again()
+    calls = 0
+    for calls, _ in enumerate(deaths(save_again, (checkpoints, "exchange")), 1):  # noqa: B007
+        for name in ("step_00000001", "step_00000002", "latest", "best"):
+            check_digests(folder / name)
+            load_file(folder / name / "model.safetensors")
+        with Checkpointer(folder, 2, {}, checkpointer.accelerator):  # the next start
+            assert sorted(p.name for p in folder.iterdir()) == [
+                "best",
+                "latest",
+                "step_00000001",
+                "step_00000002",
+            ]
+    assert calls > 30
+    assert resumed(training).iteration == 2
 
 
 def in_process(training_folder: Path, lines: str, **popen) -> subprocess.CompletedProcess:
@@ -155,6 +280,45 @@ def test_resume_auto_passes_over_a_damaged_checkpoint_to_the_newest_good_one(tin
     assert "step_00000018 is left aside" in caplog.text
     assert [r["loss"] for r in records(folder)] == [r["loss"] for r in whole]
     assert load_file(state)
+
+
+def test_a_second_resume_of_a_run_folder_is_refused_while_the_first_is_at_work(tiny_project):
+    path = tiny_project(run={**SHORT, "max_epoch": 1})
+    folder = train(path)
+    lines = "import sys, time; from pathlib import Path; from evlgen.common.locks import sole_writer"
+    lines += "\nwith sole_writer(Path(sys.argv[1])): print('at work', flush=True); time.sleep(60)"
+    first = subprocess.Popen([sys.executable, "-c", lines, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "at work\n"
+    before = (folder / "log.jsonl").read_bytes()
+    for source in ("auto", folder / "checkpoints" / "latest"):
+        with pytest.raises(TrainingError, match=f"in use: process {first.pid} on"):
+            train(path, f"run.resume={source}", "run.max_epoch=2")
+    assert (folder / "log.jsonl").read_bytes() == before
+    first.kill()
+    first.communicate()
+    assert train(path, "run.resume=auto", "run.max_epoch=2") == folder
+    assert len(records(folder)) == 12 and not (folder / ".in_use").exists()
+
+
+BAD_LOSS = """
+from evlgen import registry
+from evlgen.tasks.captioning import CaptioningTask
+@registry.register_task('bad_loss')
+class BadLoss(CaptioningTask):
+    def train_step(self, model, samples):
+        losses = super().train_step(model, samples)
+        return {**losses, 'loss': losses['loss'] * float('nan')}
+"""
+
+
+def test_a_run_in_which_every_step_was_left_out_ends_with_an_error(tiny_project, tmp_path):
+    path = tiny_project(run={**SHORT, "max_epoch": 1, "precision": "bf16"})
+    whole = train(path)
+    (tmp_path / "bad.py").write_text(BAD_LOSS)
+    options = ["run.task=bad_loss", f"plugins=[{tmp_path / 'bad.py'}]", "run.max_epoch=2"]
+    with pytest.raises(TrainingError, match="iterations 6 and 12: the loss or .* all 6 steps was not finite"):
+        train(path, "run.resume=auto", *options)
+    assert [p.name for p in (whole / "checkpoints").glob("step_*")] == ["step_00000006"]
 
 
 def test_a_named_checkpoint_that_is_damaged_is_refused_with_its_name(tiny_project):

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from evlgen.common.errors import CheckpointError, ConfigError
 from evlgen.common.hub import is_gguf, local_model_folder, missing_model, read_model_config
 from evlgen.common.io import resolve
-from evlgen.common.weights import reading, weights_only
+from evlgen.common.weights import check_finite, reading, weights_only
 
 
 def find_model(name: str) -> Path:
@@ -89,7 +89,7 @@ def read_model(
         options: more for ``from_pretrained``.
 
     Raises:
-        CheckpointError: weights that are damaged or missing.
+        CheckpointError: weights that are damaged or missing, or not finite in this type.
     """
     known = auto_class._model_mapping
     if type(config) in known and not getattr(known[type(config)], "_supports_sdpa", True):
@@ -112,6 +112,7 @@ def read_model(
             f"model.language.name '{name}': {path} lacks {len(missing)} of its weights, such as "
             f"{missing[0]}. Get it again."
         )
+    check_finite(model.state_dict(), f"model.language.name '{name}': {path}, read as {dtype}, is refused")
     if source:
         _forget_quantisation(model)
     return model

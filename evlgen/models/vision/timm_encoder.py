@@ -18,7 +18,7 @@ from evlgen.common.errors import CheckpointError, ConfigError, EVLGenError, did_
 from evlgen.common.io import download_target, resolve
 from evlgen.common.memory import check_fits
 from evlgen.common.registry import registry
-from evlgen.common.weights import read_weights, weights_only
+from evlgen.common.weights import check_finite, read_weights, weights_only
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.checkpointing import checkpoint_blocks, offloaded
 from evlgen.models.vision.efficientnet import efficientnet_to_timm, is_efficientnet_pytorch
@@ -85,6 +85,9 @@ class TimmEncoder(VisionEncoder):
         if isinstance(source, str):
             self._load(source, dtype)
         self.trunk.to(dtype)
+        if pretrained is not False:
+            what = f"model.vision.pretrained: {source or name}, read as {dtype}, is refused"
+            check_finite(self.trunk.state_dict(), what)
         self.image_size = image_size
         self.num_prefix_tokens = getattr(self.trunk, "num_prefix_tokens", 0)
         data = self.trunk.pretrained_cfg
