@@ -123,7 +123,8 @@ class SkippedSamples:
 
     def to_json(self) -> dict[str, Any]:
         """What a resumed run needs to go on counting."""
-        return {"seen": self.seen, "causes": dict(self.causes), "lost": self.lost}
+        lost = {dataset: dict(shares) for dataset, shares in self.lost.items()}
+        return {"seen": self.seen, "causes": dict(self.causes), "lost": lost}
 
     def restore(self, values: Mapping[str, Any]) -> None:
         """Takes over what `to_json` gave."""
