@@ -165,6 +165,11 @@ class BaseModel(nn.Module):
         """Samples that will be read more than once, with what need not be computed again."""
         return samples
 
+    def not_learnable(self, samples: dict[str, Any]) -> dict[int, str]:
+        """The samples of a batch, as `forward` reads them, that leave nothing to learn, and why: such as a
+        question that takes all tokens there may be."""
+        return {}
+
     def predict_answers(self, samples: dict[str, Any], **options) -> list[str]:
         """One short answer for each sample's question."""
         raise NotImplementedError(f"{type(self).__name__} must define predict_answers(samples)")

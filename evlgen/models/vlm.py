@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence, Sized
 from typing import Any, ClassVar
 
@@ -203,6 +204,19 @@ class VLM(BaseModel):
                     soft_prompts, samples["text_input"], samples.get("text_output")
                 )
         return dict(zip(("losses", "num_tokens"), found, strict=True))
+
+    def not_learnable(self, samples: dict[str, Any]) -> dict[int, str]:
+        if "text_output" not in samples:
+            return {}
+        lost = self.language.without_answer(samples["text_input"], samples["text_output"])
+        if not lost:
+            return {}
+        counts = samples.get("num_texts", [1] * len(samples["text_input"]))
+        sample_of = [sample for sample, count in enumerate(counts) for _ in range(count)]
+        lost_of = Counter(sample_of[place] for place in lost)
+        limit = self.language.max_txt_len
+        why = f"its question takes all {limit} tokens of model.max_txt_len: nothing of an answer is left"
+        return {sample: why for sample, count in lost_of.items() if count == counts[sample]}
 
     def soft_prompts(self, samples: dict[str, Any]) -> Tensor:
         """``image`` [B, 3, H, W] or [B, 3, T, H, W], or in its place ``visual_tokens`` [B, N, C_vision] that

@@ -314,3 +314,12 @@ def to_device(samples: dict[str, Any], device: torch.device) -> dict[str, Any]:
 def batch_size(samples: Mapping[str, Any]) -> int:
     """The number of samples in a batch."""
     return max((len(v) for v in samples.values() if hasattr(v, "__len__")), default=0)
+
+
+def rows_of(samples: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """Some of the samples of a batch."""
+    return {
+        key: value[list(rows)] if isinstance(value, torch.Tensor) else [value[row] for row in rows]
+        for key, value in samples.items()
+        if rows
+    }

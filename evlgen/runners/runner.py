@@ -18,9 +18,18 @@ from torch.utils.data import Dataset
 
 from evlgen.common.errors import TrainingError
 from evlgen.common.registry import registry
+from evlgen.datasets.base_dataset import Skipped
 from evlgen.models.base_model import BaseModel
 from evlgen.runners.checkpointer import Checkpointer
-from evlgen.runners.data import batch_size, eval_loader, seeded, to_device, train_loader, workers_named
+from evlgen.runners.data import (
+    batch_size,
+    eval_loader,
+    rows_of,
+    seeded,
+    to_device,
+    train_loader,
+    workers_named,
+)
 from evlgen.runners.distribution import Distribution, WeightedMeans, make_accelerator
 from evlgen.runners.image_use import ImageUseMeter
 from evlgen.runners.interruption import StopNow, StopRequest
@@ -254,7 +263,7 @@ class Runner:
         means = WeightedMeans()
         seen: list[tuple[Tensor, list[str]]] = []  # each batch's loss and sample ids
         for position in range(group):
-            samples = self.skipped.take_out(next(batches), state.iteration)
+            samples = self.skipped.take_out(self._learnable(next(batches)), state.iteration)
             state.iteration += 1
             is_empty = samples is None
             if is_empty:
@@ -315,6 +324,17 @@ class Runner:
         """Gradients are exchanged after the last batch of a step only."""
         return contextlib.nullcontext() if last else self.distribution.accumulating()
 
+    def _learnable(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch whose samples that leave nothing to learn are among its ``skipped`` ones."""
+        samples = {key: value for key, value in batch.items() if key != "skipped"}
+        reasons = self.model.not_learnable(self.task.to_learn(samples)) if samples else {}
+        if not reasons:
+            return batch
+        ids = samples.get("sample_id", [""] * batch_size(samples))
+        skipped = [Skipped(None, ids[row], why, "nothing to learn") for row, why in reasons.items()]
+        rest = rows_of(samples, [row for row in range(batch_size(samples)) if row not in reasons])
+        return {**rest, "skipped": [*batch.get("skipped", []), *skipped]}
+
     def _stand_in(self) -> dict[str, Any]:
         """The batch before, where nothing of one could be read; for a run's first, any readable sample."""
         if self._last_samples is not None:
@@ -323,7 +343,7 @@ class Runner:
         with seeded(self.run.seed):
             for name, dataset in self._trained.items():
                 for sample in one_by_one(dataset):
-                    batch = dataset.collater([sample])
+                    batch = self._learnable(dataset.collater([sample]))
                     if not batch.pop("skipped", None):
                         return {**batch, "dataset": [name]}
         raise TrainingError(f"no training sample can be read; see {self.folder / 'skipped.jsonl'}.")

@@ -66,6 +66,10 @@ class LanguageModel(nn.Module):
         an end token is one that was cut, and its end is not learned."""
         raise NotImplementedError
 
+    def without_answer(self, text_in: list[str], text_out: list[str]) -> list[int]:
+        """The places of texts that are so long that nothing of their ``text_out`` is left to learn."""
+        return []
+
     def log_likelihoods(
         self,
         soft_prompts: Tensor,

@@ -174,6 +174,14 @@ class HuggingFaceLanguageModel(LanguageModel):
         """The tokens of prompts to continue, within the limits."""
         raise NotImplementedError
 
+    def without_answer(self, text_in: list[str], text_out: list[str]) -> list[int]:
+        lengths = map(len, self.tokenizer(text_in).input_ids)
+        places = [place for place, length in enumerate(lengths) if length >= self.max_txt_len]
+        if not places:
+            return []
+        found = self.to_learn(*([texts[place] for place in places] for texts in (text_in, text_out)))
+        return [place for place, tokens in zip(places, found, strict=True) if not tokens.learned]
+
     @torch.no_grad()
     def embedding_rms(self) -> float:
         """Root mean square of the word embeddings' entries, as the model adds soft prompts to them: Gemma's
