@@ -141,6 +141,11 @@ class BaseModel(nn.Module):
         where its tokenizer is not on this machine, or nothing is known of its texts."""
         return None
 
+    @classmethod
+    def check_room(cls, cfg: Any, prompt: str | None, num_new: int, learns: bool) -> None:
+        """Raises `ConfigError` where the longest texts that the settings allow are more than the model of a
+        config can read, as far as that is known without its weights. See `LanguageModel.check_room`."""
+
     def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
         """The training loss of a batch: ``{"loss": scalar}``, a mean.
 

@@ -17,6 +17,7 @@ from evlgen.models.language.loading import (
     find_model,
     model_without_weights,
     named_errors,
+    num_positions,
     read_config,
     read_model,
     read_tokenizer,
@@ -296,10 +297,16 @@ class HuggingFaceLanguageModel(LanguageModel):
                 "model.max_txt_len."
             )
 
+    def _most_read(self, prompt: str | None) -> int:
+        """Tokens that are read before a text, at most; see `check_room`."""
+        tokens = self.to_read([prompt or ""])[0]
+        questions = self.max_txt_len if prompt is None else 0
+        return len(tokens.before) + len(tokens.read) + questions
+
     def _check_length(self, positions: int, key: str) -> None:
         """Raises `ConfigError` for more positions than the model has, where it has a limit."""
-        known = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if known and positions > known > 0:
+        known = num_positions(self.model.config)
+        if known and positions > known:
             raise ConfigError(
                 f"soft prompts and text take {positions} positions, and the language model has {known}. "
                 f"Lower {key}, "
