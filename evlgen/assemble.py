@@ -53,6 +53,7 @@ def run(cfg: Config, runner_class: type | None = None) -> dict[str, dict[str, fl
     builders = ready_builders(cfg)
     check_splits(cfg, builders)
     check_nothing_missing(cfg, builders)
+    check_room(cfg, task)
 
     from accelerate.utils import set_seed
 
@@ -231,6 +232,20 @@ def check_nothing_missing(cfg: Config, builders: dict[str, Any]) -> None:
         raise DataError(
             f"this run needs what is not on this machine:\n{lines}" + (f"\n{small}" if weights else "")
         )
+
+
+def check_room(cfg: Config, task: Any) -> None:
+    """Raises `ConfigError` where texts as long as the settings allow do not fit into the language model
+    beside the soft prompts: an evaluation would find out after an epoch."""
+    model_class, run = registry.get_model_class(cfg.model.arch), cfg.run
+    config = build_dataclass(model_class.CONFIG, cfg.model_plain(), path="model")
+    writes = (
+        task.WRITES
+        and run.inference_method == "generate"
+        and bool(run.test_splits or (run.valid_splits and not run.evaluate))
+    )
+    prompt = None if task.ASKS else (config.prompt if run.prompt is None else run.prompt)
+    model_class.check_room(config, prompt, task.max_len if writes else 0, learns=not run.evaluate)
 
 
 def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str, Dataset]]:

@@ -18,7 +18,7 @@ from evlgen.common.errors import DataError
 from evlgen.common.io import atomic_file
 from evlgen.datasets.base_dataset import BadRecord, BaseDataset, Skipped
 from evlgen.models.text_lengths import TextLength
-from evlgen.runners.data import eval_loader, evenly_spread, seeded
+from evlgen.runners.data import eval_loader, evenly_spread, seeded, workers_named
 
 SHOWN = 16  # pictures on a contact sheet
 TEXT_KEYS = ("text_input", "text_output")
@@ -124,7 +124,8 @@ def check_split(
     """
     report = SplitReport(name, len(dataset))
     loader = eval_loader(_Summaries(dataset), 8, num_workers, pin_memory=False)
-    with seeded(seed), tqdm(total=len(dataset), desc=name, unit="sample", disable=None, leave=False) as bar:
+    bar = tqdm(total=len(dataset), desc=name, unit="sample", disable=None, leave=False)
+    with workers_named(), seeded(seed), bar:
         for batch in loader:
             for found in batch:
                 _note(report, found, measure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import pickle
 from array import array
@@ -45,6 +46,12 @@ class PackedRecords(Sequence):
         index %= len(self)
         start, end = self._ends[index : index + 2].tolist()
         return pickle.loads(self._data[start:end].numpy())
+
+    def digest(self) -> str:
+        """See `evlgen.datasets.records.digest`; at the speed of memory."""
+        digest = hashlib.blake2b(self._data.numpy(), digest_size=16)
+        digest.update(self._ends.numpy())
+        return digest.hexdigest()
 
     def __iter__(self) -> Iterator[Any]:
         for first in range(0, len(self), _CHUNK):

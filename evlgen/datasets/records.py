@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -58,3 +60,20 @@ def refuse_bad(records: Sequence[Any]) -> None:
 def good(records: Iterable[Any]) -> Iterator[Any]:
     """Those that are no `BadRecord`."""
     return (record for record in records if not isinstance(record, BadRecord))
+
+
+def digest(records: Sequence[Any]) -> str | None:
+    """A sum of all records in their order; None where they cannot be told apart.
+
+    Of files and folders the names count, not where they lie.
+    """
+    if isinstance(records, PackedRecords):
+        return records.digest()
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        for record in [repr(records)] if isinstance(records, range) else records:
+            is_path = isinstance(record, str | os.PathLike)
+            digest.update(pickle.dumps(os.path.basename(record) if is_path else record))
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return None
+    return digest.hexdigest()

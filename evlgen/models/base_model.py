@@ -146,6 +146,11 @@ class BaseModel(nn.Module):
         where its tokenizer is not on this machine, or nothing is known of its texts."""
         return None
 
+    @classmethod
+    def check_room(cls, cfg: Any, prompt: str | None, num_new: int, learns: bool) -> None:
+        """Raises `ConfigError` where the longest texts that the settings allow are more than the model of a
+        config can read, as far as that is known without its weights. See `LanguageModel.check_room`."""
+
     def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
         """The training loss of a batch: ``{"loss": scalar}``, a mean.
 
@@ -169,6 +174,11 @@ class BaseModel(nn.Module):
     def encoded(self, samples: dict[str, Any]) -> dict[str, Any]:
         """Samples that will be read more than once, with what need not be computed again."""
         return samples
+
+    def not_learnable(self, samples: dict[str, Any]) -> dict[int, str]:
+        """The samples of a batch, as `forward` reads them, that leave nothing to learn, and why: such as a
+        question that takes all tokens there may be."""
+        return {}
 
     def predict_answers(self, samples: dict[str, Any], **options) -> list[str]:
         """One short answer for each sample's question."""

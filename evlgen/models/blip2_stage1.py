@@ -27,6 +27,7 @@ from evlgen.common.io import resolve
 from evlgen.common.registry import registry
 from evlgen.common.schema import PositiveInt, Registered
 from evlgen.models.base_model import BaseModel, Missing
+from evlgen.models.connectors.bert_weights import bert_sizes
 from evlgen.models.connectors.qformer import QFormer
 from evlgen.models.connectors.qformer_text import (
     QFormerText,
@@ -173,11 +174,7 @@ class Blip2Stage1(BaseModel):
             **connector_args,
         )
         num_positions = cfg.text.max_position_embeddings or connector.sizes.max_position_embeddings
-        if cfg.max_txt_len > num_positions:
-            raise ConfigError(
-                f"model.max_txt_len is {cfg.max_txt_len}, and text has {num_positions} positions. Lower it, "
-                "or raise model.text.max_position_embeddings."
-            )
+        _check_learned(cfg.max_txt_len, num_positions)
         model = cls(vision, connector, tokenizer, num_positions, cfg.embed_dim, cfg.prompt, cfg.vision.freeze)
         logger.info(
             "BLIP-2's first stage: %.1f million weights trained, %.1f million frozen",
@@ -205,6 +202,17 @@ class Blip2Stage1(BaseModel):
     def text_lengths(cls, cfg: Stage1Config) -> TextLengths | None:
         name = cfg.text.tokenizer
         return None if missing_model(name) else TextLengths(QFormerTokenizer(name, cfg.max_txt_len))
+
+    @classmethod
+    def check_room(cls, cfg: Stage1Config, prompt: str | None, num_new: int, learns: bool) -> None:
+        start = cfg.connector.get("init")
+        if any(name and missing_model(name) for name in (start, cfg.text.tokenizer)):
+            return
+        known = cfg.text.max_position_embeddings or bert_sizes(start, num_layers=1).max_position_embeddings
+        _check_learned(cfg.max_txt_len, known)
+        if num_new:
+            tokenizer = QFormerTokenizer(cfg.text.tokenizer, cfg.max_txt_len)
+            _check_written(tokenizer.to_write_after(prompt or "").shape[1] + num_new, known)
 
     def frozen_modules(self) -> list[nn.Module]:
         return [self.vision] if self.freezes_vision else []
@@ -366,12 +374,7 @@ class Blip2Stage1(BaseModel):
             temperature,
         )
         start = self.tokenizer.to_write_after(self._prompt(samples)).to(self.device)
-        known = self.text.positions.num_embeddings
-        if start.shape[1] + max_length > known:
-            raise ConfigError(
-                f"text takes {start.shape[1] + max_length} positions, and BLIP-2's first stage has {known}. "
-                "Lower max_length (run.max_len)."
-            )
+        _check_written(start.shape[1] + max_length, self.text.positions.num_embeddings)
         tokens = self._tokens(samples)
         _, past = self.connector.read(self.connector.keys_values(self._normed(tokens)), len(tokens))
         start = start.expand(len(tokens), -1)
@@ -507,3 +510,19 @@ class Blip2Stage1(BaseModel):
 
 def _batch(visual: list[Tensor | None]) -> int:
     return len(next(v for v in visual if v is not None))
+
+
+def _check_learned(max_txt_len: int, known: int) -> None:
+    if max_txt_len > known:
+        raise ConfigError(
+            f"model.max_txt_len is {max_txt_len}, and text has {known} positions. Lower it, or raise "
+            "model.text.max_position_embeddings."
+        )
+
+
+def _check_written(positions: int, known: int) -> None:
+    if positions > known:
+        raise ConfigError(
+            f"text takes {positions} positions, and BLIP-2's first stage has {known}. Lower max_length "
+            "(run.max_len)."
+        )

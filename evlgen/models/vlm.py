@@ -6,19 +6,21 @@ import contextlib
 import dataclasses
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence, Sized
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from evlgen.common.errors import ConfigError, DataError
+from evlgen.common.errors import ConfigError, DataError, EVLGenError
 from evlgen.common.hub import looks_like_path, missing_model
 from evlgen.common.io import resolve
 from evlgen.common.registry import registry
 from evlgen.models.base_model import BaseModel, Missing
 from evlgen.models.connectors.base import Connector
 from evlgen.models.language import LanguageModel, build_language_model
+from evlgen.models.language.loading import find_model, num_positions, read_config
 from evlgen.models.model_config import ModelConfig
 from evlgen.models.ops import quicken
 from evlgen.models.prompts import ask, check_count, fill_ocr_slots
@@ -134,11 +136,51 @@ class VLM(BaseModel):
     def text_lengths(cls, cfg: ModelConfig) -> TextLengths | None:
         if missing_model(cfg.language.name):
             return None
+        language = cls._language_without_weights(cfg)
+        return TextLengths(language) if hasattr(language, "to_learn") else None
+
+    @classmethod
+    def check_room(cls, cfg: ModelConfig, prompt: str | None, num_new: int, learns: bool) -> None:
+        if missing_model(cfg.language.name):
+            return
+        name = cfg.language.name
+        limit = num_positions(read_config(name, find_model(name)))
+        # nearly all models have far more room than is needed: seen without building anything
+        texts = len((prompt or "").encode()) + cfg.max_txt_len + (cfg.max_output_txt_len or cfg.max_txt_len)
+        around = 256 if cfg.language.chat_template else 8  # tokens of a template, of a start
+        # of queries, maybe
+        counts = [n for key, n in cfg.connector.items() if key.startswith("num_") and isinstance(n, int)]
+        most = max((cfg.vision.image_size // 8) ** 2, *counts, 0)
+        if limit is not None and texts + around + num_new + most > limit:
+            language = cls._language_without_weights(cfg)
+            language.check_room(cls._num_soft_prompts(cfg, language.embed_dim), prompt, num_new, learns)
+
+    @classmethod
+    def _language_without_weights(cls, cfg: ModelConfig) -> LanguageModel:
         plain = dataclasses.replace(cfg.language, freeze=True, quantization="none", lora=None)
-        language = build_language_model(
+        return build_language_model(
             dataclasses.replace(cfg, language=plain), cls.LANGUAGE_MODEL, torch.device("meta")
         )
-        return TextLengths(language) if hasattr(language, "to_learn") else None
+
+    @staticmethod
+    def _num_soft_prompts(cfg: ModelConfig, language_dim: int) -> int:
+        """The soft prompts of an image (of a video, of a frame); 1 where weights are needed to tell."""
+        settings = {key: value for key, value in cfg.connector.items() if key not in ("name", "init")}
+        try:
+            with torch.device("meta"):
+                plain = dataclasses.replace(cfg.vision, pretrained=False, grad_checkpoint=False)
+                vision = build_vision_encoder(plain, "meta")
+                connector = registry.get_connector_class(cfg.connector.get("name", "tomeformer"))(
+                    vision_dim=vision.embed_dim,
+                    language_dim=language_dim,
+                    num_tokens=vision.num_tokens,
+                    num_prefix_tokens=vision.num_prefix_tokens,
+                    embedding_rms=1.0,
+                    **settings,
+                )
+            return connector.num_soft_prompts(vision.num_tokens)
+        except (EVLGenError, ArithmeticError, RuntimeError, TypeError, ValueError):
+            return 1  # a part of a plugin, which may do anything; what is wrong is said when it is built
 
     def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
         """The next-token loss of a batch.
@@ -214,6 +256,19 @@ class VLM(BaseModel):
             if key in samples:
                 _check_length(key, samples[key], sum(counts), "texts, by num_texts or one an image")
         return counts
+
+    def not_learnable(self, samples: dict[str, Any]) -> dict[int, str]:
+        if "text_output" not in samples:
+            return {}
+        lost = self.language.without_answer(samples["text_input"], samples["text_output"])
+        if not lost:
+            return {}
+        counts = samples.get("num_texts", [1] * len(samples["text_input"]))
+        sample_of = [sample for sample, count in enumerate(counts) for _ in range(count)]
+        lost_of = Counter(sample_of[place] for place in lost)
+        limit = self.language.max_txt_len
+        why = f"its question takes all {limit} tokens of model.max_txt_len: nothing of an answer is left"
+        return {sample: why for sample, count in lost_of.items() if count == counts[sample]}
 
     def soft_prompts(self, samples: dict[str, Any]) -> Tensor:
         """``image`` [B, 3, H, W] or [B, 3, T, H, W], or in its place ``visual_tokens`` [B, N, C_vision] that

@@ -51,6 +51,7 @@ from evlgen.runners.training_state import (
     RANDOM_FILE,
     Effort,
     TrainingState,
+    data_changes,
     load_optimizer,
     optimizer_tensors,
     random_state,
@@ -266,15 +267,14 @@ class Checkpointer:
         state.restore(saved.progress)
         state.effort = saved.effort
         self._count_rewind(folder, state)
-        if state.data != data:
+        if changes := data_changes(state.data, data):
             logger.warning(
-                "the data is not that of %s (%s there, %s here): its order differs from here on%s",
+                "the data is not that of %s (%s): its order differs from here on%s",
                 folder.name,
-                state.data,
-                data,
+                changes,
                 "; of a stream, what was trained on in its pass so far may come again" * ("shards" in data),
             )
-            state.data = data
+        state.data = data
         model.load_checkpoint(folder)
         load_optimizer(model, optimizer, saved.moments)
         scaler = self.accelerator.scaler

@@ -10,18 +10,24 @@ from __future__ import annotations
 import bisect
 import contextlib
 import dataclasses
+import errno
 import functools
 import logging
 import os
+import pickle
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
+from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from evlgen.common.errors import EVLGenError, TrainingError
 from evlgen.datasets.base_dataset import Skipped
 from evlgen.datasets.stream import StreamDataset
 from evlgen.runners.interruption import leave_to_parent
@@ -30,6 +36,8 @@ if TYPE_CHECKING:
     from evlgen.runners.mixed_plan import MixedPlan, StreamSlot
 
 logger = logging.getLogger(__name__)
+
+_SHARED_MEMORY = "/dev/shm"
 
 
 @contextlib.contextmanager
@@ -163,7 +171,7 @@ def train_loader(
     return DataLoader(
         _SeededDataset(datasets),
         batch_sampler=plan,
-        collate_fn=next(iter(datasets.values())).collater,
+        collate_fn=_Collater(next(iter(datasets.values())).collater),
         num_workers=_workers(num_workers),
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
@@ -188,12 +196,87 @@ def eval_loader(
         dataset,
         batch_size=batch_size,
         sampler=indices[first:end],
-        collate_fn=dataset.collater,
+        collate_fn=_Collater(dataset.collater),
         num_workers=_workers(num_workers, len(indices) // (batch_size * world_size)),
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # else each new iterator would draw from the generator dropout uses
     )
+
+
+class _Collater:
+    """Makes a batch of samples and, in a worker process, sends it off: what cannot be sent, such as a batch
+    larger than the shared memory that is left, fails like a sample that cannot be read. torch would send it
+    in a thread of the worker, whose failure nobody learns of, and be waited for for ever."""
+
+    def __init__(self, collate: Callable[[Sequence[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        batch = self.collate(samples)
+        return batch if get_worker_info() is None else _Sent(bytes(ForkingPickler.dumps(batch)))
+
+
+class _Sent:
+    """Something pickled, that becomes the thing itself where it arrives."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def __reduce__(self) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
+        return pickle.loads, (self.content,)
+
+
+@contextlib.contextmanager
+def workers_named() -> Iterator[None]:
+    """Says plainly why a data-loading process failed or died. torch raises what it learns of a death out of a
+    signal handler, in the middle of any line: the block is to be around all that is done with a loader.
+
+    Raises:
+        TrainingError: a process died; shared memory or file handles ran out.
+        EVLGenError: what a process raised, without the traceback that torch puts into its message.
+    """
+    try:
+        yield
+    except EVLGenError as error:
+        name = f"{type(error).__module__}.{type(error).__qualname__}: "
+        _, is_from_worker, message = str(error).partition(f"\n{name}")
+        if not is_from_worker:
+            raise
+        raise type(error)(message.rstrip()) from None
+    except (RuntimeError, OSError) as error:
+        problem = _worker_problem(error)
+        if problem is None:
+            raise
+        raise TrainingError(problem) from error
+
+
+def _worker_problem(error: RuntimeError | OSError) -> str | None:
+    """What an error of torch says about data-loading processes, and what to do; None where it does not."""
+    text = str(error.__cause__ or "") or str(error)  # the cause of "exited unexpectedly" names the signal
+    shown = text.strip().splitlines()[-1].removeprefix("RuntimeError: ").strip().rstrip(".") if text else ""
+    has_no_space = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    shared = shutil.disk_usage(_SHARED_MEMORY) if os.path.isdir(_SHARED_MEMORY) else None
+    is_full = shared is not None and has_no_space and not shared.free
+    if is_full or re.search(r"shared memory|</torch_|Bus error", text):
+        size = f"has {shared.total / 1e6:.0f} MB in all" if shared else "is not there"
+        return (
+            f"a data-loading process found no room for a batch in shared memory ({shown}). "
+            f"{_SHARED_MEMORY} {size}: raise it (docker run --shm-size=8g), lower run.num_workers (0 needs "
+            "none), or lower the batch size."
+        )
+    if "Too many open files" in text:
+        return (
+            "the data-loading processes have too many open files. Raise the limit (ulimit -n 65536), or "
+            "lower run.num_workers (0 needs none)."
+        )
+    if "DataLoader worker" in str(error) and ("exited" in str(error) or "killed" in str(error)):
+        return (
+            f"a data-loading process died ({shown or error}), often because memory ran out. Lower "
+            "run.num_workers or the batch size. Checkpoints saved so far are whole: run.resume=auto goes on "
+            "from the newest."
+        )
+    return None
 
 
 def evenly_spread(length: int, count: int | None) -> Sequence[int]:
@@ -231,3 +314,12 @@ def to_device(samples: dict[str, Any], device: torch.device) -> dict[str, Any]:
 def batch_size(samples: Mapping[str, Any]) -> int:
     """The number of samples in a batch."""
     return max((len(v) for v in samples.values() if hasattr(v, "__len__")), default=0)
+
+
+def rows_of(samples: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """Some of the samples of a batch."""
+    return {
+        key: value[list(rows)] if isinstance(value, torch.Tensor) else [value[row] for row in rows]
+        for key, value in samples.items()
+        if rows
+    }

@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterable, Iterator
 from types import FrameType
+from typing import Any
 
 from evlgen.common.errors import Interrupted
 
 # Seconds in which one of several processes must come to a place where it can save. One that waits for a
 # process that died never does, and its launcher waits longer than this before it kills.
 PATIENCE = 15.0
+
+
+class StopNow(BaseException):
+    """A stop was requested while a run waited for a batch. No `Exception`: torch looks into those."""
 
 
 class StopRequest:
@@ -26,6 +32,7 @@ class StopRequest:
     def __init__(self, distributed: bool = False) -> None:
         self.received: signal.Signals | None = None
         self.distributed = distributed
+        self._is_waiting = False
         self._before: dict[signal.Signals, object] = {}
         self._timer: threading.Timer | None = None
 
@@ -44,6 +51,30 @@ class StopRequest:
     def requested(self) -> bool:
         """Whether somebody asked this process to stop."""
         return self.received is not None
+
+    def heeding(self, batches: Iterable[Any], has_workers: bool) -> Iterator[Any]:
+        """The batches of a loader, of which the next one may never come.
+
+        Args:
+            has_workers: whether other processes read them. This process itself is not to be stopped in the
+                middle of a sample, nor while it takes part in a distributed run: the others would wait.
+
+        Raises:
+            StopNow: a stop is requested while the next batch is awaited.
+        """
+        is_heeded = has_workers and not self.distributed
+        batches = iter(batches)
+        while True:
+            try:
+                self._is_waiting = is_heeded
+                if is_heeded and self.requested:
+                    raise StopNow
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self._is_waiting = False
+            yield batch
 
     def interrupted(self, where: str) -> Interrupted:
         """What a run raises when it stops."""
@@ -67,6 +98,8 @@ class StopRequest:
             self._timer = threading.Timer(PATIENCE, os._exit, [128 + number])
             self._timer.daemon = True
             self._timer.start()
+        if self._is_waiting:
+            raise StopNow
 
 
 def leave_to_parent() -> None:

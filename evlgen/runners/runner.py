@@ -19,12 +19,21 @@ from torch.utils.data import Dataset
 
 from evlgen.common.errors import TrainingError
 from evlgen.common.registry import registry
+from evlgen.datasets.base_dataset import Skipped
 from evlgen.models.base_model import BaseModel
 from evlgen.runners.checkpointer import Checkpointer
-from evlgen.runners.data import batch_size, eval_loader, seeded, to_device, train_loader
+from evlgen.runners.data import (
+    batch_size,
+    eval_loader,
+    rows_of,
+    seeded,
+    to_device,
+    train_loader,
+    workers_named,
+)
 from evlgen.runners.distribution import Distribution, WeightedMeans, make_accelerator
 from evlgen.runners.image_use import ImageUseMeter
-from evlgen.runners.interruption import StopRequest
+from evlgen.runners.interruption import StopNow, StopRequest
 from evlgen.runners.loss_watch import LossWatch
 from evlgen.runners.mixed_plan import make_plan, one_by_one, recorded, split_ratios
 from evlgen.runners.optimizer import build_optimizer
@@ -32,7 +41,7 @@ from evlgen.runners.progress import RunLog, validation_label
 from evlgen.runners.run_config import RunConfig
 from evlgen.runners.skipped import SkippedSamples
 from evlgen.runners.spread import multiply, total_norm
-from evlgen.runners.training_state import TrainingState, kept_random_state
+from evlgen.runners.training_state import TrainingState, kept_random_state, random_state, set_random_state
 from evlgen.runners.vision_cache import cached
 from evlgen.tasks.base_task import BaseTask
 
@@ -54,6 +63,8 @@ class Runner:
         folder: where this run writes (log, checkpoints, results).
         config: the whole configuration as plain values, saved with checkpoints.
     """
+
+    UNIT = "epochs"  # what the length of training is counted in
 
     def __init__(
         self,
@@ -91,9 +102,9 @@ class Runner:
             TrainingError: a loss that is not finite; too many broken samples; not one step could be made; the
                 last checkpoint could not be saved. Interrupted: Ctrl-C or SIGTERM, after saving.
         """
-        with self.stop, self.checkpointer:
+        with workers_named(), self.stop, self.checkpointer:
             self._set_up_training()
-            state, batches = self.state, iter(self._loader)
+            state, batches = self.state, self.stop.heeding(self._loader, self._loader.num_workers > 0)
             while not self.is_done():
                 self._train_epoch(batches)
                 if self.is_trained():
@@ -142,12 +153,13 @@ class Runner:
         optimizer = build_optimizer(self.model, run.init_lr, run.weight_decay, run.beta2, run.lr_scale)
         self.optimizer = accelerator.prepare(optimizer)
         self.state = TrainingState(
+            unit=self.UNIT,
             data={
                 "samples": self.plan.lengths,
                 "batch_size": run.batch_size_train,
                 "processes": accelerator.num_processes,
-                **recorded(self._trained.values()),
-            }
+                **recorded(self._trained),
+            },
         )
         self._last_samples: dict[str, Any] | None = None
         if run.resume:
@@ -165,6 +177,23 @@ class Runner:
             self._trained, self.plan, run.num_workers, accelerator.device.type == "cuda"
         )
         self.log.start_training(self._shown_total(), self.state)
+        self._find_epoch()
+
+    def _find_epoch(self) -> None:
+        """The (inner) epoch that a resumed run is in, where they are of another length than before: it is
+        counted in other units, or batches are larger, or a run that had ended goes on for longer."""
+        state, reached = self.state, self.reached_epoch()
+        is_other = state.unit not in (self.UNIT, "")
+        if is_other:
+            logger.info("the length of training was counted in %s, and is in %s", state.unit, self.UNIT)
+        has_all_epochs = self.is_done() and state.unit == self.UNIT == Runner.UNIT
+        is_cut_short = self.is_done() and not self.is_trained()
+        if is_other or ((is_cut_short or abs(state.epoch - reached) > 1) and not has_all_epochs):
+            state.epoch = reached
+        state.unit = self.UNIT
+        if self.is_done():
+            key = {"iterations": "max_iters", "seconds": "max_seconds"}.get(self.UNIT, "max_epoch")
+            logger.info("nothing is left to train: %s. Raise run.%s to train on", self.where(), key)
 
     def length(self) -> tuple[int, int]:
         """Iterations of an epoch and of the whole run."""
@@ -183,9 +212,13 @@ class Runner:
         """Whether the last (inner) epoch is trained and validated."""
         return self.state.epoch * self.iters_per_epoch >= self.total_iters
 
+    def reached_epoch(self) -> int:
+        """The (inner) epoch that what is trained falls in, were all of them as long as now."""
+        return self.state.iteration // self.iters_per_epoch
+
     def next_epoch(self) -> int:
         """The (inner) epoch after the one that has just been validated."""
-        return self.state.epoch + 1
+        return max(self.state.epoch + 1, self.reached_epoch())
 
     def learning_rate(self) -> float:
         """Of the next optimizer step."""
@@ -206,7 +239,15 @@ class Runner:
         self._clock = time.perf_counter()
         while left := self.left_in_epoch():
             group = min(self.run.accum_grad_iters, left)
-            asked_to_stop = self._train_group(batches, group)
+            before = (state.iteration, self.skipped.to_json(), random_state()) if group > 1 else None
+            try:
+                asked_to_stop = self._train_group(batches, group)
+            except StopNow:
+                asked_to_stop = True
+                if before is not None:  # the batches of a step that are read so far come again
+                    state.iteration, skipped, drawn = before
+                    self.skipped.restore(skipped)
+                    set_random_state(*drawn)
             if asked_to_stop:
                 self._save_and_stop()
             if self.run.save_every and state.iteration % self.run.save_every < group:
@@ -226,7 +267,7 @@ class Runner:
         means = WeightedMeans()
         seen: list[tuple[Tensor, list[str]]] = []  # each batch's loss and sample ids
         for position in range(group):
-            samples = self.skipped.take_out(self._next(batches), state.iteration)
+            samples = self.skipped.take_out(self._learnable(next(batches)), state.iteration)
             state.iteration += 1
             is_empty = samples is None
             if is_empty:
@@ -304,16 +345,16 @@ class Runner:
         """Gradients are exchanged after the last batch of a step only."""
         return contextlib.nullcontext() if last else self.distribution.accumulating()
 
-    def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
-        try:
-            return next(batches)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error) or "exited" not in str(error):
-                raise
-            raise TrainingError(
-                f"a data-loading process died ({str(error).splitlines()[0]}), often for want of memory. "
-                "Lower run.num_workers or run.batch_size_train."
-            ) from error
+    def _learnable(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch whose samples that leave nothing to learn are among its ``skipped`` ones."""
+        samples = {key: value for key, value in batch.items() if key != "skipped"}
+        reasons = self.model.not_learnable(self.task.to_learn(samples)) if samples else {}
+        if not reasons:
+            return batch
+        ids = samples.get("sample_id", [""] * batch_size(samples))
+        skipped = [Skipped(None, ids[row], why, "nothing to learn") for row, why in reasons.items()]
+        rest = rows_of(samples, [row for row in range(batch_size(samples)) if row not in reasons])
+        return {**rest, "skipped": [*batch.get("skipped", []), *skipped]}
 
     def _stand_in(self) -> dict[str, Any]:
         """The batch before, where nothing of one could be read; for a run's first, any readable sample."""
@@ -323,7 +364,7 @@ class Runner:
         with seeded(self.run.seed):
             for name, dataset in self._trained.items():
                 for sample in one_by_one(dataset):
-                    batch = dataset.collater([sample])
+                    batch = self._learnable(dataset.collater([sample]))
                     if not batch.pop("skipped", None):
                         return {**batch, "dataset": [name]}
         raise TrainingError(f"no training sample can be read; see {self.folder / 'skipped.jsonl'}.")
@@ -373,11 +414,12 @@ class Runner:
             state: of the run that is being validated; None for a test.
         """
         scores = {}
-        for name, by_split in self.datasets.items():
-            for split in splits:
-                if split in by_split:
-                    key = split if len(self.datasets) == 1 else f"{name}/{split}"
-                    scores[key] = self._evaluate_split(by_split[split], split, key, state)
+        with workers_named():
+            for name, by_split in self.datasets.items():
+                for split in splits:
+                    if split in by_split:
+                        key = split if len(self.datasets) == 1 else f"{name}/{split}"
+                        scores[key] = self._evaluate_split(by_split[split], split, key, state)
         return scores
 
     def _evaluate_split(
@@ -399,11 +441,11 @@ class Runner:
         results: list[dict[str, Any]] = []
         meter = ImageUseMeter(run.image_use_samples)
         started, broken = time.perf_counter(), self.skipped.anew()
-        with self.distribution.generating():
-            for batch in self.log.progress(loader, f"evaluating {key}"):
-                if self.stop.requested:  # what was trained is saved
-                    where = f"while evaluating {key}; saved in {self.checkpointer.folder}"
-                    raise self.stop.interrupted(where)
+        batches = self.log.progress(loader, f"evaluating {key}")
+        with self.distribution.generating(), contextlib.suppress(StopNow):
+            for batch in self.stop.heeding(batches, loader.num_workers > 0):
+                if self.stop.requested:
+                    break
                 samples = broken.take_out(batch, None)
                 if samples is not None:
                     with accelerator.autocast():
@@ -411,6 +453,9 @@ class Runner:
                         held_out = partial(self.task.held_out, dataset=dataset)
                         samples = meter.measure(self.model, samples, held_out)
                         results += self.task.valid_step(self.model, samples)
+        if self.stop.requested:  # what was trained is saved
+            where = f"while evaluating {key}; saved in {self.checkpointer.folder}"
+            raise self.stop.interrupted(where)
         broken.add_up()
         broken.check()
         results = gather_object(results)
@@ -431,6 +476,8 @@ class IterRunner(Runner):
     """Trains for ``max_iters`` iterations, in inner epochs of ``iters_per_inner_epoch``, whatever the data's
     size."""
 
+    UNIT = "iterations"
+
     def length(self) -> tuple[int, int]:
         """Iterations of an inner epoch and of the whole run."""
         inner = self.run.iters_per_inner_epoch or self.run.max_iters
@@ -446,6 +493,7 @@ class TimedRunner(Runner):
     seconds have. Such a run can be interrupted and resumed, but not repeated to the bit.
     """
 
+    UNIT = "seconds"
     TICKS = 1_000_000  # "iterations" of the whole run, for the schedule: fine steps of time
 
     def length(self) -> tuple[int, int]:
@@ -466,11 +514,12 @@ class TimedRunner(Runner):
     def is_done(self) -> bool:
         return self.state.epoch >= self.num_epochs
 
-    def next_epoch(self) -> int:
+    def reached_epoch(self) -> int:
         """The one that the time is in: an iteration may outlast a whole inner epoch."""
-        if self.is_trained():
-            return self.num_epochs
-        return max(self.state.epoch + 1, int(self.state.effort.seconds // self.inner_seconds))
+        return int(self.state.effort.seconds // self.inner_seconds)
+
+    def next_epoch(self) -> int:
+        return self.num_epochs if self.is_trained() else super().next_epoch()
 
     def learning_rate(self) -> float:
         iteration, share = self.state.iteration, self.state.effort.seconds / self.run.max_seconds

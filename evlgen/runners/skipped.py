@@ -103,10 +103,15 @@ class SkippedSamples:
 
     def report(self, speaks: bool = True) -> None:
         """One line on what training skipped, where it skipped anything. All processes call it, one
-        ``speaks``."""
+        ``speaks``. Raises `TrainingError` where it skipped everything."""
         total = self.anew()
         total.seen, total.causes, total.lost = self.seen, self.causes, self.lost
         total.add_up()
+        if total.seen and total.seen == total.causes.total():
+            raise TrainingError(
+                f"nothing was learned: none of {total.seen} training samples could be used "
+                f"({told(total.causes)}). They are listed in {self.folder / FILE}."
+            )
         if speaks and total.causes:
             logger.warning(
                 "%d of %d training samples were skipped: %s. They are listed in %s",
@@ -123,7 +128,8 @@ class SkippedSamples:
 
     def to_json(self) -> dict[str, Any]:
         """What a resumed run needs to go on counting."""
-        return {"seen": self.seen, "causes": dict(self.causes), "lost": self.lost}
+        lost = {dataset: dict(shares) for dataset, shares in self.lost.items()}
+        return {"seen": self.seen, "causes": dict(self.causes), "lost": lost}
 
     def restore(self, values: Mapping[str, Any]) -> None:
         """Takes over what `to_json` gave."""

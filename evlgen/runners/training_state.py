@@ -69,6 +69,8 @@ class TrainingState:
     epoch: int = 0
     #: How often the run went back to an earlier checkpoint than its newest one; 0 in older checkpoints.
     rewinds: int = 0
+    #: What the length of training is counted in; empty in older checkpoints.
+    unit: str = ""
     best_metric: float | None = None
     best_epoch: int | None = None
     #: Optimizer steps left out because a number was not finite: in all, and just before now.
@@ -81,7 +83,8 @@ class TrainingState:
     #: Sum and number of the losses since the last log line.
     logged_sum: float = 0.0
     logged_steps: int = 0
-    #: What the order of the data depends on: samples of each dataset, processes, batch size.
+    #: What the order of the data depends on: each dataset's samples and the digest of its records, processes,
+    #: batch size.
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
     #: Kept in a file of its own.
     effort: Effort = dataclasses.field(default_factory=Effort)
@@ -95,7 +98,7 @@ class TrainingState:
         for field in dataclasses.fields(self):
             if field.name == "effort":
                 continue
-            value = values.get(field.name, 0 if field.name == "rewinds" else None)
+            value = values.get(field.name, {"rewinds": 0, "unit": ""}.get(field.name))
             own = getattr(self, field.name)
             kind = float if own is None else type(own)
             if own is None and value is None:
@@ -105,6 +108,23 @@ class TrainingState:
             if kind is int and value < 0:
                 raise CheckpointError(f"its {PROGRESS_FILE} gives {field.name} as {value!r}")
             setattr(self, field.name, value)
+
+
+def data_changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between the data of a checkpoint and that of a run (`TrainingState.data`), for people;
+    empty where nothing does. Older checkpoints do not know of ``records``."""
+    changes = [
+        f"{key}: {before.get(key)} there, {now.get(key)} here"
+        for key in dict.fromkeys([*before, *now])
+        if key != "records" and before.get(key) != now.get(key)
+    ]
+    then, here = before.get("records") or {}, now.get("records") or {}
+    if then and list(then) != list(here):
+        changes.append(f"datasets: {', '.join(then)} there, {', '.join(here)} here")
+    for name, digest in here.items():
+        if None not in (digest, then.get(name)) and digest != then[name]:
+            changes.append(f"the records of '{name}' are in another order, or changed")
+    return "; ".join(changes)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

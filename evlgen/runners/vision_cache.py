@@ -32,7 +32,7 @@ from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.models.base_model import BaseModel
 from evlgen.runners.cache_key import CacheKey, Pictures
 from evlgen.runners.data import eval_loader, mix_seed
-from evlgen.runners.interruption import StopRequest
+from evlgen.runners.interruption import StopNow, StopRequest
 from evlgen.runners.run_config import RunConfig
 from evlgen.runners.token_store import (
     CARD_FILE,
@@ -279,17 +279,19 @@ class _Cache:
 
     def _write_all(self, writer: TokenWriter, loader: Any, progress: _Progress) -> None:
         flushed = time.monotonic()
-        for group in loader:
-            for entry, (reason, cause) in group["broken"].items():
-                writer.put_broken(entry, reason, cause)
-            if group["entries"]:
-                self._write(writer, group)
-            progress.add(len(group["entries"]) + len(group["broken"]))
-            if time.monotonic() - flushed > _FLUSH_SECONDS:
-                writer.flush()
-                flushed = time.monotonic()
-            if self.stop is not None and self.stop.requested:
-                break
+        groups = loader if self.stop is None else self.stop.heeding(loader, loader.num_workers > 0)
+        with contextlib.suppress(StopNow):
+            for group in groups:
+                for entry, (reason, cause) in group["broken"].items():
+                    writer.put_broken(entry, reason, cause)
+                if group["entries"]:
+                    self._write(writer, group)
+                progress.add(len(group["entries"]) + len(group["broken"]))
+                if time.monotonic() - flushed > _FLUSH_SECONDS:
+                    writer.flush()
+                    flushed = time.monotonic()
+                if self.stop is not None and self.stop.requested:
+                    break
         writer.flush()
         self._stop_if_asked()
 

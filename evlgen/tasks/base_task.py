@@ -36,6 +36,8 @@ class BaseTask:
         run: the ``run`` section.
     """
 
+    ASKS = False  # whether the samples' own texts are read before those to write
+    WRITES = True  # whether an evaluation generates texts
     MAX_LEN = CAPTION_LEN  # tokens generated at most where ``run.max_len`` is not set
 
     def __init__(self, run: RunConfig) -> None:

@@ -17,6 +17,8 @@ class ImageTextPretrainTask(BaseTask):
     """Trains and scores nothing, as in LAVIS (`lavis/tasks/image_text_pretrain.py`). Without
     ``run.valid_splits`` there is no validation; `CaptioningTask` is the task that has one."""
 
+    WRITES = False
+
     def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]:
         """No results."""
         return []

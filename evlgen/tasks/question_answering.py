@@ -40,6 +40,7 @@ class QuestionAnsweringTask(BaseTask):
             ``run.min_len`` is more than answers have.
     """
 
+    ASKS = True
     MAX_LEN = ANSWER_LEN
     _truths: Mapping[Hashable, list[str]] = {}  # people's answers of the split that is evaluated
 

@@ -6,9 +6,14 @@ import json
 import logging
 
 import pytest
+from omegaconf import OmegaConf
+from PIL import Image
 
+from evlgen.assemble import run
+from evlgen.common.config import Config
 from evlgen.common.errors import TrainingError
 from evlgen.datasets.base_dataset import Skipped
+from evlgen.runners.data import BatchPlan
 from evlgen.runners.skipped import FILE, SkippedSamples
 
 
@@ -58,3 +63,45 @@ def test_the_report_tells_of_lost_shards(tmp_path, caplog):
         skipped.report()
     assert "2 of 3 training samples were skipped: 2 damaged shard." in caplog.text
     assert "50.0% of the shards of 'web' could not be read to their end" in caplog.text
+
+
+@pytest.fixture
+def questions(tiny_project, tmp_path):
+    """Writes a project with a table of eight questions, batches of two; some are longer than is read."""
+
+    def write(long, **sections):
+        rows = [f"a.png,{'what is this? ' * 20 if i in long else 'what is this?'},red\n" for i in range(8)]
+        (tmp_path / "my.csv").write_text("".join(["image,question,answer\n", *rows]))
+        Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+        settings = {"task": "vqa", "valid_splits": [], "precision": "fp32", "max_epoch": 1}
+        path = tiny_project(run={**settings, "batch_size_train": 2, **sections})
+        content = OmegaConf.load(path)
+        content.datasets = {"image_text": {"annotations": {"train": str(tmp_path / "my.csv")}}}
+        OmegaConf.save(content, path)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("answers", ["sample", "all"])
+def test_questions_too_long_for_an_answer_are_skipped_and_counted(questions, tmp_path, caplog, answers):
+    """A whole batch of them, and one beside a good one."""
+    order = BatchPlan([8], 2, seed=42).order(0)
+    path = questions(long=order[2:5], max_skipped_share=0.5)
+    content = OmegaConf.load(path)
+    content.datasets.image_text.train_answers = answers
+    OmegaConf.save(content, path)
+    with caplog.at_level(logging.WARNING):
+        run(Config.load(path))
+    folder = tmp_path / "output" / "latest"
+    logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [r["iteration"] for r in logged] == [1, 3, 4]
+    listed = [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+    assert {r["cause"] for r in listed} == {"nothing to learn"}
+    assert "takes all 32 tokens of model.max_txt_len" in listed[0]["reason"]
+    assert "3 of 8 training samples were skipped: 3 nothing to learn." in caplog.text
+
+
+def test_a_run_whose_questions_are_all_too_long_ends_with_an_error(questions):
+    with pytest.raises(TrainingError, match="none of 8 training samples could be used .8 nothing"):
+        run(Config.load(questions(long=range(8))))

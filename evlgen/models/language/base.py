@@ -80,6 +80,20 @@ class LanguageModel(nn.Module):
         an end token is one that was cut, and its end is not learned."""
         raise NotImplementedError
 
+    def check_room(self, num_soft_prompts: int, prompt: str | None, num_new: int, learns: bool) -> None:
+        """Raises `ConfigError` where the longest texts that the settings allow have no room behind the soft
+        prompts.
+
+        Args:
+            prompt: what is read before every text; None: questions.
+            num_new: tokens generated at most; 0: none are.
+            learns: whether texts are learned.
+        """
+
+    def without_answer(self, text_in: list[str], text_out: list[str]) -> list[int]:
+        """The places of texts that are so long that nothing of their ``text_out`` is left to learn."""
+        return []
+
     def log_likelihoods(
         self,
         soft_prompts: Tensor,

@@ -107,6 +107,18 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         ids = decode(self.model, embeds, mask, options, self.end_token_ids, self.pad_token_id)
         return [up_to_end(row, self.end_token_ids) for row in ids.tolist()]
 
+    def check_room(self, num_soft_prompts: int, prompt: str | None, num_new: int, learns: bool) -> None:
+        if learns:
+            learned = num_soft_prompts + self._most_in_training(prompt)
+            self._check_length(learned, "model.max_txt_len (and max_output_txt_len)")
+        if num_new:
+            read = num_soft_prompts + self._most_read(prompt)
+            self._check_length(read + num_new, "max_length (run.max_len)")
+
+    def _most_in_training(self, prompt: str | None) -> int:
+        """Tokens of a text that is learned, and of what is read before it, at most."""
+        return self._most_read(prompt) + self.max_output_txt_len
+
     def to_learn(self, text_in: list[str], text_out: list[str] | None = None) -> list[Tokens]:
         if self._chat is not None:
             return [self._turns(*texts) for texts in self._split(text_in, text_out)]

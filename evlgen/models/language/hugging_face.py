@@ -17,6 +17,7 @@ from evlgen.models.language.loading import (
     find_model,
     model_without_weights,
     named_errors,
+    num_positions,
     read_config,
     read_model,
     read_tokenizer,
@@ -190,6 +191,14 @@ class HuggingFaceLanguageModel(LanguageModel):
         """The tokens of prompts to continue, within the limits."""
         raise NotImplementedError
 
+    def without_answer(self, text_in: list[str], text_out: list[str]) -> list[int]:
+        lengths = map(len, self.tokenizer(text_in).input_ids)
+        places = [place for place, length in enumerate(lengths) if length >= self.max_txt_len]
+        if not places:
+            return []
+        found = self.to_learn(*([texts[place] for place in places] for texts in (text_in, text_out)))
+        return [place for place, tokens in zip(places, found, strict=True) if not tokens.learned]
+
     @torch.no_grad()
     def embedding_rms(self) -> float:
         """Root mean square of the word embeddings' entries, as the model adds soft prompts to them: Gemma's
@@ -312,10 +321,16 @@ class HuggingFaceLanguageModel(LanguageModel):
                 "model.max_txt_len."
             )
 
+    def _most_read(self, prompt: str | None) -> int:
+        """Tokens that are read before a text, at most; see `check_room`."""
+        tokens = self.to_read([prompt or ""])[0]
+        questions = self.max_txt_len if prompt is None else 0
+        return len(tokens.before) + len(tokens.read) + questions
+
     def _check_length(self, positions: int, key: str) -> None:
         """Raises `ConfigError` for more positions than the model has, where it has a limit."""
-        known = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if known and positions > known > 0:
+        known = num_positions(self.model.config)
+        if known and positions > known:
             raise ConfigError(
                 f"soft prompts and text take {positions} positions, and the language model has {known}. "
                 f"Lower {key}, "

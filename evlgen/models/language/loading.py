@@ -52,6 +52,12 @@ def read_config(name: str, path: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
 
 
+def num_positions(config: PretrainedConfig) -> int | None:
+    """How many tokens a model reads at most; None where it has no limit."""
+    known = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return known if isinstance(known, int) and known > 0 else None
+
+
 def config_content(name: str, path: Path) -> Mapping[str, Any]:
     """What the model's ``config.json`` holds, or would hold."""
     return read_config(name, path).to_dict() if is_gguf(path.name) else read_model_config(path)

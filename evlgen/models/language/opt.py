@@ -34,6 +34,12 @@ class OPTLanguageModel(CausalLanguageModel):
             ]
         return [self._sample(f"{a} {b}".strip(), a) for a, b in zip(text_in, text_out, strict=True)]
 
+    def _most_read(self, prompt: str | None) -> int:
+        return self.max_txt_len if prompt is None else super()._most_read(prompt)
+
+    def _most_in_training(self, prompt: str | None) -> int:
+        return self.max_txt_len  # of both as one text
+
     def _to_continue(self, prompt: str) -> Tokens:
         return Tokens([], self._with_start(prompt), [])
 

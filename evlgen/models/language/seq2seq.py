@@ -73,6 +73,14 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
         )
         return [up_to_end(row, ends) for row in ids[:, 1:].tolist()]  # without the start token
 
+    def check_room(self, num_soft_prompts: int, prompt: str | None, num_new: int, learns: bool) -> None:
+        read = self.max_txt_len if prompt is None else self._most_read(prompt)
+        self._check_length(num_soft_prompts + read, "model.max_txt_len")
+        if learns:
+            self._check_length(self.max_output_txt_len, "model.max_output_txt_len")
+        if num_new:
+            self._check_length(1 + num_new, "max_length (run.max_len)")
+
     def to_learn(self, text_in: list[str], text_out: list[str] | None = None) -> list[Tokens]:
         """What the decoder learns is ``text_out``; or, without one, ``text_in``, while the encoder reads the
         prompt."""

@@ -1,0 +1,70 @@
+"""Texts that a language model has no positions for are refused before anything is built.
+
+The tiny model has 128 positions, of which soft prompts take 8; OPT reads one token even of no prompt.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from evlgen.assemble import check_room, run
+from evlgen.common.config import Config
+from evlgen.common.errors import ConfigError
+from evlgen.common.registry import registry
+
+FITS = [
+    ["run.max_len=119"],
+    ["model.max_txt_len=120"],
+    ["run.max_len=500", "run.valid_splits=[]"],  # nothing is written
+    ["run.max_len=88", "run.task=vqa"],
+    ["model.max_txt_len=121", "run.evaluate=true", "run.test_splits=[test]"],  # nothing is learned
+    ["model.language.kind=causal", "model.max_txt_len=119"],
+]
+TOO_LONG = [
+    (["run.max_len=120"], 129, "run.max_len"),
+    (["run.max_len=120", "run.valid_splits=[]", "run.test_splits=[test]"], 129, "run.max_len"),
+    (["run.max_len=119", "run.prompt=a"], 129, "run.max_len"),
+    (["run.max_len=119", "model.prompt=a"], 129, "run.max_len"),
+    (["run.max_len=119", "model.connector.r=2"], 131, "run.max_len"),
+    (["run.max_len=89", "run.task=vqa"], 129, "run.max_len"),  # questions of any length
+    (["model.max_txt_len=121"], 129, "model.max_txt_len"),
+    (["model.language.kind=causal", "model.max_output_txt_len=120"], 129, "model.max_txt_len"),
+]
+
+
+def check(path, options) -> None:
+    cfg = Config.load(path, options)
+    check_room(cfg, registry.get_task_class(cfg.run.task)(cfg.run))
+
+
+@pytest.mark.parametrize("options", FITS, ids=" ".join)
+def test_texts_up_to_the_last_position_are_accepted(tiny_project, options):
+    check(tiny_project(), options)
+
+
+@pytest.mark.parametrize(("options", "positions", "key"), TOO_LONG, ids=str)
+def test_longer_ones_are_refused_with_the_key_to_lower(tiny_project, options, positions, key):
+    message = rf"take {positions} positions, and the language model has 128\. Lower .*{key}"
+    with pytest.raises(ConfigError, match=message):
+        check(tiny_project(), options)
+
+
+def test_a_run_is_refused_before_it_makes_its_folder_or_a_model(tiny_project, tmp_path):
+    with pytest.raises(ConfigError, match=r"run\.max_len"):
+        run(Config.load(tiny_project(), ["run.max_len=120"]))
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["run.max_len=64"], r"first stage has 64\. Lower max_length \(run\.max_len\)"),
+        (["model.max_txt_len=65"], "model.max_txt_len is 65, and text has 64 positions"),
+    ],
+)
+def test_the_first_stage_has_its_own_positions(tiny_project, options, message):
+    path = tiny_project()
+    first_stage = ["model.arch=blip2", "model.model_type=shapes", "model.checkpoint=null"]
+    path.write_text("".join(path.read_text().partition("datasets:")[1:]))
+    with pytest.raises(ConfigError, match=message):
+        check(path, [*first_stage, *options])
