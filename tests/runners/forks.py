@@ -1,4 +1,4 @@
-"""A process that has imported all that a run needs, and then runs ``train.py`` in forks of itself: imports take
+"""A process that has imported all that a run needs, and then runs programs in forks of itself: imports take
 most of a short run's time."""
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Forks:
     def __exit__(self, *_: object) -> None:
         self._process.communicate(timeout=60)
 
-    def train(self, *arguments: str, shown: Path, **environment: str) -> tuple[int, str]:
-        """The exit code (-9: killed) of ``train.py`` with these arguments, and the last of what it showed.
-        That goes to the file ``shown``: a pipe would stay open until the data-loading processes notice that
-        their parent was killed."""
-        request = {"arguments": arguments, "shown": str(shown), "environment": environment}
+    def run(self, program: Path, *arguments: str, shown: Path, **environment: str) -> tuple[int, str]:
+        """The exit code (-9: killed) of a Python file, and the last of what it showed. That goes to the file
+        ``shown``: a pipe would stay open until data-loading processes notice that their parent was killed."""
+        command = [str(program), *arguments]
+        request = {"command": command, "shown": str(shown), "environment": environment}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline()), shown.read_text()[-2000:]
@@ -62,8 +62,9 @@ def _serve() -> None:
             shown = os.open(request["shown"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for stream in (1, 2):
                 os.dup2(shown, stream)
-            sys.argv = [str(ROOT / "train.py"), *request["arguments"]]
-            runpy.run_path(sys.argv[0], run_name="__main__")  # ends the process
+            sys.argv = request["command"]
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            sys.exit()
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 

@@ -1,4 +1,5 @@
-"""A run killed with SIGKILL again and again ends as one that was never interrupted, bit for bit."""
+"""A run killed with SIGKILL again and again ends as one that was never interrupted, bit for bit, whatever the
+hash seeds of the interpreters that it goes on in."""
 
 from __future__ import annotations
 
@@ -7,10 +8,11 @@ import json
 import os
 import random
 import signal
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 
-from runners.forks import Forks
+import pytest
+from runners.forks import ROOT, Forks
 from runners.processes import QUICK
 
 KILLER = Path(__file__).with_name("killer.py")
@@ -28,6 +30,31 @@ PLACES = [
     "before latest",
     "before removing old ones",
 ]
+
+
+TEXTS = """
+import hashlib
+from evlgen.datasets.shapes import captions, clips, questions, world
+digest = hashlib.sha256()
+for index in range(800):
+    digest.update("|".join(captions.captions(world.scene("train", index))).encode())
+for index in range(30):
+    digest.update("|".join(clips.captions(clips.moving_scene("train", index, 0))).encode())
+    digest.update(repr(questions.question("train", index, 0)).encode())
+print(digest.hexdigest())
+"""
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[dict[str, Forks]]:
+    """By their hash seeds, which decide the order of sets of strings."""
+    with Forks(**QUICK, PYTHONHASHSEED="0") as one, Forks(**QUICK, PYTHONHASHSEED="1") as other:
+        yield {"0": one, "1": other}
+
+
+def train(forks: Forks, project: Path, *options: str, **environment: str) -> tuple[int, str]:
+    arguments = ("--cfg-path", str(project), "--plugins", str(KILLER), "--options", *options)
+    return forks.run(ROOT / "train.py", *arguments, shown=project.with_name("shown.txt"), **environment)
 
 
 def outcome(folder: Path) -> dict[str, object]:
@@ -49,7 +76,7 @@ def outcome(folder: Path) -> dict[str, object]:
     return {"records": records, "files": files, "links": links}
 
 
-def test_a_run_killed_at_any_moment_ends_as_one_never_interrupted(tiny_project, tmp_path):
+def test_a_run_killed_at_any_moment_ends_as_one_never_interrupted(forks, tiny_project, tmp_path):
     settings = {
         "task": "killable",
         "max_epoch": 6,
@@ -64,33 +91,28 @@ def test_a_run_killed_at_any_moment_ends_as_one_never_interrupted(tiny_project, 
         datasets={"shapes_caption": {"train_size": 40}},
         run=settings,
     )
-    with ExitStack() as stack:
-        # what hashes of strings decide differs between these, and may decide nothing in a run
-        seeds = itertools.cycle(
-            [stack.enter_context(Forks(**QUICK, PYTHONHASHSEED=seed)) for seed in ("0", "1")]
-        )
+    seeds = itertools.cycle(forks)
 
-        def launch(*options: str, kill_at: str = "nowhere:0") -> tuple[int, str]:
-            arguments = ("--cfg-path", str(project), "--plugins", str(KILLER), "--options", *options)
-            return next(seeds).train(*arguments, shown=tmp_path / "shown.txt", KILL_AT=kill_at)
+    def launch(*options: str, kill_at: str = "nowhere:0") -> tuple[int, str]:
+        return train(forks[next(seeds)], project, *options, KILL_AT=kill_at)
 
-        code, shown = launch(f"run.output_dir={tmp_path / 'whole'}")
-        assert code == 0, shown
-        expected = outcome(tmp_path / "whole" / "latest")
-        assert len([r for r in expected["records"] if r["type"] == "train"]) == 30
+    code, shown = launch(f"run.output_dir={tmp_path / 'whole'}")
+    assert code == 0, shown
+    expected = outcome(tmp_path / "whole" / "latest")
+    assert len([r for r in expected["records"] if r["type"] == "train"]) == 30
 
-        choice = random.Random(1)
-        killed = tmp_path / "killed"
-        options = [f"run.output_dir={killed}", "run.resume=auto"]
-        for place in PLACES:
-            times = choice.randint(2, 6) if place.startswith("before a b") else choice.randint(1, 2)
-            code, shown = launch(*options, kill_at=f"{place}:{times}")
-            assert code == -signal.SIGKILL, f"{place}:{times}\n{shown}"
-        for _ in range(3):
-            code, shown = launch(*options, kill_at=f"seconds:{choice.uniform(0, 0.5)}")
-            assert code == -signal.SIGKILL, shown
-        code, shown = launch(*options)
-        assert code == 0, shown
+    choice = random.Random(1)
+    killed = tmp_path / "killed"
+    options = [f"run.output_dir={killed}", "run.resume=auto"]
+    for place in PLACES:
+        times = choice.randint(2, 6) if place.startswith("before a b") else choice.randint(1, 2)
+        code, shown = launch(*options, kill_at=f"{place}:{times}")
+        assert code == -signal.SIGKILL, f"{place}:{times}\n{shown}"
+    for _ in range(3):
+        code, shown = launch(*options, kill_at=f"seconds:{choice.uniform(0, 0.5)}")
+        assert code == -signal.SIGKILL, shown
+    code, shown = launch(*options)
+    assert code == 0, shown
 
     runs = [p for p in killed.iterdir() if not p.is_symlink()]
     ended = outcome(killed / "latest")
@@ -100,3 +122,27 @@ def test_a_run_killed_at_any_moment_ends_as_one_never_interrupted(tiny_project, 
         assert ended["files"][name] == content, name
     checkpoints = {p.name for run in runs for p in (run / "checkpoints").glob("*")}
     assert not [name for name in checkpoints if name.startswith(".step")]
+
+
+def test_texts_are_the_same_whatever_the_interpreters_hash_seed_is(forks, tmp_path):
+    program = tmp_path / "texts.py"
+    program.write_text(TEXTS)
+    one, other = (fork.run(program, shown=tmp_path / "shown.txt") for fork in forks.values())
+    assert one == other and one[0] == 0
+
+
+def test_a_run_goes_on_bit_for_bit_whatever_the_interpreters_hash_seed_is(forks, tiny_project, tmp_path):
+    project = tiny_project(
+        datasets={"shapes_caption": {"train_size": 512}},
+        run={
+            **{"task": "killable", "max_epoch": None, "max_iters": 8, "batch_size_train": 64},
+            **{"save_every": 4, "iters_per_inner_epoch": 4, "keep_last": 9},
+        },
+    )
+    whole = tmp_path / "whole"
+    code, shown = train(forks["0"], project, f"run.output_dir={whole}")
+    assert code == 0, shown
+    expected = outcome(whole / "latest")
+    code, shown = train(forks["1"], project, f"run.resume={whole}/latest/checkpoints/step_00000004")
+    assert code == 0, shown
+    assert outcome(whole / "latest") == expected
