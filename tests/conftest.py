@@ -5,11 +5,33 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+JAVA_HOME = os.environ.get("JAVA_HOME", "")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_java(tmp_path_factory):
+    """Captions are scored without Java, which takes seconds to start at every evaluation."""
+    java = tmp_path_factory.mktemp("without_java") / "bin" / "java"
+    java.parent.mkdir()
+    java.write_text("#!/bin/sh\necho 'Java is not used in most tests' >&2\nexit 1\n")
+    java.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAVA_HOME", str(java.parent.parent))
+        yield
+
+
+@pytest.fixture(scope="module")
+def with_java(without_java):
+    """Tests of this module use the Java of this machine, where there is one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAVA_HOME", JAVA_HOME)
+        yield
 
 
 @pytest.fixture(autouse=True)

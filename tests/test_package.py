@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +17,22 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 USE = """
-import evlgen, sys
+import builtins, importlib, pkgutil, sys
+import_module = builtins.__import__
+
+
+def import_on_windows(name, globals=None, *rest, **named):
+    if name in {"fcntl", "grp", "pty", "pwd", "resource", "termios"}:
+        if (globals or {}).get("__name__", "").startswith("evlgen"):
+            raise ModuleNotFoundError(f"No module named '{name}'")
+    return import_module(name, globals, *rest, **named)
+
+
+builtins.__import__ = import_on_windows
+import evlgen
+for module in pkgutil.walk_packages(evlgen.__path__, "evlgen."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
 from pathlib import Path
 assert Path(evlgen.__file__).is_relative_to(sys.argv[1]), evlgen.__file__
 from PIL import Image
@@ -68,7 +86,7 @@ def test_bundled_weights_stay_small(wheel):
     assert 1e6 < sum(i.file_size for i in weights) < 12e6
 
 
-def test_the_installed_wheel_captions_and_finds_its_projects(wheel, tmp_path):
+def test_the_installed_wheel_imports_without_unix_modules_captions_and_finds_its_projects(wheel, tmp_path):
     target = tmp_path / "site"
     install = [
         sys.executable,
@@ -93,3 +111,34 @@ def test_the_installed_wheel_captions_and_finds_its_projects(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     caption, language = done.stdout.strip().splitlines()[-2:]
     assert len(caption) > 8 and language == "facebook/opt-2.7b"
+
+
+# what another package imports when it is there, and why it is needed
+NOT_IMPORTED = {
+    "bitsandbytes": "transformers, for quantised weights",
+    "eva-decord": "it is imported as decord",
+    "gguf": "transformers, for GGUF files",
+    "sentencepiece": "transformers, for LLaMA's and T5's tokenizers",
+    "tensorboard": "torch.utils.tensorboard",
+}
+
+
+def test_declared_and_imported_packages_are_the_same():
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [line for name, of in project["optional-dependencies"].items() if name != "tests" for line in of]
+    declared = {_normal(re.match(r"[\w.-]+", line)[0]) for line in project["dependencies"] + extras}
+    found = set()
+    for path in (ROOT / "evlgen").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(node.module.partition(".")[0])
+    found -= {"evlgen", *sys.stdlib_module_names}
+    packages = importlib.metadata.packages_distributions()
+    imported = {_normal(package) for name in found for package in packages.get(name, [name])}
+    assert imported | NOT_IMPORTED.keys() == declared
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

@@ -135,9 +135,9 @@ def check_model_folder(folder: Path) -> None:
     for name in _SETTINGS:
         if (folder / name).exists():
             read_json(folder / name, CheckpointError, "model setting")
-    for index in folder.glob("*.index.json"):
+    for index in sorted(folder.glob("*.index.json")):
         shards_of(index)
-    weights = [p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") and p.is_file()]
+    weights = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin") and p.is_file()]
     for file in weights:
         if file.suffix == ".safetensors" or file.name.startswith("pytorch_model"):
             check_weights_file(file)

@@ -106,6 +106,20 @@ def _in_use(folder: Path, owner: str) -> str:
     )
 
 
+def try_lock(file: IO) -> bool:
+    """Takes the lock of an open file, which ends with the process or when the file is closed; False where
+    another process has it. True also where the system or the disk has no locks."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logger.debug("%s takes no lock (%s)", file.name, error)  # some network disks have none
+    return True
+
+
 def _locked(lock: Path, path: Path) -> IO[bytes]:
     while True:
         file = open(lock, "ab")
@@ -120,15 +134,9 @@ def _locked(lock: Path, path: Path) -> IO[bytes]:
 
 
 def _wait_for(file: IO[bytes], path: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not try_lock(file):
         logger.info("another process is at work on %s: waiting for it", path)
         fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        logger.debug("%s takes no lock (%s)", path.parent, error)  # some network disks have none
 
 
 def _is_at(file: IO[bytes], path: Path) -> bool:

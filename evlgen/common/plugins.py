@@ -53,14 +53,15 @@ def load_entry_points() -> list[str]:
     Raises:
         EVLGenError: one of them raised while it was imported.
     """
-    found = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    found = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)  # as folders happen to list them
+    found = sorted(found, key=lambda entry: (entry.name, entry.value))
     for entry in found:
         package = entry.dist.name if entry.dist else "an installed package"
         with _named(
             f"plugin '{entry.name}' of {package} ({entry.value})", "Repair or uninstall that package."
         ):
             entry.load()
-    return sorted(entry.name for entry in found)
+    return [entry.name for entry in found]
 
 
 def _find_file(name: str, base: Path | None) -> Path:

@@ -118,8 +118,8 @@ def resumed_folder(
     before = read(folder / PLAN_FILE)
     now = json.loads(json.dumps(_plan(settings, configurations), default=str))
     changed = changed_keys(before["settings"], now["settings"], ("seeds",))
-    for name in set(before["configurations"]) & set(now["configurations"]):
-        old, new = before["configurations"][name], now["configurations"][name]
+    for name, new in now["configurations"].items():
+        old = before["configurations"].get(name, new)
         if len(old) != len(new):
             changed.append(f"{name} had {len(old)} stages, has {len(new)}")
             continue

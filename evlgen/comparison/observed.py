@@ -79,14 +79,16 @@ def peak_memory(before: Mapping[str, Any]) -> dict[str, int | None]:
 
 
 def peak_resident() -> int:
-    """Most bytes this process has had resident."""
+    """Most bytes this process has had resident; 0 where the system does not say."""
     status = Path("/proc/self/status")
     if status.exists():  # on Linux getrusage gives those of the parent at its fork, where they are more
         line = next((x for x in status.read_text().splitlines() if x.startswith("VmHWM:")), None)
         if line is not None:
             return 1024 * int(line.split()[1])
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 

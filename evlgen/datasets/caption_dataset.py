@@ -9,6 +9,7 @@ picture.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from array import array
@@ -300,7 +301,9 @@ def id_rule(records: Iterable[Mapping[str, Any] | BadRecord]) -> Callable[[Mappi
     for record in good(records):
         given = given and record.get("image_id") is not None
         number = number_at_end(record["visual"])
-        names.append(hash(record["visual"]))
+        name = record["visual"].encode("utf-8", "surrogatepass")
+        digest = hashlib.blake2b(name, digest_size=8).digest()
+        names.append(int.from_bytes(digest, "big", signed=True))
         numbers.append(-1 if number is None else number)
     if given:
         return lambda record: record["image_id"]

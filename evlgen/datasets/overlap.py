@@ -27,7 +27,7 @@ def tell_of_overlap(
     with_files = {split: data for split, data in splits.items() if isinstance(data, MediaDataset)}
     files = {split: set(_paths(data)) for split, data in with_files.items() if split in scored}
     shared: dict[str, set[str]] = {split: set() for split in files}
-    for split in with_files.keys() & set(learned) if files else ():
+    for split in [split for split in with_files if split in learned] if files else ():
         for path in _paths(with_files[split]):
             for other in files:
                 if path in files[other]:

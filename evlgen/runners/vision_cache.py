@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from evlgen.common.errors import ConfigError, DataError, EVLGenError, TrainingError
 from evlgen.common.io import cache_root
+from evlgen.common.locks import try_lock
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.models.base_model import BaseModel
 from evlgen.runners.cache_key import CacheKey, Pictures
@@ -220,9 +220,9 @@ class _Cache:
         with contextlib.ExitStack() as held:
             if self.accelerator.is_local_main_process:
                 lock = held.enter_context(open(folder / "lock", "a"))
-                if not _locked(lock):
+                if not try_lock(lock):
                     logger.info("another run is filling %s: waiting for it", folder)
-                while not _locked(lock):
+                while not try_lock(lock):
                     self._stop_if_asked()
                     time.sleep(0.2)
             self.accelerator.wait_for_everyone()
@@ -458,14 +458,3 @@ def shown_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
-
-
-def _locked(lock: IO) -> bool:
-    """Takes the lock of a file; true also where the file system has no locks."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True

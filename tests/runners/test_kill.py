@@ -1,18 +1,20 @@
-"""A run killed with SIGKILL again and again ends as one that was never interrupted, bit for bit."""
+"""A run killed with SIGKILL again and again ends as one that was never interrupted, bit for bit, whatever the
+hash seeds of the interpreters that it goes on in."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+from runners.forks import ROOT, Forks
 from runners.processes import QUICK
 
-ROOT = Path(__file__).resolve().parents[2]
 KILLER = Path(__file__).with_name("killer.py")
 
 PLACES = [
@@ -30,22 +32,29 @@ PLACES = [
 ]
 
 
-def launch(project: Path, *options: str, kill_at: str = "nowhere:0") -> tuple[int, str]:
-    """The exit code, and the last of what was shown. That goes to a file: a pipe would stay open until the
-    data-loading processes notice that their parent was killed."""
-    with open(project.with_name("shown.txt"), "w+") as shown:
-        done = subprocess.run(
-            [
-                *(sys.executable, str(ROOT / "train.py"), "--cfg-path", str(project)),
-                *("--plugins", str(KILLER), "--options", *options),
-            ],
-            env={**os.environ, **QUICK, "KILL_AT": kill_at},
-            stdout=shown,
-            stderr=shown,
-            timeout=120,
-        )
-        shown.seek(0)
-        return done.returncode, shown.read()[-2000:]
+TEXTS = """
+import hashlib
+from evlgen.datasets.shapes import captions, clips, questions, world
+digest = hashlib.sha256()
+for index in range(800):
+    digest.update("|".join(captions.captions(world.scene("train", index))).encode())
+for index in range(30):
+    digest.update("|".join(clips.captions(clips.moving_scene("train", index, 0))).encode())
+    digest.update(repr(questions.question("train", index, 0)).encode())
+print(digest.hexdigest())
+"""
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[dict[str, Forks]]:
+    """By their hash seeds, which decide the order of sets of strings."""
+    with Forks(**QUICK, PYTHONHASHSEED="0") as one, Forks(**QUICK, PYTHONHASHSEED="1") as other:
+        yield {"0": one, "1": other}
+
+
+def train(forks: Forks, project: Path, *options: str, **environment: str) -> tuple[int, str]:
+    arguments = ("--cfg-path", str(project), "--plugins", str(KILLER), "--options", *options)
+    return forks.run(ROOT / "train.py", *arguments, shown=project.with_name("shown.txt"), **environment)
 
 
 def outcome(folder: Path) -> dict[str, object]:
@@ -67,7 +76,7 @@ def outcome(folder: Path) -> dict[str, object]:
     return {"records": records, "files": files, "links": links}
 
 
-def test_a_run_killed_at_any_moment_ends_as_one_never_interrupted(tiny_project, tmp_path):
+def test_a_run_killed_at_any_moment_ends_as_one_never_interrupted(forks, tiny_project, tmp_path):
     settings = {
         "task": "killable",
         "max_epoch": 6,
@@ -82,7 +91,12 @@ def test_a_run_killed_at_any_moment_ends_as_one_never_interrupted(tiny_project, 
         datasets={"shapes_caption": {"train_size": 40}},
         run=settings,
     )
-    code, shown = launch(project, f"run.output_dir={tmp_path / 'whole'}")
+    seeds = itertools.cycle(forks)
+
+    def launch(*options: str, kill_at: str = "nowhere:0") -> tuple[int, str]:
+        return train(forks[next(seeds)], project, *options, KILL_AT=kill_at)
+
+    code, shown = launch(f"run.output_dir={tmp_path / 'whole'}")
     assert code == 0, shown
     expected = outcome(tmp_path / "whole" / "latest")
     assert len([r for r in expected["records"] if r["type"] == "train"]) == 30
@@ -92,12 +106,12 @@ def test_a_run_killed_at_any_moment_ends_as_one_never_interrupted(tiny_project, 
     options = [f"run.output_dir={killed}", "run.resume=auto"]
     for place in PLACES:
         times = choice.randint(2, 6) if place.startswith("before a b") else choice.randint(1, 2)
-        code, shown = launch(project, *options, kill_at=f"{place}:{times}")
+        code, shown = launch(*options, kill_at=f"{place}:{times}")
         assert code == -signal.SIGKILL, f"{place}:{times}\n{shown}"
     for _ in range(3):
-        code, shown = launch(project, *options, kill_at=f"seconds:{choice.uniform(0, 0.5)}")
+        code, shown = launch(*options, kill_at=f"seconds:{choice.uniform(0, 0.5)}")
         assert code == -signal.SIGKILL, shown
-    code, shown = launch(project, *options)
+    code, shown = launch(*options)
     assert code == 0, shown
 
     runs = [p for p in killed.iterdir() if not p.is_symlink()]
@@ -108,3 +122,27 @@ def test_a_run_killed_at_any_moment_ends_as_one_never_interrupted(tiny_project, 
         assert ended["files"][name] == content, name
     checkpoints = {p.name for run in runs for p in (run / "checkpoints").glob("*")}
     assert not [name for name in checkpoints if name.startswith(".step")]
+
+
+def test_texts_are_the_same_whatever_the_interpreters_hash_seed_is(forks, tmp_path):
+    program = tmp_path / "texts.py"
+    program.write_text(TEXTS)
+    one, other = (fork.run(program, shown=tmp_path / "shown.txt") for fork in forks.values())
+    assert one == other and one[0] == 0
+
+
+def test_a_run_goes_on_bit_for_bit_whatever_the_interpreters_hash_seed_is(forks, tiny_project, tmp_path):
+    project = tiny_project(
+        datasets={"shapes_caption": {"train_size": 512}},
+        run={
+            **{"task": "killable", "max_epoch": None, "max_iters": 8, "batch_size_train": 64},
+            **{"save_every": 4, "iters_per_inner_epoch": 4, "keep_last": 9},
+        },
+    )
+    whole = tmp_path / "whole"
+    code, shown = train(forks["0"], project, f"run.output_dir={whole}")
+    assert code == 0, shown
+    expected = outcome(whole / "latest")
+    code, shown = train(forks["1"], project, f"run.resume={whole}/latest/checkpoints/step_00000004")
+    assert code == 0, shown
+    assert outcome(whole / "latest") == expected

@@ -15,6 +15,7 @@ from evlgen.tasks.metrics import CaptionMetric, MetricResult, Scores, score_capt
 from evlgen.tasks.metrics.java import Java, find_java
 from evlgen.tasks.metrics.spice import STANFORD_JARS
 
+pytestmark = pytest.mark.usefixtures("with_java")
 WITHOUT_JAVA = ["bleu", "rouge_l", "cider"]
 # By pycocoevalcap's own PTBTokenizer, Bleu(4), Meteor, Rouge and Cider on `five_images`, Java 17.
 PUBLISHED = {

@@ -21,7 +21,7 @@ from evlgen.tasks.metrics.tokenizer import tokenize_captions, tokenize_with_java
 
 
 @pytest.fixture(scope="module")
-def java() -> Java:
+def java(with_java) -> Java:
     found = find_java()
     if isinstance(found, str):
         pytest.skip(found)

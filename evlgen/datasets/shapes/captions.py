@@ -58,8 +58,8 @@ class Group:
     @property
     def size(self) -> str | None:
         """The one size all members have, or None."""
-        sizes = {s.size for s in self.members}
-        return sizes.pop() if len(sizes) == 1 else None
+        first = self.members[0].size
+        return first if all(s.size == first for s in self.members) else None
 
 
 def captions(scene: Scene) -> list[str]:

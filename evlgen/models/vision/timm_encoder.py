@@ -368,7 +368,7 @@ def _is_other_grid(given: Tensor, own: Tensor) -> bool:
 def _create(name: str, pretrained: bool, empty: bool, **kwargs: Any) -> nn.Module:
     if not timm.is_model(name):
         registered = registry.list_vision_encoders()
-        known = [*registered, *{n.split(".")[0] for n in timm.list_models(pretrained=False)}]
+        known = [*registered, *dict.fromkeys(n.split(".")[0] for n in timm.list_models(pretrained=False))]
         raise ConfigError(
             f"model.vision.name '{name}' is neither a registered vision encoder "
             f"({', '.join(registered)}) nor a timm model.{did_you_mean(name, known)}"
