@@ -97,6 +97,7 @@ def _wanted(builders: dict, splits: list[str] | None) -> list[tuple[str, str]]:
         DataError: nothing is here.
     """
     from evlgen.common.errors import ConfigError, DataError, did_you_mean
+    from evlgen.common.safe_text import message_lines
 
     known = sorted({split for builder in builders.values() for split in builder.splits})
     for split in splits or ():
@@ -115,7 +116,8 @@ def _wanted(builders: dict, splits: list[str] | None) -> list[tuple[str, str]]:
             wanted += [] if lines else [(name, split)]
     missing = list(dict.fromkeys(missing))
     if not wanted or (splits and missing):
-        raise DataError("this data is not on this machine:\n" + "\n".join(f"  - {line}" for line in missing))
+        title = "this data is not on this machine:"
+        raise DataError(message_lines([title, *(f"  - {line}" for line in missing)]))
     for line in missing:
         print(f"not looked at: {line}")
     return wanted
