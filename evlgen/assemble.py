@@ -22,6 +22,7 @@ from evlgen.common.errors import (
 from evlgen.common.io import cache_root, write_atomically
 from evlgen.common.locks import sole_writer
 from evlgen.common.registry import registry
+from evlgen.common.safe_text import message_lines
 from evlgen.common.schema import build_dataclass, parameters_of
 
 if TYPE_CHECKING:
@@ -227,11 +228,10 @@ def check_nothing_missing(cfg: Config, builders: dict[str, Any]) -> None:
             logger.info("to be downloaded: %s", item.what)
         return
     if weights or data:
-        lines = "\n".join(f"  - {line}" for line in [*(f"{w.what}: {w.why}" for w in weights), *data])
+        found = [*(f"{w.what}: {w.why}" for w in weights), *data]
         small = "To see the command work without any of the weights, add: --options model.model_type=shapes"
-        raise DataError(
-            f"this run needs what is not on this machine:\n{lines}" + (f"\n{small}" if weights else "")
-        )
+        lines = ["this run needs what is not on this machine:", *(f"  - {line}" for line in found)]
+        raise DataError(message_lines([*lines, *([small] if weights else [])]))
 
 
 def check_room(cfg: Config, task: Any) -> None:

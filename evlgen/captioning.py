@@ -9,11 +9,13 @@ from itertools import groupby, islice
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 
-from evlgen.common.checkpoints import CONFIG_FILE
-from evlgen.common.config import Config, load_model_file
+from evlgen.common.checkpoints import CONFIG_FILE, is_checkpoint
+from evlgen.common.config import Config, find_config, load_model_file
+from evlgen.common.consent import Consent, check_addresses
 from evlgen.common.errors import ConfigError, DataError
-from evlgen.common.frames import find_files, read_files
+from evlgen.common.frames import find_files, read_files, without_result
 from evlgen.common.io import resolve
 from evlgen.common.registry import registry
 from evlgen.common.video import Pictures
@@ -33,45 +35,62 @@ def caption_files(
     max_length: int = 30,
     batch_size: int = 16,
     num_frames: int = 4,
+    left_out: list[str] | None = None,
+    allow_downloads: bool | Consent = False,
 ) -> Iterator[tuple[str, str]]:
     """(path, caption) for each picture; those that cannot be read are named in a warning and left out.
 
     Args:
-        images: files, addresses, or folders of pictures.
+        images: files, addresses, or folders of pictures, which are walked.
         cfg_path, options: a project file and changes to it: its model writes the captions.
         checkpoint: a folder of `save_pretrained` or of a run; with ``cfg_path``, weights for that model. With
             neither, the bundled model.
         num_frames: of each clip at most, evenly spaced, where the model is one of clips.
+        left_out: a list to which those of ``images`` are added, at the end, that gave no caption.
+        allow_downloads: see `BaseModel.from_pretrained`.
 
     Raises:
         DataError: not one picture could be read.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_for_captioning(cfg_path, checkpoint, options, device)
+    model = load_for_captioning(cfg_path, checkpoint, options, device, allow_downloads)
     processor = load_preprocess(model, num_frames=None)[0]["eval"]
     samples = {} if prompt is None else {"prompt": prompt}
     reads_clips = getattr(model, "temporal", None) is not None
     paths = find_files(images, clips=reads_clips)
     read = read_files(paths, num_frames if reads_clips else None)
-    done = 0
+    done: set[str] = set()
     for _, alike in groupby(read, key=lambda item: len(item[1])):  # a batch has clips of one length
         while batch := list(islice(alike, batch_size)):
             items = [Pictures(frames) if reads_clips else frames[0] for _, frames in batch]
             samples["image"] = torch.stack([processor(item) for item in items]).to(device)
             texts = model.generate(samples, num_beams=num_beams, max_length=max_length)
-            done += len(texts)
+            done.update(path for path, _ in batch)
             yield from zip((path for path, _ in batch), texts, strict=True)
     if not done:
         kind = "picture or clip" if reads_clips else "picture"
         raise DataError(f"none of the {len(paths)} files could be read as a {kind}.")
+    if left_out is not None:
+        left_out += without_result(images, done, reads_clips)
 
 
 def load_for_captioning(
-    cfg_path: str | None, checkpoint: str | None, options: Sequence[str], device: str
+    cfg_path: str | None,
+    checkpoint: str | None,
+    options: Sequence[str],
+    device: str,
+    allow_downloads: bool | Consent = False,
 ) -> BaseModel:
-    """The model of a project file, of a checkpoint folder, or the bundled one."""
+    """The model of a project file, of a checkpoint folder, or the bundled one.
+
+    Args:
+        allow_downloads: see `BaseModel.from_pretrained`.
+    """
     if cfg_path is not None:
         cfg = Config.load(cfg_path, options)
+        file = find_config(cfg_path)
+        if is_checkpoint(file.parent):  # it came with weights
+            check_addresses(OmegaConf.to_container(load_model_file(file)), file, allow_downloads)
         if checkpoint is not None:
             cfg.model.checkpoint = checkpoint
         return registry.get_model_class(cfg.model.arch).from_config(cfg.model, device).to(device)
@@ -90,4 +109,5 @@ def load_for_captioning(
             "it with --cfg-path."
         )
     arch = load_model_file(file).arch
-    return registry.get_model_class(arch).from_pretrained(file.parent, device).to(device)
+    model_class = registry.get_model_class(arch)
+    return model_class.from_pretrained(file.parent, device, allow_downloads).to(device)

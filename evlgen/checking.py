@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from evlgen.common.errors import DataError
 from evlgen.common.io import atomic_file
+from evlgen.common.safe_text import message, printable
 from evlgen.datasets.base_dataset import BadRecord, BaseDataset, Skipped
 from evlgen.models.text_lengths import TextLength
 from evlgen.runners.data import eval_loader, evenly_spread, seeded, workers_named
@@ -142,17 +143,17 @@ def find_shared(reports: Sequence[SplitReport]) -> Iterator[str]:
     for one, other in itertools.combinations(reports, 2):
         if common := len(one.visuals & other.visuals):
             one.shared[other.name] = other.shared[one.name] = common
-            yield f"{one.name} and {other.name} share {common} pictures or clips"
+            yield printable(f"{one.name} and {other.name} share {common} pictures or clips")
 
 
 def told(report: SplitReport, limits: Mapping[str, int], unit: str) -> Iterator[str]:
     """A report in lines. See `SplitReport.to_json`."""
     if report.error is not None:
-        yield f"{report.name}: cannot be looked at: {report.error}"
+        yield f"{printable(report.name)}: cannot be looked at: {message(report.error)}"
         return
     visuals = "" if report.num_visuals is None else f" of {report.num_visuals} pictures or clips"
     references = f", {report.num_references} texts to score against" if report.num_references else ""
-    yield f"{report.name}: {report.num_samples} samples{visuals}{references}"
+    yield f"{printable(report.name)}: {report.num_samples} samples{visuals}{references}"
     if report.skipped:
         causes = ", ".join(f"{count} {cause}" for cause, count in report.causes.most_common())
         yield f"  broken: {len(report.skipped)} ({report.broken_share:.1%}): {causes}"

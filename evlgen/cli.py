@@ -52,8 +52,9 @@ def guarded(action: Callable[[argparse.Namespace], int | None], parser: argparse
     """Runs a command; what a user can mend is shown in a line or two, without a traceback unless
     ``--debug``."""
     args = parser.parse_args(argv)
-    from evlgen.common.logs import log_to_terminal
+    from evlgen.common.logs import log_to_terminal, write_any_text
 
+    write_any_text()
     log_to_terminal(args.debug)
     try:
         return action(args) or 0

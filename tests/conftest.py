@@ -6,6 +6,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,32 @@ def with_java(without_java):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAVA_HOME", JAVA_HOME)
         yield
+
+
+# Where this package and the libraries below it keep what they download and compute.
+_CACHES = {
+    "EVLGEN_CACHE": "evlgen",
+    "XDG_CACHE_HOME": "",
+    "XDG_CONFIG_HOME": "config",
+    "MPLCONFIGDIR": "matplotlib",
+    "HF_HOME": "huggingface",
+    "TORCH_HOME": "torch",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_HOME": "triton",
+    "FVCORE_CACHE": "iopath",
+}
+
+
+def pytest_configure(config):
+    """Tests write into folders of their own: nothing of the user's home is read or changed. The processes of
+    pytest-xdist, and those that tests start, share the folder of the first one."""
+    if hasattr(config, "workerinput"):
+        return
+    folder = Path(tempfile.mkdtemp(prefix="evlgen-tests-"))
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    for name, part in _CACHES.items():
+        (folder / part).mkdir(exist_ok=True)
+        os.environ[name] = str(folder / part)
 
 
 @pytest.fixture(autouse=True)

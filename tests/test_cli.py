@@ -74,6 +74,25 @@ def test_caption_of_nothing_readable_fails(tmp_path, capsys):
     assert "none of the 1 files" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["caption", "visualize"])
+def test_a_named_path_that_gives_nothing_makes_the_exit_status_1(picture, capsys, command):
+    folder = picture.parent
+    for name in ("deep/er/b.png", "empty/x.txt", ".hidden/c.png"):
+        (folder / name).parent.mkdir(parents=True)
+    picture.rename(folder / "deep" / "er" / "b.png")
+    (folder / "deep" / "loop").symlink_to(folder / "deep", target_is_directory=True)
+    (folder / "deep" / "er" / "broken.png").write_text("no")  # nobody named it
+    options = ["--layers", "last", "--output", str(folder / "out")] if command == "visualize" else []
+    argv = [command, "nofile.png", str(folder / "deep"), str(folder / "empty"), *options]
+    assert cli.main(argv) == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 1
+    done = "captioned" if command == "caption" else "drawn"
+    named = f"nofile.png, {folder / 'empty'}"
+    assert err.splitlines()[-1] == f"error: 2 of the 3 paths named could not be {done}: {named}."
+    assert cli.main([command, str(folder / "deep"), *options]) == 0
+
+
 def test_help_and_import_do_not_import_torch():
     code = """if True:
         import sys, evlgen, evlgen.cli

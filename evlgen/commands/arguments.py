@@ -44,6 +44,25 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show tracebacks and debug messages")
 
 
+def add_allow_downloads(parser: argparse.ArgumentParser) -> None:
+    """``--allow-downloads``."""
+    parser.add_argument(
+        "--allow-downloads",
+        action="store_true",
+        help="fetch from addresses that the config.yaml of --checkpoint names; otherwise a terminal is asked",
+    )
+
+
+def fail_for(left_out: list[str], named: list[str], done: str) -> None:
+    """Raises `DataError`, for the exit status, where some of the files a user named are not ``done``."""
+    if left_out:
+        from evlgen.common.errors import DataError
+        from evlgen.common.safe_text import shown_name
+
+        some = ", ".join(map(shown_name, left_out[:5])) + (", ..." if len(left_out) > 5 else "")
+        raise DataError(f"{len(left_out)} of the {len(named)} paths named could not be {done}: {some}.")
+
+
 def positive(text: str) -> int:
     """The type of a number of at least 1."""
     number = int(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from evlgen.commands.arguments import add_common, add_options, positive
+from evlgen.commands.arguments import add_allow_downloads, add_common, add_options, fail_for, positive
 
 HELP = "write a caption for each picture, or clip"
 
@@ -14,13 +14,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "images",
         nargs="+",
         metavar="IMAGE",
-        help="picture files (or clips, for a model of clips), addresses or folders",
+        help="picture files (or clips, for a model of clips), addresses, or folders, which are walked",
     )
     parser.add_argument("--cfg-path", help="project or model file; its model writes the captions")
     parser.add_argument(
         "--checkpoint",
         help="folder of a run, of a checkpoint or of save_pretrained; with --cfg-path also a published .pth",
     )
+    add_allow_downloads(parser)
     add_options(parser)
     parser.add_argument("--prompt", help="the text a caption continues")
     parser.add_argument("--num-beams", type=positive, default=5)
@@ -30,13 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from evlgen.common.consent import ask_on_terminal
     from evlgen.common.logs import quiet_libraries
     from evlgen.common.plugins import load_plugins
+    from evlgen.common.safe_text import printable
 
     load_plugins(args.plugins, None)
     quiet_libraries()
     from evlgen.captioning import caption_files
 
+    left_out: list[str] = []
     for path, caption in caption_files(
         args.images,
         cfg_path=args.cfg_path,
@@ -46,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
         num_beams=args.num_beams,
         max_length=args.max_length,
         num_frames=args.frames,
+        left_out=left_out,
+        allow_downloads=args.allow_downloads or ask_on_terminal,
     ):
-        print(f"{path}: {caption}", flush=True)
+        print(printable(f"{path}: {caption}"), flush=True)
+    fail_for(left_out, args.images, "captioned")
     return 0

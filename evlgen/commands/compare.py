@@ -140,5 +140,6 @@ def command(args: argparse.Namespace, words: list[str]) -> str:
 
 def _shown(path) -> str:
     from evlgen.common.layers import display
+    from evlgen.common.safe_text import printable
 
-    return display(path)
+    return printable(display(path))

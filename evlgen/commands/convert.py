@@ -23,8 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from evlgen.common.plugins import load_plugins
+    from evlgen.common.safe_text import printable
     from evlgen.models.published.conversion import convert
 
     load_plugins(args.plugins, None)
-    print(convert(args.source, args.target, args.to, args.cfg_path, args.options, args.force))
+    print(printable(convert(args.source, args.target, args.to, args.cfg_path, args.options, args.force)))
     return 0

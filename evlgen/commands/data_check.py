@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from evlgen.checking import find_shared, told, write_skipped
     from evlgen.common.config import Config
     from evlgen.common.io import write_atomically
+    from evlgen.common.safe_text import printable
 
     cfg = Config.load(args.cfg_path, args.options, args.plugins)
     builders = ready_builders(cfg)
@@ -52,18 +53,18 @@ def run(args: argparse.Namespace) -> int:
         reports.append(report)
         print("\n".join(told(report, lengths.limits, lengths.UNIT)), flush=True)
         if sheet is not None:
-            print(f"  some of them: {sheet}", flush=True)
+            print(printable(f"  some of them: {sheet}"), flush=True)
     for line in find_shared(reports):
         print(line)
     write_skipped(reports, folder / "skipped.jsonl")
     content = {report.name: report.to_json(lengths.limits, lengths.UNIT) for report in reports}
     write_atomically(folder / "report.json", json.dumps(content, indent=1))
-    print(f"report: {folder / 'report.json'}; broken samples: {folder / 'skipped.jsonl'}")
+    print(printable(f"report: {folder / 'report.json'}; broken samples: {folder / 'skipped.jsonl'}"))
     too_many = [r for r in reports if r.error is None and r.broken_share > cfg.run.max_skipped_share]
     for report in too_many:
         print(
-            f"{report.name}: {report.broken_share:.1%} are broken, more than run.max_skipped_share "
-            f"({cfg.run.max_skipped_share:.1%}) allows: a run would stop"
+            f"{printable(report.name)}: {report.broken_share:.1%} are broken, more than "
+            f"run.max_skipped_share ({cfg.run.max_skipped_share:.1%}) allows: a run would stop"
         )
     return 1 if too_many or any(report.error is not None for report in reports) else 0
 
@@ -97,6 +98,7 @@ def _wanted(builders: dict, splits: list[str] | None) -> list[tuple[str, str]]:
         DataError: nothing is here.
     """
     from evlgen.common.errors import ConfigError, DataError, did_you_mean
+    from evlgen.common.safe_text import message_lines, printable
 
     known = sorted({split for builder in builders.values() for split in builder.splits})
     for split in splits or ():
@@ -115,9 +117,10 @@ def _wanted(builders: dict, splits: list[str] | None) -> list[tuple[str, str]]:
             wanted += [] if lines else [(name, split)]
     missing = list(dict.fromkeys(missing))
     if not wanted or (splits and missing):
-        raise DataError("this data is not on this machine:\n" + "\n".join(f"  - {line}" for line in missing))
+        title = "this data is not on this machine:"
+        raise DataError(message_lines([title, *(f"  - {line}" for line in missing)]))
     for line in missing:
-        print(f"not looked at: {line}")
+        print(printable(f"not looked at: {line}"))
     return wanted
 
 

@@ -75,6 +75,7 @@ def _download(entries: Sequence[Entry], root: Path, args: argparse.Namespace) ->
     from evlgen.common.catalogue import items_of
     from evlgen.common.errors import DataError, Interrupted
     from evlgen.common.obtaining import bring, check_room, state_of
+    from evlgen.common.safe_text import message_lines
 
     found = {item.key: item for entry in entries for item in items_of(entry)}
     items = [item for item in found.values() if args.only in (None, item.kind)]
@@ -93,7 +94,7 @@ def _download(entries: Sequence[Entry], root: Path, args: argparse.Namespace) ->
         except KeyboardInterrupt:
             raise Interrupted("interrupted: the same command goes on from there.", 130) from None
     if failures:
-        raise DataError("\n".join(failures))
+        raise DataError(message_lines(failures))
     _print_end(entries, items, root)
     return 0
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 
-from evlgen.commands.arguments import add_common, add_options, positive
+from evlgen.commands.arguments import add_allow_downloads, add_common, add_options, fail_for, positive
 
 HELP = "draw which patches of each picture become one soft prompt"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="picture or video files, or folders of pictures"
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="picture or video files, addresses, or folders, which are walked",
     )
     parser.add_argument("--cfg-path", help="project or model file; its model's merging is drawn")
     parser.add_argument(
         "--checkpoint",
         help="folder of a run, of a checkpoint or of save_pretrained; with --cfg-path also a published .pth",
     )
+    add_allow_downloads(parser)
     add_options(parser)
     parser.add_argument(
         "--layers", default="all", help="all, last, or numbers such as 1,6,12; the last is always drawn"
@@ -39,13 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from evlgen.common.consent import ask_on_terminal
     from evlgen.common.logs import quiet_libraries
     from evlgen.common.plugins import load_plugins
+    from evlgen.common.safe_text import printable
 
     load_plugins(args.plugins, None)
     quiet_libraries()
     from evlgen.visualization.files import visualize_files
 
+    left_out: list[str] = []
     for path in visualize_files(
         args.images,
         output=args.output,
@@ -56,6 +63,9 @@ def run(args: argparse.Namespace) -> int:
         compare_untrained=args.compare_untrained,
         seed=args.seed,
         num_frames=args.frames,
+        left_out=left_out,
+        allow_downloads=args.allow_downloads or ask_on_terminal,
     ):
-        print(path, flush=True)
+        print(printable(path), flush=True)
+    fail_for(left_out, args.images, "drawn")
     return 0

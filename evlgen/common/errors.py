@@ -6,9 +6,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from evlgen.common.safe_text import message as safe_message
+
 
 class EVLGenError(Exception):
-    """Base class of every error this package raises on purpose."""
+    """Base class of every error this package raises on purpose.
+
+    Args:
+        message: control characters and line breaks in it are escaped, as it may hold names of files and other
+            text of users. Several lines are made by `safe_text.message_lines`.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(safe_message(message))
+
+    def __str__(self) -> str:
+        return self.args[0]  # a `safe_text.Lines` stays one where an error takes over another's message
 
 
 class RegistryError(EVLGenError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -12,21 +12,46 @@ from PIL import Image
 from evlgen.common.errors import DataError
 from evlgen.common.images import PICTURE_SUFFIXES, open_image
 from evlgen.common.io import resolve
+from evlgen.common.safe_text import shown_name
 from evlgen.common.video import VIDEO_SUFFIXES, Video, spread
 
 logger = logging.getLogger(__name__)
 
 
 def find_files(paths: Sequence[str], clips: bool) -> list[str]:
-    """The paths, and in the place of a folder the pictures in it, by name; its videos too where ``clips``."""
+    """The paths, and in the place of a folder the images in it and in its folders, by name; its videos too
+    where ``clips``."""
     suffixes = (*PICTURE_SUFFIXES, *VIDEO_SUFFIXES) if clips else PICTURE_SUFFIXES
     found: list[str] = []
     for path in paths:
         if os.path.isdir(path):
-            found += [str(p) for p in sorted(Path(path).iterdir()) if p.suffix.lower() in suffixes]
+            found += [name for name in _walked(path) if Path(name).suffix.lower() in suffixes]
         else:
             found.append(path)
     return found
+
+
+def without_result(paths: Sequence[str], done: Collection[str], clips: bool) -> list[str]:
+    """Those of the paths given to `find_files` of which no file is among ``done``."""
+    return [path for path in paths if not set(done).intersection(find_files([path], clips))]
+
+
+def _walked(folder: str) -> Iterator[str]:
+    """The files in a folder, then those in its folders, by name; links to folders are followed once. Hidden
+    folders are left out."""
+    seen: set[str] = set()
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=_warn):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(root, name) for name in sorted(names))
+
+
+def _warn(error: OSError) -> None:
+    logger.warning("left out: folder %s: %s", shown_name(error.filename), error.strerror)
 
 
 def read_files(paths: Sequence[str], num_frames: int | None) -> Iterator[tuple[str, list[Image.Image]]]:
@@ -40,7 +65,9 @@ def read_files(paths: Sequence[str], num_frames: int | None) -> Iterator[tuple[s
             if num_frames is not None:
                 frames = read_frames(path, num_frames)
             elif Path(path).suffix.lower() in VIDEO_SUFFIXES:
-                raise DataError(f"{path} is a video; models of clips read those, such as evlgen_video_opt.")
+                raise DataError(
+                    f"{shown_name(path)} is a video; models of clips read those, such as evlgen_video_opt."
+                )
             else:
                 frames = [open_image(resolve(path))]
         except DataError as error:
@@ -63,6 +90,9 @@ def read_frames(path: str | Path, num_frames: int) -> list[Image.Image]:
     count = len(clip)
     if 1 < count < num_frames:
         logger.warning(
-            "%s has %d frames, fewer than the %d asked for: each is taken once", path, count, num_frames
+            "%s has %d frames, fewer than the %d asked for: each is taken once",
+            shown_name(path),
+            count,
+            num_frames,
         )
     return [Image.fromarray(frame) for frame in clip.read(spread(count, min(count, num_frames)))]

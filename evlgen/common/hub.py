@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import re
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 from evlgen.common.errors import CheckpointError
 from evlgen.common.io import PACKAGE_PREFIX, resolve
 from evlgen.common.json_io import read_json
+
+logger = logging.getLogger(__name__)
 
 # Keys of a config.json through which transformers loads attention kernels, or weights under another name.
 _REFUSED_KEYS = (
@@ -204,9 +207,10 @@ def _cached_folder(name: str) -> Path | None:
 
 
 def _download(name: str, reason: str) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+    logger.info("%s is not here: fetching it from %s", name, constants.ENDPOINT)
     try:
         files = HfApi().list_repo_files(name)
         weights = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "*.bin"

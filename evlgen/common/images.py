@@ -11,13 +11,13 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from evlgen.common.errors import DataError
+from evlgen.common.safe_text import shown_name
 
 _ORIENTATION_TAG = 0x0112
 # EXIF orientation -> what turns the stored picture upright (EXIF 2.32, section 4.6.4).
@@ -77,12 +77,13 @@ def open_image(path: str | os.PathLike | BinaryIO, draft_size: int | None = None
             return to_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
-            f"cannot read image {name}: {error} Raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file.",
+            f"cannot read image {shown_name(name)}: {error} Raise PIL.Image.MAX_IMAGE_PIXELS if you trust "
+            "the file.",
             "too large",
         ) from error
     except (*_DECODER_ERRORS, DataError) as error:
         why, cause = _cause(name, error)
-        raise DataError(f"cannot read image {name}: {why}", cause) from error
+        raise DataError(f"cannot read image {shown_name(name)}: {why}", cause) from error
 
 
 @contextlib.contextmanager
@@ -172,19 +173,20 @@ def _value_range(values: np.ndarray) -> tuple[float, float]:
 
 def _cause(path: str | os.PathLike, error: Exception) -> tuple[str, str]:
     """Why a picture cannot be read, and the `DataError.cause` of it."""
-    path = Path(path)
     if isinstance(error, FileNotFoundError):
         return "the file does not exist.", "missing file"
     if isinstance(error, OSError) and error.errno == errno.ELOOP:
         return "it is a link that leads back to itself.", "link to itself"
-    if path.is_dir():
+    if os.path.isdir(path):
         return "it is a folder.", "not a file"
     if isinstance(error, PermissionError):
         return "no permission to read it.", "no permission"
-    if path.is_file() and path.stat().st_size == 0:
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
         return "the file is empty.", "empty file"
     if isinstance(error, UnidentifiedImageError):
         return f"it is not an image of a format that is read here ({', '.join(FORMATS)}).", "not an image"
     if isinstance(error, DataError):
         return str(error), error.cause
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{os.strerror(error.errno)}.", "not a file" if error.filename else "damaged image"
     return f"{str(error).rstrip('.') or type(error).__name__}.", "damaged image"

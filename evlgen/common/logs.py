@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from evlgen.common.safe_text import message
+
+
+class _Formatter(logging.Formatter):
+    """A message is one line, whatever names and texts of users are in it. Tracebacks keep their lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return message(super().formatMessage(record))
 
 
 class _Handler(logging.StreamHandler):
@@ -22,11 +32,18 @@ class _Handler(logging.StreamHandler):
             super().emit(record)
 
 
+def write_any_text() -> None:
+    r"""From now on standard output shows characters that its encoding lacks as ``\u6f22``, as standard error
+    does, instead of raising."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def log_to_terminal(debug: bool = False) -> None:
     """Shows this package's messages on standard error; other libraries' warnings too, their progress only on
     a terminal."""
     handler = _Handler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(_Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
@@ -47,8 +64,8 @@ def log_to_file(path: Path, enabled: bool = True) -> Iterator[None]:
     if not enabled:
         yield
         return
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:
         yield

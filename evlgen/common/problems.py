@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from evlgen.common.errors import ConfigError
+from evlgen.common.safe_text import message_lines
 
 Source = Callable[[str], str]
 
@@ -42,9 +43,8 @@ class Problems:
         if len(self._lines) == 1:
             raise ConfigError(self._lines[0])
         if self._lines:
-            raise ConfigError(
-                "\n  ".join([f"{len(self._lines)} problems in the configuration:", *self._lines])
-            )
+            title = f"{len(self._lines)} problems in the configuration:"
+            raise ConfigError(message_lines([title, *(f"  {line}" for line in self._lines)]))
 
     def __len__(self) -> int:
         return len(self._lines)

@@ -30,6 +30,7 @@ from PIL import Image
 
 from evlgen.common.errors import DataError
 from evlgen.common.io import resolve
+from evlgen.common.safe_text import shown_name
 
 Reader = Literal["auto", "decord", "pyav"]
 Box = tuple[float, float, float, float]  # left, top, right, bottom, as shares of a frame's width and height
@@ -112,7 +113,9 @@ class Video(Clip):
         try:
             yield from file.frames(indices)
         except file.ERRORS as error:
-            raise DataError(f"cannot read video {self.path}: it is damaged.", "damaged video") from error
+            raise DataError(
+                f"cannot read video {shown_name(self.path)}: it is damaged.", "damaged video"
+            ) from error
         finally:
             self._opened = None
             file.close()
@@ -131,7 +134,7 @@ def _open(path: str | os.PathLike, reader: Reader) -> Any:
     file = resolve(path)
     problem = _problem(file)
     if problem is not None:
-        raise DataError(f"cannot read video {path}: {problem[0]}", problem[1])
+        raise DataError(f"cannot read video {shown_name(path)}: {problem[0]}", problem[1])
     name = "gif" if file.lower().endswith(".gif") else installed_reader(reader)
     opener = importlib.import_module(f"evlgen.common.video_{name}").File
     try:
@@ -139,11 +142,12 @@ def _open(path: str | os.PathLike, reader: Reader) -> Any:
     except opener.ERRORS as error:
         more = ' PyAV reads more of them: pip install "evlgen[pyav]".' if name == "decord" else ""
         raise DataError(
-            f"cannot read video {path}: it is damaged, or no video of a format that {name} reads.{more}",
+            f"cannot read video {shown_name(path)}: it is damaged, or no video of a format that {name} "
+            f"reads.{more}",
             "not a video",
         ) from error
     if not opened.num_frames:
-        raise DataError(f"cannot read video {path}: it has no frames.", "damaged video")
+        raise DataError(f"cannot read video {shown_name(path)}: it has no frames.", "damaged video")
     return opened
 
 

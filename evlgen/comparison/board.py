@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 
+from evlgen.common.safe_text import printable
 from evlgen.comparison.metrics import main_metric, shown_value
 from evlgen.comparison.plan import Settings
 from evlgen.comparison.stages import Run
@@ -44,10 +45,10 @@ class Board:
 
     def line(self, run: Run) -> str:
         """``mlp  seed 42  training  iteration 120  34 of 120 s  CIDEr 0.412``."""
-        width = max(len(r.configuration.label) for r in self.runs)
+        width = max(len(printable(r.configuration.label)) for r in self.runs)
         seconds = sum(s.effort()[0] for s in run.stages)
         iterations = sum(s.effort()[2] for s in run.stages)
-        parts = [f"{run.configuration.label:<{width}}", f"seed {run.seed}", f"{run.state:<8}"]
+        parts = [f"{printable(run.configuration.label):<{width}}", f"seed {run.seed}", f"{run.state:<8}"]
         if iterations:
             parts += [f"iteration {iterations:>5}", f"{seconds:6.1f} s{self._of_budget(seconds, iterations)}"]
         scores = run.stages[-1].evaluations()
@@ -57,7 +58,7 @@ class Board:
             where = "" if at == run.stages[-1].effort()[2] else f" after {at}"
             parts.append(f"{name} {shown_value(scores[-1][name])}{where}")
         if run.state == "failed":
-            parts.append((run.error or "").splitlines()[0])
+            parts.append(printable((run.error or "").partition("\n")[0]))
         return "  ".join(parts)
 
     def _of_budget(self, seconds: float, iterations: int) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from evlgen.common.config import changed_keys
 from evlgen.common.errors import ConfigError, Interrupted, TrainingError
 from evlgen.common.io import write_atomically
+from evlgen.common.safe_text import message_lines
 from evlgen.comparison.execution import Execution
 from evlgen.comparison.plan import Configuration, Settings
 from evlgen.comparison.results import collect
@@ -126,8 +127,8 @@ def resumed_folder(
         for one, other in zip(old, new, strict=True):
             changed += [f"{name}: {line}" for line in changed_keys(one, other)]
     if changed:
-        lines = "\n".join(f"  - {line}" for line in changed)
-        raise ConfigError(f"--resume: {folder} compares under other settings:\n{lines}")
+        title = f"--resume: {folder} compares under other settings:"
+        raise ConfigError(message_lines([title, *(f"  - {line}" for line in changed)]))
     return folder
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from evlgen.common.errors import Interrupted, TrainingError
+from evlgen.common.safe_text import message, message_lines
 from evlgen.comparison.board import Board
 from evlgen.comparison.plan import Settings
 from evlgen.comparison.stages import OUTPUT_FILE, Run, StageRun
@@ -168,12 +169,12 @@ def _reason(output: Path, start: int, code: int) -> str:
         lines = file.read().decode("utf-8", errors="replace").splitlines()
     first = next((i for i, line in enumerate(lines) if line.startswith("error: ")), None)
     if first is not None:
-        return "\n".join(lines[first:])[len("error: ") :]
+        return message_lines([lines[first].removeprefix("error: "), *lines[first + 1 :]])
     if code < 0:
         name = signal.Signals(-code).name
         return f"ended by {name}" + (" (was memory short?)" if name == "SIGKILL" else "")
     said = [line for line in lines if line.strip()]
-    return said[-1].strip() if said else f"ended with exit code {code}"
+    return message(said[-1].strip()) if said else f"ended with exit code {code}"
 
 
 def _shown(path: Path) -> str:

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from evlgen.common.safe_text import Lines, printable
 from evlgen.comparison.plots import (
     COLOURS,
     as_data_address,
@@ -59,8 +60,8 @@ def page(report: Report, runs: Sequence[Run], swept: str | None = None) -> str:
     """
     title = f"Sweep of {swept}" if swept else "Comparison"
     parts = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="lead">{escape(_lead(report))}</p>',
+        f"<h1>{_text(title)}</h1>",
+        f'<p class="lead">{_text(_lead(report))}</p>',
         _notes(report),
         *(_plot(sweep_figure(report, swept), _sweep_caption(report)) if swept else []),
         "<h2>Results</h2>",
@@ -79,7 +80,7 @@ def page(report: Report, runs: Sequence[Run], swept: str | None = None) -> str:
     ]
     body = "\n".join(part for part in parts if part)
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
@@ -99,7 +100,7 @@ def _lead(report: Report) -> str:
 
 
 def _notes(report: Report) -> str:
-    lines = "".join(f"<li>{escape(note)}</li>" for note in report["notes"])
+    lines = "".join(f"<li>{_text(note)}</li>" for note in report["notes"])
     return f'<ul class="notes">{lines}</ul>' if lines else ""
 
 
@@ -117,35 +118,35 @@ def _tables(report: Report) -> str:
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], best: Mapping[str, int]) -> str:
-    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
+    head = "".join(f"<th>{_text(title)}</th>" for title in titles)
     body = []
     for number, row in enumerate(rows):
         cells = []
         for title, cell in zip(titles, row, strict=True):
             mark = ' class="best"' if best.get(title) == number else ""
             swatch = _swatch(number) if title == titles[0] else ""
-            cells.append(f"<td{mark}>{swatch}{escape(cell)}</td>")
+            cells.append(f"<td{mark}>{swatch}{_text(cell)}</td>")
         failed = " class=failed" if "failed" in row[-1] else ""
         body.append(f"<tr{failed}>{''.join(cells)}</tr>")
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(body)}</table></div>'
 
 
 def _errors(report: Report) -> list[str]:
-    return [f"<pre>{escape(line)}</pre>" for line in errors(report)]
+    return [f"<pre>{_text(error)}</pre>" for error in errors(report)]
 
 
 def _differences(report: Report) -> str:
     configurations = report["configurations"]
     keys = list(dict.fromkeys(key for c in configurations for key in c["differs"]))
     head = "".join(
-        f'<th class="text">{_swatch(i)}{escape(c["label"])}</th>' for i, c in enumerate(configurations)
+        f'<th class="text">{_swatch(i)}{_text(c["label"])}</th>' for i, c in enumerate(configurations)
     )
     files = [" + ".join(c["files"]) for c in configurations]
-    file_cells = "".join(f'<td class="text">{escape(file)}</td>' for file in files)
+    file_cells = "".join(f'<td class="text">{_text(file)}</td>' for file in files)
     file_row = f"<tr><td>project file</td>{file_cells}</tr>" if len(set(files)) > 1 else ""
     body = "".join(
-        f"<tr><td><code>{escape(key)}</code></td>"
-        + "".join(f'<td class="text">{escape(_value(c["differs"], key))}</td>' for c in configurations)
+        f"<tr><td><code>{_text(key)}</code></td>"
+        + "".join(f'<td class="text">{_text(_value(c["differs"], key))}</td>' for c in configurations)
         + "</tr>"
         for key in keys
     )
@@ -168,8 +169,8 @@ def _plot(figure: Any, caption: str) -> list[str]:
     if figure is None:
         return ['<p class="note">There are not enough numbers to draw.</p>']
     return [
-        f'<figure style="margin:0"><img class="plot" alt="{escape(caption)}" src="{as_data_address(figure)}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        f'<figure style="margin:0"><img class="plot" alt="{_text(caption)}" src="{as_data_address(figure)}">'
+        f"<figcaption>{_text(caption)}</figcaption></figure>"
     ]
 
 
@@ -229,11 +230,11 @@ def _captions(report: Report, runs: Sequence[Run]) -> list[str]:
     cards = []
     for key, (reference, file) in pictures.items():
         lines = "".join(
-            f"<dt>{_swatch(number)}{escape(label)}</dt><dd>{escape(by_id[key]) or '<i>nothing</i>'}</dd>"
+            f"<dt>{_swatch(number)}{_text(label)}</dt><dd>{_text(by_id[key]) or '<i>nothing</i>'}</dd>"
             for number, label, by_id in texts
             if key in by_id
         )
-        told = f"<dt>a reference</dt><dd>{escape(reference)}</dd>" if reference else ""
+        told = f"<dt>a reference</dt><dd>{_text(reference)}</dd>" if reference else ""
         cards.append(f'<div class="card">{_image(key, file)}<dl>{lines}{told}</dl></div>')
     return [
         "<h2>What they write</h2>",
@@ -244,9 +245,14 @@ def _captions(report: Report, runs: Sequence[Run]) -> list[str]:
 
 def _image(key: str, file: Path | None) -> str:
     if file is None or not file.exists():
-        return f"<p>{escape(key)}</p>"
+        return f"<p>{_text(key)}</p>"
     data = base64.b64encode(file.read_bytes()).decode()
-    return f'<img alt="{escape(key)}" src="data:image/png;base64,{data}">'
+    return f'<img alt="{_text(key)}" src="data:image/png;base64,{data}">'
+
+
+def _text(text: str) -> str:
+    """Text as HTML, control characters shown escaped; its lines stay lines where they are our own."""
+    return escape(text if isinstance(text, Lines) else printable(text))
 
 
 def _swatch(number: int) -> str:
@@ -264,5 +270,5 @@ def _origin(report: Report) -> str:
         ("evaluated every", evaluation["every"] or "as the project files say"),
         ("runs took turns", "yes" if report.get("interleaved") else "no, one after the other"),
     ]
-    lines = "".join(f'<tr><td>{k}</td><td class="text">{escape(str(v))}</td></tr>' for k, v in facts)
-    return f"<pre>{escape(report['command'])}</pre><table>{lines}</table>"
+    lines = "".join(f'<tr><td>{k}</td><td class="text">{_text(str(v))}</td></tr>' for k, v in facts)
+    return f"<pre>{_text(report['command'])}</pre><table>{lines}</table>"

@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from evlgen.common.safe_text import printable
 from evlgen.comparison.results import mean_curve
 
 # Okabe and Ito's colours, which all kinds of sight tell apart, but for the yellow, which is faint on white.
@@ -20,6 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 _MARKERS = "osD^vPX"
 _DASHES = ("-", "--", ":")
 _GREY = "0.35"
+_LONGEST_LABEL = 100  # characters
 _STYLE = {
     "font.size": 10.5,
     "axes.titlesize": 11.5,
@@ -30,6 +32,9 @@ _STYLE = {
     "grid.color": "0.9",
     "axes.axisbelow": True,
     "svg.fonttype": "path",
+    # names and values of users are no formulas
+    "text.parse_math": False,
+    "text.usetex": False,
 }
 
 Report = Mapping[str, Any]
@@ -116,7 +121,7 @@ def sweep_figure(report: Report, key: str) -> Figure | None:
     done = [c for c in report["configurations"] if c["summary"]["finished"]]
     if not done:
         return None
-    values = [str(c["value"]) for c in done]
+    values = [printable(c["value"], _LONGEST_LABEL) for c in done]
     numeric = all(_is_number(value) for value in values)
     x = [float(value) for value in values] if numeric else list(range(len(values)))
     metrics = plotted_metrics(report)
@@ -130,7 +135,7 @@ def sweep_figure(report: Report, key: str) -> Figure | None:
             axis.set_title("quality at the end", loc="left")
         _draw_time(axes[-1], x, report, done)
         for axis in axes:
-            axis.set_xlabel(key)
+            axis.set_xlabel(printable(key, _LONGEST_LABEL))
             axis.set_xticks(x, values)
         return figure
 
@@ -196,7 +201,7 @@ def _draw_curves(axis: Axes, report: Report, metric: str, over: str) -> None:
 
 def _grid(rows: int, columns: int, report: Report) -> tuple[Figure, Any]:
     """A figure with a legend of all configurations above its axes."""
-    labels = [c["label"] for c in report["configurations"]]
+    labels = [printable(c["label"], _LONGEST_LABEL) for c in report["configurations"]]
     per_row = max(1, min(len(labels), 120 // (max(map(len, labels)) + 8)))
     legend_rows = -(-len(labels) // per_row)
     figure = Figure(figsize=(10.6, 3.5 * rows + 0.3 * legend_rows + 0.2), layout="constrained")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from evlgen.common.safe_text import Lines, message_lines, printable
 from evlgen.comparison.metrics import shown_value, table_metrics
 
 Report = Mapping[str, Any]
@@ -104,6 +105,7 @@ def as_text(report: Report) -> str:
 
 
 def _lines(titles: list[str], rows: list[list[str]]) -> list[str]:
+    titles, *rows = ([printable(cell) for cell in row] for row in [titles, *rows])
     widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
     shown = [
         "  ".join(
@@ -119,10 +121,10 @@ def _told(lines: list[str]) -> list[str]:
     return ["", *lines] if lines else []
 
 
-def errors(report: Report) -> list[str]:
-    """A line for each run that failed."""
+def errors(report: Report) -> list[Lines]:
+    """Why each run failed that did."""
     return [
-        f"{configuration['label']}, seed {run['seed']}: {run['error']}"
+        message_lines(f"{configuration['label']}, seed {run['seed']}: {run['error']}".splitlines())
         for configuration in report["configurations"]
         for run in configuration["runs"]
         if run["error"]

@@ -10,6 +10,7 @@ from typing import Any
 from evlgen.common.archives import fetch_archive, is_archive
 from evlgen.common.errors import ConfigError, DataError, did_you_mean
 from evlgen.common.io import resolve
+from evlgen.common.safe_text import message_lines
 from evlgen.common.schema import unknown_key
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.processors import build_processor
@@ -80,7 +81,7 @@ class BaseDatasetBuilder:
             )
         missing = self.missing([split])
         if missing:
-            raise DataError("\n".join(missing))
+            raise DataError(message_lines(missing))
         return self.build_split(split)
 
     def build_datasets(self) -> dict[str, BaseDataset]:

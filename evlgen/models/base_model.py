@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from evlgen.common.checkpoints import CONFIG_FILE, WEIGHTS_FILE, write_folder
 from evlgen.common.config import load_model_config, load_model_file
+from evlgen.common.consent import Consent, check_addresses
 from evlgen.common.digests import DIGESTS_FILE, check_digests
 from evlgen.common.errors import CheckpointError, ConfigError, EVLGenError
 from evlgen.common.io import make_readable, resolve, write_atomically
@@ -120,9 +121,23 @@ class BaseModel(nn.Module):
         raise NotImplementedError(f"{cls.__name__} must define from_parts_config(cfg, device)")
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, device: str | torch.device = "cpu"):
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        device: str | torch.device = "cpu",
+        allow_downloads: bool | Consent = False,
+    ):
         """Loads a model from a folder made by `save_pretrained`, a hub id of such a folder, or a model type's
-        name."""
+        name.
+
+        Args:
+            allow_downloads: whether addresses in the folder's ``config.yaml`` may be fetched, or a function
+                that is asked. Hub ids in it, and the published weights of a named encoder, are named in a
+                warning before they are fetched.
+
+        Raises:
+            CheckpointError: no such folder; an address that may not be fetched; and see `from_config`.
+        """
         if str(name) in cls.MODEL_TYPES:
             arch = next(arch for arch in _names_of(cls))
             return cls.from_config(load_model_config(arch, str(name)), device)
@@ -133,6 +148,12 @@ class BaseModel(nn.Module):
             logger.warning("%s: %s.", folder, error)
         cfg = load_model_file(folder / CONFIG_FILE)
         cfg.checkpoint = str(folder)
+        section = OmegaConf.to_container(cfg, resolve=True)
+        _check_arch(cls, section)
+        check_addresses(section, folder / CONFIG_FILE, allow_downloads)
+        for item in cls.missing(build_dataclass(cls.CONFIG, section, path="model")):
+            if item.fetchable:
+                logger.warning("%s, named in %s, is not here: fetching it", item.what, folder / CONFIG_FILE)
         return cls.from_config(cfg, device)
 
     @classmethod

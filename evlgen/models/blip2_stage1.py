@@ -48,6 +48,7 @@ from evlgen.models.image_text_losses import (
 from evlgen.models.language.generation import Decoding
 from evlgen.models.model_config import VisionConfig
 from evlgen.models.ops import quicken
+from evlgen.models.pixels import pixels_of, with_pixels
 from evlgen.models.text_lengths import TextLengths
 from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
@@ -373,6 +374,7 @@ class Blip2Stage1(BaseModel):
             num_captions,
             temperature,
         )
+        samples = with_pixels(self, samples)
         start = self.tokenizer.to_write_after(self._prompt(samples)).to(self.device)
         _check_written(start.shape[1] + max_length, self.text.positions.num_embeddings)
         tokens = self._tokens(samples)
@@ -453,6 +455,7 @@ class Blip2Stage1(BaseModel):
         Raises:
             ConfigError: clips.
         """
+        image = image if isinstance(image, Tensor) else pixels_of(self, image)
         if image.ndim != 4:
             raise ConfigError("BLIP-2's first stage is a model of pictures, and a clip was given to it.")
         pixels = image.to(self.device, next(self.vision.parameters()).dtype)

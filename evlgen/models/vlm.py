@@ -23,6 +23,7 @@ from evlgen.models.language import LanguageModel, build_language_model
 from evlgen.models.language.loading import find_model, num_positions, read_config
 from evlgen.models.model_config import ModelConfig
 from evlgen.models.ops import quicken
+from evlgen.models.pixels import pixels_of, with_pixels
 from evlgen.models.prompts import ask, check_count, fill_ocr_slots
 from evlgen.models.soft_prompts import SoftPromptHead
 from evlgen.models.text_lengths import TextLengths
@@ -298,7 +299,7 @@ class VLM(BaseModel):
 
         Args:
             image: [B, 3, H, W], or clips [B, 3, T, H, W] where the model is one of clips; to such a model a
-                picture is a clip of one frame.
+                picture is a clip of one frame. Or Pillow images, see `generate`.
 
         Returns:
             [B, N, C_vision]; with ``temporal: concat`` [B, T * N, C_vision].
@@ -307,6 +308,7 @@ class VLM(BaseModel):
             ConfigError: clips for a model of images.
             DataError: pictures of another size, another number of dimensions, clips without a frame.
         """
+        image = image if isinstance(image, Tensor) else pixels_of(self, image)
         self._check_image(image)
         frames = image.to(self.device, next(self.vision.parameters()).dtype)
         num_frames = 1
@@ -369,8 +371,10 @@ class VLM(BaseModel):
         """Texts for a batch of pictures.
 
         Args:
-            samples: ``image`` [B, 3, H, W] or [B, 3, T, H, W]; optionally ``prompt``, one string or one for
-                each picture, with a slot for ``ocr_tokens`` where the samples have them.
+            samples: ``image`` [B, 3, H, W] or [B, 3, T, H, W], or a Pillow image or a list of them, which go
+                through the model's eval processor (`pixels.pixels_of`); optionally ``prompt``, one string or
+                one for each picture, with a slot for ``ocr_tokens`` where the samples have them. In place of
+                samples with nothing but images, the images.
             num_beams: beams of the search; 1 is greedy.
             max_length, min_length: number of *new* tokens at most and at least.
             use_nucleus_sampling: sample from the likeliest tokens of total probability ``top_p``, at
@@ -381,6 +385,7 @@ class VLM(BaseModel):
         Returns:
             B x num_captions texts, those of one picture in a row.
         """
+        samples = with_pixels(self, samples)
         return self._continue(
             samples,
             self._prompts(samples, _count(samples)),
@@ -424,7 +429,7 @@ class VLM(BaseModel):
         """Short answers to questions.
 
         Args:
-            samples: ``image`` [B, 3, H, W] or [B, 3, T, H, W] and ``text_input``, the questions (one string
+            samples: ``image`` as in `generate` and ``text_input``, the questions (one string
                 or one for each picture); ``choices`` or ``ocr_tokens``, a list of strings for each picture,
                 where the prompt has a second slot.
             max_len, min_len: number of new tokens at most and at least.
@@ -432,6 +437,7 @@ class VLM(BaseModel):
                 `prompts.ask`; empty asks the bare question.
             length_penalty, repetition_penalty: as in `generate`.
         """
+        samples = with_pixels(self, samples)
         return self._continue(
             samples,
             ask(prompt, samples, _count(samples)),
@@ -463,6 +469,7 @@ class VLM(BaseModel):
             DataError: a question has no candidates.
             ConfigError: another number of lists than questions.
         """
+        samples = with_pixels(self, samples)
         count = _count(samples)
         is_one_list = all(isinstance(candidate, str) for candidate in candidates)
         lists = [candidates] * count if is_one_list else candidates

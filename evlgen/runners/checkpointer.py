@@ -43,6 +43,7 @@ from evlgen.common.io import write_atomically
 from evlgen.common.weights import first_not_finite, read_weights
 from evlgen.common.yaml_io import read_yaml
 from evlgen.models.base_model import BaseModel
+from evlgen.runners.skipped import SkippedSamples
 from evlgen.runners.spread import gathered
 from evlgen.runners.training_state import (
     EFFORT_FILE,
@@ -329,6 +330,7 @@ class _Saved:
         processes = progress.get("processes")
         if not isinstance(processes, list) or not all(isinstance(own, dict) for own in processes):
             raise CheckpointError(f"its {PROGRESS_FILE} is damaged")
+        _check_counters(progress)
         read_weights(folder)  # memory-mapped: this only finds out whether it is whole
         try:
             config = read_yaml(folder / CONFIG_FILE)
@@ -336,6 +338,20 @@ class _Saved:
             raise CheckpointError(str(error)) from error
         tensors = (read_weights(state / name) for name in (OPTIMIZER_FILE, RANDOM_FILE))
         return cls(config, progress, *tensors, Effort.read(state / EFFORT_FILE))
+
+
+def _check_counters(progress: dict[str, Any]) -> None:
+    """Raises `CheckpointError` for counters that are none, before any of them is taken over."""
+    TrainingState().restore(progress)
+    for process in progress["processes"]:
+        own = process.get("own", {})
+        if not isinstance(own, dict) or not isinstance(process.get("random", {}), dict):
+            raise CheckpointError(f"its {PROGRESS_FILE} is damaged")
+        SkippedSamples(Path(), 1.0).restore(own.get("skipped", {}))
+    scaler = progress.get("scaler") or {}
+    numbers = list(scaler.values()) if isinstance(scaler, dict) else [None]
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise CheckpointError(f"its {PROGRESS_FILE} gives scaler as {scaler!r:.100}")
 
 
 class _SaveJob(threading.Thread):

@@ -8,11 +8,11 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from accelerate.utils import gather_object
 
-from evlgen.common.errors import TrainingError
+from evlgen.common.errors import CheckpointError, TrainingError
 from evlgen.datasets.base_dataset import Skipped
 from evlgen.runners.data import batch_size
 
@@ -37,6 +37,7 @@ class SkippedSamples:
             (`Skipped.lost_share`): dataset -> id -> share.
     """
 
+    _EMPTY: ClassVar[dict[str, Any]] = {"seen": 0, "causes": {}, "lost": {}}
     MIN_SEEN = 100  # a share of fewer samples says little: judged at the end of an evaluation only
 
     def __init__(self, folder: Path, max_share: float, processes: int = 1) -> None:
@@ -132,9 +133,17 @@ class SkippedSamples:
         return {"seen": self.seen, "causes": dict(self.causes), "lost": lost}
 
     def restore(self, values: Mapping[str, Any]) -> None:
-        """Takes over what `to_json` gave."""
-        self.seen, self.causes = int(values.get("seen", 0)), Counter(values.get("causes", {}))
-        self.lost = {dataset: dict(lost) for dataset, lost in values.get("lost", {}).items()}
+        """Takes over what `to_json` gave. Raises `CheckpointError` where that is damaged."""
+        if not isinstance(values, Mapping):
+            raise CheckpointError("its counts of skipped samples are damaged")
+        seen, causes, lost = (values.get(name, empty) for name, empty in self._EMPTY.items())
+        by_dataset = lost.values() if isinstance(lost, Mapping) else [None]
+        if not (_is_number(seen, int) and _are_numbers(causes, int)) or not all(
+            _are_numbers(shares, int | float) for shares in by_dataset
+        ):
+            raise CheckpointError(f"its counts of skipped samples are damaged ({str(values):.100})")
+        self.seen, self.causes = seen, Counter(causes)
+        self.lost = {dataset: dict(shares) for dataset, shares in lost.items()}
 
     def _note(self, sample: Skipped, iteration: int | None) -> None:
         key = f"{sample.id}: {sample.reason}"
@@ -152,6 +161,14 @@ class SkippedSamples:
         }
         with open(self.folder / FILE, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps(record, default=str) + "\n")
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _are_numbers(values: Any, kind: Any) -> bool:
+    return isinstance(values, Mapping) and all(_is_number(value, kind) for value in values.values())
 
 
 def told(causes: Mapping[str, int]) -> str:

@@ -8,6 +8,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from evlgen.common.safe_text import printable
+
+_MOST_TEXT = 500  # characters of a text that are looked at; fewer fit
+_PLAIN = {"parse_math": False, "usetex": False}  # a caption with dollar signs is no formula
+
 
 def caption_sheet(
     pictures: Sequence[Image.Image | None], captions: Sequence[tuple[str, str]], path: Path, columns: int = 4
@@ -35,20 +40,24 @@ def caption_sheet(
     for axis in axes:
         axis.set_axis_off()
     for axis, picture, texts in zip(axes, pictures, captions, strict=False):
-        written, reference = ("".join(c if c.isprintable() else " " for c in text) for text in texts)
+        written, reference = (
+            textwrap.fill(printable(text[:_MOST_TEXT]), width, max_lines=lines, placeholder="…")
+            for text, width, lines in zip(texts, (36, 44), (4, 3), strict=True)
+        )
         if picture is not None:
             axis.imshow(picture, interpolation="nearest" if max(picture.size) <= 128 else "antialiased")
         text = axis.text(
             0,
             -0.04,
-            textwrap.fill(textwrap.shorten(written, 130), 36),
+            written,
             transform=axis.transAxes,
             va="top",
             fontsize=10,
+            **_PLAIN,
         )
         lines = text.get_text().count("\n") + 1
         axis.annotate(
-            textwrap.fill(textwrap.shorten(reference, 120), 44),
+            reference,
             (0, -0.04),
             xycoords=axis.transAxes,
             xytext=(0, -13 * lines - 2),
@@ -56,6 +65,7 @@ def caption_sheet(
             va="top",
             fontsize=8,
             color="0.45",
+            **_PLAIN,
             annotation_clip=False,
         )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,8 +13,9 @@ from PIL import Image
 from evlgen.captioning import load_for_captioning
 from evlgen.common.checkpoints import CONFIG_FILE
 from evlgen.common.config import Config
+from evlgen.common.consent import Consent
 from evlgen.common.errors import DataError
-from evlgen.common.frames import find_files, read_files
+from evlgen.common.frames import find_files, read_files, without_result
 from evlgen.common.io import resolve, write_atomically
 from evlgen.common.yaml_io import read_yaml
 from evlgen.runners.run_config import RunConfig
@@ -31,17 +32,21 @@ def visualize_files(
     compare_untrained: bool = False,
     seed: int | None = None,
     num_frames: int = 4,
+    left_out: list[str] | None = None,
+    allow_downloads: bool | Consent = False,
 ) -> list[Path]:
     """Draws merging and writes PNG files; what cannot be read is named in a warning and left out.
 
     Args:
-        images: picture or video files, addresses, or folders of them.
+        images: picture or video files, addresses, or folders of them, which are walked.
         output: a file for one sheet, or a folder (a name without a suffix is one) for a sheet each.
         cfg_path, checkpoint, options: the model, as in `captioning.caption_files`.
         layers: see `merging.find_merging`.
         compare_untrained: also what the model's training started from, see `figure.untrained`.
         seed: of that; None for the project's.
         num_frames: of each clip at most.
+        left_out: a list to which those of ``images`` are added that could not be drawn.
+        allow_downloads: see `BaseModel.from_pretrained`.
 
     Returns:
         The files written.
@@ -56,9 +61,11 @@ def visualize_files(
     read = list(read_files(paths, num_frames))
     if not read:
         raise DataError(f"none of the {len(paths)} files could be read as a picture or a clip.")
+    if left_out is not None:
+        left_out += without_result(images, {path for path, _ in read}, clips=True)
     seed = _seed(cfg_path, checkpoint, options) if seed is None else seed
     torch.manual_seed(seed)  # an encoder without pretrained weights is then the same in both
-    model = load_for_captioning(cfg_path, checkpoint, options, device)
+    model = load_for_captioning(cfg_path, checkpoint, options, device, allow_downloads)
     clips = [clip for _, clip in read]
     found = {"trained" if compare_untrained else "": merge_clips(model, clips, layers)}
     if compare_untrained:

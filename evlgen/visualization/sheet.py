@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from evlgen.common.safe_text import printable
+
+_MOST_CHARACTERS = 500  # of a name or heading that are measured; fewer fit
 INK, FAINT, PAPER = (20, 20, 20), (105, 105, 105), (255, 255, 255)
 
 
@@ -107,7 +110,7 @@ def _upward(words: str, font: ImageFont.FreeTypeFont, ink: tuple, size: tuple[in
 
 def _shortened(words: str, font: ImageFont.FreeTypeFont, length: float) -> str:
     """Words that are no longer than ``length`` pixels, with an ellipsis where something is left out."""
-    kept = words
+    words = kept = printable(words, _MOST_CHARACTERS)
     while kept and font.getlength(words if kept == words else f"{kept}…") > length:
         kept = kept[:-1]
     return words if kept == words else f"{kept}…"

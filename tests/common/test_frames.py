@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import os
+
 from PIL import Image
 
-from evlgen.common.frames import find_files
+from evlgen.common.frames import find_files, without_result
 from evlgen.common.images import FORMATS, PICTURE_SUFFIXES
 from evlgen.common.video import VIDEO_SUFFIXES
+
+
+def test_folders_are_walked_in_order_and_links_to_folders_once(tmp_path):
+    for name in ("b/z.png", "b/a/y.jpg", "a.png", "c.png", ".trash/x.png", "b/no.txt", "elsewhere/1.png"):
+        (tmp_path / "top" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "top" / name).touch()
+    (tmp_path / "top" / "elsewhere").rename(tmp_path / "elsewhere")
+    (tmp_path / "top" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "top" / "b" / "loop").symlink_to(tmp_path / "top", target_is_directory=True)
+    top = str(tmp_path / "top")
+    found = [os.path.relpath(path, top) for path in find_files([top], clips=False)]
+    assert found == ["a.png", "c.png", "b/z.png", "b/a/y.jpg", "link/1.png"]
+    assert without_result([top, "x.png", top + "/b"], {top + "/a.png"}, clips=False) == ["x.png", top + "/b"]
 
 
 def test_each_format_that_is_read_has_a_suffix_that_pillow_knows_too():

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
+from html import escape
 
 import pytest
 
+from evlgen.common.safe_text import printable
 from evlgen.comparison.metrics import image_use_of, metric_names, metrics_of, table_metrics
 from evlgen.comparison.page import page
 from evlgen.comparison.plots import as_png, image_use_figure, loss_figure, quality_figure, sweep_figure
@@ -135,6 +138,22 @@ def test_the_page_escapes_what_others_wrote(report):
     text = page(report, [])
     assert "second &lt;i&gt;" in text and "<i>" not in text and "<b>no" not in text
     assert "a note &amp; more" in text
+
+
+@pytest.mark.parametrize("text", ["$\\frac$", "_$5 and $10", "a\x1b[31m\n<b>\ud800"])
+def test_text_of_users_is_never_markup(text):
+    failed = {**run_of(2, [0.1]), "error": f"{text}\x1b", "status": "failed"}
+    hostile = report_of((text, [run_of(1, [0.2, 0.7]), failed]), ("other", [run_of(1, [0.1, 0.7])]))
+    hostile["configurations"][0]["value"] = text
+    hostile["configurations"][1]["value"] = "1"
+    for figure in (quality_figure(hostile), loss_figure(hostile)):
+        assert as_png(figure)[:4] == b"\x89PNG"
+        assert figure.legends[0].get_texts()[0].get_text() == printable(text)
+    axis = sweep_figure(hostile, text).axes[0]
+    assert axis.get_xlabel() == axis.get_xticklabels()[0].get_text() == printable(text)
+    html, shown = page(hostile, [], swept=text), as_text(hostile)
+    assert escape(printable(text)) in html and "<b>" not in html
+    assert printable(text) in shown and not re.search("[\x1b\ud800]", html + shown)
 
 
 def test_figures_are_drawn_of_whatever_is_there(report):

@@ -321,6 +321,23 @@ def test_a_run_in_which_every_step_was_left_out_ends_with_an_error(tiny_project,
     assert [p.name for p in (whole / "checkpoints").glob("step_*")] == ["step_00000006"]
 
 
+def test_resume_auto_passes_over_a_damaged_counter(tiny_project, caplog):
+    path = tiny_project(run={**SHORT, "keep_last": 9})
+    folder = train(path)
+    for step, damage in (
+        ("18", {"iteration": "many"}),
+        ("12", {"processes": [{"own": {"skipped": {"seen": "x"}}}]}),
+    ):
+        file = folder / "checkpoints" / f"step_000000{step}" / "training_state" / "progress.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **damage}))
+    with caplog.at_level(logging.WARNING):
+        assert train(path, "run.resume=auto") == folder
+    assert [line for line in caplog.messages if "step_00000018" in line and "iteration as 'many'" in line]
+    assert [
+        line for line in caplog.messages if "step_00000012" in line and "skipped samples are damaged" in line
+    ]
+
+
 def test_a_named_checkpoint_that_is_damaged_is_refused_with_its_name(tiny_project):
     path = tiny_project(run=SHORT)
     folder = train(path) / "checkpoints" / "step_00000018"

@@ -11,7 +11,7 @@ from PIL import Image
 
 from evlgen.assemble import run
 from evlgen.common.config import Config
-from evlgen.common.errors import TrainingError
+from evlgen.common.errors import CheckpointError, TrainingError
 from evlgen.datasets.base_dataset import Skipped
 from evlgen.runners.data import BatchPlan
 from evlgen.runners.skipped import FILE, SkippedSamples
@@ -54,6 +54,19 @@ def test_a_resumed_run_goes_on_counting_lost_shards(tmp_path):
     after.restore(json.loads(json.dumps(before.to_json())))
     with pytest.raises(TrainingError, match=r"8\.0% of the shards"):
         after.take_out(batch(lost("2.tar", 0.04)), 1)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *([], {"seen": "many"}, {"seen": -1}, {"seen": True}, {"seen": 1.5}, {"causes": []}, {"lost": 3}),
+        *({"causes": {"x": "y"}}, {"lost": {"web": 1}}, {"lost": {"web": {"1.tar": "a"}}}),
+        {"lost": {"web": {"1.tar": float("nan")}}},
+    ],
+)
+def test_damaged_counts_are_damage(tmp_path, values):
+    with pytest.raises(CheckpointError, match="damaged"):
+        SkippedSamples(tmp_path, 0.05).restore(values)
 
 
 def test_the_report_tells_of_lost_shards(tmp_path, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from typing import Any, ClassVar
@@ -23,6 +24,8 @@ from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.checkpointing import checkpoint_blocks, offloaded
 from evlgen.models.vision.efficientnet import efficientnet_to_timm, is_efficientnet_pytorch
 from evlgen.models.vision.merging import Merging, merge_in_blocks, num_merged_tokens
+
+logger = logging.getLogger(__name__)
 
 _MOST_LAYERS, _MOST = 512, 65536  # in kwargs
 
@@ -380,6 +383,8 @@ def _create(name: str, pretrained: bool, empty: bool, **kwargs: Any) -> nn.Modul
         if empty:
             return model
         check_fits(sum(p.numel() for p in model.parameters()), f"model.vision ({name})")
+        if pretrained:
+            logger.info("%s: timm's weights, fetched from %s unless they are here", name, _origin(model))
         with torch.no_grad(), weights_only():
             return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
     except EVLGenError:
@@ -419,6 +424,12 @@ def _check_kwargs(kwargs: dict[str, Any]) -> None:
         most = _MOST_LAYERS if key.startswith("depth") else _MOST
         if any(number > most for number in _whole_numbers(value)):
             raise ConfigError(f"model.vision.kwargs.{key}: {value!r:.60} is more than {most}.")
+
+
+def _origin(model: nn.Module) -> str:
+    """Where timm gets a model's weights."""
+    cfg = model.pretrained_cfg
+    return cfg.get("hf_hub_id") or cfg.get("url") or "nowhere"
 
 
 def _whole_numbers(value: Any) -> list[int]:
