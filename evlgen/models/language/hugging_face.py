@@ -21,6 +21,7 @@ from evlgen.models.language.loading import (
     read_model,
     read_tokenizer,
 )
+from evlgen.models.language.plain_text import PlainText
 from evlgen.models.language.quantization import quantization_options
 from evlgen.models.language.ranking import Reader, RepeatingReader, log_likelihoods
 from evlgen.models.model_config import LoraConfig
@@ -105,6 +106,7 @@ class HuggingFaceLanguageModel(LanguageModel):
         self.tokenizer = read_tokenizer(name, path)
         with named_errors(name, path):
             self._prepare_tokenizer()
+            self._plain_text = PlainText(self.tokenizer)
         if torch.device(device).type == "meta":
             self.model = model_without_weights(self.AUTO_CLASS, config)
         else:
@@ -207,7 +209,12 @@ class HuggingFaceLanguageModel(LanguageModel):
 
     def _token_ids(self, text: str) -> list[int]:
         """The tokens of a text alone, without those a tokenizer puts around it."""
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return self._plain_text(text)
+
+    @staticmethod
+    def _last(ids: list[int], count: int) -> list[int]:
+        """The last ``count`` tokens: what is nearest to the text to write counts most."""
+        return ids[max(0, len(ids) - count) :]
 
     def _caption(self, text: str) -> tuple[str, str]:
         """A text to learn -> the prompt, which generation begins with, and what is learned after it."""
@@ -290,13 +297,18 @@ class HuggingFaceLanguageModel(LanguageModel):
 
     def _check_length(self, positions: int, key: str) -> None:
         """Raises `ConfigError` for more positions than the model has, where it has a limit."""
-        known = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if known and positions > known > 0:
+        known = self._num_positions()
+        if known and positions > known:
             raise ConfigError(
                 f"soft prompts and text take {positions} positions, and the language model has {known}. "
                 f"Lower {key}, "
                 "or raise model.connector.r for fewer soft prompts."
             )
+
+    def _num_positions(self) -> int:
+        """How many positions the model has; 0 where that is not limited."""
+        config = self.model.config.get_text_config(decoder=True)
+        return max(0, getattr(config, "max_position_embeddings", None) or 0)
 
     def _check_kind(self, config: PretrainedConfig) -> None:
         if not self.reads(config.to_dict()):
