@@ -113,7 +113,6 @@ def _flickr8k(root: Path) -> None:
                 lines += [f'{split}_{i}.jpg,"{text}"' for text in captions(scene("train", i))]
         (root / "flickr8k" / f"{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-
     published = {"train": "train", "val": "dev", "test": "test"}
     names = {split: [f"{split}_{i}.jpg" for i in range(2)] for split in published}
     everything = [name for of_one in names.values() for name in of_one]

@@ -32,7 +32,10 @@ def batches(train: int | None, evaluation: int) -> dict[str, Any]:
 
 
 def decoding(min_len: int, max_len: int) -> dict[str, Any]:
-    return {"run.num_beams": 5, "run.min_len": min_len, "run.max_len": max_len}
+    """Of published lengths, which count the start token; OPT's answers are given in new tokens."""
+    is_answer = max_len == 10
+    longest = max_len if is_answer else max_len - 1
+    return {"run.num_beams": 5, "run.min_len": min_len - 1, "run.max_len": longest}
 
 
 def model(arch: str, size: int, frozen: bool = True, prompt: str = "") -> dict[str, Any]:

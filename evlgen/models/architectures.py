@@ -6,7 +6,12 @@ from typing import ClassVar
 
 from evlgen.common.registry import registry
 from evlgen.models.blip2_stage1 import Blip2Stage1  # noqa: F401  registers `blip2`
+from evlgen.models.model_config import GenerationConfig
 from evlgen.models.vlm import VLM
+
+# lavis/models/blip2_models: blip2_vicuna_instruct.py, of which EVLGen's models have it; blip2_t5.py
+_OF_VICUNA = GenerationConfig(length_penalty=1.0, answer_length_penalty=0.0, repetition_penalty=1.5)
+_OF_T5 = GenerationConfig(length_penalty=1.0, answer_length_penalty=-1.0, repetition_penalty=1.0)
 
 
 def _types(arch: str, *names: str) -> dict[str, str]:
@@ -30,6 +35,7 @@ class EvlgenVicuna(VLM):
     """EVL_Gen with Vicuna, or another LLaMA."""
 
     LANGUAGE_MODEL = "vicuna"
+    GENERATION = _OF_VICUNA
     DEFAULT_MODEL_TYPE = "pretrain_vicuna7b"
     MODEL_TYPES: ClassVar[dict[str, str]] = _types("evlgen_vicuna", "pretrain_vicuna7b", "pretrain_vicuna13b")
 
@@ -61,6 +67,7 @@ class EvlgenVideoVicuna(VLM):
     """EVL_Gen for clips with Vicuna."""
 
     LANGUAGE_MODEL = "vicuna"
+    GENERATION = _OF_VICUNA
     TEMPORAL = "average"
     DEFAULT_MODEL_TYPE = "pretrain_vicuna7b"
     MODEL_TYPES: ClassVar[dict[str, str]] = _types(
@@ -85,6 +92,7 @@ class Blip2Vicuna(VLM):
     """BLIP-2's second stage with Vicuna."""
 
     LANGUAGE_MODEL = "vicuna"
+    GENERATION = _OF_VICUNA
     DEFAULT_MODEL_TYPE = "pretrain_vicuna7b"
     MODEL_TYPES: ClassVar[dict[str, str]] = _types("blip2_vicuna", "pretrain_vicuna7b", "pretrain_vicuna13b")
 
@@ -94,6 +102,7 @@ class Blip2T5(VLM):
     """BLIP-2's second stage with FlanT5."""
 
     LANGUAGE_MODEL = "seq2seq"
+    GENERATION = _OF_T5
     DEFAULT_MODEL_TYPE = "pretrain_flant5xl"
     MODEL_TYPES: ClassVar[dict[str, str]] = _types(
         "blip2_t5", "pretrain_flant5xl", "pretrain_flant5xxl", "caption_coco_flant5xl"

@@ -118,6 +118,21 @@ class SoftPromptConfig:
 
 
 @dataclasses.dataclass
+class GenerationConfig:
+    """What generation does where the caller does not say otherwise; null: as the architecture does.
+
+    Args:
+        length_penalty: exponent on the length in the beams' scores of a caption.
+        answer_length_penalty: the same of an answer.
+        repetition_penalty: divides the scores of tokens already written; 1 is off.
+    """
+
+    length_penalty: float | None = None
+    answer_length_penalty: float | None = None
+    repetition_penalty: PositiveFloat | None = None
+
+
+@dataclasses.dataclass
 class ModelConfig:
     """The ``model`` section.
 
@@ -132,6 +147,7 @@ class ModelConfig:
         max_txt_len: text tokens read at most.
         max_output_txt_len: tokens of ``text_output`` learned at most, where a model reads input and output
             apart (Vicuna, T5); null: as many as ``max_txt_len``.
+        generation: defaults of generation.
     """
 
     arch: Annotated[str, Registered("model")]
@@ -144,3 +160,4 @@ class ModelConfig:
     prompt: str = ""
     max_txt_len: PositiveInt = 32
     max_output_txt_len: PositiveInt | None = None
+    generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)

@@ -21,7 +21,7 @@ from evlgen.models.base_model import BaseModel, Missing
 from evlgen.models.connectors.base import Connector
 from evlgen.models.language import LanguageModel, build_language_model
 from evlgen.models.language.loading import find_model, num_positions, read_config
-from evlgen.models.model_config import ModelConfig
+from evlgen.models.model_config import GenerationConfig, ModelConfig
 from evlgen.models.ops import quicken
 from evlgen.models.pixels import pixels_of, with_pixels
 from evlgen.models.prompts import ask, check_count, fill_ocr_slots
@@ -51,6 +51,8 @@ class VLM(BaseModel):
 
     LANGUAGE_MODEL: ClassVar[str]
     TEMPORAL: ClassVar[str | None] = None  # the form of a video architecture whose YAML names none
+    #: What generation does where neither the caller nor ``model.generation`` says otherwise.
+    GENERATION: ClassVar[GenerationConfig] = GenerationConfig(1.0, 0.0, 1.0)
 
     def __init__(
         self,
@@ -71,6 +73,7 @@ class VLM(BaseModel):
         self.prompt_head = prompt_head
         self.language = language
         self.prompt = prompt
+        self.generation = GenerationConfig()
         self._frozen = [
             name for name, freeze in (("vision", freeze_vision), ("language", freeze_language)) if freeze
         ]
@@ -105,6 +108,7 @@ class VLM(BaseModel):
             *(vision, connector, language, cfg.prompt, cfg.vision.freeze, cfg.language.freeze, temporal),
             **({} if head is None else {"prompt_head": head}),  # subclasses may not know it
         )
+        model.generation = cfg.generation
         model._log_parts()
         return model
 
@@ -363,8 +367,8 @@ class VLM(BaseModel):
         min_length: int = 1,
         top_p: float = 0.9,
         use_nucleus_sampling: bool = False,
-        repetition_penalty: float = 1.0,
-        length_penalty: float = 1.0,
+        repetition_penalty: float | None = None,
+        length_penalty: float | None = None,
         num_captions: int = 1,
         temperature: float = 1.0,
     ) -> list[str]:
@@ -379,7 +383,8 @@ class VLM(BaseModel):
             max_length, min_length: number of *new* tokens at most and at least.
             use_nucleus_sampling: sample from the likeliest tokens of total probability ``top_p``, at
                 ``temperature``, instead of searching.
-            repetition_penalty, length_penalty: as in transformers' generation.
+            repetition_penalty, length_penalty: as in transformers' generation; None: as ``model.generation``
+                says, or else the architecture (both 1; of Vicuna's the first 1.5).
             num_captions: texts for each picture.
 
         Returns:
@@ -394,8 +399,8 @@ class VLM(BaseModel):
             min_length=min_length,
             top_p=top_p,
             use_nucleus_sampling=use_nucleus_sampling,
-            repetition_penalty=repetition_penalty,
-            length_penalty=length_penalty,
+            repetition_penalty=self._or_default(repetition_penalty, "repetition_penalty"),
+            length_penalty=self._or_default(length_penalty, "length_penalty"),
             num_captions=num_captions,
             temperature=temperature,
         )
@@ -423,8 +428,8 @@ class VLM(BaseModel):
         max_len: int = 10,
         min_len: int = 1,
         prompt: str = "",
-        length_penalty: float = 0,
-        repetition_penalty: float = 1.0,
+        length_penalty: float | None = None,
+        repetition_penalty: float | None = None,
     ) -> list[str]:
         """Short answers to questions.
 
@@ -435,7 +440,8 @@ class VLM(BaseModel):
             max_len, min_len: number of new tokens at most and at least.
             prompt: a format with a slot for the question, ``Question: {} Short answer:``, or with two, see
                 `prompts.ask`; empty asks the bare question.
-            length_penalty, repetition_penalty: as in `generate`.
+            length_penalty, repetition_penalty: as in `generate`; the architectures' length penalty of answers
+                is 0, T5's -1.
         """
         samples = with_pixels(self, samples)
         return self._continue(
@@ -444,8 +450,8 @@ class VLM(BaseModel):
             num_beams=num_beams,
             max_length=max_len,
             min_length=min_len,
-            length_penalty=length_penalty,
-            repetition_penalty=repetition_penalty,
+            length_penalty=self._or_default(length_penalty, "answer_length_penalty"),
+            repetition_penalty=self._or_default(repetition_penalty, "repetition_penalty"),
         )
 
     @torch.no_grad()
@@ -509,6 +515,12 @@ class VLM(BaseModel):
             prompts = [prompts] * count
         check_count(prompts, count, "prompts")
         return fill_ocr_slots(prompts, samples)
+
+    def _or_default(self, value: float | None, key: str) -> float:
+        """An option of generation: as given, else as the config says, else as the architecture does."""
+        for config in (self.generation, self.GENERATION):
+            value = getattr(config, key) if value is None else value
+        return value
 
     def _continue(self, samples: dict[str, Any], prompts: list[str], **options) -> list[str]:
         soft_prompts = self.soft_prompts(samples)

@@ -73,15 +73,16 @@ class RunConfig:
 
     #: Tokens generated at most. None: 30 for captions, 10 for answers.
     max_len: PositiveInt | None = None
-    #: Tokens generated at least.
-    min_len: NonNegativeInt = 1
-    #: Beams of the search.
-    num_beams: PositiveInt = 5
-    #: Exponent on the length in the beams' scores: above 0 longer texts win. None: 1 for captions, 0 for
-    #: answers.
+    #: Tokens generated at least. None: the model's own default, 1.
+    min_len: NonNegativeInt | None = None
+    #: Beams of the search. None: the model's own default, 5.
+    num_beams: PositiveInt | None = None
+    #: Exponent on the length in the beams' scores: above 0 longer texts win. None: the model's own default:
+    #: 1 for captions, 0 for answers (-1 for T5's).
     length_penalty: float | None = None
-    #: Divides the scores of tokens already written; 1 is off.
-    repetition_penalty: PositiveFloat = 1.0
+    #: Divides the scores of tokens already written; 1 is off. None: the model's own default, 1 (1.5 for
+    #: Vicuna's).
+    repetition_penalty: PositiveFloat | None = None
     #: Text before every generated text; None: the model's own ``prompt``. For questions a format with a slot
     #: for the question, ``Question: {} Short answer:``; None: the bare question.
     prompt: str | None = None
@@ -177,7 +178,7 @@ class RunConfig:
             found.append(("resume", "is for training; evaluating reads model.checkpoint"))
         if not self.evaluate and not self.train_splits:
             found.append(("train_splits", "training needs at least one split; or set evaluate: true"))
-        if self.min_len > (longest := self.max_len or CAPTION_LEN):
+        if (self.min_len or 0) > (longest := self.max_len or CAPTION_LEN):
             found.append(("min_len", f"is {self.min_len}, more than max_len, {longest}"))
         if self.min_lr > self.init_lr:
             found.append(("min_lr", f"is {self.min_lr:g}, more than init_lr, {self.init_lr:g}"))

@@ -46,6 +46,17 @@ class BaseTask:
         self._references: Mapping[int | str, list[str]] = {}
         self.max_len = run.max_len or self.MAX_LEN
 
+    def generation_options(self, **names: str) -> dict[str, Any]:
+        """What ``run`` sets of generation, for a model's `generate`. What it does not set is left to the
+        model, whose architecture has its own defaults.
+
+        Args:
+            names: the model's name of a setting -> its name in ``run``, where they differ.
+        """
+        keys = {key: key for key in ("num_beams", "length_penalty", "repetition_penalty")} | names
+        found = {name: getattr(self.run, key) for name, key in keys.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
     def before_training(self, datasets: Mapping[str, BaseDataset], distribution: Distribution) -> None:
         """Called once before the first `train_step`, on every process.
 

@@ -37,12 +37,7 @@ class CaptioningTask(BaseTask):
         if self.run.prompt is not None:
             samples = {**samples, "prompt": self.run.prompt}
         captions = model.generate(
-            samples,
-            num_beams=self.run.num_beams,
-            max_length=self.max_len,
-            min_length=self.run.min_len,
-            length_penalty=1.0 if self.run.length_penalty is None else self.run.length_penalty,
-            repetition_penalty=self.run.repetition_penalty,
+            samples, max_length=self.max_len, **self.generation_options(min_length="min_len")
         )
         keys = zip(samples["image_id"], samples["instance_id"], captions, strict=True)
         return [{"image_id": i, "caption": c, "instance_id": n} for i, n, c in keys]

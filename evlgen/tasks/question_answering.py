@@ -46,7 +46,7 @@ class QuestionAnsweringTask(BaseTask):
 
     def __init__(self, run: RunConfig) -> None:
         super().__init__(run)
-        if run.min_len > self.max_len:
+        if (run.min_len or 0) > self.max_len:
             raise ConfigError(
                 f"run.min_len: is {run.min_len}, more than max_len, {self.max_len} for answers."
             )
@@ -134,13 +134,7 @@ class QuestionAnsweringTask(BaseTask):
                 samples, self.candidates, prompt=self.prompt, num_candidates=run.num_ans_candidates
             )
         answers = model.predict_answers(
-            samples,
-            num_beams=run.num_beams,
-            max_len=self.max_len,
-            min_len=run.min_len,
-            prompt=self.prompt,
-            length_penalty=0.0 if run.length_penalty is None else run.length_penalty,
-            repetition_penalty=run.repetition_penalty,
+            samples, max_len=self.max_len, prompt=self.prompt, **self.generation_options(min_len="min_len")
         )
         return answers if self.lemmatizer is None else self.lemmatizer(answers)
 

@@ -117,6 +117,48 @@ def test_the_run_section_means_the_same():
     assert run.train_dataset_ratios == {"laion115M": 15, "ccs14M": 4, "coco_caption": 1}
 
 
+# (task, architecture, published max_len and min_len) -> new tokens: the start token counts, but not in the
+# max_new_tokens of T5's captions and of OPT's and T5's answers
+NEW_TOKENS = {
+    ("captioning", "blip2_opt", 30, 8): (29, 7),
+    ("captioning", "liptome_opt", 30, 8): (29, 7),
+    ("captioning", "liptome_video_opt", 20, 5): (19, 4),
+    ("captioning", "liptome_vicuna", 30, 8): (29, 7),
+    ("captioning", "blip2_t5", 80, 10): (80, 9),
+    ("captioning", "blip2_opt", None, None): (29, 0),
+    ("captioning", "blip2_t5", None, None): (30, 0),
+    ("captioning", "blip2_opt", 1, 0): (1, 0),
+    ("vqa", "liptome_opt", 10, 1): (10, 0),
+    ("gqa", "blip2_t5", 10, 1): (10, 0),
+    ("vqa", "liptome_vicuna", 10, 1): (9, 0),
+    ("vqa", "blip2_vicuna", None, None): (9, 0),
+    ("aok_vqa", "blip2_opt", None, 3): (10, 2),
+}
+
+
+@pytest.mark.parametrize(("setting", "expected"), NEW_TOKENS.items())
+def test_lengths_of_published_files_count_the_start_token(project, setting, expected):
+    task, arch, longest, shortest = setting
+    given = {"max_len": longest, "min_len": shortest}
+    lengths = "".join(f"{key}: {value}, " for key, value in given.items() if value is not None)
+    run = f"run: {{task: {task}, {lengths}max_epoch: 1, device: cuda, world_size: 1}}\n"
+    path = project(f"{{arch: {arch}}}", run)
+    found = Config.load(path).run
+    assert (found.max_len, found.min_len) == expected
+    options = Config.load(path, ["run.max_len=25", "run.min_len=2"]).run
+    assert (options.max_len, options.min_len) == (25, 2), "options are in this project's words"
+
+
+def test_lengths_of_own_files_and_of_a_saved_configuration_stay(project, tmp_path):
+    run = "run: {task: captioning, max_len: 30, min_len: 8, max_epoch: 1}\n"
+    found = Config.load(project("{arch: evlgen_opt, model_type: pretrain_opt2.7b}", run)).run
+    assert (found.max_len, found.min_len) == (30, 8)
+    published = load_project("evlgen_pretrain_opt2.7b")
+    published.save(tmp_path / "saved.yaml")
+    again = Config.load(tmp_path / "saved.yaml").run
+    assert (again.max_len, again.min_len) == (published.run.max_len, published.run.min_len) == (29, 7)
+
+
 def test_the_val_split_of_gqas_published_type_is_its_testdev_set(tmp_path):
     """LAVIS's balanced_testdev.yaml has the testdev questions under ``val``."""
     rest = "run: {task: gqa, evaluate: true, test_splits: [val]}\nmodel: {arch: evlgen_opt}\n"

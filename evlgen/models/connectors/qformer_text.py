@@ -21,6 +21,7 @@ from evlgen.common.weights import reading, weights_only
 from evlgen.models.connectors.qformer import INITIALISER_STD, FeedForward, QFormer
 from evlgen.models.connectors.qformer_weights import load_bert
 from evlgen.models.language.generation import Decoding, branch_rows, search
+from evlgen.models.language.plain_text import PlainText
 from evlgen.models.ops import linear
 
 
@@ -70,7 +71,7 @@ class QFormerTokenizer:
         if tokenizer.sep_token_id is None:
             added["sep_token"] = "[SEP]"
         tokenizer.add_special_tokens(added)
-        self.tokenizer = tokenizer
+        self.tokenizer, self._plain_text = tokenizer, PlainText(tokenizer)
         self.start, self.begin = tokenizer.cls_token_id, tokenizer.bos_token_id
         self.end, self.pad = tokenizer.sep_token_id, tokenizer.pad_token_id
 
@@ -100,10 +101,7 @@ class QFormerTokenizer:
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def _words(self, texts: list[str]) -> list[list[int]]:
-        length = self.max_txt_len - 2
-        return self.tokenizer(
-            list(texts), add_special_tokens=False, truncation=True, max_length=length
-        ).input_ids
+        return [ids[: self.max_txt_len - 2] for ids in self._plain_text.batch(texts)]
 
 
 @contextlib.contextmanager

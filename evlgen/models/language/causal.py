@@ -154,7 +154,7 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         """The tokens of each text after a prompt and a gap, its end token the last."""
         return [
             [*ids[: self.max_output_txt_len - 1], self.end_token_ids[0]]
-            for ids in self.tokenizer([gap + text for text in texts], add_special_tokens=False).input_ids
+            for ids in self._plain_text.batch([gap + text for text in texts])
         ]
 
     def _reader(self, soft_prompts: Tensor, prompts: list[str], width: int, length: int) -> Reader:
@@ -182,8 +182,8 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
 
     def _prepare_model(self) -> None:
         self.end_token_ids = self._find_ends()
-        whole, alone = self.tokenizer("a").input_ids, self._token_ids("a")
-        self._start: list[int] = whole[: len(whole) - len(alone)] if whole[-len(alone) :] == alone else []
+        self._start = self._plain_text.before
+        alone = self._token_ids("a")
         # tokenizers that begin a text with a blank (sentencepiece) need none between input and output
         self._gap = " " if self.tokenizer.decode([*alone, *alone]).strip() == "aa" else ""
 
@@ -201,11 +201,6 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         """A question and its answer in the chat template."""
         before, read = self._question(question)
         return Tokens(before, read, self._chat.answer(answer, self.max_output_txt_len))
-
-    @staticmethod
-    def _last(ids: list[int], count: int) -> list[int]:
-        """The last ``count`` tokens: what is nearest to the text to write counts most."""
-        return ids[max(0, len(ids) - count) :]
 
     def _embed(self, soft_prompts: Tensor, samples: list[Tokens], padding_side: str) -> tuple[Tensor, Tensor]:
         """The sequences of a batch: embeddings [B, L, C], and a mask [B, L] on the CPU, 0 for padding."""

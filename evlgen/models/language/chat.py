@@ -6,9 +6,11 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from evlgen.common.errors import ConfigError
+from evlgen.models.language.plain_text import PlainText
 
 #: Stands for the picture in a message: the character Unicode has for what is not text.
 PICTURE = "\ufffc"
+_WORDS = "\ue000"  # a private character: stands for a text that spells control tokens
 
 
 class ChatTemplate:
@@ -30,7 +32,7 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, ends: list[int]) -> None:
-        self.tokenizer, self.name = tokenizer, name
+        self.tokenizer, self.name, self.plain_text = tokenizer, name, PlainText(tokenizer)
         if not tokenizer.chat_template:
             raise ConfigError(
                 f"model.language.chat_template: the tokenizer of model.language.name '{name}' has no chat "
@@ -44,14 +46,26 @@ class ChatTemplate:
 
     def question(self, text: str) -> tuple[list[int], list[int]]:
         """The tokens before and after the picture, up to where the answer begins."""
-        before, _, after = self._render(text).partition(PICTURE)
-        return self._ids(before), self._ids(after)
+        before, _, after = self._render(self._masked(text)).partition(PICTURE)
+        return self._ids(before), self._ids_around(after, text)
 
     def answer(self, text: str, max_tokens: int) -> list[int]:
         """The tokens of an answer, its end token the last; ``max_tokens`` at most."""
-        ids = self._ids(self._answered(text))
+        ids = self._ids_around(self._answered(self._masked(text)), text)
         ended = next((place for place, token in enumerate(ids) if token in self.end_token_ids), len(ids))
         return [*ids[: min(ended, max_tokens - 1)], self._end]
+
+    def _masked(self, text: str) -> str:
+        """A text as it is put into the template: by a character that stands for it where it spells tokens
+        that only the template may write."""
+        return _WORDS if self.plain_text.has_control(text) else text
+
+    def _ids_around(self, rendered: str, text: str) -> list[int]:
+        """The tokens of a part of the template that has ``text`` in it, `_masked`."""
+        if not self.plain_text.has_control(text):
+            return self._ids(rendered)
+        before, _, after = rendered.partition(_WORDS)
+        return [*self._ids(before), *self.plain_text(text), *self._ids(after)]
 
     def _answered(self, answer: str) -> str:
         """What the template has after the start of the assistant's turn."""
@@ -75,7 +89,7 @@ class ChatTemplate:
         return text
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=False).input_ids
 
     def _unfit(self, why: str) -> str:
         return (

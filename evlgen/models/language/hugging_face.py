@@ -22,6 +22,7 @@ from evlgen.models.language.loading import (
     read_model,
     read_tokenizer,
 )
+from evlgen.models.language.plain_text import PlainText
 from evlgen.models.language.quantization import quantization_options
 from evlgen.models.language.ranking import Reader, RepeatingReader, log_likelihoods
 from evlgen.models.model_config import LoraConfig
@@ -106,6 +107,7 @@ class HuggingFaceLanguageModel(LanguageModel):
         self.tokenizer = read_tokenizer(name, path)
         with named_errors(name, path):
             self._prepare_tokenizer()
+            self._plain_text = PlainText(self.tokenizer)
         if torch.device(device).type == "meta":
             self.model = model_without_weights(self.AUTO_CLASS, config)
         else:
@@ -232,7 +234,12 @@ class HuggingFaceLanguageModel(LanguageModel):
 
     def _token_ids(self, text: str) -> list[int]:
         """The tokens of a text alone, without those a tokenizer puts around it."""
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return self._plain_text(text)
+
+    @staticmethod
+    def _last(ids: list[int], count: int) -> list[int]:
+        """The last ``count`` tokens: what is nearest to the text to write counts most."""
+        return ids[max(0, len(ids) - count) :]
 
     def _caption(self, text: str) -> tuple[str, str]:
         """A text to learn -> the prompt, which generation begins with, and what is learned after it."""

@@ -41,22 +41,21 @@ class OPTLanguageModel(CausalLanguageModel):
         return self.max_txt_len  # of both as one text
 
     def _to_continue(self, prompt: str) -> Tokens:
-        return Tokens([], self._with_start(prompt), [])
+        # published code cuts the end of what is too long, and with it what the prompt says after a question
+        words = self._last(self._token_ids(prompt), self.max_txt_len - len(self._start))
+        return Tokens([], [*self._start, *words], [])
 
     def _gap_after(self, prompt: str) -> str:
         return " " if prompt else ""
 
     def _to_answer(self, texts: list[str], gap: str) -> list[list[int]]:
         texts = [f"{gap}{text}".rstrip() + self.END for text in texts]
-        return self.tokenizer(texts, add_special_tokens=False).input_ids
+        return self._plain_text.batch(texts)
 
     def _sample(self, text: str, read: str) -> Tokens:
-        ids = self._with_start(text + self.END)
-        count = len(self.tokenizer(read).input_ids) if read else 0
+        ids = [*self._start, *self._token_ids(text + self.END)][: self.max_txt_len]
+        count = len(self._start) + len(self._token_ids(read)) if read else 0
         return Tokens([], ids[:count], ids[count:])
-
-    def _with_start(self, text: str) -> list[int]:
-        return self.tokenizer(text, truncation=True, max_length=self.max_txt_len).input_ids
 
     def _find_ends(self) -> list[int]:
         return self._token_ids(self.END)
@@ -68,7 +67,7 @@ class OPTLanguageModel(CausalLanguageModel):
                 "texts need. "
                 "Set `pad_token` in its tokenizer_config.json (OPT's is <pad>)."
             )
-        ids = self._token_ids(self.END)
+        ids = self.tokenizer(self.END, add_special_tokens=False).input_ids
         if len(ids) != 1:
             raise ConfigError(
                 f"the tokenizer of model.language.name '{self.name}' has no token of its own for the "

@@ -26,6 +26,7 @@ from evlgen.models.language.hugging_face import (
     for_each_text,
     up_to_end,
 )
+from evlgen.models.language.loading import num_positions
 from evlgen.models.language.ranking import Reader, likelihoods_of
 
 
@@ -85,19 +86,22 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
         """What the decoder learns is ``text_out``; or, without one, ``text_in``, while the encoder reads the
         prompt."""
         texts = self._split(text_in, text_out)
-        learned = [self._with_ends(text, self.max_output_txt_len) for _, text in texts]
-        pairs = zip(self.to_read([read for read, _ in texts]), learned, strict=True)
-        return [s._replace(learned=ids) for s, ids in pairs]
+        read = self._read([read for read, _ in texts], self.max_txt_len)
+        pairs = zip(read, self._answer_ids([text for _, text in texts], ""), strict=True)
+        return [Tokens([], ids, learned) for ids, learned in pairs]
 
     def to_read(self, prompts: list[str]) -> list[Tokens]:
-        return [Tokens([], self._with_ends(prompt, self.max_txt_len), []) for prompt in prompts]
+        """As published, a prompt to continue is not cut, unless the model has a limit of positions."""
+        limit = self.max_txt_len if num_positions(self.model.config) else None
+        return [Tokens([], ids, []) for ids in self._read(prompts, limit)]
 
     def texts(self, tokens: list[list[int]]) -> list[str]:
         """What is written in tokens of `generate_tokens`."""
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def _answer_ids(self, texts: list[str], gap: str) -> list[list[int]]:
-        return [self._with_ends(text, self.max_output_txt_len) for text in texts]
+        room = max(0, self.max_output_txt_len - len(self._start) - len(self._end))
+        return [[*self._start, *ids[:room], *self._end] for ids in self._plain_text.batch(texts)]
 
     def _reader(self, soft_prompts: Tensor, prompts: list[str], width: int, length: int) -> Reader:
         self._check_length(length, "model.max_output_txt_len")
@@ -118,8 +122,17 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
         scale = getattr(self.model.get_encoder(), "embed_scale", 1.0)
         return super()._embed_words(ids) * scale
 
-    def _with_ends(self, text: str, max_tokens: int) -> list[int]:
-        return self.tokenizer(text, truncation=True, max_length=max_tokens).input_ids
+    def _read(self, texts: list[str], max_tokens: int | None) -> list[list[int]]:
+        """What the encoder reads of texts; of one that is too long the last tokens, since what a prompt says
+        after a question is near its end."""
+        rows = self._plain_text.batch(texts)
+        if max_tokens is not None:
+            room = max(0, max_tokens - len(self._start) - len(self._end))
+            rows = [self._last(ids, room) for ids in rows]
+        return [[*self._start, *ids, *self._end] for ids in rows]
+
+    def _prepare_model(self) -> None:
+        self._start, self._end = self._plain_text.before, self._plain_text.after
 
 
 class _DecoderReader:

@@ -45,8 +45,8 @@ class VicunaLanguageModel(CausalLanguageModel):
         return ""
 
     def _to_answer(self, texts: list[str], gap: str) -> list[list[int]]:
-        outputs = self.tokenizer(texts, add_special_tokens=False).input_ids
-        return [[*ids, self.end_token_ids[0]][: self.max_output_txt_len - 1] for ids in outputs]
+        end = self.end_token_ids[0]
+        return [[*ids, end][: self.max_output_txt_len - 1] for ids in self._plain_text.batch(texts)]
 
     def _to_continue(self, prompt: str) -> Tokens:
         return Tokens([], [self.end_token_ids[0], *self._token_ids(prompt)], [])

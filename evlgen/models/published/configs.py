@@ -9,15 +9,18 @@ layers stays what it is; where a layer gives a setting in both ways, this projec
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from evlgen.common.errors import ConfigError
-from evlgen.common.layers import Layer, builder_name
+from evlgen.common.layers import OPTIONS, Layer, builder_name
 from evlgen.common.registry import registry
 from evlgen.common.schema import parameters_of, show
 from evlgen.models.model_config import ModelConfig
-from evlgen.runners.run_config import RunConfig
+from evlgen.runners.run_config import ANSWER_LEN, CAPTION_LEN, RunConfig
+
+logger = logging.getLogger(__name__)
 
 # lavis/models/__init__.py and the models' registrations in both repositories
 ARCHITECTURES = {
@@ -87,6 +90,10 @@ _RUN_IGNORED = (
     *("annotation_file", "img_ids", "sample_id_key", "caption_key", "load_gt_from_file", "split"),
     *("top_p", "temperature", "save_freq", "milestone", "prefix"),
 )
+# What every published project has and no file of this project: how its processes find each other.
+_LAUNCHER = ("device", "world_size", "dist_url", "distributed")
+_CAPTION_TASKS = ("captioning", "video_captioning")
+_ANSWER_TASKS = ("vqa", "gqa", "aok_vqa", "video_qa")
 _GQA_TESTDEV = "balanced_testdev"
 _DATASET_IGNORED = ("type", "data_dir")
 IGNORED_SECTIONS = ("preprocess",)  # in the YAML of LAVIS's model types: what load_preprocess gives
@@ -113,6 +120,7 @@ def from_published(layers: Sequence[Layer]) -> tuple[list[Layer], list[str]]:
             is computed in another way than here: a contrastive loss (``beta``), InstructBLIP's Q-Former.
     """
     arch, model_type = (_strongest(layers, key)[0] for key in ("arch", "model_type"))
+    task, _ = _strongest(layers, "task", "run")
     own_arch = own_names(arch, None)[0]
     own_keys = _own_keys(own_arch)
     met = [*_check_beta(layers, own_keys), *_check_instruction(layers, own_arch, own_keys)]
@@ -124,6 +132,8 @@ def from_published(layers: Sequence[Layer]) -> tuple[list[Layer], list[str]]:
         if isinstance(content.get("model"), Mapping):
             content = _lemmatizer_to_run(content, own_keys)
             content["model"] = translation.section(content["model"], layer.source)
+        if _is_published(layer, own_keys) and isinstance(content.get("run"), Mapping):
+            content["run"] = _with_new_tokens(content["run"], own_arch, task, layer.source)
         out.append(Layer(layer.source, content))
     return out, list(dict.fromkeys(translation.ignored))
 
@@ -310,18 +320,54 @@ def _lemmatizer_to_run(content: dict[str, Any], own_keys: Collection[str]) -> di
     return {**content, "model": rest, "run": {_LEMMATIZER: model[_LEMMATIZER], **run}}
 
 
+def _is_published(layer: Layer, own_keys: Collection[str]) -> bool:
+    """Whether a layer is a file in LAVIS's layout. Options are in this project's words."""
+    model, run = (layer.content.get(key) for key in ("model", "run"))
+    flat = {*_MODEL_KEYS, *_SWITCHES, *_PATHS} - set(own_keys)
+    is_flat = isinstance(model, Mapping) and (flat & set(model) or model.get("arch") in ARCHITECTURES)
+    is_launched = isinstance(run, Mapping) and any(key in run for key in _LAUNCHER)
+    return layer.source != OPTIONS and bool(is_flat or is_launched)
+
+
+def _with_new_tokens(run: Mapping[str, Any], arch: Any, task: Any, source: str) -> dict[str, Any]:
+    """A published ``run`` section with its lengths in new tokens, also those it leaves out.
+
+    There they count the token that generation starts with: the end is allowed after ``min_len - 1`` tokens, and
+    comes after ``max_len - 1`` at the latest; but for captions of T5, and for answers of all but Vicuna,
+    ``max_len`` is the number of new tokens (lavis/models/blip2_models: blip2_opt.py, blip2_t5.py,
+    blip2_vicuna_instruct.py; the defaults: lavis/tasks).
+    """
+    if task not in (*_CAPTION_TASKS, *_ANSWER_TASKS):
+        return dict(run)
+    is_known = isinstance(arch, str) and arch in registry.list_models()
+    language = getattr(registry.get_model_class(arch), "LANGUAGE_MODEL", None) if is_known else None
+    counts_start = language != "seq2seq" if task in _CAPTION_TASKS else language == "vicuna"
+    longest = CAPTION_LEN if task in _CAPTION_TASKS else ANSWER_LEN
+    found = {}
+    for key, value, start, least in (
+        ("max_len", run.get("max_len", longest), int(counts_start), 1),
+        ("min_len", run.get("min_len", 1), 1, 0),
+    ):
+        if type(value) is int and value >= least:  # the rest is left to the checks
+            found[key] = max(least, value - start)
+    changed = [f"{key} {run[key]} is {new}" for key, new in found.items() if run.get(key, new) != new]
+    if changed:
+        logger.info("run (%s) counts the start token; in new tokens %s", source, ", ".join(changed))
+    return {**run, **found}
+
+
 def _own_keys(arch: Any) -> Collection[str]:
     """Keys that the architecture's ``model`` section has in this project."""
     is_known = isinstance(arch, str) and arch in registry.list_models()
     return parameters_of(registry.get_model_class(arch).CONFIG if is_known else ModelConfig)
 
 
-def _strongest(layers: Iterable[Layer], key: str) -> tuple[Any, str | None]:
-    """The value of a key of ``model`` in the strongest layer that has it, and that layer's source; None where
+def _strongest(layers: Iterable[Layer], key: str, name: str = "model") -> tuple[Any, str | None]:
+    """The value of a key of a section in the strongest layer that has it, and that layer's source; None where
     no layer has it."""
     found = (None, None)
     for layer in layers:
-        section = layer.content.get("model")
+        section = layer.content.get(name)
         if isinstance(section, Mapping) and key in section:
             found = (section[key], layer.source)
     return found

@@ -123,8 +123,24 @@ def test_sampling_and_several_captions(model, soft_prompts):
 @torch.no_grad()
 def test_long_texts_are_cut_before_their_end_token(seq2seq_folder):
     model = Seq2SeqLanguageModel(str(seq2seq_folder("t5")), max_txt_len=6, max_output_txt_len=4)
-    ids = model._with_ends("how many stars are there on the hill?", 4)
-    assert len(ids) == 4 and ids[-1] == model.tokenizer.eos_token_id
+    end = model.tokenizer.eos_token_id
+    words = model._token_ids("how many stars are there on the hill?")
+    (sample,) = model.to_learn(["how many stars are there on the hill?"], ["two blue stars and a cat"])
+    assert sample.read == [*words[-5:], end]
+    assert sample.learned == [*model._token_ids("two blue stars and a cat")[:3], end]
+
+
+@pytest.mark.parametrize(("family", "is_cut"), [("t5", False), ("bart", True)])
+def test_the_words_after_a_question_stay(seq2seq_folder, family, is_cut):
+    """Published code does not cut what T5 is asked; BART has a table of positions."""
+    question = "Question: what color is the circle that is on the hill? Short answer:"
+    model = Seq2SeqLanguageModel(str(seq2seq_folder(family)), max_txt_len=10)
+    whole = [*model._token_ids(question), model.tokenizer.eos_token_id]
+    tail = [*model._token_ids(" Short answer:"), model.tokenizer.eos_token_id]
+    (asked,) = model.to_read([question])
+    assert asked.read == (whole[-10:] if is_cut else whole)
+    (learned,) = model.to_learn([question], ["red"])
+    assert learned.read == whole[-10:] and learned.read[-len(tail) :] == tail
 
 
 @torch.no_grad()
