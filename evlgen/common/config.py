@@ -224,6 +224,38 @@ def load_model_config(
     return _model_section(Layers([Layer("overrides", {"model": section})]))
 
 
+def load_dataset_config(
+    name: str, path: str | os.PathLike | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The section of a registered dataset, checked: its own YAML, and over it that of a file.
+
+    Args:
+        name: a registered dataset, or what a file calls it.
+        path: a file whose ``datasets`` section has one of this name, or only one.
+
+    Returns:
+        The section, and what the file itself says.
+
+    Raises:
+        RegistryError: there is no such dataset.
+        ConfigError: no such file, no such section, or problems in it.
+    """
+    load_entry_points()
+    layer, section = Layer("", {}), {}
+    if path is not None:
+        layer = read_layer(find_config(path))
+        sections = layer.content.get("datasets")
+        if not isinstance(sections, Mapping) or (name not in sections and len(sections) != 1):
+            raise ConfigError(f"{layer.source} has no `{name}` under `datasets:`.")
+        section = sections.get(name, next(iter(sections.values()))) or {}
+    registry.get_builder_class(builder_name(name, section))
+    layers = _with_dataset_defaults(Layers([Layer(layer.source, {"datasets": {name: section}})]))
+    problems = Problems(layers.source)
+    values = check_datasets(datasets_in_own_words(layers.merged()["datasets"])[0], problems)
+    problems.raise_any()
+    return values[name], dict(section)
+
+
 def load_model_file(path: str | os.PathLike) -> DictConfig:
     """The ``model`` section of a YAML file, checked, its relative paths looked up beside the file.
 
