@@ -42,7 +42,7 @@ from evlgen.common.yaml_io import dump_yaml
 from evlgen.models.published.configs import (
     datasets_in_own_words,
     from_published,
-    is_published,
+    has_published_file,
     left_out_beta,
     own_names,
     run_in_own_words,
@@ -104,7 +104,7 @@ class Config:
         defaults = read_layer(DEFAULTS)
         own = Layers([*([read_layer(path)] if path else []), options_layer(options)])
         layers = Layers([defaults, *own.layers])
-        published = is_published(own.layers)
+        published = has_published_file(own.layers)
         _check_early(layers, published)
 
         load_entry_points()

@@ -122,7 +122,7 @@ def from_published(layers: Sequence[Layer]) -> tuple[list[Layer], list[str]]:
 
     To be called once plugins are loaded: a key that the architecture itself declares is its own.
 
-    A file in their words (`is_published`) also means their defaults where it says nothing: they are the first
+    A file in their words (`has_published_file`) also means their defaults where it says nothing: they are the first
     of the layers returned.
 
     Returns:
@@ -137,7 +137,7 @@ def from_published(layers: Sequence[Layer]) -> tuple[list[Layer], list[str]]:
     own_keys = _own_keys(own_arch)
     met = [*_check_beta(layers, own_keys), *_check_instruction(layers, own_arch, own_keys)]
     translation = _Translation(own_arch, own_keys, _Weights(own_arch, model_type), met)
-    published = is_published(layers, own_keys)
+    published = has_published_file(layers, own_keys)
     defaults = _defaults(layers, arch) if published else {}
     out = [Layer(_DEFAULTS, defaults)] if defaults else []
     for layer in layers:
@@ -148,14 +148,14 @@ def from_published(layers: Sequence[Layer]) -> tuple[list[Layer], list[str]]:
             content["model"] = translation.section(content["model"], layer.source)
         if published and isinstance(content.get("run"), Mapping):
             content["run"] = _whole_numbers(content["run"])
-            if _is_file_of_theirs(layer, own_keys):
+            if _is_published(layer, own_keys):
                 content["run"], ignored = _run_of_a_file(content["run"], layers)
                 translation.ignored += ignored
         out.append(Layer(layer.source, content))
     return out, list(dict.fromkeys(translation.ignored))
 
 
-def is_published(layers: Sequence[Layer], own_keys: Collection[str] = ()) -> bool:
+def has_published_file(layers: Sequence[Layer], own_keys: Collection[str] = ()) -> bool:
     """Whether a file among the layers says anything in the published words: an architecture's name, a flat
     key of ``model``, or a key of ``run`` that this project does not have. One that names an architecture
     which is only here is not published.
@@ -163,10 +163,10 @@ def is_published(layers: Sequence[Layer], own_keys: Collection[str] = ()) -> boo
     Args:
         own_keys: flat keys that the architecture itself declares.
     """
-    return any(_is_file_of_theirs(layer, own_keys) for layer in layers)
+    return any(_is_published(layer, own_keys) for layer in layers)
 
 
-def _is_file_of_theirs(layer: Layer, own_keys: Collection[str]) -> bool:
+def _is_published(layer: Layer, own_keys: Collection[str]) -> bool:
     sections = (layer.content.get(name) for name in ("model", "run"))
     model, run = (section if isinstance(section, Mapping) else {} for section in sections)
     arch = str(model.get("arch"))
