@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from evlgen.common.errors import EVLGenError
     from evlgen.common.registry import registry
+    from evlgen.datasets.zoo import dataset_zoo, load_dataset
     from evlgen.models.zoo import load_model, load_model_and_preprocess, load_preprocess, model_zoo
 
 __version__ = "0.1.0"
@@ -18,6 +19,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "EVLGenError": "evlgen.common.errors",
     "registry": "evlgen.common.registry",
+    "dataset_zoo": "evlgen.datasets.zoo",
+    "load_dataset": "evlgen.datasets.zoo",
     "load_model": "evlgen.models.zoo",
     "load_model_and_preprocess": "evlgen.models.zoo",
     "load_preprocess": "evlgen.models.zoo",
@@ -25,6 +28,8 @@ _HOMES = {
 }
 __all__ = [
     "EVLGenError",
+    "dataset_zoo",
+    "load_dataset",
     "load_model",
     "load_model_and_preprocess",
     "load_preprocess",

@@ -32,7 +32,8 @@ def make_data_root(root: Path, real: Path | None) -> Path:
     if real is not None:
         for folder in real.iterdir():
             os.symlink(folder, root / folder.name)
-    for make in (_coco, _gqa, _nocaps, _okvqa, _videos, _shards, _visual_genome, _own, _flickr8k, _daquar):
+    made = (_flickr8k, _flickr30k, _daquar)
+    for make in (_coco, _gqa, _nocaps, _okvqa, _videos, _shards, _visual_genome, _own, *made):
         make(root)
     return root
 
@@ -135,6 +136,14 @@ def _daquar(root: Path) -> None:
     (root / "daquar" / "train.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def _flickr30k(root: Path) -> None:
+    names = [f"flickr30k-images/{i}.jpg" for i in range(COUNT)]
+    _pictures(root / "flickr30k" / "images", names)
+    rows = [{"image": n, "caption": captions(scene("train", i))} for i, n in enumerate(names)]
+    for split in ("val", "test"):
+        _json(root / "flickr30k" / "annotations" / f"{split}.json", rows)
+
+
 def _gqa(root: Path) -> None:
     if (root / "gqa").exists():
         return
@@ -197,6 +206,9 @@ def _videos(root: Path) -> None:
         _json(folder / "annotations" / "qa_ans2label.json", {"circle": 0, "square": 1})
     for name in ("msvd", "vatex"):
         os.symlink(folder, root / name)
+    (root / "webvid" / "annotations").mkdir(parents=True)
+    os.symlink(folder / "videos", root / "webvid" / "videos")
+    os.symlink(folder / "annotations" / "cap_train.json", root / "webvid" / "annotations" / "webvid_2m.json")
 
 
 def _shards(root: Path) -> None:

@@ -57,6 +57,11 @@ def frames(dataset: str, *roles: str) -> dict[str, Any]:
     return {**processors(dataset, **names), **counts, "model.vision.precision": "fp32"}
 
 
+def new_tokens(least: int, most: int) -> dict[str, Any]:
+    """What published lengths are without the start token that they count."""
+    return {"run.num_beams": 5, "run.min_len": least, "run.max_len": most}
+
+
 EVLGEN_OPT, VIDEO_OPT = model("evlgen_opt", 224), model("evlgen_video_opt", 224)
 IMAGES = processors("coco_caption", train="blip2_image_train", eval="blip_image_eval")
 OPT_PRETRAINING = {
@@ -82,6 +87,73 @@ ZERO_SHOT = {
     **{"run.prompt": "Question: {} Short answer:", "run.inference_method": "generate"},
     "run.length_penalty": None,
 }
+# ---- the paper's experiments (Jian et al., ACL 2024; BLIP-2's: Li et al., 2023, section 3.4)
+ALL_PAIRS = {"laion115M": 15, "ccs14M": 4, "coco_caption": 1}
+A_TENTH = {"ccs14M": 45, "coco_caption": 5}
+PAPER_RUN = {
+    **{**IMAGES, **batches(200, 100), **new_tokens(7, 29)},
+    **schedule(1e-6, 1e-4, 1e-5, 5000, max_iters=150_000, iters_per_inner_epoch=5000),
+}
+OPT_PAPER = {**EVLGEN_OPT, **PAPER_RUN}
+VICUNA = {
+    **{**IMAGES, **batches(20, 20), **new_tokens(7, 29), "run.train_dataset_ratios": A_TENTH},
+    **schedule(1e-6, 1e-4, 1e-5, 2000, max_iters=60_000, iters_per_inner_epoch=5000),
+    **{"model.language.name": "lmsys/vicuna-7b-v1.3", "model.max_output_txt_len": 32},
+}
+VICUNA_ANSWERS = {
+    **{**model("evlgen_vicuna", 224), **batches(None, 16), **new_tokens(0, 9)},
+    **{"run.prompt": "Question: {} Short answer:", "run.inference_method": "generate"},
+}
+BLIP2_STAGE1 = (
+    "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/blip2_pretrained.pth"
+)
+ZERO_SHOT_CAPTIONS = {**EVLGEN_OPT, **batches(None, 16), "run.task": "captioning"}
+PAPER = {
+    "evlgen/pretrain_104m": {**OPT_PAPER, "run.train_dataset_ratios": ALL_PAIRS},
+    "evlgen/pretrain_11m": {**OPT_PAPER, "run.train_dataset_ratios": A_TENTH},
+    "evlgen/pretrain_vicuna7b_clip_L": {
+        **{**model("evlgen_vicuna", 224), **VICUNA, "model.vision.name": "clip_L"},
+    },
+    "evlgen/flickr30k_zeroshot_eval": {
+        **{**ZERO_SHOT_CAPTIONS, **new_tokens(7, 29), "run.test_splits": ["test"]},
+        **processors("flickr30k", eval="blip_image_eval"),
+    },
+    "evlgen/nocaps_zeroshot_eval": {**ZERO_SHOT_CAPTIONS, **new_tokens(9, 79), "run.test_splits": ["val"]},
+    "evlgen/vqav2_zeroshot_vicuna7b_eval": {**VICUNA_ANSWERS, "run.task": "vqa", "run.test_splits": ["val"]},
+    "evlgen/okvqa_zeroshot_vicuna7b_eval": {
+        **{**VICUNA_ANSWERS, "run.task": "vqa", "run.test_splits": ["test"], "run.apply_lemmatizer": True},
+    },
+    "evlgen/gqa_zeroshot_vicuna7b_eval": {
+        **{**VICUNA_ANSWERS, "run.task": "gqa", "run.test_splits": ["testdev"]},
+    },
+    "blip2/pretrain_vicuna7b": {
+        **{**model("blip2_vicuna", 224), **VICUNA, "model.checkpoint": BLIP2_STAGE1},
+    },
+    "blip2/reproduce_stage1": {
+        **{**batches(210, 100), "run.train_dataset_ratios": ALL_PAIRS, "run.beta2": 0.98},
+        **schedule(1e-6, 1e-4, 1e-5, 2000, max_iters=250_000, iters_per_inner_epoch=5000),
+        **{"model.arch": "blip2", "model.checkpoint": None},
+    },
+    "blip2/reproduce_stage2": {
+        **{**model("blip2_opt", 224), **batches(240, 100), "run.train_dataset_ratios": ALL_PAIRS},
+        **schedule(1e-6, 1e-4, 5e-5, 2000, max_iters=80_000, iters_per_inner_epoch=5000),
+        **{"model.checkpoint": "output/blip2_reproduce_stage1/latest/checkpoints/latest", "run.beta2": 0.98},
+    },
+    "blip2/reproduce_without_stage1": {
+        **{**PAPER_RUN, **model("blip2_opt", 224), "run.train_dataset_ratios": ALL_PAIRS},
+        "model.checkpoint": None,
+    },
+    "evlgen_video/pretrain_webvid2m": {
+        **{**VIDEO_OPT, **frames("webvid_2m", "train"), "run.batch_size_train": 4},
+        **schedule(1e-8, 1e-5, 1e-6, 1000, max_iters=50_000, iters_per_inner_epoch=1000),
+        **{"run.task": "video_text_pretrain", "run.valid_splits": []},
+    },
+    "evlgen_video/msrvtt_scst": {
+        **{**VIDEO_OPT, **frames("msrvtt_caption", "train", "eval"), **batches(4, 4), **new_tokens(4, 19)},
+        "run.task": "captioning_scst",
+    },
+}
+
 EVLGEN_COCO = model("evlgen_opt", 224, prompt="a photo of")
 PUBLISHED = {
     "evlgen/pretrain_opt2.7b": {**OPT_PRETRAINING, "model.language.name": "facebook/opt-2.7b"},
@@ -130,6 +202,9 @@ PUBLISHED = {
 }
 
 
+PUBLISHED.update(PAPER)
+
+
 @pytest.mark.parametrize("project", PUBLISHED)
 def test_a_project_has_the_published_settings(project):
     cfg = Config.load(f"projects/{project}.yaml")
@@ -167,3 +242,9 @@ def test_a_project_file_is_read_without_a_complaint(project, caplog):
     cfg = Config.load(project)
     assert cfg.datasets
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize("project", [p for p in PROJECTS if "evlgen_video/" in p and "eval" not in p])
+def test_video_projects_of_evlgen_do_not_augment(project):
+    for dataset in Config.load(project).datasets.values():
+        assert dataset.vis_processor.train.augment == "none"

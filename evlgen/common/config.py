@@ -26,14 +26,24 @@ from evlgen.common.config_checks import (
 )
 from evlgen.common.errors import ConfigError, did_you_mean
 from evlgen.common.io import PACKAGE_ROOT, write_atomically
-from evlgen.common.layers import MODEL_PARTS, Layer, Layers, builder_name, options_layer, read_layer
+from evlgen.common.layers import (
+    MODEL_PARTS,
+    OPTIONS,
+    Layer,
+    Layers,
+    builder_name,
+    options_layer,
+    read_layer,
+)
 from evlgen.common.plugins import load_entry_points, load_plugins
 from evlgen.common.registry import registry
-from evlgen.common.schema import Problems
+from evlgen.common.schema import Problems, Registered
 from evlgen.common.yaml_io import dump_yaml
 from evlgen.models.published.configs import (
     datasets_in_own_words,
     from_published,
+    has_published_file,
+    left_out_beta,
     own_names,
     run_in_own_words,
 )
@@ -94,17 +104,21 @@ class Config:
         defaults = read_layer(DEFAULTS)
         own = Layers([*([read_layer(path)] if path else []), options_layer(options)])
         layers = Layers([defaults, *own.layers])
-        _check_early(layers)
+        published = has_published_file(own.layers)
+        _check_early(layers, published)
 
         load_entry_points()
         names = [*(layers.get("plugins") or []), *plugins]
         loaded = load_plugins(names, path.parent if path else None)
 
+        arch, beta_problem = own.get("model.arch"), left_out_beta(own.layers)
         translated, ignored = from_published(own.layers)
         own = Layers(translated)
+        if published:
+            _check_names(own)
         layers = Layers([defaults, *_with_dataset_defaults(_with_model_type(own)).layers])
         merged = layers.merged()
-        merged["datasets"], of_datasets = datasets_in_own_words(merged.get("datasets", {}))
+        merged["datasets"], of_datasets = datasets_in_own_words(merged.get("datasets", {}), arch)
         ignored += [*of_datasets, *(f"run.{key}" for key in run_in_own_words(merged.get("run", {}))[1])]
         problems = Problems(layers.source)
         model = check_model(merged.get("model", {}), problems)
@@ -112,6 +126,8 @@ class Config:
         env = check_env(merged.get("env"), problems)
         run = check_run(merged.get("run", {}), problems, list(datasets))
         check_together(model, run, problems)
+        if beta_problem:
+            problems.add("model.beta", beta_problem)
         problems.raise_any()
         _warn_of(ignored)
         sections = (OmegaConf.create(model), OmegaConf.create(datasets), run, OmegaConf.create(env))
@@ -208,6 +224,38 @@ def load_model_config(
     return _model_section(Layers([Layer("overrides", {"model": section})]))
 
 
+def load_dataset_config(
+    name: str, path: str | os.PathLike | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The section of a registered dataset, checked: its own YAML, and over it that of a file.
+
+    Args:
+        name: a registered dataset, or what a file calls it.
+        path: a file whose ``datasets`` section has one of this name, or only one.
+
+    Returns:
+        The section, and what the file itself says.
+
+    Raises:
+        RegistryError: there is no such dataset.
+        ConfigError: no such file, no such section, or problems in it.
+    """
+    load_entry_points()
+    layer, section = Layer("", {}), {}
+    if path is not None:
+        layer = read_layer(find_config(path))
+        sections = layer.content.get("datasets")
+        if not isinstance(sections, Mapping) or (name not in sections and len(sections) != 1):
+            raise ConfigError(f"{layer.source} has no `{name}` under `datasets:`.")
+        section = sections.get(name, next(iter(sections.values()))) or {}
+    registry.get_builder_class(builder_name(name, section))
+    layers = _with_dataset_defaults(Layers([Layer(layer.source, {"datasets": {name: section}})]))
+    problems = Problems(layers.source)
+    values = check_datasets(datasets_in_own_words(layers.merged()["datasets"])[0], problems)
+    problems.raise_any()
+    return values[name], dict(section)
+
+
 def load_model_file(path: str | os.PathLike) -> DictConfig:
     """The ``model`` section of a YAML file, checked, its relative paths looked up beside the file.
 
@@ -249,8 +297,9 @@ def _warn_of(ignored: Sequence[str]) -> None:
     logger.warning("%s: without effect here%s", ", ".join(ignored), why)
 
 
-def _check_early(layers: Layers) -> None:
-    """What can be said without importing models, datasets and tasks: sections; keys and types of ``run``."""
+def _check_early(layers: Layers, published: bool) -> None:
+    """What can be said without importing models, datasets and tasks: sections; keys and types of ``run``. In
+    a published file the latter may belong to a task that is not here, and wait."""
     problems = Problems(layers.source, check_names=False)
     check_structure(layers, problems)
     problems.raise_any()
@@ -259,9 +308,23 @@ def _check_early(layers: Layers) -> None:
     except ConfigError:
         return  # an interpolation may lead to a key of a layer that is not there yet
     check_env(merged.get("env"), problems)
-    check_run(merged.get("run", {}), problems)
+    if not published:
+        check_run(merged.get("run", {}), problems)
     if "arch" not in merged.get("model", {}):
-        problems.add("model.arch", "is required: the name of a registered model, such as evlgen_opt")
+        empty = [layer.source for layer in layers.layers if not layer.content and layer.source != OPTIONS]
+        why = f"; {empty[0]} is empty" if empty else ""
+        problems.add("model.arch", f"is required: the name of a registered model, such as evlgen_opt{why}")
+    problems.raise_any()
+
+
+def _check_names(layers: Layers) -> None:
+    """Raises `ConfigError` for an architecture or a task of a published file that is not here: what else is
+    unknown in the file belongs to it."""
+    problems = Problems(layers.source)
+    for key, kind in (("model.arch", "model"), ("run.task", "task")):
+        problem = Registered(kind).problem(layers.get(key)) if layers.has(key) else None
+        if problem:
+            problems.add(key, problem)
     problems.raise_any()
 
 

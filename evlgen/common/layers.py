@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from evlgen.common.errors import ConfigError
+from evlgen.common.errors import ConfigError, did_you_mean
 from evlgen.common.hub import looks_like_path
 from evlgen.common.interpolation import check_interpolations, check_resolved
 from evlgen.common.io import PACKAGE_PREFIX, PACKAGE_ROOT
@@ -24,6 +24,8 @@ from evlgen.common.yaml_io import parse_options, read_yaml
 logger = logging.getLogger(__name__)
 
 OPTIONS = "--options"
+
+KeyPath = tuple[str, ...]
 
 # Keys that may be paths: one that exists beside the YAML file is meant; otherwise the text stays as it is: a
 # path from the working folder, a hub id, a name or an address.
@@ -43,19 +45,20 @@ PART_KEYS: dict[tuple[str, ...], frozenset[str] | None] = {
     ("model", "language"): frozenset({"kind", "chat_template"}),
 }
 MODEL_PARTS = ("vision", "connector", "language")
+# Mappings whose keys are the user's own names: given as a whole by an option, the layers below add nothing.
+NAMED_VALUES: tuple[tuple[str, ...], ...] = (("run", "train_dataset_ratios"), ("run", "lr_scale"))
 PROCESSOR_SECTIONS = ("vis_processor", "text_processor")
-
-KeyPath = tuple[str, ...]
 
 
 @dataclass
 class Layer:
     """What one file (or the command line) says. ``source`` is what messages call it; ``is_built_in`` marks a
-    type's or a dataset's own defaults."""
+    type's or a dataset's own defaults; ``replaces`` are those of `NAMED_VALUES` that it gives as a whole."""
 
     source: str
     content: dict[str, Any]
     is_built_in: bool = False
+    replaces: tuple[KeyPath, ...] = ()
 
 
 def read_layer(path: Path) -> Layer:
@@ -66,8 +69,11 @@ def read_layer(path: Path) -> Layer:
 
 
 def options_layer(options: Sequence[str]) -> Layer:
-    """The layer of ``--options``; relative paths stay relative to the working folder."""
-    return Layer(OPTIONS, parse_options(options))
+    """The layer of ``--options``; relative paths stay relative to the working folder. ``datasets.NAME=null``
+    drops a dataset of the layers below, and its weight in ``run.train_dataset_ratios``."""
+    given = {option.partition("=")[0].strip() for option in options}
+    replaces = tuple(path for path in NAMED_VALUES if ".".join(path) in given)
+    return Layer(OPTIONS, parse_options(options), replaces=replaces)
 
 
 def builder_name(name: str, section: Any) -> Any:
@@ -94,10 +100,14 @@ class Layers:
 
     def __init__(self, layers: Sequence[Layer], resolvers: bool = True) -> None:
         self.resolvers = resolvers
-        self.layers = [
-            dataclasses.replace(layer, content=_without_empty(copy.deepcopy(layer.content)))
-            for layer in layers
-        ]
+        self.layers = [dataclasses.replace(layer, content=copy.deepcopy(layer.content)) for layer in layers]
+        for i, layer in enumerate(self.layers):
+            if layer.source == OPTIONS:
+                _drop_datasets(layer, self.layers[:i])
+            for section, key in layer.replaces:
+                for lower in self.layers[:i]:
+                    _discard(lower.content, section, key)
+            layer.content = _without_empty(layer.content)
         for path, keys in self._parts():
             _drop_replaced(self.layers, path, keys)
 
@@ -207,6 +217,34 @@ def _without_empty(content: dict[str, Any]) -> dict[str, Any]:
                 for key, value in content[name].items()
             }
     return content
+
+
+def _drop_datasets(options: Layer, lower: Sequence[Layer]) -> None:
+    """Takes the datasets that ``options`` sets to null out of all layers.
+
+    Raises:
+        ConfigError: no layer has a dataset of this name.
+    """
+    datasets = options.content.get("datasets")
+    if not isinstance(datasets, dict):
+        return
+    dropped = [name for name, value in datasets.items() if value is None]
+    known = [name for layer in lower for name in _get(layer.content, ("datasets",)) or ()]
+    for name in dropped:
+        if name not in known:
+            raise ConfigError(
+                f"datasets.{name} ({options.source}): there is no such dataset to leave "
+                f"out.{did_you_mean(name, known)}"
+            )
+        del datasets[name]
+        for layer in lower:
+            _discard(layer.content, "datasets", name)
+            _discard(layer.content.get("run"), "train_dataset_ratios", name)
+
+
+def _discard(content: Any, section: str, key: str) -> None:
+    if isinstance(content, dict) and isinstance(content.get(section), dict):
+        content[section].pop(key, None)
 
 
 def _drop_replaced(layers: list[Layer], path: KeyPath, keys: frozenset[str] | None) -> None:

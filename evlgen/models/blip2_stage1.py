@@ -101,6 +101,16 @@ class Stage1Config:
     max_txt_len: PositiveInt = 32
 
 
+class Features(dict[str, Tensor]):
+    """Tensors by name, as items and, as LAVIS has them, as attributes."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"there are no features '{name}', but {', '.join(self)}") from None
+
+
 @registry.register_model("blip2")
 class Blip2Stage1(BaseModel):
     """A frozen vision encoder and a Q-Former with its text branch. A second stage (``blip2_opt``) starts from
@@ -402,8 +412,8 @@ class Blip2Stage1(BaseModel):
     @torch.no_grad()
     def extract_features(
         self, samples: dict[str, Any], mode: Literal["image", "text", "multimodal"] = "multimodal"
-    ) -> dict[str, Tensor]:
-        """Features under LAVIS's names.
+    ) -> Features:
+        """Features under LAVIS's names, as items and as attributes.
 
         Args:
             samples: ``image`` [B, 3, H, W], ``text_input`` list[str]; of one mode only its own.
@@ -415,18 +425,17 @@ class Blip2Stage1(BaseModel):
         """
         if mode == "text":
             hidden = self._read_text(self._ids(samples))
-            return {"text_embeds": hidden, "text_embeds_proj": self._features(self.text_proj(hidden))}
+            return Features(text_embeds=hidden, text_embeds_proj=self._features(self.text_proj(hidden)))
         if mode not in ("image", "multimodal"):
             raise ConfigError(f"mode '{mode}' of features is none of image, text, multimodal.")
         visual = self._visual(samples)
         if mode == "image":
             queries, _ = self.connector.read(visual, _batch(visual))
-            return {
-                "image_embeds": queries,
-                "image_embeds_proj": self._features(self.vision_proj(queries)),
-            }
+            projected = self._features(self.vision_proj(queries))
+            return Features(image_embeds=queries, image_embeds_proj=projected)
         ids = self._ids(samples)
-        return {"multimodal_embeds": read_both(self.connector, self.text, ids, self._is_text(ids), visual)}
+        both = read_both(self.connector, self.text, ids, self._is_text(ids), visual)
+        return Features(multimodal_embeds=both)
 
     @torch.no_grad()
     def match(self, samples: dict[str, Any], head: Literal["itm", "itc"] = "itm") -> Tensor:
@@ -509,6 +518,24 @@ class Blip2Stage1(BaseModel):
             return picture_keys(samples["image_id"], self.device)
         own = len(samples["text_input"])
         return torch.arange(everyone.offset, everyone.offset + own, device=self.device)
+
+
+@registry.register_model("blip2_image_text_matching")
+class Blip2ITM(Blip2Stage1):
+    """The first stage under LAVIS's name for matching: ``model(samples, match_head="itm")``."""
+
+    def forward(self, samples: dict[str, Any], match_head: Literal["itm", "itc"] = "itm") -> Tensor:
+        """How well each image and its text fit: `match`.
+
+        Raises:
+            ConfigError: in training, which is for ``blip2``; an unknown head.
+        """
+        if self.training:
+            raise ConfigError(
+                "blip2_image_text_matching says how well images and texts fit. Train model.arch: blip2, and "
+                "load its checkpoint here; or call eval() first."
+            )
+        return self.match(samples, match_head)
 
 
 def _batch(visual: list[Tensor | None]) -> int:

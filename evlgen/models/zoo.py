@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +15,7 @@ from evlgen.common.registry import registry
 from evlgen.models.base_model import BaseModel
 from evlgen.models.published.configs import own_names
 from evlgen.processors import build_processor
-from evlgen.processors.base_processor import BaseProcessor
+from evlgen.processors.base_processor import BaseProcessor, UnchangedProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -57,25 +59,44 @@ def load_model(
     return model_class.from_config(cfg, device).to(device).train(not is_eval)
 
 
-def load_preprocess(model: BaseModel, num_frames: int | None = 4) -> tuple[Processors, Processors]:
+def load_preprocess(
+    model: BaseModel | Mapping[str, Any], num_frames: int | None = 4
+) -> tuple[Processors, Processors]:
     """The visual and text processors that fit a model, each as ``{"train": .., "eval": ..}``, with the vision
-    encoder's image size, mean and std: BLIP-2's for pictures, and ALPRO's where the model reads clips.
+    encoder's image size, mean and std: BLIP-2's for images, and ALPRO's where the model reads video.
 
     Args:
-        num_frames: of a clip; None: all that it has.
+        model: the model; or, as in LAVIS, a section that names the processors, ``{vis_processor: {eval:
+            {name: blip_image_eval, image_size: 364}}, text_processor: ..}``. Where it names none, items stay
+            as they are.
+        num_frames: of a video, for a model; None: all that it has.
+
+    Raises:
+        ConfigError, RegistryError: what the section names is wrong.
     """
+    if isinstance(model, Mapping):
+        return _named_processors(model, "vis_processor"), _named_processors(model, "text_processor")
     vision = model.vision
     pixels = {"image_size": vision.image_size, "mean": list(vision.image_mean), "std": list(vision.image_std)}
     if getattr(model, "temporal", None) is None:
-        names = {"train": "blip2_image_train", "eval": "blip_image_eval"}
+        names = {"train": {"name": "blip2_image_train"}, "eval": {"name": "blip_image_eval"}}
     else:
-        names = {"train": "alpro_video_train", "eval": "alpro_video_eval"}
+        train = {"name": "alpro_video_train", "augment": "none"}  # as EVLGen's video models are trained
+        names = {"train": train, "eval": {"name": "alpro_video_eval"}}
         pixels["n_frms"] = num_frames
-    visuals = {role: build_processor({"name": name, **pixels}) for role, name in names.items()}
+    visuals = {role: build_processor({**names[role], **pixels}) for role in names}
     prompt = getattr(model, "prompt", "")
     prompts = {"train": f"{prompt} " if prompt else "", "eval": ""}  # in generation the model puts its own
     texts = {role: build_processor({"name": "blip_caption", "prompt": p}) for role, p in prompts.items()}
     return visuals, texts
+
+
+def _named_processors(config: Mapping[str, Any], key: str) -> Processors:
+    sections = config.get(key) or {}
+    return {
+        role: build_processor(sections[role], f"{key}.{role}") if sections.get(role) else UnchangedProcessor()
+        for role in ("train", "eval")
+    }
 
 
 def load_model_and_preprocess(

@@ -20,3 +20,10 @@ class BaseProcessor:
 
     def __call__(self, item: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} must define __call__(item)")
+
+
+class UnchangedProcessor(BaseProcessor):
+    """Gives an item back as it is: what LAVIS takes where no processor is named."""
+
+    def __call__(self, item: Any) -> Any:
+        return item

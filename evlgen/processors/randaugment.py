@@ -30,22 +30,31 @@ _MOST_ROTATION = 30.0  # degrees
 
 
 class RandAugment:
-    """Draws ``num_ops`` operations with replacement and applies each with probability one half.
+    """Draws ``num_ops`` operations and applies each with a probability; by default as BLIP does for images.
 
     Args:
         num_ops: how many operations are drawn per picture (N of Cubuk et al., *RandAugment*, 2020).
         magnitude: strength of each, 0 to 10 (M).
         operations: names out of `OPERATIONS`; all ten by default.
+        distinct: whether the operations of an image all differ.
+        probability: with which each of them is applied.
 
     Raises:
         ConfigError: an operation's name is not known.
     """
 
     def __init__(
-        self, num_ops: int = 2, magnitude: float = 5, operations: Sequence[str] | None = None
+        self,
+        num_ops: int = 2,
+        magnitude: float = 5,
+        operations: Sequence[str] | None = None,
+        distinct: bool = False,
+        probability: float = 0.5,
     ) -> None:
         self.num_ops = num_ops
         self.magnitude = magnitude
+        self.distinct = distinct
+        self.probability = probability
         self.operations = tuple(OPERATIONS if operations is None else operations)
         for name in self.operations:
             if name not in OPERATIONS:
@@ -56,8 +65,12 @@ class RandAugment:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """An RGB picture of the same size."""
-        for choice in torch.randint(len(self.operations), (self.num_ops,)).tolist():
-            if torch.rand(()) <= 0.5:
+        count = len(self.operations)
+        choices = (
+            torch.randperm(count)[: self.num_ops] if self.distinct else torch.randint(count, (self.num_ops,))
+        )
+        for choice in choices.tolist():
+            if torch.rand(()) <= self.probability:
                 image = OPERATIONS[self.operations[choice]](image, self.magnitude / MAX_LEVEL)
         return image
 

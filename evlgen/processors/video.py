@@ -8,13 +8,19 @@ Names, steps and defaults are those of LAVIS (`lavis/processors/alpro_processors
   batched.)
 - In training the random part is cut from the frame as it was decoded and resized once. LAVIS resizes the
   frame to the final size, and the part of it again.
+- ``augment: lavis`` changes every frame of a video in the same way. LAVIS draws the same operations for all
+  frames, and the direction of a shift, shear or rotation for each frame anew.
 - Random choices come from torch's global generator only, so seeding it repeats them.
+
+EVLGen's processors (yiren-jian/EVLGen, the same file) have the same names and do not augment: ``augment:
+none``.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,8 +33,10 @@ from evlgen.common.registry import registry
 from evlgen.common.video import Box, Clip, Video, spread
 from evlgen.processors.base_processor import BaseProcessor
 from evlgen.processors.image import Normalisation, check_scales
-from evlgen.processors.randaugment import RandAugment
+from evlgen.processors.randaugment import OPERATIONS, RandAugment
 
+# LAVIS's choice for video: all but one.
+_OPERATIONS = tuple(name for name in OPERATIONS if name != "AutoContrast")
 _RATIOS = (3 / 4, 4 / 3)  # of the sides of a random part, as in LAVIS
 
 
@@ -93,9 +101,13 @@ class AlproVideoEvalProcessor(VideoProcessor):
 
 @registry.register_processor("alpro_video_train")
 class AlproVideoTrainProcessor(VideoProcessor):
-    """Random frames, one half of them from each half of the clip (a single one from all of it); of all of
-    them the same random part (``min_scale`` to ``max_scale`` of the area), mirrored half of the time, with
-    the same two of BLIP's RandAugment operations."""
+    """Random frames, one half of them from each half of the video (a single one from all of it); of all of
+    them the same random part (``min_scale`` to ``max_scale`` of the area), mirrored half of the time.
+
+    Args:
+        augment: ``lavis``: two different ones of BLIP's RandAugment operations, always; ``none``: no more, as
+            EVLGen trains its video models.
+    """
 
     def __init__(
         self,
@@ -105,11 +117,14 @@ class AlproVideoTrainProcessor(VideoProcessor):
         min_scale: Share = 0.5,
         max_scale: Share = 1.0,
         n_frms: PositiveInt | None = None,
+        augment: Literal["none", "lavis"] = "lavis",
     ) -> None:
         super().__init__(image_size, mean, std, n_frms)
         check_scales(min_scale, max_scale)
         self._scale = (min_scale, max_scale)
-        self._augment = RandAugment(num_ops=2, magnitude=5)
+        self._augment = None
+        if augment == "lavis":
+            self._augment = RandAugment(2, 5, _OPERATIONS, distinct=True, probability=1)
 
     def choose(self, count: int, wanted: int) -> list[int]:
         return head_and_tail(count, wanted)
@@ -119,12 +134,14 @@ class AlproVideoTrainProcessor(VideoProcessor):
         mirrored = bool(torch.rand(()) < 0.5)
         frames = clip.read(indices, (self.image_size, self.image_size), box)
         if mirrored:
-            frames = frames[:, :, ::-1]
+            frames = np.ascontiguousarray(frames[:, :, ::-1])
+        if self._augment is None:
+            return frames
         state = torch.get_rng_state()
         augmented = []
         for frame in frames:
             torch.set_rng_state(state)  # every frame draws the same operations
-            augmented.append(np.asarray(self._augment(Image.fromarray(np.ascontiguousarray(frame)))))
+            augmented.append(np.asarray(self._augment(Image.fromarray(frame))))
         return np.stack(augmented)
 
     def _random_box(self) -> Box:

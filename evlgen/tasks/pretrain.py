@@ -1,4 +1,4 @@
-"""Pretraining on pictures and their texts: what is learned is the model's own loss, and nothing is scored."""
+"""Pretraining on images or video and their texts: the model's own loss is trained, and nothing is scored."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from evlgen.models.base_model import BaseModel
 from evlgen.tasks.base_task import BaseTask
 
 
+@registry.register_task("video_text_pretrain")
 @registry.register_task("image_text_pretrain")
 class ImageTextPretrainTask(BaseTask):
-    """Trains and scores nothing, as in LAVIS (`lavis/tasks/image_text_pretrain.py`). Without
+    """Trains and scores nothing, as in LAVIS (`lavis/tasks/image_text_pretrain.py`), and as
+    ``video_text_pretrain`` on video. Without
     ``run.valid_splits`` there is no validation; `CaptioningTask` is the task that has one."""
 
     WRITES = False

@@ -674,3 +674,59 @@ def test_what_a_saved_configuration_repeats_is_as_good_as_built_in(tmp_path):
         drop_foreign_sources(config)
         info = config.datasets.coco_caption.build_info
         assert ("val" in info.ground_truth) is stays and ("md5" in info.annotations.val) is stays
+
+
+MIXED = """\
+model: {arch: evlgen_opt}
+datasets:
+  coco_caption: {}
+  laion115M:
+  ccs14M:
+run:
+  max_iters: 5
+  train_dataset_ratios: {laion115M: 15, ccs14M: 4, coco_caption: 1}
+  lr_scale: {connector: 2}
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "datasets", "ratios"),
+    [
+        ([], ["coco_caption", "laion115M", "ccs14M"], {"laion115M": 15, "ccs14M": 4, "coco_caption": 1}),
+        (["datasets.laion115M=null"], ["coco_caption", "ccs14M"], {"ccs14M": 4, "coco_caption": 1}),
+        (
+            ["datasets={laion115M: null, ccs14M: null, gqa: {}}", "run.train_dataset_ratios.gqa=2"],
+            ["coco_caption", "gqa"],
+            {"coco_caption": 1, "gqa": 2},
+        ),
+        (
+            ["datasets.laion115M=null", "run.train_dataset_ratios={ccs14M: 1}"],
+            ["coco_caption", "ccs14M"],
+            {"ccs14M": 1},
+        ),
+        (
+            ["run.train_dataset_ratios={ccs14M: 1}", "run.train_dataset_ratios.coco_caption=3"],
+            ["coco_caption", "laion115M", "ccs14M"],
+            {"ccs14M": 1, "coco_caption": 3},
+        ),
+        (["run.train_dataset_ratios=null"], ["coco_caption", "laion115M", "ccs14M"], None),
+    ],
+)
+def test_an_option_drops_a_dataset_or_replaces_the_ratios(tmp_path, options, datasets, ratios):
+    path = tmp_path / "mixed.yaml"
+    path.write_text(MIXED)
+    cfg = Config.load(path, options)
+    assert set(cfg.datasets) == set(datasets)
+    assert cfg.run.train_dataset_ratios == ratios
+    assert cfg.run.lr_scale == {"connector": 2}
+    again = tmp_path / "saved.yaml"
+    cfg.save(again)
+    assert Config.load(again).to_dict() == cfg.to_dict()
+
+
+def test_a_dataset_that_is_not_there_cannot_be_dropped(tmp_path):
+    path = tmp_path / "mixed.yaml"
+    path.write_text(MIXED)
+    with pytest.raises(ConfigError, match=r"datasets\.laion115 \(--options\).*Did you mean 'laion115M'"):
+        Config.load(path, ["datasets.laion115=null"])
+    assert Config.load(path, ["run.lr_scale={vision: 3}"]).run.lr_scale == {"vision": 3}

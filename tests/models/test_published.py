@@ -19,6 +19,7 @@ from evlgen.models.published.checkpoints import to_own_names, to_published_names
 from evlgen.models.published.configs import own_names
 from evlgen.models.vision.temporal import TemporalAttention
 from evlgen.models.zoo import load_model
+from evlgen.runners.run_config import RunConfig
 
 PROJECTS = Path(__file__).parent / "published_projects"
 LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
@@ -49,6 +50,14 @@ FACTS = {
     "blip2_pretrain_stage1": {"arch": "blip2", "checkpoint": None, "vision.freeze": True},
     "blip2_pretrain_stage2": {"arch": "blip2_opt", "checkpoint": f"{LAVIS}blip2_pretrained.pth"},
     "blip2_vqav2_zeroshot_opt_eval": {"checkpoint": f"{LAVIS}blip2_pretrained_opt2.7b.pth"},
+    "blip2_caption_coco_opt6.7b_eval": {"checkpoint": f"{LAVIS}blip2_caption_opt6.7b.pth"},
+    "blip2_caption_nocaps_out_domain_flant5xl_eval": {
+        "arch": "blip2_t5",
+        "language.name": "google/flan-t5-xl",
+    },
+    "blip2_caption_nocaps_out_domain_flant5xxl_eval": {"language.name": "google/flan-t5-xxl"},
+    "blip2_gqa_zeroshot_flant5xl_eval": {"checkpoint": f"{LAVIS}blip2_pretrained_flant5xl.pth"},
+    "blip2_vqav2_zeroshot_flant5xl_eval": {"checkpoint": f"{LAVIS}blip2_pretrained_flant5xl.pth"},
     "blip2_okvqa_zeroshot_flant5xl_eval": {
         "arch": "blip2_t5",
         "checkpoint": f"{LAVIS}blip2_pretrained_flant5xl.pth",
@@ -69,6 +78,9 @@ FACTS = {
         "max_output_txt_len": 32,
     },
     "evlgen_caption_coco_opt2.7b_eval": {"checkpoint": "/checkpoints/EVLGen/checkpoint_250004.pth"},
+    "evlgen_gqa_zeroshot_opt2.7b_eval": {"arch": "evlgen_opt", "connector.r": 19},
+    "evlgen_okvqa_zeroshot_opt2.7b_eval": {"checkpoint": "/checkpoints/EVLGen/checkpoint_250004.pth"},
+    "evlgen_video_caption_msrvtt_opt2.7b_eval": {"vision.temporal.form": "residual", "checkpoint": None},
     "evlgen_vqav2_zeroshot_vicuna7b_eval": {
         "arch": "evlgen_vicuna",
         "vision.name": "clip_L",
@@ -91,7 +103,28 @@ def value_at(section: dict, path: str):
     return section
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in PROJECTS.glob("*.yaml")))
+#: published files that ask for what is not here, and the one reason
+REFUSED = {
+    "blip2_caption_coco_flant5xl_eval": "blip2_caption_coco_flant5xl_eval.yaml is empty",
+    "blip2_ret_coco_eval": "no task is registered as 'retrieval'",
+    "blip2_ret_flickr_eval": "no task is registered as 'retrieval'",
+    "blip2_retrieval_coco_ft": "no task is registered as 'retrieval'",
+}
+
+
+def test_every_published_project_is_read_or_names_the_one_reason_why_not():
+    """The 15 files of salesforce/LAVIS, lavis/projects/blip2, and the 8 of yiren-jian/EVLGen,
+    lavis/projects/EVLGen*; shortened: fewer img_ids, other folders."""
+    names = {p.stem for p in PROJECTS.glob("*.yaml")}
+    assert {*FACTS, *REFUSED} == names
+    assert [sum(n.startswith(prefix) for n in names) for prefix in ("blip2", "evlgen")] == [15, 8]
+    for name, reason in REFUSED.items():
+        with pytest.raises(ConfigError) as error:
+            load_project(name)
+        assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", sorted(FACTS))
 def test_a_published_project_is_read_as_it_is(name, caplog):
     config = load_project(name)
     model = config.model_plain()
@@ -157,6 +190,118 @@ def test_lengths_of_own_files_and_of_a_saved_configuration_stay(project, tmp_pat
     published.save(tmp_path / "saved.yaml")
     again = Config.load(tmp_path / "saved.yaml").run
     assert (again.max_len, again.min_len) == (published.run.max_len, published.run.min_len) == (29, 7)
+
+
+# What files in the published words mean where this project's own files mean something else.
+IN_THEIR_WORDS = "device: cuda, seed: 42, lr_sched: linear_warmup_cosine_lr, init_lr: 1e-5, min_lr: 0, "
+OPT = "{arch: blip2_opt, model_type: pretrain_opt2.7b}"
+LIPTOME = "{arch: liptome_opt, model_type: pretrain_opt2.7b, beta: 0}"
+
+
+@pytest.mark.parametrize(
+    ("model", "run", "expected"),
+    [
+        # splits: no validation where none is named; to evaluate means on both lists
+        (OPT, "max_epoch: 1, evaluate: false", {"valid_splits": [], "test_splits": []}),
+        (
+            OPT,
+            "max_epoch: 1, valid_splits: [val, test]",
+            {"valid_splits": ["val", "test"], "test_splits": []},
+        ),
+        (OPT, "max_epoch: 1, evaluate: true, valid_splits: [val]", {"test_splits": ["val"]}),
+        (OPT, "evaluate: true, valid_splits: [val], test_splits: [test]", {"test_splits": ["val", "test"]}),
+        (OPT, "evaluate: true, valid_splits: [], test_splits: [test]", {"test_splits": ["test"]}),
+        # lengths
+        (
+            OPT,
+            "runner: runner_iter, max_iters: 2e4, iters_per_inner_epoch: 2e3",
+            {"max_iters": 20_000, "iters_per_inner_epoch": 2000, "runner": "runner_iter"},
+        ),
+        (
+            OPT,
+            "runner: runner_iter, max_iters: 100, max_epoch: 5",
+            {"max_iters": 100, "max_epoch": None, "runner": "runner_iter"},
+        ),
+        (
+            OPT,
+            "max_iters: 100, iters_per_inner_epoch: 10, max_epoch: 5",
+            {"max_iters": None, "iters_per_inner_epoch": None, "max_epoch": 5, "runner": "runner_base"},
+        ),
+        # empty keys are left out
+        (OPT, "max_epoch: 1, val_freq: , num_workers: , amp: ", {"valid_freq": 1, "num_workers": 2}),
+        # the warm-up starts at init_lr, and without amp there is no mixed precision in training
+        (OPT, "max_epoch: 1, warmup_steps: 10", {"warmup_lr": 1e-5, "precision": "fp32"}),
+        (OPT, "max_epoch: 1, warmup_lr: 1e-8, amp: true", {"warmup_lr": 1e-8, "precision": "auto"}),
+        (OPT, "max_epoch: 1, warmup_start_lr: 1e-8", {"warmup_lr": 1e-8}),
+        (OPT, "evaluate: true, test_splits: [test]", {"precision": "auto"}),
+        # captions of LAVIS, of EVLGen, and answers
+        (OPT, "max_epoch: 1, task: captioning", {"repetition_penalty": 1.15, "length_penalty": 0}),
+        (OPT, "max_epoch: 1, task: captioning, length_penalty: 1.", {"length_penalty": 1}),
+        (OPT, "evaluate: true, task: vqa, test_splits: [val]", {"num_beams": 3}),
+    ],
+)
+def test_keys_that_a_published_file_leaves_out_mean_what_they_mean_there(project, model, run, expected):
+    """lavis/runners/runner_base.py, runner_iter.py, common/optims.py, tasks/captioning.py and vqa.py."""
+    found = vars(Config.load(project(model, f"run: {{{IN_THEIR_WORDS}{run}}}\n")).run)
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_in_ones_own_files_they_mean_what_this_project_says(project):
+    own = RunConfig(init_lr=1e-5, min_lr=0, max_epoch=1)
+    keys = ("warmup_lr", "valid_splits", "precision", "repetition_penalty", "length_penalty", "num_beams")
+    for model in ("{arch: evlgen_opt}", OPT):
+        run = Config.load(project(model, "run: {init_lr: 1e-5, min_lr: 0, max_epoch: 1}\n")).run
+        assert {key: getattr(run, key) for key in keys} == {key: getattr(own, key) for key in keys}
+    evlgen = Config.load(project(LIPTOME, f"run: {{{IN_THEIR_WORDS}max_epoch: 1, task: captioning}}\n")).run
+    assert evlgen.repetition_penalty == own.repetition_penalty, "EVLGen's task does not pass it on"
+
+
+def test_options_over_a_published_file_win_over_what_it_leaves_out(project):
+    path = project(OPT, f"run: {{{IN_THEIR_WORDS}max_epoch: 1, test_splits: [test], task: captioning}}\n")
+    run = Config.load(path, ["run.warmup_lr=1e-7", "run.repetition_penalty=1", "run.valid_splits=[val]"]).run
+    assert (run.warmup_lr, run.repetition_penalty, run.valid_splits) == (1e-7, 1, ["val"])
+    assert Config.load(path, ["run.init_lr=1e-3"]).run.warmup_lr == 1e-3
+    assert Config.load(path, ["run.evaluate=true", "run.test_splits=[val]"]).run.test_splits == ["val"]
+    with pytest.raises(ConfigError, match=r"max_iters .* max_epoch is set too"):
+        Config.load(path, ["run.max_iters=3"])
+
+
+def test_what_a_video_file_of_evlgen_leaves_out():
+    train = load_project("evlgen_video_caption_msrvtt_opt2.7b_ft").datasets.msrvtt_caption.vis_processor.train
+    assert (train.name, train.augment) == ("alpro_video_train", "none")
+
+
+def test_a_model_of_evlgen_is_not_trained_without_its_contrastive_loss_unasked(project):
+    """``beta`` is 0.1 in yiren-jian/EVLGen where it is left out."""
+    keys = "arch: liptome_opt, model_type: pretrain_opt2.7b"
+    path = project(f"{{{keys}}}", "run: {max_epoch: 1}\n")
+    with pytest.raises(ConfigError, match=r"model\.beta \(.*\): is left out, which means 0\.1"):
+        Config.load(path)
+    assert Config.load(path, ["model.beta=0"]).model.arch == "evlgen_opt"
+    assert Config.load(path, ["run.evaluate=true", "run.test_splits=[test]"]).model.arch == "evlgen_opt"
+    assert load_model_file(path).arch == "evlgen_opt", "a model's file trains nothing"
+    cfg = load_model_config("liptome_vicuna", "pretrain_vicuna7b")
+    assert (cfg.max_txt_len, cfg.max_output_txt_len) == (128, 256)
+    assert load_model_config("evlgen_vicuna", "pretrain_vicuna7b").max_txt_len == 32
+
+
+@pytest.mark.parametrize(
+    ("model", "run", "reasons"),
+    [
+        ("{arch: blip_caption, vit_type: base}", "task: captioning, k_test: 1", ["model.arch"]),
+        ("{arch: blip2, model_type: coco}", "task: retrieval, k_test: 1", ["run.task"]),
+        ("{arch: albef_nlvr}", "task: multimodal_classification", ["model.arch", "run.task"]),
+        (OPT, "task: captioning, k_test: 1, max_epoch: 1", ["run.k_test"]),
+        ("{arch: blip2_t5_instruct, model_type: flant5xl}", "task: captioning, k_test: 1", ["InstructBLIP"]),
+    ],
+)
+def test_an_architecture_or_task_that_is_not_here_is_named_first(project, model, run, reasons):
+    rest = f"datasets: {{nlvr: {{type: x}}}}\nrun: {{{IN_THEIR_WORDS}{run}}}\n"
+    with pytest.raises(ConfigError) as error:
+        Config.load(project(model, rest if reasons != ["run.k_test"] else rest.replace("nlvr", "gqa")))
+    message = str(error.value)
+    assert all(reason in message for reason in reasons)
+    assert not any(other in message for other in {"run.k_test", "datasets.nlvr", "vit_type"} - set(reasons))
 
 
 def test_the_val_split_of_gqas_published_type_is_its_testdev_set(tmp_path):
@@ -234,7 +379,7 @@ def test_keys_that_mean_nothing_are_named_in_one_warning(project, caplog):
         "datasets: {coco_caption: {type: eval, data_dir: /data}}\n"
         "run: {max_epoch: 1, save_freq: -1, num_ans_candidates: 128, val_freq: 2, lr_layer_decay: 1}\n"
     )
-    path = project("{arch: liptome_opt, model_type: pretrain_opt2.7b, alpha: 0.1}", rest)
+    path = project("{arch: liptome_opt, model_type: pretrain_opt2.7b, alpha: 0.1, beta: 0}", rest)
 
     config = Config.load(path, ["model.apply_lemmatizer=true"])
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
@@ -248,7 +393,7 @@ def test_keys_that_mean_nothing_are_named_in_one_warning(project, caplog):
 
 
 def test_the_lemmatizer_of_a_published_model_is_the_tasks_and_gives_way_to_run(project):
-    names = "arch: liptome_opt, model_type: pretrain_opt2.7b"
+    names = "arch: liptome_opt, model_type: pretrain_opt2.7b, beta: 0"
     path = project(f"{{{names}, apply_lemmatizer: true}}", "run: {max_epoch: 1, apply_lemmatizer: false}\n")
     assert not Config.load(path).run.apply_lemmatizer
     assert load_model_file(path).arch == "evlgen_opt", "a model's file has no task"

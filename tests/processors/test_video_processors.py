@@ -16,6 +16,7 @@ from evlgen.datasets.file_builder import FileBuilder
 from evlgen.models.zoo import load_preprocess
 from evlgen.processors import build_processor
 from evlgen.processors.image import CLIP_MEAN, CLIP_STD
+from evlgen.processors.randaugment import OPERATIONS
 from evlgen.processors.video import head_and_tail
 
 NAMES = ["alpro_video_train", "alpro_video_eval"]
@@ -91,6 +92,29 @@ def test_all_frames_of_a_clip_are_cropped_mirrored_and_augmented_alike():
         assert torch.equal(clip[:, 0], clip[:, 1]) and torch.equal(clip[:, 0], clip[:, 2])
         outcomes.add(clip[:, 0].numpy().tobytes())
     assert len(outcomes) > 9
+
+
+def test_evlgens_videos_are_not_augmented_and_laviss_always_by_two_different_operations(monkeypatch):
+    """yiren-jian/EVLGen and salesforce/LAVIS, both lavis/processors/alpro_processors.py."""
+    drawn: list[str] = []
+
+    def noted(name):
+        return lambda image, strength: drawn.append(name) or OPERATIONS[name](image, strength)
+
+    monkeypatch.setattr(
+        "evlgen.processors.randaugment.OPERATIONS", {name: noted(name) for name in OPERATIONS}
+    )
+    video, met = Pictures([photo_like(i) for i in range(2)]), set()
+    for augment in ("none", "lavis", None):
+        processor = build("alpro_video_train", image_size=32, **({"augment": augment} if augment else {}))
+        for seed in range(60):
+            torch.manual_seed(seed)
+            drawn.clear()
+            processor(video)
+            first, second = drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]  # of the two frames
+            assert first == second and len(first) == len(set(first)) == (0 if augment == "none" else 2)
+            met.update(first)
+    assert met == set(OPERATIONS) - {"AutoContrast"}
 
 
 def test_half_of_the_clips_are_mirrored():

@@ -29,17 +29,26 @@ ARCHITECTURES = {
     "liptome_video_opt": "evlgen_video_opt",
     "liptome_video_vicuna": "evlgen_video_vicuna",
     "blip2_vicuna_instruct": "blip2_vicuna",
+    "blip2_t5_instruct": "blip2_t5",
+    "blip2_feature_extractor": "blip2",
 }
+_LIPTOME = tuple(published for published in ARCHITECTURES if published.startswith("liptome_"))
 _VIDEO = ("liptome_video_opt", "liptome_video_vicuna")
-_TOMEFORMERS = tuple(own for published, own in ARCHITECTURES.items() if published.startswith("liptome_"))
-_INSTRUCT = "blip2_vicuna_instruct"
+_TOMEFORMERS = tuple(ARCHITECTURES[published] for published in _LIPTOME)
+_INSTRUCT = ("blip2_vicuna_instruct", "blip2_t5_instruct")
 
 # (own architecture, published type) -> own type, and the flat keys it stands for
 _TYPES: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
     ("blip2_vicuna", "vicuna7b"): ("pretrain_vicuna7b", {}),
     ("blip2_vicuna", "vicuna13b"): ("pretrain_vicuna13b", {}),
+    ("blip2_t5", "flant5xl"): ("pretrain_flant5xl", {}),
+    ("blip2_t5", "flant5xxl"): ("pretrain_flant5xxl", {}),
     ("blip2_t5", "pretrain_flant5xl_vitL"): ("pretrain_flant5xl", {"vit_model": "clip_L"}),
     ("blip2", "pretrain_vitL"): ("pretrain", {"vit_model": "clip_L"}),
+    ("blip2", "coco"): (
+        "pretrain",
+        {"image_size": 364, "vit_precision": "fp32", "freeze_vit": False, "use_grad_checkpoint": True},
+    ),
 }
 
 # flat key of the model section -> section and key
@@ -80,6 +89,9 @@ _TYPE_FILES: dict[tuple[str, str], tuple[str, str]] = {
     ("blip2_t5", "pretrain_flant5xxl"): ("", "blip2_pretrained_flant5xxl.pth"),
     ("blip2_t5", "caption_coco_flant5xl"): ("blip2_caption_flant5xl.pth", "blip2_pretrained_flant5xl.pth"),
 }
+for _table in (_TYPES, _TYPE_FILES):  # the first stage, used for matching alone
+    _first_stage = {kind: entry for (arch, kind), entry in _table.items() if arch == "blip2"}
+    _table.update({("blip2_image_text_matching", kind): entry for kind, entry in _first_stage.items()})
 
 _RUN_NAMES = {"resume_ckpt_path": "resume", "warmup_start_lr": "warmup_lr", "val_freq": "valid_freq"}
 # Of the device and the processes, which the launcher decides here; of files and records, which the dataset
@@ -88,7 +100,7 @@ _RUN_IGNORED = (
     *("device", "distributed", "dist_url", "dist_backend", "world_size", "gpu", "rank"),
     *("use_dist_eval_sampler", "find_unused_parameters"),
     *("annotation_file", "img_ids", "sample_id_key", "caption_key", "load_gt_from_file", "split"),
-    *("top_p", "temperature", "save_freq", "milestone", "prefix"),
+    *("ques_files", "anno_files", "top_p", "temperature", "save_freq", "save_last", "milestone", "prefix"),
 )
 # What every published project has and no file of this project: how its processes find each other.
 _LAUNCHER = ("device", "world_size", "dist_url", "distributed")
@@ -97,7 +109,12 @@ _ANSWER_TASKS = ("vqa", "gqa", "aok_vqa", "video_qa")
 _GQA_TESTDEV = "balanced_testdev"
 _DATASET_IGNORED = ("type", "data_dir")
 IGNORED_SECTIONS = ("preprocess",)  # in the YAML of LAVIS's model types: what load_preprocess gives
-_RUN_FIELDS = frozenset(field.name for field in dataclasses.fields(RunConfig))
+_RUN_FIELDS = {field.name: field.default for field in dataclasses.fields(RunConfig)}
+_RUN_INTS = {field.name for field in dataclasses.fields(RunConfig) if "int" in str(field.type).lower()}
+_RUN_INTS |= {theirs for theirs, ours in _RUN_NAMES.items() if ours in _RUN_INTS}
+# Tasks that train and score nothing.
+_ONLY_TRAIN = ("image_text_pretrain", "video_text_pretrain")
+_DEFAULTS = "LAVIS's defaults"  # what messages call what a published file leaves out
 
 
 def own_names(arch: str, model_type: str | None) -> tuple[str, str | None]:
@@ -112,6 +129,9 @@ def from_published(layers: Sequence[Layer]) -> tuple[list[Layer], list[str]]:
 
     To be called once plugins are loaded: a key that the architecture itself declares is its own.
 
+    A file in their words (`has_published_file`) also means their defaults where it says nothing: they are the first
+    of the layers returned.
+
     Returns:
         The layers, and the paths of keys that mean nothing here and were left out.
 
@@ -125,17 +145,106 @@ def from_published(layers: Sequence[Layer]) -> tuple[list[Layer], list[str]]:
     own_keys = _own_keys(own_arch)
     met = [*_check_beta(layers, own_keys), *_check_instruction(layers, own_arch, own_keys)]
     translation = _Translation(own_arch, own_keys, _Weights(own_arch, model_type), met)
-    out = []
+    published = has_published_file(layers, own_keys)
+    defaults = _defaults(layers, arch) if published else {}
+    out = [Layer(_DEFAULTS, defaults)] if defaults else []
     for layer in layers:
         content = {key: value for key, value in layer.content.items() if key not in IGNORED_SECTIONS}
         translation.ignored += [key for key in layer.content if key in IGNORED_SECTIONS]
         if isinstance(content.get("model"), Mapping):
             content = _lemmatizer_to_run(content, own_keys)
             content["model"] = translation.section(content["model"], layer.source)
-        if _is_published(layer, own_keys) and isinstance(content.get("run"), Mapping):
-            content["run"] = _with_new_tokens(content["run"], own_arch, task, layer.source)
+        if published and isinstance(content.get("run"), Mapping):
+            content["run"] = _whole_numbers(content["run"])
+            if _is_published(layer, own_keys):
+                content["run"], ignored = _run_of_a_file(content["run"], layers)
+                translation.ignored += ignored
+                content["run"] = _with_new_tokens(content["run"], own_arch, task, layer.source)
         out.append(Layer(layer.source, content))
     return out, list(dict.fromkeys(translation.ignored))
+
+
+def has_published_file(layers: Sequence[Layer], own_keys: Collection[str] = ()) -> bool:
+    """Whether a file among the layers says anything in the published words: an architecture's name, a flat
+    key of ``model``, or a key of ``run`` that this project does not have. One that names an architecture
+    which is only here is not published.
+
+    Args:
+        own_keys: flat keys that the architecture itself declares.
+    """
+    return any(_is_published(layer, own_keys) for layer in layers)
+
+
+def _is_published(layer: Layer, own_keys: Collection[str]) -> bool:
+    sections = (layer.content.get(name) for name in ("model", "run"))
+    model, run = (section if isinstance(section, Mapping) else {} for section in sections)
+    arch = str(model.get("arch"))
+    if layer.source == OPTIONS or arch.startswith("evlgen_") or arch == "blip2_vicuna":
+        return False
+    flat = {*_MODEL_KEYS, *_SWITCHES, *_PATHS, *_MODEL_IGNORED, "beta", _LEMMATIZER} - set(own_keys)
+    words = {*_RUN_IGNORED, *_RUN_NAMES, "amp"} - set(_RUN_FIELDS)
+    return bool(flat & set(model) or words & set(run)) or arch in ARCHITECTURES
+
+
+def _whole_numbers(section: Mapping[str, Any]) -> dict[str, Any]:
+    """``max_iters: 2e4`` is 20,000: LAVIS's runners make an int of what they are given."""
+    return {
+        key: int(value) if key in _RUN_INTS and isinstance(value, float) and value.is_integer() else value
+        for key, value in section.items()
+    }
+
+
+def _run_of_a_file(section: Mapping[str, Any], layers: Sequence[Layer]) -> tuple[dict[str, Any], list[str]]:
+    """A published file's ``run`` section as its runner reads it, and the paths of keys it does not read.
+
+    An empty key is one that is left out. Of ``max_iters`` and ``max_epoch`` in one file the runner counts
+    one: ``runner_iter`` the former, ``runner_base``, which is the default, the latter. To evaluate means on
+    ``valid_splits`` too (lavis/runners/runner_base.py).
+    """
+    out = {
+        key: value
+        for key, value in section.items()
+        if value is not None or (key != "amp" and _RUN_FIELDS.get(_RUN_NAMES.get(key, key)) is None)
+    }
+    ignored = []
+    if out.get("max_iters") is not None and out.get("max_epoch") is not None:
+        by_iterations = _strongest(layers, "runner", "run")[0] == "runner_iter"
+        unread = ("max_epoch",) if by_iterations else ("max_iters", "iters_per_inner_epoch")
+        ignored = [f"run.{key}" for key in unread if out.pop(key, None) is not None]
+    valid, test = (out.get(key) for key in ("valid_splits", "test_splits"))
+    if _strongest(layers, "evaluate", "run")[0] is True and isinstance(valid, list):
+        if isinstance(test, list | None):
+            out["test_splits"] = list(dict.fromkeys([*valid, *(test or [])]))
+    return out, ignored
+
+
+def _defaults(layers: Sequence[Layer], arch: Any) -> dict[str, Any]:
+    """What published code takes where a file leaves a key out and that is not this project's own default.
+
+    LAVIS's captions: repetition penalty 1.15, length penalty 0, which EVLGen's task does not set
+    (lavis/tasks/captioning.py of both); three beams for answers (lavis/tasks/vqa.py); no validation; training
+    without mixed precision; a warm-up that starts at ``init_lr`` (lavis/common/optims.py).
+    """
+
+    def given(*keys: str) -> bool:
+        return any(_strongest(layers, key, "run")[0] is not None for key in keys)
+
+    model = {}
+    if arch in _LIPTOME and arch.endswith("_vicuna"):
+        model = {"max_txt_len": 128, "max_output_txt_len": 256}  # lavis/models/blip2_models/liptome_vicuna.py
+    if not any(layer.content.get("run") for layer in layers):
+        return {"model": model} if model else {}
+    run: dict[str, Any] = {"valid_splits": []}
+    task = _strongest(layers, "task", "run")[0]
+    if task == "captioning" and arch not in _LIPTOME:
+        run.update(repetition_penalty=1.15, length_penalty=0.0)
+    elif task in ("vqa", "gqa", "aok_vqa"):
+        run["num_beams"] = 3
+    if _strongest(layers, "evaluate", "run")[0] is not True and not given("amp", "precision"):
+        run["precision"] = "fp32"
+    if given("init_lr") and not given("warmup_lr", "warmup_start_lr"):
+        run["warmup_lr"] = "${run.init_lr}"
+    return {"run": run, **({"model": model} if model else {})}
 
 
 def run_in_own_words(section: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -155,13 +264,18 @@ def run_in_own_words(section: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
             out.setdefault(ours, value)
     if out.get("lr_layer_decay") == 1:  # of 1 there is none, as in every published project
         del out["lr_layer_decay"]
-    if out.get("task") == "image_text_pretrain":
+    if out.get("task") in _ONLY_TRAIN:
         out.setdefault("valid_splits", [])
     return out, ignored
 
 
-def datasets_in_own_words(section: Any) -> tuple[Any, list[str]]:
-    """A ``datasets`` section without LAVIS's keys that mean nothing to its builders, and their paths."""
+def datasets_in_own_words(section: Any, arch: Any = None) -> tuple[Any, list[str]]:
+    """A ``datasets`` section without LAVIS's keys that mean nothing to its builders, and their paths.
+
+    Args:
+        section: the section.
+        arch: the architecture as the project names it: EVLGen's processors of video do not augment.
+    """
     if not isinstance(section, Mapping):
         return section, []
     out, ignored = dict(section), []
@@ -171,6 +285,8 @@ def datasets_in_own_words(section: Any) -> tuple[Any, list[str]]:
             continue
         if builder == "gqa" and dataset.get("type") == _GQA_TESTDEV:
             dataset = _with_testdev_as_val(dataset)
+        if arch in _LIPTOME:
+            dataset = out[name] = _without_augmentation(dataset)
         parameters = parameters_of(registry.get_builder_class(builder))
         left_out = [key for key in _DATASET_IGNORED if key in dataset and key not in parameters]
         if left_out and not parameters.any_key:
@@ -187,6 +303,15 @@ def _with_testdev_as_val(dataset: Mapping[str, Any]) -> dict[str, Any]:
         return dict(dataset)
     annotations = {**annotations, "val": annotations["testdev"]}
     return {**dataset, "build_info": {**info, "annotations": annotations}}
+
+
+def _without_augmentation(dataset: Mapping[str, Any]) -> dict[str, Any]:
+    """A dataset's section as EVLGen's lavis/processors/alpro_processors.py reads it."""
+    visual = dataset.get("vis_processor")
+    train = visual.get("train") if isinstance(visual, Mapping) else None
+    if not isinstance(train, Mapping) or train.get("name") != "alpro_video_train":
+        return dict(dataset)
+    return {**dataset, "vis_processor": {**visual, "train": {"augment": "none", **train}}}
 
 
 @dataclasses.dataclass
@@ -289,15 +414,30 @@ def _check_beta(layers: Sequence[Layer], own_keys: Collection[str]) -> list[str]
     return ["beta"]
 
 
+def left_out_beta(layers: Sequence[Layer]) -> str | None:
+    """What is wrong where a project trains one of EVLGen's models and leaves out ``beta``: the published code
+    then takes 0.1 (lavis/models/blip2_models/liptome_opt.py)."""
+    arch = _strongest(layers, "arch")[0]
+    evaluates = _strongest(layers, "evaluate", "run")[0]
+    if arch not in _LIPTOME or evaluates or not any(layer.content.get("run") for layer in layers):
+        return None
+    if _strongest(layers, "beta")[1] is not None:
+        return None
+    return (
+        f"is left out, which means 0.1 in {arch}: a contrastive loss that is not implemented here. Set it to "
+        f"0 to train on the texts alone, as EVLGen's project files do, or name '{ARCHITECTURES[arch]}'"
+    )
+
+
 def _check_instruction(layers: Sequence[Layer], own_arch: Any, own_keys: Collection[str]) -> list[str]:
     """Raises `ConfigError` for a Q-Former that reads the instruction. What ``blip2_vicuna_instruct`` means
     without ``qformer_text_input`` depends on the repository: true in LAVIS, false in EVLGen. Returns the key,
     to be left out, where it is read at all."""
-    if own_arch != ARCHITECTURES[_INSTRUCT] or "qformer_text_input" in own_keys:
+    if own_arch not in map(ARCHITECTURES.get, _INSTRUCT) or "qformer_text_input" in own_keys:
         return []
     arch, arch_source = _strongest(layers, "arch")
     reads, source = _strongest(layers, "qformer_text_input")
-    if source is None and arch == _INSTRUCT:
+    if source is None and arch in _INSTRUCT:
         raise ConfigError(
             f"model.arch ({arch_source}): '{arch}' is InstructBLIP, whose Q-Former also reads the "
             "instruction; there is no such Q-Former here. If yours does not read it, say so with "
