@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from floor import profile
 from harness import Comparison, InProcess, check_equal, compare_processes, run_processes
 from safetensors.torch import load_file, save_file
@@ -77,16 +78,13 @@ class TextbookStep:
     def __init__(self, sizes: Sizes, folder: Path, precision: str) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if precision == "bf16" and self.device.type == "cuda" else torch.float32
-        with torch.device("meta"):
+        with init_empty_weights(include_buffers=False):  # EVA's k_bias is in no weights file
             model = Textbook(sizes, AutoTokenizer.from_pretrained(TOKENIZER))
         model.opt_model = OPTForCausalLM.from_pretrained(
             folder / "language", attn_implementation="eager", dropout=sizes.dropout, dtype=self.dtype
         )
         model.opt_model.requires_grad_(False)
         model.load_state_dict(load_file(folder / "published.safetensors"), strict=False, assign=True)
-        embeddings = model.VLconnector.embeddings
-        embeddings.position_ids = torch.arange(embeddings.position_ids.shape[-1])[None]
-        embeddings.token_type_ids = torch.zeros_like(embeddings.position_ids)
         self.model = model.to(self.device).train()
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(

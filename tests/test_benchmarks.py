@@ -1,0 +1,45 @@
+"""The benchmarks for a GPU are built here, so that they are not found broken there."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def step(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("step")
+
+
+def test_the_published_step_with_fewer_and_narrower_layers_does_the_same_work(step, tmp_path):
+    sizes = dataclasses.replace(
+        step.PUBLISHED,
+        **{"vision_dim": 32, "layers": 2, "r": 3, "hidden": 32, "heads": 4, "intermediate": 64},
+        **{"language_layers": 2, "language_dim": 32, "language_heads": 4, "vocabulary": 1000},
+        vision_kwargs={**step.PUBLISHED.vision_kwargs, "depth": 2, "embed_dim": 32, "num_heads": 4},
+        image_size=56,
+        dropout=0.0,
+    )
+    step.write_weights(sizes, tmp_path)
+    steps = [kind(sizes, folder=tmp_path, precision="fp32") for kind in (step.OurStep, step.TextbookStep)]
+    samples = next(step.batches(sizes, 2, torch.device("cpu"), count=1))
+    ours, textbook = (one.check(samples) for one in steps)
+    assert ours == pytest.approx(textbook, rel=1e-4)
+
+
+def test_the_published_sizes_fit_together(step):
+    with torch.device("meta"):
+        model = step.Textbook(step.PUBLISHED, AutoTokenizer.from_pretrained(step.TOKENIZER))
+    image = torch.empty(1, 3, 224, 224, device="meta")
+    model.VL_proj(model.ln_vision(model.visual_encoder.forward_features(image)))
+    assert sum(p.numel() for p in model.visual_encoder.parameters()) == pytest.approx(0.986e9, rel=0.01)
+    assert model.opt_proj.out_features == model.opt_model.config.hidden_size == 2560
+    assert len(model.opt_model.model.decoder.layers) == 32
