@@ -129,8 +129,8 @@ def from_published(layers: Sequence[Layer]) -> tuple[list[Layer], list[str]]:
 
     To be called once plugins are loaded: a key that the architecture itself declares is its own.
 
-    A file in their words (`has_published_file`) also means their defaults where it says nothing: they are the first
-    of the layers returned.
+    A file in their words (`has_published_file`) also means their defaults where it says nothing: they are the
+    first of the layers returned.
 
     Returns:
         The layers, and the paths of keys that mean nothing here and were left out.
@@ -464,7 +464,7 @@ def _is_published(layer: Layer, own_keys: Collection[str]) -> bool:
     """Whether a layer is a file in LAVIS's layout. Options are in this project's words."""
     model, run = (layer.content.get(key) for key in ("model", "run"))
     flat = {*_MODEL_KEYS, *_SWITCHES, *_PATHS} - set(own_keys)
-    is_flat = isinstance(model, Mapping) and (flat & set(model) or model.get("arch") in ARCHITECTURES)
+    is_flat = isinstance(model, Mapping) and (flat & set(model) or str(model.get("arch")) in ARCHITECTURES)
     is_launched = isinstance(run, Mapping) and any(key in run for key in _LAUNCHER)
     return layer.source != OPTIONS and bool(is_flat or is_launched)
 
@@ -472,8 +472,8 @@ def _is_published(layer: Layer, own_keys: Collection[str]) -> bool:
 def _with_new_tokens(run: Mapping[str, Any], arch: Any, task: Any, source: str) -> dict[str, Any]:
     """A published ``run`` section with its lengths in new tokens, also those it leaves out.
 
-    There they count the token that generation starts with: the end is allowed after ``min_len - 1`` tokens, and
-    comes after ``max_len - 1`` at the latest; but for captions of T5, and for answers of all but Vicuna,
+    There they count the token that generation starts with: the end is allowed after ``min_len - 1`` tokens,
+    and comes after ``max_len - 1`` at the latest; but for captions of T5, and for answers of all but Vicuna,
     ``max_len`` is the number of new tokens (lavis/models/blip2_models: blip2_opt.py, blip2_t5.py,
     blip2_vicuna_instruct.py; the defaults: lavis/tasks).
     """
