@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ _REFUSED_KEYS = (
     "experts_implementation",
     "transformers_weights",
 )
+HUB_SECONDS = 10  # in which the hub must answer
 _SETTINGS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -206,16 +208,41 @@ def _cached_folder(name: str) -> Path | None:
     return folder if (folder / "config.json").is_file() and has_weights else None
 
 
+def files_on_hub(name: str) -> list[str]:
+    """The names of a model's files on the hub, which is asked once.
+
+    Raises:
+        CheckpointError: it does not answer within `HUB_SECONDS`, or has no such model for this user.
+    """
+    from huggingface_hub import HfApi
+
+    found: list[Any] = []
+
+    def ask() -> None:
+        try:
+            found.append(HfApi().model_info(name, timeout=HUB_SECONDS))
+        except Exception as error:  # of huggingface_hub, and of whichever client it asks with
+            found.append(error)
+
+    # in a thread: no setting of the client limits the time that a name server takes
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS + 1)
+    (answer,) = found or [TimeoutError(f"no answer within {HUB_SECONDS} s")]
+    if isinstance(answer, Exception):
+        cause = (str(answer).strip().splitlines() or [type(answer).__name__])[0]
+        raise CheckpointError(f"the Hugging Face hub cannot give it ({cause})") from answer
+    return [file.rfilename for file in answer.siblings or []]
+
+
 def _download(name: str, reason: str) -> Path:
-    from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub import constants, snapshot_download
 
     logger.info("%s is not here: fetching it from %s", name, constants.ENDPOINT)
     try:
-        files = HfApi().list_repo_files(name)
+        files = files_on_hub(name)
         weights = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "*.bin"
         return Path(snapshot_download(name, allow_patterns=[*_TEXT_FILES, weights]))
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-        raise CheckpointError(
-            f"'{name}': {reason}. Downloading it now failed: {str(error).splitlines()[0]}"
-        ) from error
+    except Exception as error:  # see `files_on_hub`; a connection that breaks off
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"'{name}': {reason}. Downloading it now failed: {cause}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import tempfile
@@ -431,7 +432,7 @@ def _names_of(cls: type[BaseModel]) -> list[str]:
 
 def _pretrained_folder(name: str, cls: type[BaseModel]) -> Path:
     from evlgen.common.errors import did_you_mean
-    from evlgen.common.hub import looks_like_path
+    from evlgen.common.hub import files_on_hub, looks_like_path
 
     folder = Path(resolve(name))
     if os.path.isfile(folder / CONFIG_FILE):
@@ -441,7 +442,13 @@ def _pretrained_folder(name: str, cls: type[BaseModel]) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, DIGESTS_FILE]))
+        patterns = [CONFIG_FILE, WEIGHTS_FILE, DIGESTS_FILE]
+        download = functools.partial(snapshot_download, name, allow_patterns=patterns)
+        try:
+            files_on_hub(name)
+        except CheckpointError:  # no connection: what was fetched earlier
+            return Path(download(local_files_only=True))
+        return Path(download())
     except Exception as error:  # the hub client raises many kinds; all mean: not there
         raise CheckpointError(
             f"'{name}' is no folder, no model type ({', '.join(cls.MODEL_TYPES)}) and not on the hub from "
