@@ -26,7 +26,7 @@ from evlgen.datasets.question_annotations import read_answer_list
 from evlgen.datasets.question_dataset import QuestionDataset, QuestionEvalDataset
 from evlgen.datasets.records import good
 from evlgen.datasets.table_folders import Tables, find_tables, split_named
-from evlgen.datasets.tables import open_table
+from evlgen.datasets.tables import Table, open_table
 
 logger = logging.getLogger(__name__)
 
@@ -185,11 +185,11 @@ class ImageTextBuilder(BaseDatasetBuilder):
         except DataError:  # it is said where the table is read
             return []
 
-    def _split_counts(self, tables: Tables) -> dict[str, int]:
+    def _split_counts(self, tables: Tables, opened: Sequence[Table] = ()) -> dict[str, int]:
         """How many rows of each split there are by a column of the tables; empty where none tells."""
         files = tuple(tables.files)
         if files not in self._counts:
-            opened = [open_table(file) for file in files]
+            opened = opened or [open_table(file) for file in files]
             self._counts[files] = count_splits(opened, self.columns, f"{self._key}.columns")
         return self._counts[files]
 
@@ -225,9 +225,10 @@ class ImageTextBuilder(BaseDatasetBuilder):
     def _read(self, split: str, needs_text: bool) -> tuple[Path, Sequence[Any]]:
         """The root and the records of a split that has a table."""
         tables = self._tables(split)
-        of_split, has_strays = self._rows_of(split, tables)
+        opened = [open_table(file) for file in tables.files]
+        of_split, has_strays = self._rows_of(split, tables, opened)
         records = read_records(
-            [open_table(file) for file in tables.files],
+            opened,
             self.columns,
             self.visual,
             tables.root,
@@ -240,10 +241,10 @@ class ImageTextBuilder(BaseDatasetBuilder):
             check_inside((record["visual"] for record in good(records)), self._table_path(split))
         return tables.root, records
 
-    def _rows_of(self, split: str, tables: Tables) -> tuple[str | None, bool]:
+    def _rows_of(self, split: str, tables: Tables, opened: Sequence[Table]) -> tuple[str | None, bool]:
         """Which rows of its tables a split has: those of a name in their column of splits (None: all), and
         whether those in no split are among them."""
-        counts, name = self._split_counts(tables), split_named(split) or split
+        counts, name = self._split_counts(tables, opened), split_named(split) or split
         if name in counts or not counts:
             return (name if counts else None), name == next(iter(counts), name)
         known = ", ".join(counts)

@@ -25,7 +25,7 @@ _JSON_LISTS = ("annotations", "data", "records")  # keys under which JSON files 
 _DELIMITERS = ",;\t|"
 _SNIFFED_ROWS = 20
 _MOST_FIELD = 1 << 24  # characters of a field; Python's own limit of 131,072 is less than some texts have
-_UNCLOSED = "unexpected end of data"  # what Python's csv says of a quote that does not end
+_NOT_CLOSED = "one is not closed"
 
 
 class Row(NamedTuple):
@@ -326,14 +326,14 @@ def _records(lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[s
         except StopIteration:
             return
         except csv.Error as error:
-            fields = str(error).rstrip(".")
+            fields = _NOT_CLOSED if "end of data" in str(error) else str(error).rstrip(".")
         else:
             if doubted and _are_rows(source.taken, delimiter, width):
-                fields = _UNCLOSED
+                fields = _NOT_CLOSED
         if isinstance(fields, str):
             doubted, single = True, max(single, source.number)
             source.keep_first()
-            if len(source.taken) == 1 and fields != _UNCLOSED:
+            if len(source.taken) == 1 and fields != _NOT_CLOSED:
                 fields = _plain_fields(source.taken[0], delimiter)
         if fields:
             width = width or len(fields)  # the header's

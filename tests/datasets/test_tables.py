@@ -130,8 +130,8 @@ def test_one_row_whose_quotes_are_wrong_leaves_the_others_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("line", ['a.png","c\n', 'a.png,"b\n', '"""\n'])
 def test_quotes_that_never_end_cost_no_more_than_their_lines(tmp_path, line):
-    found = rows(tmp_path / "a.csv", "path,caption\n" + line * 20_000 + "z.png,last\n")
-    assert 9_000 < len(found) <= 20_001  # the square of their number would take minutes
+    found = rows(tmp_path / "a.csv", "path,caption\n" + line * 10_000 + "z.png,last\n")
+    assert 4_500 < len(found) <= 10_001  # the square of their number would take minutes
 
 
 def test_columns_without_a_name_are_ignored(tmp_path):
