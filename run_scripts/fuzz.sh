@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Reads 10,000 damaged configurations, annotations and checkpoints each; 1 where anything but our own errors came out.
-# Usage: bash run_scripts/fuzz.sh [--inputs 10000] [--kinds configs annotations checkpoints]
+# Reads 10,000 damaged configurations, annotations, checkpoints, images and videos each; 1 where anything but our own errors came out.
+# Usage: bash run_scripts/fuzz.sh [--inputs 10000] [--kinds configs annotations checkpoints images pyav decord gif]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash run_scripts/install.sh tests

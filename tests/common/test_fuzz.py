@@ -7,7 +7,13 @@ from fuzzing.campaign import run_chunk
 from fuzzing.guard import Guard
 
 
-@pytest.mark.parametrize(("kind", "count"), [("configs", 60), ("annotations", 100), ("checkpoints", 120)])
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        *(("configs", 60), ("annotations", 100), ("checkpoints", 120)),
+        *(("images", 200), ("pyav", 60), ("decord", 60), ("gif", 100)),
+    ],
+)
 def test_only_errors_of_ours_come_out_of_damaged_files(kind: str, count: int) -> None:
     result = run_chunk(kind, chunk=0, count=count)
     assert result.failures == []

@@ -14,10 +14,11 @@ from pathlib import Path
 import hypothesis
 
 from evlgen.runners.training_state import kept_random_state
-from fuzzing import annotations, checkpoints, configs
+from fuzzing import annotations, checkpoints, configs, images
 from fuzzing.guard import Guard, Result, bounded_memory
+from fuzzing.videos import Reader
 
-KINDS = ("configs", "annotations", "checkpoints")
+KINDS = ("configs", "annotations", "checkpoints", "images", "pyav", "decord", "gif")
 Keep = Callable[[str], Callable[[Path], None]]
 
 
@@ -80,12 +81,26 @@ def _drawn(module) -> Callable:
     return make
 
 
-def _damaged(folder: Path, chunk: int, count: int, run: Callable) -> None:
-    checkpoints.prepare(folder)
-    for number in range(count):
-        file: list[Path] = []
-        what, act = checkpoints.damaged(folder, random.Random(f"{chunk}:{number}"), file.append)
-        run(f"checkpoints {chunk}:{number} {what}", act, file)
+def _damaged(module) -> Callable:
+    """Whole files that a generator damages."""
+
+    def make(folder: Path, chunk: int, count: int, run: Callable) -> None:
+        module.prepare(folder)
+        kind = module.__name__.rpartition(".")[2]
+        for number in range(count):
+            file: list[Path] = []
+            what, act = module.damaged(folder, random.Random(f"{chunk}:{number}"), file.append)
+            run(f"{kind} {chunk}:{number} {what}", act, file)
+
+    return make
 
 
-_MAKERS = {"configs": _drawn(configs), "annotations": _drawn(annotations), "checkpoints": _damaged}
+_MAKERS = {
+    "configs": _drawn(configs),
+    "annotations": _drawn(annotations),
+    "checkpoints": _damaged(checkpoints),
+    "images": _damaged(images),
+    "pyav": _damaged(Reader("pyav")),
+    "decord": _damaged(Reader("decord")),
+    "gif": _damaged(Reader("gif")),
+}
