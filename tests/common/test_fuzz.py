@@ -11,7 +11,7 @@ from fuzzing.guard import Guard
     ("kind", "count"),
     [
         *(("configs", 60), ("annotations", 100), ("checkpoints", 120)),
-        *(("images", 200), ("pyav", 60), ("decord", 60), ("gif", 100)),
+        *(("images", 120), ("pyav", 40), ("decord", 40), ("gif", 60)),
     ],
 )
 def test_only_errors_of_ours_come_out_of_damaged_files(kind: str, count: int) -> None:
