@@ -15,10 +15,12 @@ ways:
   streams the wrong frames, which is why they are refused.
 
 Of a damaged file both give what they can decode, numbered as it comes, and refuse what lies behind its end.
+What they give is checked; where it cannot be right, the other reader is tried where it is installed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -28,11 +30,12 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from evlgen.common.errors import DataError
+from evlgen.common.errors import DataError, EVLGenError
 from evlgen.common.io import resolve
 from evlgen.common.safe_text import shown_name
 
 Reader = Literal["auto", "decord", "pyav"]
+_MODULES = {"pyav": "av", "decord": "decord"}
 Box = tuple[float, float, float, float]  # left, top, right, bottom, as shares of a frame's width and height
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 #: How video files are called; where a sample has several, the first is taken. A GIF is a picture, too.
@@ -68,11 +71,13 @@ class Clip:
 
         Raises:
             IndexError: there is no such frame.
+            DataError: the frames are not uint8 [H, W, 3], all of one size.
         """
         wanted = sorted(set(indices))
         if wanted and not 0 <= wanted[0] <= wanted[-1] < len(self):
             raise IndexError(f"frames {wanted[0]} to {wanted[-1]} of a clip of {len(self)} frames.")
-        found = {i: _resized(f, size, box) for i, f in zip(wanted, self.frames(wanted), strict=True)}
+        frames = _checked(self.frames(wanted))
+        found = {i: _resized(f, size, box) for i, f in zip(wanted, frames, strict=True)}
         return np.stack([found[i] for i in indices])
 
 
@@ -108,17 +113,36 @@ class Video(Clip):
     def __len__(self) -> int:
         return self._open().num_frames
 
+    def read(
+        self, indices: Sequence[int], size: tuple[int, int] | None = None, box: Box = WHOLE
+    ) -> np.ndarray:
+        try:
+            return super().read(indices, size, box)
+        except _WrongFrames as error:
+            for reader in self._other_readers():
+                with contextlib.suppress(DataError, IndexError):  # the first reader's error says more
+                    return Clip.read(Video(self.path, reader), indices, size, box)
+            raise DataError(f"cannot read video {shown_name(self.path)}: {error}", error.cause) from error
+
     def frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         file = self._open()
         try:
             yield from file.frames(indices)
-        except file.ERRORS as error:
+        except EVLGenError:
+            raise
+        except Exception as error:  # damaged files make the libraries raise whatever Python has
             raise DataError(
                 f"cannot read video {shown_name(self.path)}: it is damaged.", "damaged video"
             ) from error
         finally:
             self._opened = None
             file.close()
+
+    def _other_readers(self) -> list[str]:
+        if _is_gif(self.path):
+            return []
+        used = installed_reader(self.reader)
+        return [name for name in _MODULES if name != used and importlib.util.find_spec(_MODULES[name])]
 
     def _open(self) -> Any:
         """The open file. A process that was forked opens its own: the two would share one position."""
@@ -127,19 +151,42 @@ class Video(Clip):
         return self._opened[1]
 
 
+class _WrongFrames(DataError):
+    """Frames as no reader should give them."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "wrong frames")
+
+
+def _checked(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    first = None
+    for frame in frames:
+        shape, dtype = getattr(frame, "shape", ()), getattr(frame, "dtype", type(frame).__name__)
+        if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+            raise _WrongFrames(f"a frame is {dtype} {list(shape)} instead of uint8 [height, width, 3].")
+        first = first or shape
+        if shape != first:
+            raise _WrongFrames(
+                f"its frames differ in size: {first[1]} x {first[0]} and {shape[1]} x {shape[0]} pixels."
+            )
+        yield frame
+
+
 def _open(path: str | os.PathLike, reader: Reader) -> Any:
-    """A ``File`` of evlgen.common.video_{decord,pyav,gif}: ``ERRORS`` are those that the library raises,
-    ``num_frames`` is counted, as the number in a file's header is often missing and sometimes wrong,
-    ``frames`` is as in `Clip`, and there is ``close``."""
+    """A ``File`` of evlgen.common.video_{decord,pyav,gif}: ``num_frames`` is counted, as the number in a
+    file's header is often missing and sometimes wrong, ``frames`` is as in `Clip`, and there is ``close``.
+    They raise whatever their libraries do."""
     file = resolve(path)
     problem = _problem(file)
     if problem is not None:
         raise DataError(f"cannot read video {shown_name(path)}: {problem[0]}", problem[1])
-    name = "gif" if file.lower().endswith(".gif") else installed_reader(reader)
+    name = "gif" if _is_gif(file) else installed_reader(reader)
     opener = importlib.import_module(f"evlgen.common.video_{name}").File
     try:
         opened = opener(file)
-    except opener.ERRORS as error:
+    except EVLGenError:
+        raise
+    except Exception as error:
         more = ' PyAV reads more of them: pip install "evlgen[pyav]".' if name == "decord" else ""
         raise DataError(
             f"cannot read video {shown_name(path)}: it is damaged, or no video of a format that {name} "
@@ -151,16 +198,19 @@ def _open(path: str | os.PathLike, reader: Reader) -> Any:
     return opened
 
 
+def _is_gif(path: str | os.PathLike) -> bool:
+    return os.fspath(path).lower().endswith(".gif")
+
+
 def installed_reader(reader: Reader) -> str:
     """``decord`` or ``pyav``: what ``reader`` stands for on this machine.
 
     Raises:
         DataError: it is not installed.
     """
-    modules = {"pyav": "av", "decord": "decord"}
-    candidates = list(modules) if reader == "auto" else [reader]
+    candidates = list(_MODULES) if reader == "auto" else [reader]
     for name in candidates:
-        if importlib.util.find_spec(modules[name]) is not None:
+        if importlib.util.find_spec(_MODULES[name]) is not None:
             return name
     raise DataError(
         f"no video can be read: {' or '.join(candidates)} is not installed. "
@@ -174,7 +224,7 @@ def _problem(file: str) -> tuple[str, str] | None:
     if not os.path.exists(file):
         return "the file does not exist.", "missing file"
     if not os.path.isfile(file):
-        return ("it is a folder." if os.path.isdir(file) else "it is no regular file."), "not a file"
+        return ("it is a folder." if os.path.isdir(file) else "it is not a regular file."), "not a file"
     if not os.access(file, os.R_OK):
         return "no permission to read it.", "no permission"
     if not os.path.getsize(file):

@@ -25,8 +25,6 @@ class File:
     It knows the frames to skip by their times; where these are missing, every frame is decoded.
     """
 
-    ERRORS = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, StopIteration)
-
     def __init__(self, file: str) -> None:
         if _is_transport_stream(file):
             raise DataError(
@@ -45,7 +43,7 @@ class File:
         for index in indices:
             while at < index:
                 at = self._skip(at, index)
-            yield self._reader.next().asnumpy()
+            yield _without_padding(self._reader.next().asnumpy())
             at = index + 1
 
     def _skip(self, at: int, index: int) -> int:
@@ -65,6 +63,13 @@ class File:
 
     def close(self) -> None:
         self._reader = None
+
+
+def _without_padding(frame: np.ndarray) -> np.ndarray:
+    """RGB, uint8 [H, W, 3]. ffmpeg pads rows, and where that is enough decord 0.6.0 takes it for channels: of
+    frames 16, 24 or 48 pixels wide for the fourth to the sixth."""
+    height, width = frame.shape[:2]
+    return frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
 
 
 def _is_transport_stream(file: str) -> bool:

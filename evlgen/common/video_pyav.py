@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import av
 import numpy as np
+from PIL import Image
 
 # Containers that store no times at which frames are shown, or not for every frame: what ffmpeg makes up for
 # frames that are stored in another order than they are shown in is wrong.
@@ -16,8 +17,6 @@ _WITHOUT_TIMES = ("avi", "mpeg")
 class File:
     """An open video file. A frame is found by the time at which it is shown, where the file has such times
     and a key frame can be sought by them; else by counting from the first frame on."""
-
-    ERRORS = (av.FFmpegError,)
 
     def __init__(self, file: str) -> None:
         self._file = file
@@ -79,7 +78,10 @@ def _opened(file: str) -> av.container.InputContainer:
     if not container.streams.video or container.streams.video[0].codec_context is None:
         container.close()
         raise av.InvalidDataError(0, "no video stream, or of a codec that is not known", file)
-    container.streams.video[0].codec_context.thread_count = 1  # the loader has a process for each core
+    codec = container.streams.video[0].codec_context
+    codec.thread_count = 1  # the loader has a process for each core
+    if Image.MAX_IMAGE_PIXELS is not None:
+        codec.options = {"max_pixels": str(Image.MAX_IMAGE_PIXELS)}  # of a frame; larger ones are damage
     return container
 
 

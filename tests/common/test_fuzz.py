@@ -9,7 +9,10 @@ from fuzzing.guard import Guard
 
 @pytest.mark.parametrize(
     ("kind", "count"),
-    [("configs", 60), ("annotations", 100), ("checkpoints", 120), ("tables", 150), ("tars", 150)],
+    [
+        *(("configs", 60), ("annotations", 100), ("checkpoints", 120), ("tables", 150), ("tars", 150)),
+        *(("images", 120), ("pyav", 40), ("decord", 40), ("gif", 60)),
+    ],
 )
 def test_only_errors_of_ours_come_out_of_damaged_files(kind: str, count: int) -> None:
     result = run_chunk(kind, chunk=0, count=count)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import random
+import struct
+import tempfile
+import tracemalloc
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -135,6 +139,83 @@ def test_decompression_bomb_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
     with pytest.raises(DataError, match=r"bomb\.png.*MAX_IMAGE_PIXELS"):
         open_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F", "RGBA", "LA", "PA", "La", "RGBa", "P", "L", "RGB"])
+def test_images_are_converted_alike_in_strips_and_as_a_whole(mode: str, monkeypatch) -> None:
+    if mode in ("I;16", "I", "F"):
+        image = Image.fromarray((RAMP * 200.0 - (0 if mode == "I;16" else 9)).astype(
+            {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+        ))  # fmt: skip
+    else:
+        image = Image.fromarray(np.dstack([COLOURS, RAMP])).convert(mode)
+        image.info["transparency"] = image.getpixel((3, 3))
+    if mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        del image.info["transparency"]
+    whole = np.asarray(to_rgb(image))
+    monkeypatch.setattr("evlgen.common.images._STRIP_PIXELS", 24)
+    assert np.array_equal(to_rgb(image), whole) and whole.std() > 10
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_deep_images_take_little_memory_to_convert(mode: str) -> None:
+    """Beside the image and its RGB form, which Python does not see: all at once it would be 110 MB."""
+    image = Image.new(mode, (2000, 2000), 7)
+    tracemalloc.start()
+    try:
+        to_rgb(image)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8e6
+
+
+def tiff_of_one_tile(width: int, height: int) -> bytes:
+    """A TIFF of 16 x 16 RGB pixels in a tile of more, of which next to nothing is there."""
+    data = zlib.compress(bytes(1000))
+    tags = [(256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1)]
+    tags += [(322, width), (323, height), (324, 8), (325, len(data))]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return (
+        struct.pack("<4sI", b"II*\0", 8 + len(data))
+        + data
+        + struct.pack("<H", len(tags))
+        + entries
+        + bytes(4)
+    )
+
+
+def test_the_memory_that_an_image_will_take_is_limited(tmp_path, monkeypatch) -> None:
+    (tmp_path / "tile.tif").write_bytes(tiff_of_one_tile(32752, 65520))
+    with pytest.raises(
+        DataError, match=r"tile\.tif: it takes 2,046 MiB.*16 x 16.*limit is 1,023 MiB"
+    ) as caught:
+        open_image(tmp_path / "tile.tif")
+    assert caught.value.cause == "too large"
+    for kind in ("PNG", "WEBP"):
+        Image.fromarray(COLOURS).save(tmp_path / kind, kind)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8 * 12)
+    assert open_image(tmp_path / "PNG").size == (12, 8)
+    with pytest.raises(DataError, match="WEBP, RGB, 12 x 8.*MAX_IMAGE_PIXELS"):  # whose decoder takes more
+        open_image(tmp_path / "WEBP")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert open_image(tmp_path / "WEBP").size == (12, 8)
+
+
+def test_an_image_opened_by_the_caller_and_damaged_is_named(tmp_path) -> None:
+    Image.fromarray(COLOURS).resize((200, 200)).save(tmp_path / "cut.png")
+    content = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    with Image.open(tmp_path / "cut.png") as image, pytest.raises(DataError, match=r"cut\.png") as caught:
+        to_rgb(image)
+    assert caught.value.cause == "damaged image"
+
+
+def test_a_damaged_stream_without_a_name_is_refused() -> None:
+    with tempfile.TemporaryFile() as file, pytest.raises(DataError, match="not an image"):
+        file.write(b"not an image")
+        file.seek(0)
+        open_image(file)  # its name is a number
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"])

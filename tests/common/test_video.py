@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import multiprocessing
 import os
+import random
 
 import numpy as np
 import pytest
@@ -230,6 +232,111 @@ def test_an_animated_gif_is_a_clip_and_a_broken_one_is_named(tmp_path):
     (tmp_path / "text.gif").write_text("no picture")
     with pytest.raises(DataError, match=r"text\.gif"):
         len(Video(tmp_path / "text.gif"))
+
+
+@pytest.mark.parametrize("width", [4, 8, 12, 16, 20, 24, 40, 48, 72])
+def test_frames_of_few_pixels_in_a_row_have_three_channels(tmp_path, width):
+    """decord 0.6.0 gives some of them four or six."""
+    pytest.importorskip("decord")
+    rows, columns = np.indices((16, width))
+    ramp = np.stack([rows * 9 + 20, columns * 200 // width, 200 - rows * 9], 2).astype(np.uint8)
+    encode(tmp_path / "clip.mkv", "mpeg4", [ramp, ramp[::-1]])
+    one, other = (Video(tmp_path / "clip.mkv", reader).read([0, 1]) for reader in ("decord", "pyav"))
+    assert one.shape == (2, 16, width, 3) and np.array_equal(one, other)
+
+
+@pytest.fixture
+def two_sizes(tmp_path):
+    """A stream of 64 x 48 pixels, and after its twelfth frame of 80 x 96."""
+    for name, size in (("one.mpg", (48, 64)), ("other.mpg", (96, 80))):
+        encode(tmp_path / name, "mpeg2video", [np.full((*size, 3), 40, np.uint8)] * 12)
+    path = tmp_path / "clip.mpg"
+    path.write_bytes(b"".join((tmp_path / name).read_bytes() for name in ("one.mpg", "other.mpg")))
+    return path
+
+
+@pytest.mark.parametrize("size", [None, (32, 32)])
+def test_frames_of_different_sizes_are_read_by_the_other_reader_or_refused(two_sizes, size, monkeypatch):
+    pytest.importorskip("decord")
+    assert Video(two_sizes, "pyav").read([0, 11], size).shape[1:3] == (size or (48, 64))
+    frames = Video(two_sizes, "pyav").read([0, 20], size)  # decord resizes to the first size
+    assert frames.shape == (2, *(size or (48, 64)), 3) and abs(frames.astype(int) - 40).max() < 4
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "av" else None)
+    with pytest.raises(
+        DataError, match=r"clip\.mpg: its frames differ in size: 64 x 48 and 80 x 96"
+    ) as error:
+        Video(two_sizes).read([0, 20], size)
+    assert error.value.cause == "wrong frames"
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        np.zeros((4, 6, 4), np.uint8),
+        np.zeros((4, 6, 1), np.uint8),
+        np.zeros((4, 6), np.uint8),
+        np.zeros((4, 0, 3), np.uint8),
+        np.zeros((4, 6, 3), np.float32),
+        np.zeros((4, 6, 3), np.uint16),
+        "frame",
+    ],
+    ids=lambda frame: f"{getattr(frame, 'dtype', '')} {getattr(frame, 'shape', frame)}",
+)
+def test_what_a_reader_gives_is_checked(made, frame, monkeypatch):
+    from evlgen.common import video_pyav
+
+    monkeypatch.setattr(video_pyav, "_upright", lambda decoded: frame)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "av" else None)
+    with pytest.raises(DataError, match=r"clip\.mkv: a frame is .* instead of uint8 \[height, width, 3\]"):
+        Video(made / "clip.mkv", "pyav").read([3, 4], (8, 8))
+
+
+def test_a_video_whose_frames_are_too_large_is_refused(made, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 112 - 1)
+    with pytest.raises(DataError, match=r"clip\.mkv"):
+        Video(made / "clip.mkv", "pyav").read([3])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert number_of(Video(made / "clip.mkv", "pyav").read([3])[0]) == 3
+
+
+def gif(frames: int = 3) -> bytes:
+    images = [
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 20), np.uint8)) for i in range(frames)
+    ]
+    out = io.BytesIO()
+    images[0].save(out, "GIF", save_all=True, append_images=images[1:])
+    return out.getvalue()
+
+
+def test_a_frame_outside_of_a_gif_is_cut_off(tmp_path):
+    """As browsers show it. Pillow enlarges the image from that frame on."""
+    content = bytearray(gif())
+    second = content.index(b"\x2c", content.index(b"\x2c") + 10 + 3 + 16 * 20)  # an image descriptor
+    while content[second + 1 : second + 10] != b"\0\0\0\0\x14\0\x10\0\x87":
+        second = content.index(b"\x2c", second + 1)
+    content[second + 1] = 7  # its left edge
+    (tmp_path / "clip.gif").write_bytes(content)
+    with Image.open(tmp_path / "clip.gif") as image:
+        image.seek(1)
+        assert image.size == (27, 16)
+    assert Video(tmp_path / "clip.gif").read([0, 1, 2]).shape == (3, 16, 20, 3)
+
+
+def test_damaged_gifs_are_read_or_named(tmp_path):
+    whole, path, refused = gif(), tmp_path / "clip.gif", 0
+    rng = random.Random(0)
+    for _ in range(150):
+        content = bytearray(whole)
+        for _ in range(rng.choice((1, 3, 20))):
+            content[rng.randrange(6, len(content))] = rng.randrange(256)
+        path.write_bytes(content[: rng.choice((len(content), rng.randrange(1, len(content))))])
+        try:
+            video = Video(path)
+            assert video.read(spread(len(video), 3)).shape[::3] == (3, 3)
+        except DataError as error:
+            assert "clip.gif" in str(error)
+            refused += 1
+    assert 20 < refused < 150
 
 
 def test_a_part_of_every_frame_is_resized_to_the_size_asked_for():

@@ -14,10 +14,11 @@ from pathlib import Path
 import hypothesis
 
 from evlgen.runners.training_state import kept_random_state
-from fuzzing import annotations, checkpoints, configs, tables, tars
+from fuzzing import annotations, checkpoints, configs, images, tables, tars
 from fuzzing.guard import Guard, Result, bounded_memory
+from fuzzing.videos import Reader
 
-KINDS = ("configs", "annotations", "checkpoints", "tables", "tars")
+KINDS = ("configs", "annotations", "checkpoints", "tables", "tars", "images", "pyav", "decord", "gif")
 Keep = Callable[[str], Callable[[Path], None]]
 
 
@@ -100,4 +101,8 @@ _MAKERS = {
     "checkpoints": _damaged(checkpoints),
     "tables": _drawn(tables),
     "tars": _damaged(tars),
+    "images": _damaged(images),
+    "pyav": _damaged(Reader("pyav")),
+    "decord": _damaged(Reader("decord")),
+    "gif": _damaged(Reader("gif")),
 }
