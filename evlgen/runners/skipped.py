@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from accelerate.utils import gather_object
 
 from evlgen.common.errors import CheckpointError, TrainingError
+from evlgen.common.safe_text import shown_name
 from evlgen.datasets.base_dataset import Skipped
 from evlgen.runners.data import batch_size
 
@@ -151,7 +152,7 @@ class SkippedSamples:
             return
         self._named.add(key)
         if len(self._named) <= 5:
-            logger.warning("skipped a broken sample: %s", key)
+            logger.warning("skipped a broken sample: %s: %s", shown_name(str(sample.id)), sample.reason)
         record = {
             "index": sample.index,
             "id": sample.id,
