@@ -332,8 +332,8 @@ def _is_published(layer: Layer, own_keys: Collection[str]) -> bool:
 def _with_new_tokens(run: Mapping[str, Any], arch: Any, task: Any, source: str) -> dict[str, Any]:
     """A published ``run`` section with its lengths in new tokens, also those it leaves out.
 
-    There they count the token that generation starts with: the end is allowed after ``min_len - 1`` tokens, and
-    comes after ``max_len - 1`` at the latest; but for captions of T5, and for answers of all but Vicuna,
+    There they count the token that generation starts with: the end is allowed after ``min_len - 1`` tokens,
+    and comes after ``max_len - 1`` at the latest; but for captions of T5, and for answers of all but Vicuna,
     ``max_len`` is the number of new tokens (lavis/models/blip2_models: blip2_opt.py, blip2_t5.py,
     blip2_vicuna_instruct.py; the defaults: lavis/tasks).
     """
