@@ -13,6 +13,7 @@ from typing import Any
 from evlgen.common.errors import CheckpointError
 from evlgen.common.io import PACKAGE_PREFIX, resolve
 from evlgen.common.json_io import read_json
+from evlgen.common.model_sizes import check_counts, weights_held
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,6 @@ _SETTINGS = (
     "generation_config.json",
     "vocab.json",
 )
-_LEARNED_POSITIONS = ("opt", "bert")
 _TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 
@@ -147,30 +147,7 @@ def check_model_folder(folder: Path) -> None:
         if file.suffix == ".safetensors" or file.name.startswith("pytorch_model"):
             check_weights_file(file)
     if weights:
-        _check_size(folder, config, sum(file.stat().st_size for file in weights))
-
-
-def _check_size(folder: Path, config: dict[str, Any], num_bytes: int) -> None:
-    """A configuration whose largest parts alone have more weights than there are bytes would fill the memory
-    before anybody saw that they do not fit."""
-
-    def size(*names: str) -> int:
-        values = [config[name] for name in names if type(config.get(name)) is int]
-        return values[0] if values else 0
-
-    layers, width = size("num_hidden_layers"), size("hidden_size")
-    inner = size("ffn_dim", "intermediate_size")
-    words = size("vocab_size") * size("word_embed_proj_dim", "hidden_size")
-    positions = (
-        size("max_position_embeddings") * width if config.get("model_type") in _LEARNED_POSITIONS else 0
-    )
-    smallest = max(layers, 1) * max(width * width // 2, width * inner) + words + positions
-    # two weights in a byte is the most that quantisation does
-    if smallest > 2 * num_bytes:
-        raise CheckpointError(
-            f"{folder} cannot be read: its config.json describes a model of at least {smallest} weights, and "
-            f"its weight files have {num_bytes} bytes. Get it again."
-        )
+        check_counts(folder, config, weights_held(folder))
 
 
 def _is_share(value: Any) -> bool:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from evlgen.common.errors import CheckpointError, ConfigError
 from evlgen.common.hub import is_gguf, local_model_folder, missing_model, read_model_config
 from evlgen.common.io import resolve
+from evlgen.common.model_sizes import check_counts, check_model, weights_held
 from evlgen.common.weights import check_finite, reading, weights_only
 
 
@@ -49,7 +50,10 @@ def _source(path: Path) -> tuple[Path, dict[str, Any]]:
 def read_config(name: str, path: Path) -> PretrainedConfig:
     folder, options = _source(path)
     with named_errors(name, path):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+        if options:  # a folder's was looked through by `find_model`
+            check_counts(path, config.to_dict(), weights_held(path))
+    return config
 
 
 def num_positions(config: PretrainedConfig) -> int | None:
@@ -95,7 +99,8 @@ def read_model(
         options: more for ``from_pretrained``.
 
     Raises:
-        CheckpointError: weights that are damaged or missing, or not finite in this type.
+        CheckpointError: weights that are damaged or missing, not finite in this type, or far fewer than the
+            configuration implies.
     """
     known = auto_class._model_mapping
     if type(config) in known and not getattr(known[type(config)], "_supports_sdpa", True):
@@ -104,6 +109,7 @@ def read_model(
     if source:
         options |= _dequantised(name, options)
     with named_errors(name, path):
+        check_model(path, model_without_weights(auto_class, config), weights_held(path))
         model, report = auto_class.from_pretrained(
             folder,
             dtype=dtype,

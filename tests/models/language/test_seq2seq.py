@@ -130,6 +130,16 @@ def test_long_texts_are_cut_before_their_end_token(seq2seq_folder):
     assert sample.learned == [*model._token_ids("two blue stars and a cat")[:3], end]
 
 
+@pytest.mark.parametrize(("family", "published"), [("flan-t5", torch.nn.functional.gelu), ("t5", torch.relu)])
+def test_flan_t5_computes_the_exact_gelu_as_published(seq2seq_folder, family, published):
+    """lavis/models/blip2_models/blip2_t5.py: ``t5_config.dense_act_fn = "gelu"``."""
+    model = Seq2SeqLanguageModel(str(seq2seq_folder(family)))
+    x = torch.linspace(-4, 4, 101)
+    for stack in (model.model.encoder, model.model.decoder):
+        for block in stack.block:
+            assert torch.equal(block.layer[-1].DenseReluDense.act(x), published(x))
+
+
 @pytest.mark.parametrize(("family", "is_cut"), [("t5", False), ("bart", True)])
 def test_the_words_after_a_question_stay(seq2seq_folder, family, is_cut):
     """Published code does not cut what T5 is asked; BART has a table of positions."""
