@@ -122,8 +122,8 @@ def from_published(layers: Sequence[Layer]) -> tuple[list[Layer], list[str]]:
 
     To be called once plugins are loaded: a key that the architecture itself declares is its own.
 
-    A file in their words (`has_published_file`) also means their defaults where it says nothing: they are the first
-    of the layers returned.
+    A file in their words (`has_published_file`) also means their defaults where it says nothing: they are the
+    first of the layers returned.
 
     Returns:
         The layers, and the paths of keys that mean nothing here and were left out.
