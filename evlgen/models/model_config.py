@@ -44,7 +44,9 @@ class VisionConfig:
         precision: type frozen weights are kept and computed in (trained ones: float32); ``auto`` is bf16
             where the device has it.
         grad_checkpoint: recompute activations in the backward pass, where something in the encoder is
-            trained; ``offload`` also keeps what is recomputed from in the CPU's memory.
+            trained; ``offload`` also keeps what is recomputed from in the CPU's memory. By torch, or, with
+            ``fairscale`` and ``fairscale_offload``, by fairscale's ``checkpoint_wrapper`` as in LAVIS (not
+            under autocast).
         drop_path_rate: stochastic depth while training (for ``freeze: false``).
         temporal: for clips; null for a model of images.
         tome_r: pairs of tokens that merge in each block of a frozen encoder; 0 is off.
@@ -56,7 +58,7 @@ class VisionConfig:
     pretrained: bool | str = True
     freeze: bool = True
     precision: Precision = "auto"
-    grad_checkpoint: bool | Literal["offload"] = False
+    grad_checkpoint: bool | Literal["offload", "fairscale", "fairscale_offload"] = False
     drop_path_rate: Share = 0.0
     temporal: TemporalConfig | None = None
     tome_r: NonNegativeInt = 0

@@ -52,7 +52,11 @@ def build_vision_encoder(
         _check_merges(cfg, temporal)
         encoder.merge_tokens(cfg.tome_r)
     if cfg.grad_checkpoint and (not cfg.freeze or encoder.trained_modules()):
-        encoder.checkpoint(offload=cfg.grad_checkpoint == "offload")
+        offload = str(cfg.grad_checkpoint).endswith("offload")
+        if str(cfg.grad_checkpoint).startswith("fairscale"):
+            encoder.checkpoint_with_fairscale(offload)
+        else:
+            encoder.checkpoint(offload)
     return encoder
 
 

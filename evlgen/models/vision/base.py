@@ -58,6 +58,13 @@ class VisionEncoder(nn.Module):
             "Set it to false."
         )
 
+    def checkpoint_with_fairscale(self, offload: bool) -> None:
+        """As `checkpoint`, by fairscale's ``checkpoint_wrapper``."""
+        raise ConfigError(
+            f"model.vision.grad_checkpoint: {type(self).__name__} does not recompute activations with "
+            "fairscale. Set it to true, offload or false."
+        )
+
     def merge_tokens(self, r: int) -> None:
         """Has r pairs of tokens merge in each block from now on; `num_tokens` and `num_prefix_tokens`
         follow."""

@@ -21,7 +21,7 @@ from evlgen.common.memory import check_fits
 from evlgen.common.registry import registry
 from evlgen.common.weights import check_finite, read_weights, weights_only
 from evlgen.models.vision.base import VisionEncoder
-from evlgen.models.vision.checkpointing import checkpoint_blocks, offloaded
+from evlgen.models.vision.checkpointing import FairscaleCheckpoints, checkpoint_blocks, offloaded
 from evlgen.models.vision.efficientnet import efficientnet_to_timm, is_efficientnet_pytorch
 from evlgen.models.vision.merging import Merging, merge_in_blocks, num_merged_tokens
 
@@ -96,6 +96,7 @@ class TimmEncoder(VisionEncoder):
         data = self.trunk.pretrained_cfg
         self.image_mean, self.image_std = tuple(data["mean"]), tuple(data["std"])
         self.offloads = False
+        self.fairscale: FairscaleCheckpoints | None = None
         self.merging: Merging | None = None
         self.channels_last = False
         self._measure_tokens()
@@ -104,6 +105,10 @@ class TimmEncoder(VisionEncoder):
         """See `VisionEncoder.checkpoint`. Raises `ConfigError` where timm's model does not offer it."""
         checkpoint_blocks(self.trunk)
         self.offloads = offload
+
+    def checkpoint_with_fairscale(self, offload: bool) -> None:
+        """See `VisionEncoder.checkpoint_with_fairscale`. Raises as `FairscaleCheckpoints`."""
+        self.fairscale = FairscaleCheckpoints(self.trunk, offload)
 
     def merge_tokens(self, r: int) -> None:
         """See `VisionEncoder.merge_tokens`. Raises `ConfigError` for other than plain vision transformers."""
@@ -143,6 +148,8 @@ class TimmEncoder(VisionEncoder):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, N, C]."""
+        if self.fairscale is not None:
+            self.fairscale.check(self.trunk, pixels.device)
         if self.merging is not None:
             self.merging.start()
         if self.channels_last:

@@ -231,3 +231,50 @@ def test_an_encoder_of_ones_own_that_cannot_is_named():
 
     with pytest.raises(ConfigError, match="Own does not recompute"):
         Own().checkpoint(offload=True)
+
+
+# ---- by fairscale ----
+
+FAIRSCALE = ["fairscale", "fairscale_offload"]
+
+
+@pytest.fixture
+def fairscale():
+    pytest.importorskip("fairscale", reason="the extra fairscale is not installed")
+
+
+@pytest.mark.parametrize("grad_checkpoint", FAIRSCALE)
+@pytest.mark.parametrize("name", NAMES)
+def test_fairscale_gives_the_same_gradients_in_float32(fairscale, name, grad_checkpoint):
+    kwargs = {**SMALL, "proj_drop_rate": 0.2, "attn_drop_rate": 0.2}
+    section = {"drop_path_rate": 0.3, "kwargs": kwargs}
+    assert_same(gradients(build(name, grad_checkpoint, **section)), gradients(build(name, **section)))
+
+
+@pytest.mark.parametrize("grad_checkpoint", FAIRSCALE)
+def test_fairscale_gives_temporal_attention_the_same_gradients_and_keeps_less(fairscale, grad_checkpoint):
+    plain = build(temporal="average")
+    wrapped = build(grad_checkpoint=grad_checkpoint, temporal="average")
+    assert_same(gradients(wrapped), gradients(plain))
+    assert kept_bytes(wrapped) < kept_bytes(plain) / 2
+
+
+def test_where_fairscale_would_give_wrong_gradients_it_is_refused(fairscale):
+    encoder = build(grad_checkpoint="fairscale_offload")
+    with pytest.raises(ConfigError, match="computes again without autocast"):
+        gradients(encoder, autocast=True)
+    with pytest.raises(ConfigError, match="a copied or changed block"):
+        gradients(copy.deepcopy(encoder))
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(encoder)(clips()), build()(clips()))
+    encoder.trunk.blocks[2].requires_grad_(False)
+    with pytest.raises(ConfigError, match="no gradient passes a block without trained weights"):
+        gradients(encoder)
+    add_temporal_attention(encoder, "residual")
+    with pytest.raises(ConfigError, match="a copied or changed block"):
+        gradients(encoder)
+
+
+def test_fairscale_wraps_the_blocks_of_plain_transformers_alone(fairscale):
+    with pytest.raises(ConfigError, match="has no such blocks. Set it to true or offload"):
+        build("resnet18", "fairscale", kwargs={})
