@@ -102,8 +102,6 @@ _RUN_IGNORED = (
     *("annotation_file", "img_ids", "sample_id_key", "caption_key", "load_gt_from_file", "split"),
     *("ques_files", "anno_files", "top_p", "temperature", "save_freq", "save_last", "milestone", "prefix"),
 )
-# What every published project has and no file of this project: how its processes find each other.
-_LAUNCHER = ("device", "world_size", "dist_url", "distributed")
 _CAPTION_TASKS = ("captioning", "video_captioning")
 _ANSWER_TASKS = ("vqa", "gqa", "aok_vqa", "video_qa")
 _GQA_TESTDEV = "balanced_testdev"
@@ -458,15 +456,6 @@ def _lemmatizer_to_run(content: dict[str, Any], own_keys: Collection[str]) -> di
         return content
     rest = {key: value for key, value in model.items() if key != _LEMMATIZER}
     return {**content, "model": rest, "run": {_LEMMATIZER: model[_LEMMATIZER], **run}}
-
-
-def _is_published(layer: Layer, own_keys: Collection[str]) -> bool:
-    """Whether a layer is a file in LAVIS's layout. Options are in this project's words."""
-    model, run = (layer.content.get(key) for key in ("model", "run"))
-    flat = {*_MODEL_KEYS, *_SWITCHES, *_PATHS} - set(own_keys)
-    is_flat = isinstance(model, Mapping) and (flat & set(model) or str(model.get("arch")) in ARCHITECTURES)
-    is_launched = isinstance(run, Mapping) and any(key in run for key in _LAUNCHER)
-    return layer.source != OPTIONS and bool(is_flat or is_launched)
 
 
 def _with_new_tokens(run: Mapping[str, Any], arch: Any, task: Any, source: str) -> dict[str, Any]:
