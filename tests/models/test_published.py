@@ -164,7 +164,6 @@ NEW_TOKENS = {
     ("vqa", "liptome_opt", 10, 1): (10, 0),
     ("gqa", "blip2_t5", 10, 1): (10, 0),
     ("vqa", "liptome_vicuna", 10, 1): (9, 0),
-    ("vqa", "blip2_vicuna", None, None): (9, 0),
     ("aok_vqa", "blip2_opt", None, 3): (10, 2),
 }
 
