@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +65,7 @@ def run(cfg: Config, runner_class: type | None = None) -> dict[str, dict[str, fl
     accelerator = make_accelerator(cfg.run)
     with contextlib.ExitStack() as stack:
         stack.enter_context(peers_named())
+        stack.enter_context(writing_named(cfg.run.output_dir))
         keep_checkpoint(cfg)
         folder = run_folder(cfg, accelerator)
         stack.enter_context(log_to_file(folder / "log.txt", enabled=accelerator.is_main_process))
@@ -280,13 +283,44 @@ def run_folder(cfg: Config, accelerator: Any) -> Path:
     chosen = [None, None]
     if accelerator.is_main_process:
         try:
-            chosen[0] = str(_choose_folder(cfg, restarted))
+            with writing_named(cfg.run.output_dir):
+                chosen[0] = str(_choose_folder(cfg, restarted))
         except EVLGenError as error:
             chosen[1] = str(error)
     broadcast_object_list(chosen)
     if chosen[1]:
         raise TrainingError(chosen[1])
     return Path(chosen[0])
+
+
+@contextlib.contextmanager
+def writing_named(output_dir: str | Path) -> Iterator[None]:
+    """Says plainly that a run cannot write its files: the disk is full, or somebody deleted the folder.
+
+    Raises:
+        TrainingError: instead of an `OSError` about a full disk, or about a file below ``output_dir``.
+    """
+    parent = Path(os.path.expanduser(output_dir)).absolute()
+    try:
+        yield
+    except OSError as error:
+        named = isinstance(error.filename, str | bytes)
+        file = Path(os.fsdecode(error.filename)).absolute() if named else None
+        is_own = file is not None and file.is_relative_to(parent)
+        has_no_room = file is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        has_no_temporary = "No usable temporary directory" in str(error)
+        if not (is_own or has_no_room or has_no_temporary):
+            raise
+        if has_no_temporary:
+            why = f"{error.strerror}, as where the disk is full. Make room; then"
+        elif isinstance(error, FileNotFoundError):
+            why = "its folder was deleted or moved while the run went on. Put it back; then"
+        else:
+            why = f"{os.strerror(error.errno or 0)}. Make room or give rights there; then"
+        raise TrainingError(
+            f"run.output_dir: {file or parent} cannot be written: {why} run.resume=auto goes on from the "
+            "newest whole checkpoint."
+        ) from error
 
 
 def _choose_folder(cfg: Config, restarted: bool) -> Path:
@@ -315,6 +349,8 @@ def _choose_folder(cfg: Config, restarted: bool) -> Path:
 
 def _current(folder: Path) -> Path:
     """Points ``latest`` at a run that is continued."""
+    if (folder.parent / "latest").is_symlink() and (folder.parent / "latest").resolve() == folder.resolve():
+        return folder  # a full disk has no room for another link
     point(folder.parent / "latest", folder)
     return folder
 
