@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +67,7 @@ def run(cfg: Config, runner_class: type | None = None) -> dict[str, dict[str, fl
     accelerator = make_accelerator(cfg.run)
     with contextlib.ExitStack() as stack:
         stack.enter_context(peers_named())
+        stack.enter_context(writing_named(cfg.run.output_dir))
         keep_checkpoint(cfg)
         folder = run_folder(cfg, accelerator, stack)
         stack.enter_context(log_to_file(folder / "log.txt", enabled=accelerator.is_main_process))
@@ -282,19 +285,46 @@ def run_folder(cfg: Config, accelerator: Any, stack: contextlib.ExitStack) -> Pa
     chosen = [None, None]
     if accelerator.is_main_process:
         try:
-            folder = _choose_folder(cfg, restarted)
-            stack.enter_context(sole_writer(folder))
+            with writing_named(cfg.run.output_dir):
+                folder = _choose_folder(cfg, restarted)
+                stack.enter_context(sole_writer(folder))
             chosen[0] = str(folder)
         except EVLGenError as error:
             chosen[1] = str(error)
-        except OSError as error:
-            chosen[1] = (
-                f"{error.filename or cfg.run.output_dir} cannot be written ({error.strerror or error})."
-            )
     broadcast_object_list(chosen)
     if chosen[1]:
         raise TrainingError(chosen[1])
     return Path(chosen[0])
+
+
+@contextlib.contextmanager
+def writing_named(output_dir: str | Path) -> Iterator[None]:
+    """Says plainly that a run cannot write its files: the disk is full, or somebody deleted the folder.
+
+    Raises:
+        TrainingError: instead of an `OSError` about a full disk, or about a file below ``output_dir``.
+    """
+    parent = Path(os.path.expanduser(output_dir)).absolute()
+    try:
+        yield
+    except OSError as error:
+        named = isinstance(error.filename, str | bytes)
+        file = Path(os.fsdecode(error.filename)).absolute() if named else None
+        is_own = file is not None and file.is_relative_to(parent)
+        has_no_room = file is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        has_no_temporary = "No usable temporary directory" in str(error)
+        if not (is_own or has_no_room or has_no_temporary):
+            raise
+        if has_no_temporary:
+            why = f"{error.strerror}, as where the disk is full. Make room; then"
+        elif isinstance(error, FileNotFoundError):
+            why = "its folder was deleted or moved while the run went on. Put it back; then"
+        else:
+            why = f"{os.strerror(error.errno or 0)}. Make room or give rights there; then"
+        raise TrainingError(
+            f"run.output_dir: {file or parent} cannot be written: {why} run.resume=auto goes on from the "
+            "newest whole checkpoint."
+        ) from error
 
 
 def _choose_folder(cfg: Config, restarted: bool) -> Path:
@@ -325,6 +355,8 @@ def _choose_folder(cfg: Config, restarted: bool) -> Path:
 
 def _current(folder: Path) -> Path:
     """Points ``latest`` at a run that is continued."""
+    if (folder.parent / "latest").is_symlink() and (folder.parent / "latest").resolve() == folder.resolve():
+        return folder  # a full disk has no room for another link
     point(folder.parent / "latest", folder)
     return folder
 

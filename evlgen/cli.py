@@ -84,7 +84,8 @@ def _run(args: argparse.Namespace, evaluate: bool) -> int:
     from evlgen.common.logs import quiet_libraries
 
     quiet_libraries()
-    from evlgen.assemble import run
+    from evlgen.assemble import run, writing_named
 
-    run(cfg)
+    with writing_named(cfg.run.output_dir):
+        run(cfg)
     return 0

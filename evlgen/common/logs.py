@@ -58,13 +58,26 @@ def quiet_libraries() -> None:
         transformers_logging.disable_progress_bar()
 
 
+class _LogFile(logging.FileHandler):
+    """A file that loses lines where the disk is full: they are on the terminal too, and the run says why it
+    ends."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @contextlib.contextmanager
 def log_to_file(path: Path, enabled: bool = True) -> Iterator[None]:
     """Adds every message to a file while the block runs."""
     if not enabled:
         yield
         return
-    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:

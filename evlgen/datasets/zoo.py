@@ -11,6 +11,7 @@ from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.io import cache_root
 from evlgen.common.layers import PROCESSOR_SECTIONS
 from evlgen.common.registry import registry
+from evlgen.common.safe_text import message_lines
 from evlgen.datasets.base_builder import ROLES
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.processors.base_processor import UnchangedProcessor
@@ -56,7 +57,7 @@ def load_dataset(
             processors.setdefault(role, UnchangedProcessor())
     missing = {split: builder.missing([split]) for split in builder.splits}
     there = [split for split, lines in missing.items() if not lines]
-    left_out = "\n".join(dict.fromkeys(line for lines in missing.values() for line in lines))
+    left_out = message_lines(dict.fromkeys(line for lines in missing.values() for line in lines))
     if not there:
         raise DataError(left_out)
     if left_out:
