@@ -1,8 +1,15 @@
-"""Videos, read by decord. See `evlgen.common.video`."""
+"""Videos, read by decord. See `evlgen.common.video`.
+
+decord 0.6.0 ends the process where a damaged header claims more frames than there is memory for. Each file is
+therefore opened by a helper process first.
+"""
 
 from __future__ import annotations
 
 import bisect
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 
 import decord
@@ -32,6 +39,8 @@ class File:
                 'them: pip install "evlgen[pyav]", and take the reader auto or pyav.',
                 "not a video",
             )
+        if not _opener.can_open(file):
+            raise DataError(f"cannot read video {file}: it is damaged.", "damaged video")
         self._reader = decord.VideoReader(file, num_threads=1, fault_tol=_NONE)
         self._keys = self._reader.get_key_indices()
         self.num_frames = len(self._reader)
@@ -78,3 +87,44 @@ def _is_transport_stream(file: str) -> bool:
         start = opened.read(4096)
     columns = (start[first::size] for size in _PACKETS for first in range(min(size, len(start))))
     return any(len(column) > 4 and set(column) == {0x47} for column in columns)
+
+
+class _Opener:
+    """The helper process, of which each process that reads videos has its own."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen | None = None
+        self._owner = 0
+
+    def can_open(self, file: str) -> bool:
+        """Whether the helper outlives opening a file. It does where decord raises an error."""
+        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
+            self._owner = os.getpid()
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _HELPER],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for those it serves
+            )
+        try:
+            self._process.stdin.write(os.fsencode(os.path.abspath(file)).hex().encode() + b"\n")
+            self._process.stdin.flush()
+            return bool(self._process.stdout.readline())
+        except BrokenPipeError:
+            return False
+
+
+# Reads names of files, in hexadecimal digits, and answers each with a line, until its input ends.
+_HELPER = """
+import os, sys
+import decord
+decord.logging.set_level(decord.logging.QUIET)
+for line in sys.stdin:
+    try:
+        decord.VideoReader(os.fsdecode(bytes.fromhex(line)), num_threads=1, fault_tol=1e-9)
+    except Exception:
+        pass
+    print(flush=True)
+"""
+_opener = _Opener()

@@ -299,6 +299,20 @@ def test_a_video_whose_frames_are_too_large_is_refused(made, monkeypatch):
     assert number_of(Video(made / "clip.mkv", "pyav").read([3])[0]) == 3
 
 
+def test_a_header_at_which_decord_ends_the_process_is_refused(made, tmp_path):
+    """It claims that the video lasts for 15,000 years."""
+    pytest.importorskip("decord")
+    content = bytearray((made / "clip.wmv").read_bytes())
+    properties = content.index(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"))
+    content[properties + 64 : properties + 72] = (2**62).to_bytes(8, "little")
+    (tmp_path / "clip.wmv").write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"clip\.wmv: it is damaged"):
+            Video(tmp_path / "clip.wmv", "decord").read([0])
+    assert number_of(Video(made / "clip.wmv", "decord").read([5])[0]) == 5
+    assert number_of(Video(tmp_path / "clip.wmv", "pyav").read([5])[0]) == 5
+
+
 def gif(frames: int = 3) -> bytes:
     images = [
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 20), np.uint8)) for i in range(frames)
