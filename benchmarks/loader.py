@@ -21,11 +21,11 @@ import torch
 from harness import Side
 from PIL import Image
 
-from evlgen.common.images import open_image
 from evlgen.datasets.base_dataset import BaseDataset
+from evlgen.loaders import data
+from evlgen.loaders.data import BatchPlan, train_loader
+from evlgen.media.images import open_image
 from evlgen.processors import build_processor
-from evlgen.runners import data
-from evlgen.runners.data import BatchPlan, train_loader
 
 SIZE, TARGET = (640, 480), 224
 SETTINGS = {

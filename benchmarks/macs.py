@@ -18,8 +18,8 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from evlgen.common.config import Config
 from evlgen.common.registry import registry
+from evlgen.config.config import Config
 
 PROJECTS = ("projects/evlgen/pretrain_104m.yaml", "projects/blip2/reproduce_stage2.yaml")
 # timm's architecture behind a name of ours, and which of its blocks are used

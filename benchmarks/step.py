@@ -29,17 +29,17 @@ from textbook import PUBLISHED, Sizes, Textbook
 from torch import Tensor
 from transformers import AutoTokenizer, OPTForCausalLM
 
-from evlgen.common.io import PACKAGE_ROOT
 from evlgen.common.logs import quiet_libraries
 from evlgen.common.registry import registry
+from evlgen.config.run_config import RunConfig
 from evlgen.datasets.shapes.captions import captions
 from evlgen.datasets.shapes.world import scene
+from evlgen.files.io import PACKAGE_ROOT
+from evlgen.loaders.data import to_device
 from evlgen.models.base_model import BaseModel
-from evlgen.runners.data import to_device
 from evlgen.runners.distribution import make_accelerator
+from evlgen.runners.dtensor import total_norm
 from evlgen.runners.optimizer import build_optimizer
-from evlgen.runners.run_config import RunConfig
-from evlgen.runners.spread import total_norm
 
 TOKENIZER = PACKAGE_ROOT / "assets/shapes/language"
 LEARNING_RATE, WEIGHT_DECAY = 1e-5, 0.05

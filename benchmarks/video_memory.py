@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from harness import InProcess, compare_processes
 
-from evlgen.common.io import PACKAGE_ROOT
 from evlgen.common.logs import quiet_libraries
 from evlgen.common.registry import registry
+from evlgen.files.io import PACKAGE_ROOT
 from evlgen.models.vision.temporal import temporal_modules
 
 CAPTION = "a man riding a wave on top of a surfboard"

@@ -25,17 +25,17 @@ import torch
 from harness import Comparison, compare
 from omegaconf import OmegaConf
 
-from evlgen.common.io import PACKAGE_ROOT
 from evlgen.common.logs import quiet_libraries
 from evlgen.common.registry import registry
+from evlgen.config.run_config import RunConfig
 from evlgen.datasets.shapes_dataset import ShapesCaptionDataset
+from evlgen.files.io import PACKAGE_ROOT
+from evlgen.loaders.data import BatchPlan, to_device, train_loader
 from evlgen.processors import build_processor
-from evlgen.runners.data import BatchPlan, to_device, train_loader
 from evlgen.runners.distribution import make_accelerator
 from evlgen.runners.optimizer import build_optimizer
-from evlgen.runners.run_config import RunConfig
-from evlgen.runners.token_store import store_bytes
-from evlgen.runners.vision_cache import cached, shown_bytes
+from evlgen.vision_cache.cache import cached, shown_bytes
+from evlgen.vision_cache.store import store_bytes
 
 EPOCH = 20_000  # pictures of the Shapes project
 # batch, pictures to encode for this benchmark, steps in a round, pixels

@@ -21,13 +21,13 @@ from harness import compare
 from PIL import Image
 from torch import Tensor
 
-from evlgen.common.config import load_model_config
 from evlgen.common.logs import quiet_libraries
 from evlgen.common.registry import registry
+from evlgen.config.config import load_model_config
+from evlgen.config.model_config import VisionConfig
 from evlgen.datasets.shapes.checker import check
 from evlgen.datasets.shapes.world import Scene, draw, scene
 from evlgen.models.base_model import BaseModel
-from evlgen.models.model_config import VisionConfig
 from evlgen.models.ops import quicken
 from evlgen.models.token_merging import token_counts, unmerge
 from evlgen.models.vision import VisionEncoder, build_vision_encoder

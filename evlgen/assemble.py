@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evlgen.common.checkpoints import STATE_FOLDER, found_checkpoints, point
-from evlgen.common.config import Config
 from evlgen.common.errors import (
     CheckpointError,
     ConfigError,
@@ -21,11 +19,13 @@ from evlgen.common.errors import (
     TrainingError,
     did_you_mean,
 )
-from evlgen.common.io import cache_root, write_atomically
-from evlgen.common.locks import sole_writer
 from evlgen.common.registry import registry
 from evlgen.common.safe_text import message_lines
-from evlgen.common.schema import build_dataclass, parameters_of
+from evlgen.config.config import Config
+from evlgen.config.schema import build_dataclass, parameters_of
+from evlgen.files.io import cache_root, write_atomically
+from evlgen.files.locks import sole_writer
+from evlgen.weights.checkpoints import STATE_FOLDER, found_checkpoints, point
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -61,8 +61,8 @@ def run(cfg: Config, runner_class: type | None = None) -> dict[str, dict[str, fl
     from accelerate.utils import set_seed
 
     from evlgen.common.logs import log_to_file
+    from evlgen.loaders.mixed_plan import check_training_data
     from evlgen.runners.distribution import make_accelerator, peers_named
-    from evlgen.runners.mixed_plan import check_training_data
 
     accelerator = make_accelerator(cfg.run)
     with contextlib.ExitStack() as stack:
@@ -217,7 +217,7 @@ def check_nothing_missing(cfg: Config, builders: dict[str, Any]) -> None:
 
     Weights that the hub offers are not missing where it can be reached: they are downloaded later.
     """
-    from evlgen.common.hub import hub_reachable
+    from evlgen.weights.hub import hub_reachable
 
     model_class = registry.get_model_class(cfg.model.arch)
     weights = model_class.missing(build_dataclass(model_class.CONFIG, cfg.model_plain(), path="model"))
@@ -254,7 +254,7 @@ def check_room(cfg: Config, task: Any) -> None:
 def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str, Dataset]]:
     """Dataset name -> split -> dataset, of the splits the run touches."""
     from evlgen.datasets.overlap import tell_of_overlap
-    from evlgen.runners.mixed_plan import told_length
+    from evlgen.loaders.mixed_plan import told_length
 
     datasets = {
         name: {split: builder.get_split(split) for split in wanted_splits(cfg) if split in builder.splits}

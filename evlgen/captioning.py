@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
-from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 
-from evlgen.common.checkpoints import CONFIG_FILE, is_checkpoint
-from evlgen.common.config import Config, find_config, load_model_file
-from evlgen.common.consent import Consent, check_addresses
-from evlgen.common.errors import ConfigError, DataError
-from evlgen.common.frames import find_files, read_files, without_result
-from evlgen.common.io import resolve
-from evlgen.common.registry import registry
-from evlgen.common.video import Pictures
-from evlgen.models.base_model import BaseModel
-from evlgen.models.zoo import load_model, load_preprocess
+from evlgen.common.errors import DataError
+from evlgen.config.consent import Consent
+from evlgen.media.frames import find_files, read_files, without_result
+from evlgen.media.video import Pictures
+from evlgen.models.zoo import load_model_of, load_preprocess
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +45,7 @@ def caption_files(
         DataError: not one picture could be read.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_for_captioning(cfg_path, checkpoint, options, device, allow_downloads)
+    model = load_model_of(cfg_path, checkpoint, options, device, allow_downloads)
     processor = load_preprocess(model, num_frames=None)[0]["eval"]
     samples = {} if prompt is None else {"prompt": prompt}
     reads_clips = getattr(model, "temporal", None) is not None
@@ -72,42 +64,3 @@ def caption_files(
         raise DataError(f"none of the {len(paths)} files could be read as a {kind}.")
     if left_out is not None:
         left_out += without_result(images, done, reads_clips)
-
-
-def load_for_captioning(
-    cfg_path: str | None,
-    checkpoint: str | None,
-    options: Sequence[str],
-    device: str,
-    allow_downloads: bool | Consent = False,
-) -> BaseModel:
-    """The model of a project file, of a checkpoint folder, or the bundled one.
-
-    Args:
-        allow_downloads: see `BaseModel.from_pretrained`.
-    """
-    if cfg_path is not None:
-        cfg = Config.load(cfg_path, options)
-        file = find_config(cfg_path)
-        if is_checkpoint(file.parent):  # it came with weights
-            check_addresses(OmegaConf.to_container(load_model_file(file)), file, allow_downloads)
-        if checkpoint is not None:
-            cfg.model.checkpoint = checkpoint
-        return registry.get_model_class(cfg.model.arch).from_config(cfg.model, device).to(device)
-    if options:
-        raise ConfigError("--options change a configuration: name one with --cfg-path.")
-    if checkpoint is None:
-        return load_model("evlgen_opt", device=device)
-    folder = Path(resolve(checkpoint))
-    best = folder / "checkpoints" / "best"
-    file = (best if os.path.isdir(best) else folder) / CONFIG_FILE
-    if not os.path.exists(folder):
-        raise DataError(f"there is no checkpoint at {checkpoint}.")
-    if not os.path.isfile(file):
-        raise DataError(
-            f"{checkpoint} is no folder with a {CONFIG_FILE}, so the model it belongs to is not known: name "
-            "it with --cfg-path."
-        )
-    arch = load_model_file(file).arch
-    model_class = registry.get_model_class(arch)
-    return model_class.from_pretrained(file.parent, device, allow_downloads).to(device)

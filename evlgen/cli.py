@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from evlgen.commands import COMMANDS
 from evlgen.commands.arguments import add_run_arguments
-from evlgen.common.errors import EVLGenError, Interrupted, ProcessLost
-from evlgen.common.launcher import is_first, tell_launcher
+from evlgen.console import guarded
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -48,36 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(lambda args: args.action(args), parser, argv)
 
 
-def guarded(action: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser, argv) -> int:
-    """Runs a command; what a user can mend is shown in a line or two, without a traceback unless
-    ``--debug``."""
-    args = parser.parse_args(argv)
-    from evlgen.common.logs import log_to_terminal, write_any_text
-
-    write_any_text()
-    log_to_terminal(args.debug)
-    try:
-        return action(args) or 0
-    except Interrupted as stop:
-        if is_first():
-            print(stop, file=sys.stderr)
-        return stop.exit_code
-    except EVLGenError as error:
-        tell_launcher(str(error), follows_another=isinstance(error, ProcessLost))
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except Exception:
-        tell_launcher(traceback.format_exc())
-        raise
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-
-
 def _run(args: argparse.Namespace, evaluate: bool) -> int:
-    from evlgen.common.config import Config
+    from evlgen.config.config import Config
 
     options = [*args.options, "run.evaluate=true"] if evaluate else args.options
     cfg = Config.load(args.cfg_path, options, args.plugins)

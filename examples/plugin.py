@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from evlgen import registry
-from evlgen.common.schema import PositiveInt
+from evlgen.config.schema import PositiveInt
 from evlgen.datasets import BaseDataset, BaseDatasetBuilder
 from evlgen.models.connectors import Connector
 from evlgen.tasks import CaptioningTask

@@ -65,7 +65,7 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def logging_as_before():
     """A command that runs in this process sets up the terminal's log: that ends with its test."""
-    loggers = (logging.getLogger(), logging.getLogger("evlgen"), logging.getLogger("evlgen.common.layers"))
+    loggers = (logging.getLogger(), logging.getLogger("evlgen"), logging.getLogger("evlgen.config.layers"))
     handlers, levels = list(loggers[0].handlers), [logger.level for logger in loggers]
     yield
     loggers[0].handlers[:] = [h for h in loggers[0].handlers if h in handlers or not _is_ours(h)]

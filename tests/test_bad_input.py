@@ -228,7 +228,7 @@ def test_evaluating_without_weights_is_refused(refused):
 
 
 def test_local_paths_are_missing_even_where_the_hub_answers(refused, monkeypatch):
-    monkeypatch.setattr("evlgen.common.hub.hub_reachable", lambda: True)
+    monkeypatch.setattr("evlgen.weights.hub.hub_reachable", lambda: True)
     assert "/nowhere/opt" in refused("model.language.name=/nowhere/opt")
 
 

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 from shard_files import write_shards
 
-from evlgen.checking import check_split, find_shared, told, write_sheet, write_skipped
 from evlgen.commands import data_check
 from evlgen.commands.data_check import add_arguments
 from evlgen.common.errors import DataError
+from evlgen.data_check import check_split, find_shared, told, write_sheet, write_skipped
 from evlgen.datasets.base_dataset import BadRecord, MediaDataset
 from evlgen.datasets.media import ImageFiles
 from evlgen.datasets.shards import ShardDataset

@@ -160,7 +160,7 @@ def test_your_own_pictures_are_scored_against_your_own_captions(shared, tmp_path
     ]
     options += ["model.model_type=shapes", "run.max_epoch=1", "run.batch_size_train=1", "run.metrics=[bleu]"]
     from evlgen.assemble import drop_foreign_sources, make_builders
-    from evlgen.common.config import Config
+    from evlgen.config.config import Config
 
     cfg = Config.load("projects/evlgen/coco_ft.yaml", options)
     drop_foreign_sources(cfg)

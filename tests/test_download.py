@@ -17,10 +17,11 @@ import yaml
 from file_server import FileServer, cut, error, file_server
 
 from evlgen import cli
-from evlgen.common import catalogue as catalogue_module
-from evlgen.common import downloads, obtaining
-from evlgen.common.catalogue import CATALOGUE, DATASETS, KINDS, catalogue, command_for, find_entry, items_of
-from evlgen.common.io import PACKAGE_ROOT
+from evlgen.config import catalogue as catalogue_module
+from evlgen.config.catalogue import CATALOGUE, DATASETS, KINDS, catalogue, command_for, find_entry, items_of
+from evlgen.datasets import dataset_download as obtaining
+from evlgen.files import downloads
+from evlgen.files.io import PACKAGE_ROOT
 
 NOISE = random.Random(2).randbytes(200_000)
 ANNOTATION = b'[{"image": "train/1.jpg", "caption": "a cat", "image_id": 1}]'

@@ -9,8 +9,8 @@ from PIL import Image
 
 from evlgen import dataset_zoo, load_dataset, load_model_and_preprocess, load_preprocess, registry
 from evlgen.assemble import run
-from evlgen.common.config import Config, load_model_config
 from evlgen.common.errors import ConfigError, DataError, EVLGenError
+from evlgen.config.config import Config, load_model_config
 from evlgen.models.blip2_stage1 import Blip2Stage1
 
 LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"

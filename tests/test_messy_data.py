@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from evlgen.assemble import ready_builders, run
-from evlgen.common.config import Config
 from evlgen.common.errors import TrainingError
+from evlgen.config.config import Config
 from evlgen.datasets import Skipped
 
 GOOD = 12

@@ -8,7 +8,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import matplotlib
 
-from evlgen.common.io import cache_root
+from evlgen.files.io import cache_root
 
 
 def test_caches_of_this_package_and_of_libraries_are_temporary_folders():

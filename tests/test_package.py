@@ -40,7 +40,7 @@ from evlgen.datasets.shapes.world import draw, scene
 model, vis, _ = evlgen.load_model_and_preprocess("evlgen_opt")
 image = vis["eval"](Image.fromarray(draw(scene("test", 0)))).unsqueeze(0)
 print(model.generate({"image": image}, num_beams=1))
-from evlgen.common.config import Config
+from evlgen.config.config import Config
 print(Config.load("projects/evlgen/coco_ft.yaml").model.language.name)
 """
 

@@ -11,9 +11,9 @@ import transformers
 from data_root import make_data_root
 
 from evlgen.assemble import run
-from evlgen.common.config import Config, load_model_config
-from evlgen.common.io import PACKAGE_ROOT
 from evlgen.common.registry import registry
+from evlgen.config.config import Config, load_model_config
+from evlgen.files.io import PACKAGE_ROOT
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECTS = sorted(p.relative_to(PACKAGE_ROOT).as_posix() for p in PACKAGE_ROOT.glob("projects/**/*.yaml"))

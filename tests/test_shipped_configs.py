@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from evlgen.common.config import Config, load_model_config
-from evlgen.common.io import PACKAGE_ROOT
 from evlgen.common.registry import registry
+from evlgen.config.config import Config, load_model_config
+from evlgen.files.io import PACKAGE_ROOT
 
 TYPES = [(arch, t) for arch in registry.list_models() for t in registry.get_model_class(arch).MODEL_TYPES]
 PROJECTS = sorted(p.relative_to(PACKAGE_ROOT).as_posix() for p in PACKAGE_ROOT.glob("projects/**/*.yaml"))

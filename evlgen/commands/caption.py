@@ -31,10 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from evlgen.common.consent import ask_on_terminal
     from evlgen.common.logs import quiet_libraries
     from evlgen.common.plugins import load_plugins
     from evlgen.common.safe_text import printable
+    from evlgen.config.consent import ask_on_terminal
 
     load_plugins(args.plugins, None)
     quiet_libraries()

@@ -105,7 +105,7 @@ def run_comparison(args: argparse.Namespace, axes: list, words: list[str], paren
         plugins=tuple(args.plugins),
     )
     if not args.debug:  # each reading would say which keys a new part replaces
-        logging.getLogger("evlgen.common.layers").setLevel(logging.WARNING)
+        logging.getLogger("evlgen.config.layers").setLevel(logging.WARNING)
     quiet_libraries()
     files = getattr(args, "files", [])
     settings, configurations = plan(settings, files, args.cfg_path, axes)
@@ -139,7 +139,7 @@ def command(args: argparse.Namespace, words: list[str]) -> str:
 
 
 def _shown(path) -> str:
-    from evlgen.common.layers import display
     from evlgen.common.safe_text import printable
+    from evlgen.config.layers import display
 
     return printable(display(path))

@@ -14,8 +14,8 @@ from evlgen.commands.arguments import add_run_arguments
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from evlgen.checking import SplitReport
-    from evlgen.common.config import Config
+    from evlgen.config.config import Config
+    from evlgen.data_check import SplitReport
     from evlgen.datasets.base_builder import BaseDatasetBuilder
     from evlgen.models.text_lengths import TextLength, TextLengths, WordLengths
     from evlgen.tasks.base_task import BaseTask
@@ -36,10 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from evlgen.assemble import ready_builders
-    from evlgen.checking import find_shared, told, write_skipped
-    from evlgen.common.config import Config
-    from evlgen.common.io import write_atomically
     from evlgen.common.safe_text import printable
+    from evlgen.config.config import Config
+    from evlgen.data_check import find_shared, told, write_skipped
+    from evlgen.files.io import write_atomically
 
     cfg = Config.load(args.cfg_path, args.options, args.plugins)
     builders = ready_builders(cfg)
@@ -74,8 +74,8 @@ def _look_at(
 ) -> tuple[SplitReport, Path | None]:
     """The report of a split, and its contact sheet where there is one. What keeps the split from being read
     is noted in the report."""
-    from evlgen.checking import SplitReport, check_split, write_sheet
     from evlgen.common.errors import EVLGenError
+    from evlgen.data_check import SplitReport, check_split, write_sheet
     from evlgen.datasets.stream import StreamDataset
 
     name = f"{builder.name}/{split}"
@@ -137,7 +137,7 @@ def _task(cfg: Config) -> BaseTask:
 def _lengths(cfg: Config) -> TextLengths | WordLengths:
     """What measures texts: the model's tokenizer with the model's limits where it is here, else in words."""
     from evlgen.common.registry import registry
-    from evlgen.common.schema import build_dataclass
+    from evlgen.config.schema import build_dataclass
     from evlgen.models.text_lengths import WordLengths
 
     model_class = registry.get_model_class(cfg.model.arch)

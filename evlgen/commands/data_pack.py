@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from evlgen.assemble import ready_builders
-    from evlgen.common.config import Config
+    from evlgen.config.config import Config
     from evlgen.datasets.packing import pack
 
     cfg = Config.load(args.cfg_path, args.options, args.plugins)

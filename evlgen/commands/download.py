@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from evlgen.commands.arguments import add_debug
 
 if TYPE_CHECKING:
-    from evlgen.common.catalogue import Entry, Item
+    from evlgen.config.catalogue import Entry, Item
 
 HELP = "get published datasets: annotations, pictures, clips"
 
@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from evlgen.common.catalogue import catalogue, find_entry
-    from evlgen.common.io import cache_root
+    from evlgen.config.catalogue import catalogue, find_entry
+    from evlgen.files.io import cache_root
 
     root = Path(args.to).expanduser().resolve() if args.to else cache_root()
     if not args.names:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_catalogue(entries: dict[str, Entry], root: Path) -> None:
-    from evlgen.common.catalogue import items_of
+    from evlgen.config.catalogue import items_of
 
     print(f"in {root}\n")
     for name, entry in entries.items():
@@ -55,9 +55,9 @@ def _print_catalogue(entries: dict[str, Entry], root: Path) -> None:
 
 def _in_short(items: Sequence[Item], root: Path) -> str:
     """``annotations: 3 of 5 here; images: 20.2 GB, 0 of 2 here; videos: by hand, 0 of 1 here``"""
-    from evlgen.common.catalogue import KINDS
-    from evlgen.common.downloads import as_size
-    from evlgen.common.obtaining import state_of
+    from evlgen.config.catalogue import KINDS
+    from evlgen.datasets.dataset_download import state_of
+    from evlgen.files.downloads import as_size
 
     parts = []
     for kind in KINDS:
@@ -72,10 +72,10 @@ def _in_short(items: Sequence[Item], root: Path) -> str:
 
 
 def _download(entries: Sequence[Entry], root: Path, args: argparse.Namespace) -> int:
-    from evlgen.common.catalogue import items_of
     from evlgen.common.errors import DataError, Interrupted
-    from evlgen.common.obtaining import bring, check_room, state_of
     from evlgen.common.safe_text import message_lines
+    from evlgen.config.catalogue import items_of
+    from evlgen.datasets.dataset_download import bring, check_room, state_of
 
     found = {item.key: item for entry in entries for item in items_of(entry)}
     items = [item for item in found.values() if args.only in (None, item.kind)]
@@ -104,8 +104,8 @@ def _with_sizes(items: Sequence[Item]) -> list[Item]:
     import dataclasses
     from concurrent.futures import ThreadPoolExecutor
 
-    from evlgen.common.downloads import length_of
     from evlgen.common.errors import DataError
+    from evlgen.files.downloads import length_of
 
     def sized(item: Item) -> Item:
         try:
@@ -118,7 +118,7 @@ def _with_sizes(items: Sequence[Item]) -> list[Item]:
 
 
 def _print_plan(entries: Sequence[Entry], items: Sequence[Item], missing: Sequence[Item], root: Path) -> None:
-    from evlgen.common.obtaining import HAS_FILES, is_as_published, state_of
+    from evlgen.datasets.dataset_download import HAS_FILES, is_as_published, state_of
 
     for entry in entries:
         print(entry.title)
@@ -152,9 +152,9 @@ def _is_agreed() -> bool:
 
 
 def _print_end(entries: Sequence[Entry], items: Sequence[Item], root: Path) -> None:
-    from evlgen.common.catalogue import items_of
-    from evlgen.common.io import cache_root
-    from evlgen.common.obtaining import state_of
+    from evlgen.config.catalogue import items_of
+    from evlgen.datasets.dataset_download import state_of
+    from evlgen.files.io import cache_root
 
     missing = {item.key for item in items if state_of(item, root) != "here"}
     for entry in entries:
@@ -170,7 +170,7 @@ def _print_end(entries: Sequence[Entry], items: Sequence[Item], root: Path) -> N
 
 def _size_of(items: Sequence[Item]) -> str:
     """About how much these are; what is not known is said."""
-    from evlgen.common.downloads import as_size
+    from evlgen.files.downloads import as_size
 
     total = sum(item.size or 0 for item in items)
     unknown = sum(1 for item in items if item.can_be_fetched and not item.size)

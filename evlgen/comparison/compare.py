@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evlgen.common.config import changed_keys
 from evlgen.common.errors import ConfigError, Interrupted, TrainingError
-from evlgen.common.io import write_atomically
 from evlgen.common.safe_text import message_lines
 from evlgen.comparison.execution import Execution
 from evlgen.comparison.plan import Configuration, Settings
 from evlgen.comparison.results import collect
 from evlgen.comparison.stages import Run, read
+from evlgen.config.config import changed_keys
+from evlgen.files.io import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def write_report(
     swept: str | None,
 ) -> dict[str, Any]:
     """Writes ``report.json`` and ``report.html`` (of a sweep ``sweep.json``, ``.html`` and ``.png``)."""
-    from evlgen.comparison.page import page
+    from evlgen.comparison.html_report import page
 
     report = collect(runs, configurations, settings, command)
     report |= {"interleaved": interleave, "swept": swept}

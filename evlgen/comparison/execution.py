@@ -17,10 +17,10 @@ from pathlib import Path
 
 from evlgen.common.errors import Interrupted, TrainingError
 from evlgen.common.safe_text import message, message_lines
-from evlgen.comparison.board import Board
+from evlgen.comparison.live_table import Board
 from evlgen.comparison.plan import Settings
 from evlgen.comparison.stages import OUTPUT_FILE, Run, StageRun
-from evlgen.runners.interruption import StopRequest
+from evlgen.loaders.interruption import StopRequest
 
 _POLL = 0.2  # seconds between two looks at a child and its log
 _REDRAW = 1.0

@@ -7,7 +7,7 @@ import re
 from typing import Literal
 
 from evlgen.common.errors import ConfigError, EVLGenError
-from evlgen.common.yaml_io import parse_options
+from evlgen.config.yaml_io import parse_options
 
 _UNITS = {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 _AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(it|s|min|m|h)\s*")

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evlgen.common.config import Config, find_config
 from evlgen.common.errors import ConfigError
-from evlgen.common.yaml_io import parse_options, read_yaml
 from evlgen.comparison.parsing import Amount, Axis, parse_shares
+from evlgen.config.config import Config, find_config
+from evlgen.config.yaml_io import parse_options, read_yaml
 
 DEFAULT_PARTS = 6  # evaluations in a budget, where nothing else is said
 _QUICK_METRICS = "run.metrics=[bleu, rouge_l, cider]"  # METEOR and SPICE wait for Java at each evaluation

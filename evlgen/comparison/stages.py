@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from evlgen.common.io import write_atomically
 from evlgen.comparison.plan import Configuration, Settings, Stage
+from evlgen.files.io import write_atomically
 
 JOB_FILE, OUTPUT_FILE, ATTEMPTS_FILE = "job.json", "output.txt", "attempts.json"
 FACTS_FILE, SHOWN_FILE, DONE_FILE = "facts.json", "shown.json", "done.json"

@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from evlgen.cli import guarded
 from evlgen.common.errors import EVLGenError
-from evlgen.common.json_io import read_json
+from evlgen.console import guarded
+from evlgen.files.json_io import read_json
 
 
 def main() -> int:
@@ -19,15 +19,15 @@ def main() -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from evlgen.common.config import Config
     from evlgen.common.logs import quiet_libraries
+    from evlgen.config.config import Config
 
     job = read_json(args.job, EVLGenError, "job")
     cfg = Config.load(job["cfg_path"], job["options"], job["plugins"])
     quiet_libraries()
     from evlgen.assemble import run
     from evlgen.common.registry import registry
-    from evlgen.comparison.observed import observed
+    from evlgen.comparison.run_recorder import observed
 
     run(cfg, observed(registry.get_runner_class(cfg.run.runner), args.job.parent))
     return 0

@@ -5,12 +5,12 @@ from __future__ import annotations
 from evlgen.datasets import (  # noqa: F401 (registers)
     caption_builders,
     flickr8k,
-    own_data,
     question_builders,
     shapes_dataset,
     shapes_video_dataset,
     shapes_vqa_dataset,
     shard_builders,
+    table_dataset,
 )
 from evlgen.datasets.base_builder import BaseDatasetBuilder
 from evlgen.datasets.base_dataset import BaseDataset, Skipped

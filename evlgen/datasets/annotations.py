@@ -13,8 +13,8 @@ from pathlib import PureWindowsPath
 from typing import Any
 
 from evlgen.common.errors import DataError, did_you_mean
-from evlgen.common.io import read_bytes, scheme_of
-from evlgen.common.json_io import json_errors
+from evlgen.files.io import read_bytes, scheme_of
+from evlgen.files.json_io import json_errors
 
 _WHAT = "annotation"
 _NO_TEXT = re.compile("[\x00\ud800-\udfff]")

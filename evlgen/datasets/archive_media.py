@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from evlgen.common.errors import DataError, did_you_mean
-from evlgen.common.io import atomic_file, cache_root
-from evlgen.common.tar_headers import DamagedTarError, read_members
+from evlgen.files.io import atomic_file, cache_root
+from evlgen.files.tar_headers import DamagedTarError, read_members
 
 if TYPE_CHECKING:
     import pyarrow

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from evlgen.common.archives import fetch_archive, is_archive
 from evlgen.common.errors import ConfigError, DataError, did_you_mean
-from evlgen.common.io import resolve
 from evlgen.common.safe_text import message_lines
-from evlgen.common.schema import unknown_key
+from evlgen.config.schema import unknown_key
 from evlgen.datasets.base_dataset import BaseDataset
+from evlgen.files.archives import fetch_archive, is_archive
+from evlgen.files.io import resolve
 from evlgen.processors import build_processor
 from evlgen.processors.base_processor import BaseProcessor
 

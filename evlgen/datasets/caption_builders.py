@@ -15,9 +15,9 @@ from evlgen.datasets.caption_dataset import (
     read_domains,
     read_ground_truth,
 )
+from evlgen.datasets.compact_records import PackedRecords
 from evlgen.datasets.file_builder import FileBuilder
 from evlgen.datasets.media import Media
-from evlgen.datasets.packed import PackedRecords
 from evlgen.datasets.records import good
 
 

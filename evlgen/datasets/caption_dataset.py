@@ -31,8 +31,8 @@ from evlgen.datasets.annotations import (
 )
 from evlgen.datasets.base_dataset import BadRecord, MediaDataset
 from evlgen.datasets.coco_format import coco_items, is_coco_format
+from evlgen.datasets.compact_records import PackedRecords
 from evlgen.datasets.media import Media
-from evlgen.datasets.packed import PackedRecords
 from evlgen.datasets.records import good, refuse_bad, sift
 from evlgen.processors.base_processor import BaseProcessor
 

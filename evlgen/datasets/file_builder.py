@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from evlgen.common.archives import is_archive
-from evlgen.common.catalogue import command_for, command_that_explains
 from evlgen.common.errors import ConfigError
-from evlgen.common.io import cache_root
-from evlgen.common.schema import build_dataclass
-from evlgen.common.video import Reader
+from evlgen.config.catalogue import command_for, command_that_explains
+from evlgen.config.schema import build_dataclass
 from evlgen.datasets.base_builder import BaseDatasetBuilder
 from evlgen.datasets.media import ImageFiles, Media, VideoFiles
+from evlgen.files.archives import is_archive
+from evlgen.files.io import cache_root
+from evlgen.media.video import Reader
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class FileBuilder(BaseDatasetBuilder):
     Args:
         build_info: see `BuildInfo`.
         data_type: ``images`` or ``videos``: what the annotations' file names are.
-        video_reader: the library that decodes videos; see `evlgen.common.video`.
+        video_reader: the library that decodes videos; see `evlgen.media.video`.
     """
 
     def __init__(

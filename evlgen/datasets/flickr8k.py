@@ -11,8 +11,8 @@ from evlgen.common.errors import DataError
 from evlgen.common.registry import registry
 from evlgen.datasets.base_dataset import BadRecord
 from evlgen.datasets.caption_builders import CaptionBuilder
+from evlgen.datasets.compact_records import PackedRecords
 from evlgen.datasets.media import Media
-from evlgen.datasets.packed import PackedRecords
 from evlgen.datasets.records import refuse_bad
 
 

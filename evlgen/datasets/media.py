@@ -16,10 +16,10 @@ from typing import Any
 from PIL import Image
 
 from evlgen.common.errors import DataError
-from evlgen.common.images import open_image
-from evlgen.common.io import NamedBytes, read_bytes, resolve, scheme_of
-from evlgen.common.video import Video
 from evlgen.datasets.archive_media import Container, Place, open_container, split_cell, split_place
+from evlgen.files.io import NamedBytes, read_bytes, resolve, scheme_of
+from evlgen.media.images import open_image
+from evlgen.media.video import Video
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ class VideoFiles(Media):
 
 
 def is_address(name: str) -> bool:
-    """Whether a name is an address, of which `evlgen.common.io.resolve` makes a file: ``https://..``,
+    """Whether a name is an address, of which `evlgen.files.io.resolve` makes a file: ``https://..``,
     ``evlgen://..``, and what else iopath has handlers for."""
     return scheme_of(name) is not None
 

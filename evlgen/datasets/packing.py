@@ -17,14 +17,14 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from evlgen.common.errors import DataError
-from evlgen.common.images import FORMATS
-from evlgen.common.io import atomic_file, write_atomically
-from evlgen.common.json_io import read_json
-from evlgen.common.locks import alone_at
 from evlgen.datasets.base_dataset import BadRecord, BaseDataset, MediaDataset
 from evlgen.datasets.media import Media
 from evlgen.datasets.records import good
 from evlgen.datasets.shards import SUFFIXES, stats_path
+from evlgen.files.io import atomic_file, write_atomically
+from evlgen.files.json_io import read_json
+from evlgen.files.locks import alone_at
+from evlgen.media.images import FORMATS
 
 logger = logging.getLogger(__name__)
 

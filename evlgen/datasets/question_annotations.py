@@ -36,7 +36,7 @@ from evlgen.datasets.annotations import (
     text_problem,
 )
 from evlgen.datasets.base_dataset import BadRecord
-from evlgen.datasets.packed import PackedRecords
+from evlgen.datasets.compact_records import PackedRecords
 from evlgen.datasets.records import sift
 
 logger = logging.getLogger(__name__)

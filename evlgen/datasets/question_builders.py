@@ -7,16 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from evlgen.common.constraints import PositiveFloat
 from evlgen.common.errors import DataError
 from evlgen.common.registry import registry
-from evlgen.common.video import Reader
+from evlgen.config.constraints import PositiveFloat
 from evlgen.datasets.annotations import check_inside
 from evlgen.datasets.base_builder import role_of
 from evlgen.datasets.file_builder import BuildInfo, FileBuilder, Source
 from evlgen.datasets.question_annotations import QuestionFiles, read_answer_list, read_questions
 from evlgen.datasets.question_dataset import QuestionDataset, QuestionEvalDataset, QuestionMediaDataset
 from evlgen.datasets.records import good
+from evlgen.media.video import Reader
 
 _ANSWER_SPLIT = "ans2label"  # where LAVIS's video questions name their list of answers, among the splits
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from evlgen.common.errors import DataError
 from evlgen.datasets.base_dataset import BadRecord
-from evlgen.datasets.packed import PackedRecords
+from evlgen.datasets.compact_records import PackedRecords
 
 
 def sift(

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from evlgen.common.constraints import PositiveInt
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
+from evlgen.config.constraints import PositiveInt
 from evlgen.datasets.base_builder import BaseDatasetBuilder, role_of
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.datasets.shapes.captions import captions as write_captions

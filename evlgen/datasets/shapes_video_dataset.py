@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from evlgen.common.registry import registry
-from evlgen.common.video import spread
 from evlgen.datasets.shapes.clips import ShapesClip, captions, is_true, moving_scene
 from evlgen.datasets.shapes_dataset import ShapesCaptionBuilder, ShapesCaptionDataset
+from evlgen.media.video import spread
 
 
 class ShapesVideoCaptionDataset(ShapesCaptionDataset):

@@ -24,14 +24,14 @@ import torch
 from PIL import Image
 
 from evlgen.common.errors import DataError
-from evlgen.common.images import PICTURE_SUFFIXES, open_image
-from evlgen.common.io import NamedBytes, resolve
-from evlgen.common.tar_headers import tar_members
-from evlgen.common.video import VIDEO_SUFFIXES, Video
 from evlgen.datasets.annotations import describe, text_problem
 from evlgen.datasets.archive_media import MAX_MEMBER_BYTES
 from evlgen.datasets.base_dataset import BadRecord
 from evlgen.datasets.stream import Lane, StreamDataset
+from evlgen.files.io import NamedBytes, resolve
+from evlgen.files.tar_headers import tar_members
+from evlgen.media.images import PICTURE_SUFFIXES, open_image
+from evlgen.media.video import VIDEO_SUFFIXES, Video
 from evlgen.processors.base_processor import BaseProcessor
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evlgen.common.errors import DataError
-from evlgen.common.json_io import read_json
 from evlgen.datasets.tables import SUFFIXES
+from evlgen.files.json_io import read_json
 
 # What splits are called in names of files and folders:
 # huggingface.co/docs/hub/datasets-file-names-and-splits

@@ -6,14 +6,14 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from evlgen.common.config import load_dataset_config
 from evlgen.common.errors import ConfigError, DataError
-from evlgen.common.io import cache_root
-from evlgen.common.layers import PROCESSOR_SECTIONS
 from evlgen.common.registry import registry
 from evlgen.common.safe_text import message_lines
+from evlgen.config.config import load_dataset_config
+from evlgen.config.layers import PROCESSOR_SECTIONS
 from evlgen.datasets.base_builder import ROLES
 from evlgen.datasets.base_dataset import BaseDataset
+from evlgen.files.io import cache_root
 from evlgen.processors.base_processor import UnchangedProcessor
 
 logger = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from evlgen.common.registry import registry
+from evlgen.config.model_config import GenerationConfig
 from evlgen.models.blip2_stage1 import Blip2Stage1  # noqa: F401  registers `blip2`
-from evlgen.models.model_config import GenerationConfig
 from evlgen.models.vlm import VLM
 
 # lavis/models/blip2_models: blip2_vicuna_instruct.py, of which EVLGen's models have it; blip2_t5.py

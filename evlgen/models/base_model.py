@@ -15,19 +15,19 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from evlgen.common.checkpoints import CONFIG_FILE, WEIGHTS_FILE, write_folder
-from evlgen.common.config import load_model_config, load_model_file
-from evlgen.common.consent import Consent, check_addresses
-from evlgen.common.digests import DIGESTS_FILE, check_digests
 from evlgen.common.errors import CheckpointError, ConfigError, EVLGenError
-from evlgen.common.io import make_readable, resolve, write_atomically
 from evlgen.common.registry import registry
-from evlgen.common.schema import build_dataclass
-from evlgen.common.weights import read_weights
-from evlgen.models.model_config import ModelConfig
+from evlgen.config.config import load_model_config, load_model_file
+from evlgen.config.consent import Consent, check_addresses
+from evlgen.config.lavis import own_names
+from evlgen.config.model_config import ModelConfig
+from evlgen.config.schema import build_dataclass
+from evlgen.files.digests import DIGESTS_FILE, check_digests
+from evlgen.files.io import make_readable, resolve, write_atomically
 from evlgen.models.published.checkpoints import is_published, to_own_names
-from evlgen.models.published.configs import own_names
 from evlgen.models.text_lengths import TextLengths
+from evlgen.weights.checkpoints import CONFIG_FILE, WEIGHTS_FILE, write_folder
+from evlgen.weights.weights import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -432,7 +432,7 @@ def _names_of(cls: type[BaseModel]) -> list[str]:
 
 def _pretrained_folder(name: str, cls: type[BaseModel]) -> Path:
     from evlgen.common.errors import did_you_mean
-    from evlgen.common.hub import files_on_hub, looks_like_path
+    from evlgen.weights.hub import files_on_hub, looks_like_path
 
     folder = Path(resolve(name))
     if os.path.isfile(folder / CONFIG_FILE):

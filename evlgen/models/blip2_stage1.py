@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evlgen.common.errors import ConfigError
-from evlgen.common.hub import looks_like_path, missing_model
-from evlgen.common.io import resolve
 from evlgen.common.registry import registry
-from evlgen.common.schema import PositiveInt, Registered
+from evlgen.config.model_config import VisionConfig
+from evlgen.config.schema import PositiveInt, Registered
+from evlgen.files.io import resolve
 from evlgen.models.base_model import BaseModel, Missing
 from evlgen.models.connectors.bert_weights import bert_sizes
 from evlgen.models.connectors.qformer import QFormer
@@ -46,12 +46,12 @@ from evlgen.models.image_text_losses import (
     similarities,
 )
 from evlgen.models.language.generation import Decoding
-from evlgen.models.model_config import VisionConfig
 from evlgen.models.ops import quicken
 from evlgen.models.pixels import pixels_of, with_pixels
 from evlgen.models.text_lengths import TextLengths
 from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
+from evlgen.weights.hub import looks_like_path, missing_model
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Stage1Config:
     """The ``model`` section of BLIP-2's first stage.
 
     Args:
-        arch, model_type, checkpoint, vision: as in `evlgen.models.model_config.ModelConfig`.
+        arch, model_type, checkpoint, vision: as in `evlgen.config.model_config.ModelConfig`.
         connector: ``name: qformer`` and that connector's parameters.
         text: how text is read.
         embed_dim: channels of the features that are contrasted.

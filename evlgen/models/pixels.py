@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from evlgen.common.errors import DataError
-from evlgen.common.images import to_rgb
-from evlgen.common.video import Clip, Pictures
+from evlgen.media.images import to_rgb
+from evlgen.media.video import Clip, Pictures
 
 if TYPE_CHECKING:
     from evlgen.models.base_model import BaseModel

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from evlgen.common.errors import ConfigError, DataError, EVLGenError
-from evlgen.common.hub import looks_like_path, missing_model
-from evlgen.common.io import resolve
 from evlgen.common.registry import registry
+from evlgen.config.model_config import GenerationConfig, ModelConfig
+from evlgen.files.io import resolve
 from evlgen.models.base_model import BaseModel, Missing
 from evlgen.models.connectors.base import Connector
 from evlgen.models.language import LanguageModel, build_language_model
 from evlgen.models.language.loading import find_model, num_positions, read_config
-from evlgen.models.model_config import GenerationConfig, ModelConfig
 from evlgen.models.ops import quicken
 from evlgen.models.pixels import pixels_of, with_pixels
 from evlgen.models.prompts import ask, check_count, fill_ocr_slots
@@ -30,6 +29,7 @@ from evlgen.models.text_lengths import TextLengths
 from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.temporal import pool_frames, temporal_modules
+from evlgen.weights.hub import looks_like_path, missing_model
 
 logger = logging.getLogger(__name__)
 
@@ -299,7 +299,7 @@ class VLM(BaseModel):
         """The encoder's own tokens, in the type its weights are kept in.
 
         Where the encoder is frozen they are the same at every step, and may be kept: see
-        `evlgen.runners.vision_cache`.
+        `evlgen.vision_cache.cache`.
 
         Args:
             image: [B, 3, H, W], or clips [B, 3, T, H, W] where the model is one of clips; to such a model a

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
-from evlgen.common.config import load_model_config
-from evlgen.common.errors import ConfigError, did_you_mean
+from evlgen.common.errors import ConfigError, DataError, did_you_mean
 from evlgen.common.registry import registry
+from evlgen.config.config import Config, find_config, load_model_config, load_model_file
+from evlgen.config.consent import Consent, check_addresses
+from evlgen.config.lavis import own_names
+from evlgen.files.io import resolve
 from evlgen.models.base_model import BaseModel
-from evlgen.models.published.configs import own_names
 from evlgen.processors import build_processor
 from evlgen.processors.base_processor import BaseProcessor, UnchangedProcessor
+from evlgen.weights.checkpoints import CONFIG_FILE, is_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -129,3 +134,42 @@ class ModelZoo:
 
 
 model_zoo = ModelZoo()
+
+
+def load_model_of(
+    cfg_path: str | None,
+    checkpoint: str | None,
+    options: Sequence[str],
+    device: str,
+    allow_downloads: bool | Consent = False,
+) -> BaseModel:
+    """The model of a project file, of a checkpoint folder, or the bundled one.
+
+    Args:
+        allow_downloads: see `BaseModel.from_pretrained`.
+    """
+    if cfg_path is not None:
+        cfg = Config.load(cfg_path, options)
+        file = find_config(cfg_path)
+        if is_checkpoint(file.parent):  # it came with weights
+            check_addresses(OmegaConf.to_container(load_model_file(file)), file, allow_downloads)
+        if checkpoint is not None:
+            cfg.model.checkpoint = checkpoint
+        return registry.get_model_class(cfg.model.arch).from_config(cfg.model, device).to(device)
+    if options:
+        raise ConfigError("--options change a configuration: name one with --cfg-path.")
+    if checkpoint is None:
+        return load_model("evlgen_opt", device=device)
+    folder = Path(resolve(checkpoint))
+    best = folder / "checkpoints" / "best"
+    file = (best if os.path.isdir(best) else folder) / CONFIG_FILE
+    if not os.path.exists(folder):
+        raise DataError(f"there is no checkpoint at {checkpoint}.")
+    if not os.path.isfile(file):
+        raise DataError(
+            f"{checkpoint} is no folder with a {CONFIG_FILE}, so the model it belongs to is not known: name "
+            "it with --cfg-path."
+        )
+    arch = load_model_file(file).arch
+    model_class = registry.get_model_class(arch)
+    return model_class.from_pretrained(file.parent, device, allow_downloads).to(device)

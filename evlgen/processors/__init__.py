@@ -7,7 +7,7 @@ from typing import Any
 
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
-from evlgen.common.schema import check_section, to_plain
+from evlgen.config.schema import check_section, to_plain
 from evlgen.processors import image, text, video  # noqa: F401 (registers)
 from evlgen.processors.base_processor import BaseProcessor
 

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 
-from evlgen.common.constraints import PositiveInt, Share
 from evlgen.common.errors import ConfigError
-from evlgen.common.images import to_rgb
 from evlgen.common.registry import registry
+from evlgen.config.constraints import PositiveInt, Share
+from evlgen.media.images import to_rgb
 from evlgen.processors.base_processor import BaseProcessor
 from evlgen.processors.randaugment import RandAugment
 
@@ -70,7 +70,7 @@ class ImageProcessor(BaseProcessor):
     Args:
         transform: RGB picture -> RGB picture.
         mean, std: see `Normalisation`.
-        draft_size: see `evlgen.common.images.open_image`; for those who open pictures for this processor.
+        draft_size: see `evlgen.media.images.open_image`; for those who open pictures for this processor.
     """
 
     def __init__(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from evlgen.common.constraints import PositiveInt
 from evlgen.common.registry import registry
+from evlgen.config.constraints import PositiveInt
 from evlgen.processors.base_processor import BaseProcessor
 
 _PUNCTUATION = re.compile(r'[.!"()*#:;~]')

@@ -27,10 +27,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from evlgen.common.constraints import PositiveInt, Share
 from evlgen.common.errors import DataError
 from evlgen.common.registry import registry
-from evlgen.common.video import Box, Clip, Video, spread
+from evlgen.config.constraints import PositiveInt, Share
+from evlgen.media.video import Box, Clip, Video, spread
 from evlgen.processors.base_processor import BaseProcessor
 from evlgen.processors.image import Normalisation, check_scales
 from evlgen.processors.randaugment import OPERATIONS, RandAugment
@@ -68,7 +68,7 @@ class VideoProcessor(BaseProcessor):
         if not isinstance(item, Clip | str | os.PathLike):
             raise DataError(
                 f"expected a video or the path of one, got {type(item).__name__}. Frames in memory: "
-                "evlgen.common.video.Pictures(frames); pictures: an image processor, blip_image_eval."
+                "evlgen.media.video.Pictures(frames); pictures: an image processor, blip_image_eval."
             )
         clip = item if isinstance(item, Clip) else Video(item)
         count = len(clip)

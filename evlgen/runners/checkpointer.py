@@ -25,26 +25,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from evlgen.common.checkpoints import (
-    CONFIG_FILE,
-    STATE_FOLDER,
-    clear_unfinished,
-    found_checkpoints,
-    is_checkpoint,
-    place_of,
-    point,
-    remove_old,
-    write_folder,
-)
-from evlgen.common.config import changed_keys
-from evlgen.common.digests import check_digests, replace_file, write_digests
 from evlgen.common.errors import CheckpointError, ConfigError, TrainingError
-from evlgen.common.io import write_atomically
-from evlgen.common.weights import first_not_finite, read_weights
-from evlgen.common.yaml_io import read_yaml
+from evlgen.config.config import changed_keys
+from evlgen.config.yaml_io import read_yaml
+from evlgen.files.digests import check_digests, replace_file, write_digests
+from evlgen.files.io import write_atomically
 from evlgen.models.base_model import BaseModel
+from evlgen.runners.dtensor import gathered
 from evlgen.runners.skipped import SkippedSamples
-from evlgen.runners.spread import gathered
 from evlgen.runners.training_state import (
     EFFORT_FILE,
     OPTIMIZER_FILE,
@@ -59,6 +47,18 @@ from evlgen.runners.training_state import (
     read_progress,
     set_random_state,
 )
+from evlgen.weights.checkpoints import (
+    CONFIG_FILE,
+    STATE_FOLDER,
+    clear_unfinished,
+    found_checkpoints,
+    is_checkpoint,
+    place_of,
+    point,
+    remove_old,
+    write_folder,
+)
+from evlgen.weights.weights import first_not_finite, read_weights
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from evlgen.common.errors import ConfigError, ProcessLost
 from evlgen.common.precision import resolve_precision
+from evlgen.config.run_config import RunConfig
 from evlgen.models.base_model import BaseModel
-from evlgen.runners.meeting import meeting
-from evlgen.runners.run_config import RunConfig
+from evlgen.runners.rendezvous import meeting
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 

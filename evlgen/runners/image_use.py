@@ -18,8 +18,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from evlgen.common.errors import EVLGenError
+from evlgen.loaders.data import batch_size
 from evlgen.models.base_model import BaseModel
-from evlgen.runners.data import batch_size
 from evlgen.runners.log_fields import IMAGE_USE
 from evlgen.runners.training_state import kept_random_state
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from evlgen.common.errors import ConfigError, did_you_mean
-from evlgen.runners.spread import by_kind
+from evlgen.runners.dtensor import by_kind
 
 
 def build_optimizer(

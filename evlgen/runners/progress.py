@@ -12,9 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from evlgen.common.io import write_atomically
+from evlgen.config.run_config import RunConfig
+from evlgen.files.io import write_atomically
 from evlgen.runners.image_use import ImageUse
-from evlgen.runners.run_config import RunConfig
 from evlgen.runners.skipped import told
 from evlgen.runners.training_state import TrainingState
 

@@ -19,10 +19,9 @@ from torch.utils.data import Dataset
 
 from evlgen.common.errors import TrainingError
 from evlgen.common.registry import registry
+from evlgen.config.run_config import RunConfig
 from evlgen.datasets.base_dataset import Skipped
-from evlgen.models.base_model import BaseModel
-from evlgen.runners.checkpointer import Checkpointer
-from evlgen.runners.data import (
+from evlgen.loaders.data import (
     batch_size,
     eval_loader,
     rows_of,
@@ -31,19 +30,20 @@ from evlgen.runners.data import (
     train_loader,
     workers_named,
 )
+from evlgen.loaders.interruption import StopNow, StopRequest
+from evlgen.loaders.mixed_plan import make_plan, one_by_one, recorded, split_ratios
+from evlgen.models.base_model import BaseModel
+from evlgen.runners.anomalies import LossWatch
+from evlgen.runners.checkpointer import Checkpointer
 from evlgen.runners.distribution import Distribution, WeightedMeans, make_accelerator
+from evlgen.runners.dtensor import multiply, total_norm
 from evlgen.runners.image_use import ImageUseMeter
-from evlgen.runners.interruption import StopNow, StopRequest
-from evlgen.runners.loss_watch import LossWatch
-from evlgen.runners.mixed_plan import make_plan, one_by_one, recorded, split_ratios
 from evlgen.runners.optimizer import build_optimizer
 from evlgen.runners.progress import RunLog, validation_label
-from evlgen.runners.run_config import RunConfig
 from evlgen.runners.skipped import SkippedSamples
-from evlgen.runners.spread import multiply, total_norm
 from evlgen.runners.training_state import TrainingState, kept_random_state, random_state, set_random_state
-from evlgen.runners.vision_cache import cached
-from evlgen.tasks.base_task import BaseTask
+from evlgen.runners.task import Task
+from evlgen.vision_cache.cache import cached
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Runner:
     def __init__(
         self,
         run: RunConfig,
-        task: BaseTask,
+        task: Task,
         model: BaseModel,
         datasets: dict[str, dict[str, Dataset]],
         folder: Path,

@@ -31,7 +31,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from evlgen.common.errors import ConfigError
-from evlgen.runners.spread import part_of
+from evlgen.runners.dtensor import part_of
 
 
 class Sharding:

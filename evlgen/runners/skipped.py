@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from evlgen.common.errors import CheckpointError, TrainingError
 from evlgen.common.safe_text import shown_name
 from evlgen.datasets.base_dataset import Skipped
-from evlgen.runners.data import batch_size
+from evlgen.loaders.data import batch_size
 
 logger = logging.getLogger(__name__)
 

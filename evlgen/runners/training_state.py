@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evlgen.common.checkpoints import PROGRESS_FILE
 from evlgen.common.errors import CheckpointError
-from evlgen.runners.spread import part_of
+from evlgen.runners.dtensor import part_of
+from evlgen.weights.checkpoints import PROGRESS_FILE
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random.safetensors"

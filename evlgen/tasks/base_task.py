@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from evlgen.common.errors import DataError
+from evlgen.config.run_config import CAPTION_LEN, RunConfig
 from evlgen.models.base_model import BaseModel
-from evlgen.runners.run_config import CAPTION_LEN, RunConfig
 
 if TYPE_CHECKING:
     from evlgen.datasets.base_dataset import BaseDataset

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evlgen.common.io import write_atomically
 from evlgen.common.registry import registry
 from evlgen.datasets.base_dataset import BaseDataset
+from evlgen.files.io import write_atomically
 from evlgen.models.base_model import BaseModel
 from evlgen.tasks.base_task import BaseTask
 from evlgen.tasks.caption_sheet import caption_sheet

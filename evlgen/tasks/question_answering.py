@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from evlgen.common.errors import ConfigError, DataError
-from evlgen.common.io import write_atomically
+from evlgen.config.run_config import ANSWER_LEN, RunConfig
 from evlgen.datasets.base_dataset import BaseDataset
+from evlgen.files.io import write_atomically
 from evlgen.models.base_model import BaseModel
 from evlgen.models.prompts import ask, check_slots
-from evlgen.runners.run_config import ANSWER_LEN, RunConfig
 from evlgen.tasks.base_task import BaseTask, select
 from evlgen.tasks.caption_sheet import caption_sheet
 from evlgen.tasks.lemmatizer import load_lemmatizer

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from evlgen.common.errors import ConfigError
-from evlgen.common.frames import read_frames
+from evlgen.media.frames import read_frames
 from evlgen.models.base_model import BaseModel
 from evlgen.visualization.merging import Merging, Stage, find_merging
 from evlgen.visualization.regions import draw_regions

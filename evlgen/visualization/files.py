@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from evlgen.captioning import load_for_captioning
-from evlgen.common.checkpoints import CONFIG_FILE
-from evlgen.common.config import Config
-from evlgen.common.consent import Consent
 from evlgen.common.errors import DataError
-from evlgen.common.frames import find_files, read_files, without_result
-from evlgen.common.io import resolve, write_atomically
-from evlgen.common.yaml_io import read_yaml
-from evlgen.runners.run_config import RunConfig
+from evlgen.config.config import Config
+from evlgen.config.consent import Consent
+from evlgen.config.run_config import RunConfig
+from evlgen.config.yaml_io import read_yaml
+from evlgen.files.io import resolve, write_atomically
+from evlgen.media.frames import find_files, read_files, without_result
+from evlgen.models.zoo import load_model_of
 from evlgen.visualization.figure import draw_found, merge_clips, untrained
+from evlgen.weights.checkpoints import CONFIG_FILE
 
 
 def visualize_files(
@@ -65,7 +65,7 @@ def visualize_files(
         left_out += without_result(images, {path for path, _ in read}, clips=True)
     seed = _seed(cfg_path, checkpoint, options) if seed is None else seed
     torch.manual_seed(seed)  # an encoder without pretrained weights is then the same in both
-    model = load_for_captioning(cfg_path, checkpoint, options, device, allow_downloads)
+    model = load_model_of(cfg_path, checkpoint, options, device, allow_downloads)
     clips = [clip for _, clip in read]
     found = {"trained" if compare_untrained else "": merge_clips(model, clips, layers)}
     if compare_untrained:

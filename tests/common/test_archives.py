@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from evlgen.common import archives
-from evlgen.common.archives import Limits, extract, extract_into, fetch_archive
 from evlgen.common.errors import DataError
-from evlgen.common.io import download_target
+from evlgen.files import archives
+from evlgen.files.archives import Limits, extract, extract_into, fetch_archive
+from evlgen.files.io import download_target
 
 FILES = {"train/0001.jpg": b"one", "train/0002.jpg": b"two" * 1000, "captions.json": b"[]"}
 
@@ -253,7 +253,7 @@ def test_a_process_that_is_not_the_first_to_unpack_takes_what_is_there(tmp_path,
         extract(archive, folder)  # another process, between the look at the folder and the unpacking
         extract(archive, folder)
 
-    monkeypatch.setattr("evlgen.common.archives.extract", late)
+    monkeypatch.setattr("evlgen.files.archives.extract", late)
     assert content_of(fetch_archive(url)) == FILES and not target.exists()
 
 

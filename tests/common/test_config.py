@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from evlgen.assemble import check_nothing_missing, drop_foreign_sources, make_builders
-from evlgen.common.config import Config, find_config, load_model_config, load_model_file, validate
 from evlgen.common.errors import ConfigError, DataError, RegistryError
-from evlgen.common.io import PACKAGE_ROOT
-from evlgen.common.layers import Layer, Layers
-from evlgen.runners.run_config import RunConfig
+from evlgen.config.config import Config, find_config, load_model_config, load_model_file, validate
+from evlgen.config.layers import Layer, Layers
+from evlgen.config.run_config import RunConfig
+from evlgen.files.io import PACKAGE_ROOT
 
 PROJECT = """
 model:
@@ -515,7 +515,7 @@ def write_plugin(folder) -> None:
     (folder / "config_test_plugin.py").write_text(
         "from torch import nn\n"
         "from evlgen.common.registry import registry\n"
-        "from evlgen.common.schema import PositiveInt\n"
+        "from evlgen.config.schema import PositiveInt\n"
         "from evlgen.models.connectors.base import Connector\n\n\n"
         "class Linear(Connector):\n"
         "    def __init__(self, vision_dim: int, width: PositiveInt = 8, **framework) -> None:\n"
@@ -544,7 +544,7 @@ def run_python(code: str) -> str:
 def test_structure_and_run_section_are_checked_before_torch_is_imported(project):
     code = (
         "import sys\n"
-        "from evlgen.common.config import Config\n"
+        "from evlgen.config.config import Config\n"
         "from evlgen.common.errors import ConfigError\n"
         f"try: Config.load({str(project())!r}, ['run.max_epohc=3'])\n"
         "except ConfigError as error: print('max_epohc' in str(error), 'torch' in sys.modules)\n"
@@ -554,7 +554,7 @@ def test_structure_and_run_section_are_checked_before_torch_is_imported(project)
 
 def test_importing_the_configuration_imports_nothing_heavy():
     heavy = ("torch", "transformers", "timm", "accelerate", "numpy", "PIL", "pyarrow", "decord", "iopath")
-    code = f"import sys, evlgen.common.config; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, evlgen.config.config; print([m for m in {heavy} if m in sys.modules])"
     assert run_python(code) == "[]"
 
 

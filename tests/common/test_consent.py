@@ -15,11 +15,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from evlgen import cli, load_model
-from evlgen.common.consent import ask_on_terminal, check_addresses
 from evlgen.common.errors import CheckpointError
-from evlgen.common.io import resolve
 from evlgen.common.registry import registry
+from evlgen.config.consent import ask_on_terminal, check_addresses
 from evlgen.datasets.shapes.world import draw, scene
+from evlgen.files.io import resolve
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from evlgen.assemble import build_datasets, make_builders
-from evlgen.common.config import Config
 from evlgen.common.errors import ConfigError
+from evlgen.config.config import Config
 
 OPTIONS = ["model.arch=evlgen_opt", "model.model_type=shapes", "run.valid_splits=[]", "run.max_epoch=1"]
 CATS_AND_DOGS = """

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from evlgen.common import downloads
-from evlgen.common.downloads import fetch, file_md5
 from evlgen.common.errors import DataError
-from evlgen.common.io import download, download_target
+from evlgen.files import downloads
+from evlgen.files.downloads import fetch, file_md5
+from evlgen.files.io import download, download_target
 
 BODY = random.Random(0).randbytes(300_000)
 MD5 = hashlib.md5(BODY).hexdigest()
@@ -199,7 +199,7 @@ def test_a_redirection_from_https_to_http_is_not_followed() -> None:
     import urllib.error
     import urllib.request
 
-    from evlgen.common.downloads import _SafeRedirects
+    from evlgen.files.downloads import _SafeRedirects
 
     request = urllib.request.Request("https://host/x")
     arguments = (request, None, 302, "", {})

@@ -6,9 +6,9 @@ import os
 
 from PIL import Image
 
-from evlgen.common.frames import find_files, without_result
-from evlgen.common.images import FORMATS, PICTURE_SUFFIXES
-from evlgen.common.video import VIDEO_SUFFIXES
+from evlgen.media.frames import find_files, without_result
+from evlgen.media.images import FORMATS, PICTURE_SUFFIXES
+from evlgen.media.video import VIDEO_SUFFIXES
 
 
 def test_folders_are_walked_in_order_and_links_to_folders_once(tmp_path):

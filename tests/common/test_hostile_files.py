@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from evlgen.common.config import Config, load_model_file
 from evlgen.common.errors import CheckpointError, ConfigError
-from evlgen.common.io import PACKAGE_ROOT
 from evlgen.common.registry import registry
-from evlgen.common.weights import read_weights
+from evlgen.config.config import Config, load_model_file
+from evlgen.config.model_config import VisionConfig
+from evlgen.files.io import PACKAGE_ROOT
 from evlgen.models.connectors.tomeformer import TomeFormer
 from evlgen.models.language.opt import OPTLanguageModel
-from evlgen.models.model_config import VisionConfig
 from evlgen.models.vision import build_vision_encoder
+from evlgen.weights.weights import read_weights
 
 
 class Evil:
@@ -186,7 +186,7 @@ TAGS = [
     "!!python/object/apply:os.mkdir ['{}']",
     "!!python/object/new:os.mkdir ['{}']",
     "!!python/object/apply:os.mkdir {{args: ['{}']}}",
-    "!!python/object:evlgen.common.config.Config {{a: '{}'}}",
+    "!!python/object:evlgen.config.config.Config {{a: '{}'}}",
     "!!python/name:os.system '{}'",
     "!!python/module:this '{}'",
     "!!python/tuple ['{}']",

@@ -9,9 +9,9 @@ import pytest
 from huggingface_hub import close_session, constants
 
 from evlgen import registry
-from evlgen.common import hub
-from evlgen.common.config import Config
 from evlgen.common.errors import CheckpointError
+from evlgen.config.config import Config
+from evlgen.weights import hub
 
 
 @pytest.fixture(params=["refused", "silent"])

@@ -1,4 +1,4 @@
-"""Every Pillow mode and every damaged file of `evlgen.common.images`."""
+"""Every Pillow mode and every damaged file of `evlgen.media.images`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from evlgen.common.errors import DataError
-from evlgen.common.images import open_image, to_rgb
+from evlgen.media.images import open_image, to_rgb
 
 RAMP = np.linspace(0, 255, 8 * 12, dtype=np.uint8).reshape(8, 12)
 COLOURS = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
@@ -153,7 +153,7 @@ def test_images_are_converted_alike_in_strips_and_as_a_whole(mode: str, monkeypa
     if mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         del image.info["transparency"]
     whole = np.asarray(to_rgb(image))
-    monkeypatch.setattr("evlgen.common.images._STRIP_PIXELS", 24)
+    monkeypatch.setattr("evlgen.media.images._STRIP_PIXELS", 24)
     assert np.array_equal(to_rgb(image), whole) and whole.std() > 10
 
 

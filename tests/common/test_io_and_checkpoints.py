@@ -17,18 +17,9 @@ import pytest
 from faults import deaths
 from iopath.common.file_io import PathHandler
 
-from evlgen.common import checkpoints
-from evlgen.common.checkpoints import (
-    clear_unfinished,
-    found_checkpoints,
-    is_checkpoint,
-    point,
-    remove_old,
-    write_folder,
-)
-from evlgen.common.digests import DIGESTS_FILE, check_digests, replace_file, write_digests
 from evlgen.common.errors import CheckpointError, DataError, TrainingError
-from evlgen.common.io import (
+from evlgen.files.digests import DIGESTS_FILE, check_digests, replace_file, write_digests
+from evlgen.files.io import (
     PACKAGE_ROOT,
     atomic_file,
     cache_root,
@@ -37,7 +28,16 @@ from evlgen.common.io import (
     resolve,
     write_atomically,
 )
-from evlgen.common.locks import sole_writer
+from evlgen.files.locks import sole_writer
+from evlgen.weights import checkpoints
+from evlgen.weights.checkpoints import (
+    clear_unfinished,
+    found_checkpoints,
+    is_checkpoint,
+    point,
+    remove_old,
+    write_folder,
+)
 
 
 def test_the_data_root_is_the_environments_then_the_configs_then_the_home_folders(monkeypatch, tmp_path):
@@ -349,7 +349,7 @@ def test_a_file_and_its_digest_match_whenever_a_replacement_is_killed(quick_disk
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from evlgen.common.locks import sole_writer
+from evlgen.files.locks import sole_writer
 with sole_writer(Path(sys.argv[1])):
     child = os.fork()  # as a data-loading worker
     if child:

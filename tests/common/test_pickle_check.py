@@ -13,8 +13,8 @@ import torch
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
 from evlgen.common.errors import CheckpointError
-from evlgen.common.pickle_check import DamagedPickle, RefusedPickle, check_pickles
-from evlgen.common.weights import check_weights_file, read_pickle, read_weights
+from evlgen.weights.pickle_check import DamagedPickle, RefusedPickle, check_pickles
+from evlgen.weights.weights import check_weights_file, read_pickle, read_weights
 
 DEEP = b"\x80\x02)" + b"\x85" * 100 + b"."
 

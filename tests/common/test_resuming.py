@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from file_server import FileServer, cut, error, file_server
 
-from evlgen.common import downloads
-from evlgen.common.downloads import as_size, fetch, length_of
 from evlgen.common.errors import DataError
+from evlgen.files import downloads
+from evlgen.files.downloads import as_size, fetch, length_of
 
 BODY = random.Random(0).randbytes(300_000)
 OTHER = random.Random(1).randbytes(300_000)
@@ -204,10 +204,10 @@ def test_two_at_once_fetch_it_once(server, tmp_path, monkeypatch, caplog) -> Non
                 waiting.set()
 
     monkeypatch.setattr(downloads, "_chunk", slow)
-    logger = logging.getLogger("evlgen.common.locks")
+    logger = logging.getLogger("evlgen.files.locks")
     handler = Waits()
     logger.addHandler(handler)
-    with caplog.at_level(logging.INFO, "evlgen.common.locks"):
+    with caplog.at_level(logging.INFO, "evlgen.files.locks"):
         arguments = (f"{server.address}/a.bin", tmp_path / "a.bin")
         first = threading.Thread(target=fetch, args=arguments)
         first.start()

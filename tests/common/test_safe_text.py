@@ -17,12 +17,12 @@ from PIL import Image
 
 from evlgen import cli
 from evlgen.common.errors import ConfigError, DataError, TrainingError
-from evlgen.common.images import open_image
-from evlgen.common.io import write_atomically
 from evlgen.common.logs import log_to_file, log_to_terminal, write_any_text
-from evlgen.common.problems import Problems
 from evlgen.common.safe_text import message_lines, printable, shown_name
-from evlgen.common.video import Video
+from evlgen.config.problems import Problems
+from evlgen.files.io import write_atomically
+from evlgen.media.images import open_image
+from evlgen.media.video import Video
 from evlgen.tasks.caption_sheet import caption_sheet
 from evlgen.visualization.sheet import Row, draw_sheet
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from evlgen.common.errors import ConfigError
-from evlgen.common.schema import (
+from evlgen.config.schema import (
     REQUIRED,
     AtLeast,
     AtMost,

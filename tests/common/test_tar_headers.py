@@ -9,11 +9,11 @@ import tracemalloc
 
 import pytest
 
-from evlgen.common.archives import extract
 from evlgen.common.errors import DataError
-from evlgen.common.tar_headers import DamagedTarError, read_members, tar_members
 from evlgen.datasets.archive_media import TarArchive
 from evlgen.datasets.shards import read_shard
+from evlgen.files.archives import extract
+from evlgen.files.tar_headers import DamagedTarError, read_members, tar_members
 
 NAMES = ["a.png", "folder/" + "x" * 120 + "/é.png", "y" * 99, "z" * 100, "\udcff.png", "w/" * 200 + "a.txt"]
 

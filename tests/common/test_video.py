@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from evlgen.common.errors import DataError
-from evlgen.common.video import Pictures, Video, installed_reader, spread
+from evlgen.media.video import Pictures, Video, installed_reader, spread
 
 av = pytest.importorskip("av")
 READERS = [
@@ -139,7 +139,7 @@ def test_the_readers_differ_by_little_where_the_height_is_odd_or_colours_have_te
 
 
 def test_pyav_decodes_from_the_key_frame_before_a_frame_and_not_from_the_start(made, monkeypatch):
-    from evlgen.common.video_pyav import File
+    from evlgen.media.video_pyav import File
 
     decoded = []
     sought_from = File._from
@@ -154,7 +154,7 @@ def test_pyav_decodes_from_the_key_frame_before_a_frame_and_not_from_the_start(m
 
 
 def test_frames_whose_times_lie_are_found_by_counting(made, monkeypatch):
-    from evlgen.common.video_pyav import File
+    from evlgen.media.video_pyav import File
 
     start = File._from
     monkeypatch.setattr(File, "_from", lambda self, key: start(self, key + self._keys[1]))  # seeks too far
@@ -283,7 +283,7 @@ def test_frames_of_different_sizes_are_read_by_the_other_reader_or_refused(two_s
     ids=lambda frame: f"{getattr(frame, 'dtype', '')} {getattr(frame, 'shape', frame)}",
 )
 def test_what_a_reader_gives_is_checked(made, frame, monkeypatch):
-    from evlgen.common import video_pyav
+    from evlgen.media import video_pyav
 
     monkeypatch.setattr(video_pyav, "_upright", lambda decoded: frame)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "av" else None)

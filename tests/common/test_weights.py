@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evlgen.common.errors import CheckpointError
-from evlgen.common.hub import local_model_folder, missing_model
-from evlgen.common.weights import check_weights_file, first_not_finite, read_weights, shards_of
 from evlgen.models.connectors.bert_weights import bert_sizes
+from evlgen.weights.hub import local_model_folder, missing_model
+from evlgen.weights.weights import check_weights_file, first_not_finite, read_weights, shards_of
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_heads_of_a_bert_that_do_not_divide_its_width(tmp_path) -> None:
 
 
 def test_an_address_is_no_model_and_is_not_fetched(monkeypatch) -> None:
-    monkeypatch.setattr("evlgen.common.hub.resolve", lambda name: pytest.fail(f"{name} was fetched"))
+    monkeypatch.setattr("evlgen.weights.hub.resolve", lambda name: pytest.fail(f"{name} was fetched"))
     assert "address" in missing_model("https://host/model")
 
 

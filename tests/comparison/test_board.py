@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from evlgen.comparison.board import Board
+from evlgen.comparison.live_table import Board
 from evlgen.comparison.parsing import Amount
 from evlgen.comparison.plan import Settings
 

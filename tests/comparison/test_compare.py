@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from evlgen import cli
-from evlgen.common.config import Config
 from evlgen.common.registry import registry
 from evlgen.comparison import worker
+from evlgen.config.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDING = Path(__file__).with_name("recording.py")

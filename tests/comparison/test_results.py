@@ -9,8 +9,8 @@ from html import escape
 import pytest
 
 from evlgen.common.safe_text import printable
+from evlgen.comparison.html_report import page
 from evlgen.comparison.metrics import image_use_of, metric_names, metrics_of, table_metrics
-from evlgen.comparison.page import page
 from evlgen.comparison.plots import as_png, image_use_figure, loss_figure, quality_figure, sweep_figure
 from evlgen.comparison.results import mean_and_deviation, mean_curve, summary
 from evlgen.comparison.table import as_text, best_rows, cost_table, image_use_table, quality_table

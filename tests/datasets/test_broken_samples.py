@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evlgen.common.images import open_image
 from evlgen.datasets.base_dataset import Skipped
 from evlgen.datasets.caption_dataset import CaptionDataset, CaptionEvalDataset, read_caption_records
 from evlgen.datasets.media import ImageFiles
+from evlgen.media.images import open_image
 from evlgen.processors import build_processor
 
 READABLE = [

@@ -12,11 +12,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from evlgen.common.errors import DataError
-from evlgen.common.io import PACKAGE_ROOT
 from evlgen.common.registry import registry
-from evlgen.common.schema import check_section
+from evlgen.config.schema import check_section
 from evlgen.datasets.base_dataset import Skipped
 from evlgen.datasets.caption_builders import CaptionBuilder
+from evlgen.files.io import PACKAGE_ROOT
 
 PAIRS = [{"image": "a/1_77.jpg", "caption": "A red bus"}, {"image": "a/2_77.jpg", "caption": "Two dogs."}]
 PAIR_SAMPLES = [

@@ -11,12 +11,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from evlgen.common.errors import ConfigError, DataError
-from evlgen.common.io import PACKAGE_ROOT
 from evlgen.common.registry import registry
-from evlgen.common.schema import check_section
+from evlgen.config.schema import check_section
 from evlgen.datasets.base_dataset import Skipped
 from evlgen.datasets.caption_builders import CaptionBuilder
 from evlgen.datasets.caption_dataset import id_rule
+from evlgen.files.io import PACKAGE_ROOT
 
 TRAIN = [
     {"image": "train2014/COCO_train2014_000000000009.jpg", "caption": "A red bus.", "image_id": "coco_9"},

@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 
 from evlgen.common.errors import DataError
-from evlgen.common.io import PACKAGE_ROOT
 from evlgen.common.registry import registry
-from evlgen.common.yaml_io import read_yaml
+from evlgen.config.yaml_io import read_yaml
 from evlgen.datasets.base_dataset import Skipped
+from evlgen.files.io import PACKAGE_ROOT
 
 TOKENS = """a.jpg#0\tA dog runs .
 a.jpg#1\tThe dog .

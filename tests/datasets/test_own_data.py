@@ -17,13 +17,13 @@ from PIL import Image
 
 from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.registry import registry
-from evlgen.common.schema import check_section
+from evlgen.config.run_config import RunConfig
+from evlgen.config.schema import check_section
 from evlgen.datasets import Skipped
 from evlgen.datasets.base_dataset import BadRecord
-from evlgen.datasets.own_data import ImageTextBuilder, Shares, divide
-from evlgen.datasets.own_records import ImageColumns, read_records
+from evlgen.datasets.table_dataset import ImageTextBuilder, Shares, divide
+from evlgen.datasets.table_records import ImageColumns, read_records
 from evlgen.datasets.tables import open_table
-from evlgen.runners.run_config import RunConfig
 
 CAPTIONS = {"a.png": ["a dog", "the dog"], "b.png": ["red, and green"], "c.png": ["x", "y", "z"]}
 ROWS = [{"image": name, "caption": text} for name, texts in CAPTIONS.items() for text in texts]

@@ -8,9 +8,9 @@ from multiprocessing.reduction import ForkingPickler
 import pytest
 import torch
 
-from evlgen.datasets import packed
+from evlgen.datasets import compact_records as packed
 from evlgen.datasets.base_dataset import BadRecord
-from evlgen.datasets.packed import PackedRecords
+from evlgen.datasets.compact_records import PackedRecords
 
 RECORDS = [{"visual": f"{i}.jpg", "caption": ["caf\u00e9", "x" * i], "image_id": i} for i in range(10)]
 

@@ -13,12 +13,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from evlgen.common.errors import ConfigError, DataError
-from evlgen.common.io import PACKAGE_ROOT
 from evlgen.common.registry import registry
-from evlgen.common.schema import check_section
+from evlgen.config.schema import check_section
 from evlgen.datasets.base_dataset import BadRecord, Skipped
 from evlgen.datasets.question_annotations import coco_2014_name, read_questions
 from evlgen.datasets.question_builders import QuestionBuilder
+from evlgen.files.io import PACKAGE_ROOT
 
 DATASETS = ("coco_vqa", "vg_vqa", "ok_vqa", "aok_vqa", "gqa", "msrvtt_qa", "msvd_qa")
 SIZED = {

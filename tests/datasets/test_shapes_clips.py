@@ -10,9 +10,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from evlgen.common.io import PACKAGE_ROOT
 from evlgen.common.registry import registry
-from evlgen.common.schema import check_section
+from evlgen.config.schema import check_section
 from evlgen.datasets.shapes.checker import check
 from evlgen.datasets.shapes.clips import (
     NUM_FRAMES,
@@ -24,6 +23,7 @@ from evlgen.datasets.shapes.clips import (
 )
 from evlgen.datasets.shapes.reading import read
 from evlgen.datasets.shapes.world import Scene, Shape, draw
+from evlgen.files.io import PACKAGE_ROOT
 
 CLIPS = [moving_scene("train", i) for i in range(60)]
 

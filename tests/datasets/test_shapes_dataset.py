@@ -10,12 +10,12 @@ import torch
 from omegaconf import OmegaConf
 
 from evlgen.common.errors import ConfigError
-from evlgen.common.io import PACKAGE_ROOT
 from evlgen.common.registry import registry
-from evlgen.common.schema import check_section
+from evlgen.config.schema import check_section
 from evlgen.datasets.shapes.captions import captions
 from evlgen.datasets.shapes.world import draw, scene
 from evlgen.datasets.shapes_dataset import ShapesCaptionBuilder
+from evlgen.files.io import PACKAGE_ROOT
 from evlgen.processors.image import CLIP_MEAN, CLIP_STD
 
 

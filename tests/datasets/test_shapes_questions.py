@@ -11,12 +11,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from evlgen.common.errors import DataError
-from evlgen.common.io import PACKAGE_ROOT
 from evlgen.common.registry import registry
-from evlgen.common.schema import check_section
+from evlgen.config.schema import check_section
 from evlgen.datasets.shapes.questions import ANSWERS, QUESTION_KINDS, Question, question
 from evlgen.datasets.shapes.world import COLOURS, COLUMNS, KINDS, ROWS, draw, scene
 from evlgen.datasets.shapes_vqa_dataset import ShapesVQABuilder
+from evlgen.files.io import PACKAGE_ROOT
 from evlgen.tasks.metrics.vqa_accuracy import vqa_accuracy
 
 NUMBER_WORDS = {"one": 1, "two": 2, "three": 3}

@@ -20,14 +20,14 @@ from shard_files import png, sample, write_shard, write_shards
 
 from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.registry import registry
-from evlgen.common.tar_headers import tar_members
+from evlgen.config.run_config import RunConfig
 from evlgen.datasets import shards as shards_module
 from evlgen.datasets.base_dataset import BadRecord, Skipped
 from evlgen.datasets.shards import ShardDataset, _shuffled, lane_pieces
 from evlgen.datasets.stream import Lane
+from evlgen.files.tar_headers import tar_members
+from evlgen.loaders.mixed_plan import check_training_data, make_plan, told_length
 from evlgen.processors import build_processor
-from evlgen.runners.mixed_plan import check_training_data, make_plan, told_length
-from evlgen.runners.run_config import RunConfig
 
 IMAGE = build_processor({"name": "blip_image_eval", "image_size": 8, "mean": [0, 0, 0], "std": [1, 1, 1]})
 TEXT = build_processor({"name": "blip_caption"})

@@ -10,9 +10,9 @@ from pathlib import Path
 from hypothesis import strategies as st
 from PIL import Image
 
-from evlgen.common.io import PACKAGE_ROOT
 from evlgen.common.registry import registry
-from evlgen.common.yaml_io import read_yaml
+from evlgen.config.yaml_io import read_yaml
+from evlgen.files.io import PACKAGE_ROOT
 from evlgen.tasks.metrics.ptb_tokenizer import tokenize_lines
 from fuzzing.mutate import mutate_json
 

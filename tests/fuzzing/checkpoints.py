@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from transformers import BertConfig, BertModel, OPTForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from evlgen.common.digests import DIGESTS_FILE
 from evlgen.common.registry import registry
+from evlgen.files.digests import DIGESTS_FILE
 from evlgen.models.connectors.tomeformer import TomeFormer
 from evlgen.models.language.opt import OPTLanguageModel
 from evlgen.runners.checkpointer import Checkpointer
@@ -102,7 +102,7 @@ def _connector(path: Path) -> None:
 def _vision(path: Path) -> None:
     from omegaconf import OmegaConf
 
-    from evlgen.models.model_config import VisionConfig
+    from evlgen.config.model_config import VisionConfig
     from evlgen.models.vision import build_vision_encoder
 
     section = OmegaConf.to_container(OmegaConf.load(GOLDEN / "model.yaml").model.vision)

@@ -20,13 +20,13 @@ from evlgen.assemble import (
     follow_model,
     make_builders,
 )
-from evlgen.common.config import Config, load_model_file
 from evlgen.common.errors import EVLGenError
-from evlgen.common.io import PACKAGE_ROOT
-from evlgen.common.layers import MODEL_PARTS
-from evlgen.common.schema import parameters_of
-from evlgen.models.model_config import ModelConfig
-from evlgen.runners.run_config import RunConfig
+from evlgen.config.config import Config, load_model_file
+from evlgen.config.layers import MODEL_PARTS
+from evlgen.config.model_config import ModelConfig
+from evlgen.config.run_config import RunConfig
+from evlgen.config.schema import parameters_of
+from evlgen.files.io import PACKAGE_ROOT
 from fuzzing.mutate import VALUES, dump_yaml, mutate, mutate_tree
 
 PROJECTS = sorted(

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from evlgen.common.images import FORMATS, open_image
+from evlgen.media.images import FORMATS, open_image
 from fuzzing.mutate import mutate
 
 MAX_PIXELS = 4_000_000  # an image may take 46 MiB

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from shard_files import sample
 
-from evlgen.common.archives import extract
 from evlgen.common.errors import DataError
-from evlgen.common.tar_headers import BLOCK, tar_members
 from evlgen.datasets.archive_media import TarArchive
 from evlgen.datasets.shards import read_shard
+from evlgen.files.archives import extract
+from evlgen.files.tar_headers import BLOCK, tar_members
 from fuzzing.mutate import mutate
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}

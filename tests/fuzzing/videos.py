@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from evlgen.common.video import Video, spread
+from evlgen.media.video import Video, spread
 from fuzzing.images import few_pixels
 from fuzzing.mutate import mutate
 

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import BertConfig, BertForPreTraining, BertTokenizer, Blip2Config
 from transformers.models.blip_2.modeling_blip_2 import Blip2ForImageTextRetrieval
 
-from evlgen.common.config import load_model_config
 from evlgen.common.errors import CheckpointError, ConfigError
 from evlgen.common.registry import registry
+from evlgen.config.config import load_model_config
 from evlgen.datasets.shapes.captions import captions
 from evlgen.datasets.shapes.world import draw, scene
 from evlgen.models import blip2_stage1
@@ -646,7 +646,7 @@ def test_other_weights_of_a_strange_checkpoint_are_no_spare_ones(trained, tmp_pa
 
 def test_both_stages_run_one_after_the_other(tmp_path):
     from evlgen.assemble import run
-    from evlgen.common.config import Config
+    from evlgen.config.config import Config
 
     def train(stage: int, *more: str) -> dict:
         options = [f"model.connector.{k}={v}" for k, v in CONNECTOR.items()]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evlgen.common.config import load_model_config
 from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.registry import registry
+from evlgen.config.config import load_model_config
 from evlgen.models.vision.temporal import ATTENTIVE_FORMS, TemporalAttention, temporal_modules
 
 VISION = {

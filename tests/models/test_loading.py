@@ -8,9 +8,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from evlgen.common.config import load_model_config
 from evlgen.common.errors import CheckpointError, ConfigError
 from evlgen.common.registry import registry
+from evlgen.config.config import load_model_config
 from evlgen.models.architectures import EvlgenOPT, EvlgenVideoOPT
 from evlgen.models.base_model import BaseModel
 from evlgen.models.published.checkpoints import to_published_names

@@ -9,8 +9,8 @@ from PIL import Image
 
 from evlgen import load_model_and_preprocess
 from evlgen.common.errors import DataError
-from evlgen.common.video import Pictures
 from evlgen.datasets.shapes.world import draw, scene
+from evlgen.media.video import Pictures
 
 
 def image(index: int) -> Image.Image:

@@ -11,15 +11,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from evlgen.cli import main
-from evlgen.common.config import Config, load_model_config, load_model_file
 from evlgen.common.errors import CheckpointError, ConfigError
 from evlgen.common.registry import registry
-from evlgen.common.weights import read_pickle, read_weights
+from evlgen.config.config import Config, load_model_config, load_model_file
+from evlgen.config.lavis import own_names
+from evlgen.config.run_config import RunConfig
 from evlgen.models.published.checkpoints import to_own_names, to_published_names
-from evlgen.models.published.configs import own_names
 from evlgen.models.vision.temporal import TemporalAttention
 from evlgen.models.zoo import load_model
-from evlgen.runners.run_config import RunConfig
+from evlgen.weights.weights import read_pickle, read_weights
 
 PROJECTS = Path(__file__).parent / "published_projects"
 LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"

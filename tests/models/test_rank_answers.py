@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evlgen.common.config import load_model_config
 from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.registry import registry
+from evlgen.config.config import load_model_config
 from evlgen.models.blip2_stage1 import Blip2Stage1
 
 PROMPT = "Question: {} Short answer:"

@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 
 from evlgen.assemble import check_room, run
-from evlgen.common.config import Config
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
+from evlgen.config.config import Config
 
 FITS = [
     ["run.max_len=119"],

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
-from evlgen.common.config import load_model_config
 from evlgen.common.errors import CheckpointError
 from evlgen.common.registry import registry
+from evlgen.config.config import load_model_config
 from evlgen.datasets.shapes.captions import captions
 from evlgen.datasets.shapes.world import draw, scene
 from evlgen.models.soft_prompts import SoftPromptHead

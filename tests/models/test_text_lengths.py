@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from evlgen.commands.data_check import _measured
-from evlgen.common.config import load_model_config
 from evlgen.common.registry import registry
-from evlgen.common.schema import build_dataclass
+from evlgen.config.config import load_model_config
+from evlgen.config.run_config import RunConfig
+from evlgen.config.schema import build_dataclass
 from evlgen.models.language import build_language_model
 from evlgen.models.text_lengths import TextLength, WordLengths
-from evlgen.runners.run_config import RunConfig
 
 QUESTION, ANSWER = "what color is the circle?", "a blue square"
 

@@ -16,7 +16,7 @@ def build(golden):
     from omegaconf import OmegaConf
 
     def make(**changes):
-        from evlgen.common.config import load_model_file
+        from evlgen.config.config import load_model_file
 
         cfg = load_model_file(golden / "evlgen_opt" / "model.yaml")
         return registry.get_model_class("evlgen_opt").from_config(

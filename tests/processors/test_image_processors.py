@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision import transforms
 
 from evlgen.common.errors import ConfigError, DataError, RegistryError
-from evlgen.common.images import open_image
+from evlgen.media.images import open_image
 from evlgen.processors import build_processor
 from evlgen.processors.image import CLIP_MEAN, CLIP_STD
 from evlgen.processors.randaugment import RandAugment

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from evlgen.common.errors import ConfigError, DataError
-from evlgen.common.video import Pictures, Video
 from evlgen.datasets.file_builder import FileBuilder
+from evlgen.media.video import Pictures, Video
 from evlgen.models.zoo import load_preprocess
 from evlgen.processors import build_processor
 from evlgen.processors.image import CLIP_MEAN, CLIP_STD

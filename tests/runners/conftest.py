@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 from runners.processes import torchrun
 
-from evlgen.runners.data import BatchPlan
+from evlgen.loaders.data import BatchPlan
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ import signal
 import threading
 
 from evlgen import registry
-from evlgen.common import checkpoints
 from evlgen.runners import checkpointer, training_state
 from evlgen.tasks.captioning import CaptioningTask
+from evlgen.weights import checkpoints
 
 PLACE, _, NUMBER = os.environ.get("KILL_AT", "nowhere:0").partition(":")
 times = 0

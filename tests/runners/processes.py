@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from evlgen.assemble import run
-from evlgen.common.config import Config
+from evlgen.config.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = Path(__file__).with_name("ranks.py")

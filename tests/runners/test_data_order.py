@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from evlgen.datasets.base_dataset import BaseDataset
-from evlgen.runners import data
-from evlgen.runners.data import BatchPlan, eval_loader, seeded, train_loader
+from evlgen.loaders import data
+from evlgen.loaders.data import BatchPlan, eval_loader, seeded, train_loader
 
 
 def batches(count, **options):

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from runners.processes import alone, logged, read_lines, torchrun
 from safetensors.torch import load_file
 
-from evlgen.common.config import Config
 from evlgen.common.errors import ConfigError
+from evlgen.config.config import Config
 from evlgen.runners.sharding import Sharding, _stacks
 
 SIZES = {"one": 1, "two": 2, "five": 5, "seven": 7}

@@ -12,11 +12,11 @@ import pytest
 from safetensors.torch import load_file
 
 from evlgen.assemble import run, writing_named
-from evlgen.common.checkpoints import found_checkpoints
-from evlgen.common.config import Config
 from evlgen.common.errors import TrainingError
 from evlgen.common.registry import registry
+from evlgen.config.config import Config
 from evlgen.tasks.captioning import CaptioningTask
+from evlgen.weights.checkpoints import found_checkpoints
 
 SHORT = {"valid_splits": [], "precision": "fp32", "max_epoch": 1}
 # every file may have no byte: what a full disk says of a file that is there is said of all

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from evlgen.assemble import run
-from evlgen.common.config import Config
 from evlgen.common.registry import registry
+from evlgen.config.config import Config
 from evlgen.models.connectors.base import Connector
 from evlgen.runners.image_use import ImageUse, ImageUseMeter, common_fraction, exchange
 from evlgen.runners.log_fields import IMAGE_USE

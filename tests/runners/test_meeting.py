@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from evlgen.runners.meeting import agree, meeting
+from evlgen.runners.rendezvous import agree, meeting
 
 
 class TellingStore(dist.HashStore):

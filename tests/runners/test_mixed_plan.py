@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from shard_files import sample, write_shard, write_shards
 
 from evlgen.assemble import run
-from evlgen.common.config import Config
 from evlgen.common.errors import ConfigError, TrainingError
+from evlgen.config.config import Config
+from evlgen.config.run_config import RunConfig
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.datasets.shards import ShardDataset
-from evlgen.processors import build_processor
-from evlgen.runners import mixed_plan
-from evlgen.runners.data import BatchPlan, train_loader
-from evlgen.runners.mixed_plan import (
+from evlgen.loaders import mixed_plan
+from evlgen.loaders.data import BatchPlan, train_loader
+from evlgen.loaders.mixed_plan import (
     LANES,
     MixedPlan,
     StreamSlot,
@@ -30,7 +30,7 @@ from evlgen.runners.mixed_plan import (
     make_plan,
     split_ratios,
 )
-from evlgen.runners.run_config import RunConfig
+from evlgen.processors import build_processor
 from evlgen.runners.skipped import SkippedSamples
 
 

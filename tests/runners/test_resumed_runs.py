@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from evlgen.assemble import run
-from evlgen.common.config import Config
-from evlgen.datasets.packed import PackedRecords
+from evlgen.config.config import Config
+from evlgen.datasets.compact_records import PackedRecords
 from evlgen.datasets.records import digest
 
 SHORT = {"valid_splits": [], "precision": "fp32", "max_epoch": 1}

@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from evlgen.assemble import run
-from evlgen.common.config import Config
 from evlgen.common.errors import ConfigError, TrainingError
 from evlgen.common.registry import registry
+from evlgen.config.config import Config
 
 
 def train(path, *options):

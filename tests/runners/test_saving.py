@@ -19,14 +19,14 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from evlgen.assemble import run
-from evlgen.common import checkpoints
-from evlgen.common.config import Config
-from evlgen.common.digests import DIGESTS_FILE, check_digests
 from evlgen.common.errors import CheckpointError, TrainingError
 from evlgen.common.registry import registry
+from evlgen.config.config import Config
+from evlgen.files.digests import DIGESTS_FILE, check_digests
 from evlgen.runners.checkpointer import Checkpointer
 from evlgen.runners.optimizer import build_optimizer
 from evlgen.runners.training_state import TrainingState
+from evlgen.weights import checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = {"valid_splits": [], "max_epoch": 3, "precision": "fp32"}
@@ -212,7 +212,7 @@ import os, resource, sys
 from pathlib import Path
 import torch
 from accelerate import Accelerator
-from evlgen.common.config import Config
+from evlgen.config.config import Config
 from evlgen.common.registry import registry
 from evlgen.runners.checkpointer import Checkpointer
 from evlgen.runners.optimizer import build_optimizer
@@ -285,7 +285,7 @@ def test_resume_auto_passes_over_a_damaged_checkpoint_to_the_newest_good_one(tin
 def test_a_second_resume_of_a_run_folder_is_refused_while_the_first_is_at_work(tiny_project):
     path = tiny_project(run={**SHORT, "max_epoch": 1})
     folder = train(path)
-    lines = "import sys, time; from pathlib import Path; from evlgen.common.locks import sole_writer"
+    lines = "import sys, time; from pathlib import Path; from evlgen.files.locks import sole_writer"
     lines += "\nwith sole_writer(Path(sys.argv[1])): print('at work', flush=True); time.sleep(60)"
     first = subprocess.Popen([sys.executable, "-c", lines, str(folder)], stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "at work\n"

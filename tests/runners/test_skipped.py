@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from evlgen.assemble import run
-from evlgen.common.config import Config
 from evlgen.common.errors import CheckpointError, TrainingError
+from evlgen.config.config import Config
 from evlgen.datasets.base_dataset import Skipped
-from evlgen.runners.data import BatchPlan
+from evlgen.loaders.data import BatchPlan
 from evlgen.runners.skipped import FILE, SkippedSamples
 
 

@@ -8,9 +8,9 @@ import math
 import pytest
 
 from evlgen.assemble import run
-from evlgen.common.config import Config
 from evlgen.common.errors import CheckpointError, ConfigError
-from evlgen.runners.data import evenly_spread
+from evlgen.config.config import Config
+from evlgen.loaders.data import evenly_spread
 from evlgen.runners.training_state import Effort
 from evlgen.tasks.captioning import CaptioningTask
 

@@ -20,22 +20,23 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from evlgen.assemble import run as run_project
-from evlgen.common.config import Config
 from evlgen.common.errors import ConfigError, DataError, Interrupted, TrainingError
 from evlgen.common.registry import registry
+from evlgen.config.config import Config
+from evlgen.config.run_config import RunConfig
 from evlgen.datasets.base_dataset import BaseDataset, Skipped
 from evlgen.datasets.caption_dataset import CaptionDataset
 from evlgen.datasets.media import ImageFiles
 from evlgen.datasets.shapes_dataset import ShapesCaptionDataset
+from evlgen.loaders.data import mix_seed, seeded
+from evlgen.loaders.interruption import StopRequest
 from evlgen.models.vision.timm_encoder import TimmEncoder
 from evlgen.processors import build_processor
-from evlgen.runners import token_store, vision_cache
-from evlgen.runners.cache_key import CacheKey, Pictures
-from evlgen.runners.data import mix_seed, seeded
-from evlgen.runners.interruption import StopRequest
-from evlgen.runners.run_config import RunConfig
-from evlgen.runners.token_store import BROKEN, DONE, TO_DO
-from evlgen.runners.vision_cache import cached
+from evlgen.vision_cache import cache as vision_cache
+from evlgen.vision_cache import store as token_store
+from evlgen.vision_cache.cache import cached
+from evlgen.vision_cache.key import CacheKey, Pictures
+from evlgen.vision_cache.store import BROKEN, DONE, TO_DO
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE, PICTURES = 56, 24

@@ -19,12 +19,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from evlgen.assemble import run
-from evlgen.common.checkpoints import found_checkpoints
-from evlgen.common.config import Config
 from evlgen.common.errors import DataError, Interrupted, TrainingError
+from evlgen.config.config import Config
 from evlgen.datasets.base_dataset import BaseDataset
-from evlgen.runners.data import BatchPlan, eval_loader, train_loader, workers_named
-from evlgen.runners.interruption import StopRequest
+from evlgen.loaders.data import BatchPlan, eval_loader, train_loader, workers_named
+from evlgen.loaders.interruption import StopRequest
+from evlgen.weights.checkpoints import found_checkpoints
 
 SHAPES = iter([2, 3] * 9)
 PLUGIN = Path(__file__).with_name("bad_workers.py")

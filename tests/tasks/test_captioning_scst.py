@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from evlgen.assemble import run as run_project
-from evlgen.common.config import Config, load_model_file
 from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.registry import registry
+from evlgen.config.config import Config, load_model_file
+from evlgen.config.run_config import RunConfig
 from evlgen.datasets.base_dataset import BaseDataset, collate
-from evlgen.runners.data import BatchPlan, train_loader
-from evlgen.runners.run_config import RunConfig
+from evlgen.loaders.data import BatchPlan, train_loader
 from evlgen.tasks.captioning_scst import SelfCriticalCaptioningTask
 
 

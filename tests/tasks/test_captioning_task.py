@@ -10,10 +10,10 @@ from PIL import Image
 
 from evlgen.common.errors import DataError
 from evlgen.common.registry import registry
+from evlgen.config.run_config import RunConfig
 from evlgen.datasets.caption_dataset import CaptionEvalDataset
 from evlgen.datasets.media import ImageFiles
 from evlgen.processors import build_processor
-from evlgen.runners.run_config import RunConfig
 from evlgen.tasks.captioning import domain_scores
 from evlgen.tasks.metrics import score_captions
 

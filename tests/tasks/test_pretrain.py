@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from evlgen.assemble import run
-from evlgen.common.config import Config
+from evlgen.config.config import Config
 
 
 def test_it_trains_and_evaluates_nothing(tiny_project, tmp_path):

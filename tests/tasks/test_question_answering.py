@@ -11,11 +11,11 @@ import torch
 from omegaconf import OmegaConf
 
 from evlgen.assemble import run as run_project
-from evlgen.common.config import Config, load_model_file
 from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.registry import registry
+from evlgen.config.config import Config, load_model_file
+from evlgen.config.run_config import RunConfig
 from evlgen.datasets.base_dataset import BaseDataset, collate
-from evlgen.runners.run_config import RunConfig
 from evlgen.tasks import question_answering
 from evlgen.tasks.caption_sheet import caption_sheet
 from evlgen.tasks.lemmatizer import Lemmatizer

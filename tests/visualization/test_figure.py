@@ -12,9 +12,9 @@ from PIL import Image
 
 from evlgen import cli
 from evlgen.common.errors import ConfigError, DataError
-from evlgen.common.frames import read_frames
 from evlgen.common.registry import registry
 from evlgen.datasets.shapes.world import draw, scene
+from evlgen.media.frames import read_frames
 from evlgen.visualization import draw_merging, untrained
 from evlgen.visualization.figure import _note, draw_found, merge_clips
 from evlgen.visualization.merging import Merging, Stage, find_merging

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from evlgen.common.config import load_model_config
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
+from evlgen.config.config import load_model_config
 from evlgen.datasets.shapes.world import draw, scene
 from evlgen.models.connectors.base import Connector
 from evlgen.visualization.merging import find_merging, layer_numbers

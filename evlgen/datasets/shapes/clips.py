@@ -21,7 +21,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from evlgen.common.video import Clip
 from evlgen.datasets.shapes.captions import CAPTIONS_PER_SCENE, write_caption
 from evlgen.datasets.shapes.checker import judge
 from evlgen.datasets.shapes.reading import Reading, read
@@ -36,6 +35,7 @@ from evlgen.datasets.shapes.world import (
     random_shape,
     split_of,
 )
+from evlgen.media.video import Clip
 
 NUM_FRAMES = 8
 _SHARE_MOVING = 0.7  # of the shapes in outer lanes

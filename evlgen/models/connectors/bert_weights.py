@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from evlgen.common.errors import CheckpointError
-from evlgen.common.hub import local_model_folder, read_model_config
-from evlgen.common.weights import read_weights
+from evlgen.weights.hub import local_model_folder, read_model_config
+from evlgen.weights.weights import read_weights
 
 
 @dataclasses.dataclass(frozen=True)

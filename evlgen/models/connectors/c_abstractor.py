@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from evlgen.common.errors import ConfigError
 from evlgen.common.memory import check_fits
 from evlgen.common.registry import registry
-from evlgen.common.schema import PositiveInt
+from evlgen.config.schema import PositiveInt
 from evlgen.models.connectors.grid import GridConnector, grid_means
 from evlgen.models.connectors.projection import projection
 

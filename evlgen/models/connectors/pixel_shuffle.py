@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
-from evlgen.common.schema import PositiveInt
+from evlgen.config.schema import PositiveInt
 from evlgen.models.connectors.grid import GridConnector
 from evlgen.models.connectors.projection import projection
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from evlgen.common.registry import registry
-from evlgen.common.schema import PositiveInt
+from evlgen.config.schema import PositiveInt
 from evlgen.models.connectors.grid import GridConnector, grid_means
 from evlgen.models.connectors.projection import projection
 

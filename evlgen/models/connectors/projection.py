@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from evlgen.common.memory import check_fits
 from evlgen.common.registry import registry
-from evlgen.common.schema import PositiveInt
+from evlgen.config.schema import PositiveInt
 from evlgen.models.connectors.base import Connector
 
 _GELU_MEAN_SQUARE = 0.4252  # of the GELU of a standard normal variable

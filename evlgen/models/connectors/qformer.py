@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from evlgen.common.memory import check_fits
 from evlgen.common.registry import registry
-from evlgen.common.schema import PositiveFloat, PositiveInt, Share
+from evlgen.config.schema import PositiveFloat, PositiveInt, Share
 from evlgen.models.connectors.base import Connector
 from evlgen.models.connectors.bert_weights import BertSizes, bert_sizes
 from evlgen.models.connectors.projection import start_at_scale

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from evlgen.common.errors import CheckpointError, ConfigError
-from evlgen.common.hub import local_model_folder
-from evlgen.common.weights import reading, weights_only
 from evlgen.models.connectors.qformer import INITIALISER_STD, FeedForward, QFormer
 from evlgen.models.connectors.qformer_weights import load_bert
 from evlgen.models.language.generation import Decoding, branch_rows, search
 from evlgen.models.language.plain_text import PlainText
 from evlgen.models.ops import linear
+from evlgen.weights.hub import local_model_folder
+from evlgen.weights.weights import reading, weights_only
 
 
 class TextTokens(NamedTuple):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from evlgen.common.errors import ConfigError
 from evlgen.common.memory import check_fits
 from evlgen.common.registry import registry
-from evlgen.common.schema import AtLeast, NonNegativeInt, PositiveFloat, PositiveInt, Share
+from evlgen.config.schema import AtLeast, NonNegativeInt, PositiveFloat, PositiveInt, Share
 from evlgen.models.connectors.base import Connector
 from evlgen.models.connectors.bert_weights import BertSizes, bert_sizes, load_bert_layers
 from evlgen.models.connectors.projection import count_frames, start_at_scale

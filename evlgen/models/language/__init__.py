@@ -7,13 +7,13 @@ import torch
 from evlgen.common.errors import ConfigError
 from evlgen.common.precision import dtype_of
 from evlgen.common.registry import registry
+from evlgen.config.model_config import LanguageConfig, ModelConfig
 from evlgen.models.language.base import LanguageModel
 from evlgen.models.language.causal import CausalLanguageModel, is_encoder_decoder
 from evlgen.models.language.loading import config_content, find_model
 from evlgen.models.language.opt import OPTLanguageModel
 from evlgen.models.language.seq2seq import Seq2SeqLanguageModel
 from evlgen.models.language.vicuna import VicunaLanguageModel
-from evlgen.models.model_config import LanguageConfig, ModelConfig
 from evlgen.models.ops import language_attention
 
 __all__ = [

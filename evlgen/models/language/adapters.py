@@ -7,7 +7,7 @@ import importlib.util
 from torch import nn
 
 from evlgen.common.errors import ConfigError, did_you_mean
-from evlgen.models.model_config import LoraConfig
+from evlgen.config.model_config import LoraConfig
 
 
 def add_adapters(model: nn.Module, cfg: LoraConfig) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from evlgen.common.errors import CheckpointError, ConfigError
+from evlgen.config.model_config import LoraConfig
 from evlgen.models.language.adapters import adapter_modules, add_adapters
 from evlgen.models.language.base import LanguageModel
 from evlgen.models.language.loading import (
@@ -25,7 +26,6 @@ from evlgen.models.language.loading import (
 from evlgen.models.language.plain_text import PlainText
 from evlgen.models.language.quantization import quantization_options
 from evlgen.models.language.ranking import Reader, RepeatingReader, log_likelihoods
-from evlgen.models.model_config import LoraConfig
 
 IGNORED = -100  # label of positions that are not learned
 _EMBEDDED_AT_ONCE = 8192

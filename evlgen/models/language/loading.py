@@ -13,10 +13,10 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from evlgen.common.errors import CheckpointError, ConfigError
-from evlgen.common.hub import is_gguf, local_model_folder, missing_model, read_model_config
-from evlgen.common.io import resolve
-from evlgen.common.model_sizes import check_counts, check_model, weights_held
-from evlgen.common.weights import check_finite, reading, weights_only
+from evlgen.files.io import resolve
+from evlgen.weights.hub import is_gguf, local_model_folder, missing_model, read_model_config
+from evlgen.weights.model_sizes import check_counts, check_model, weights_held
+from evlgen.weights.weights import check_finite, reading, weights_only
 
 
 def find_model(name: str) -> Path:

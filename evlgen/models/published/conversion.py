@@ -12,20 +12,20 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
-from evlgen.common.checkpoints import CONFIG_FILE, WEIGHTS_FILE, is_checkpoint, write_folder
-from evlgen.common.config import find_config, load_model_layers
 from evlgen.common.errors import CheckpointError
-from evlgen.common.io import atomic_file, make_readable, resolve, write_atomically
-from evlgen.common.layers import Layer, display, options_layer, read_layer
 from evlgen.common.registry import registry
-from evlgen.common.weights import read_pickle, read_weights
-from evlgen.common.yaml_io import as_yaml_would_be, dump_yaml
+from evlgen.config.config import find_config, load_model_layers
+from evlgen.config.layers import Layer, display, options_layer, read_layer
+from evlgen.config.yaml_io import as_yaml_would_be, dump_yaml
+from evlgen.files.io import atomic_file, make_readable, resolve, write_atomically
 from evlgen.models.published.checkpoints import (
     PROJECTIONS,
     is_published,
     to_own_names,
     to_published_names,
 )
+from evlgen.weights.checkpoints import CONFIG_FILE, WEIGHTS_FILE, is_checkpoint, write_folder
+from evlgen.weights.weights import read_pickle, read_weights
 
 
 def convert(

@@ -7,7 +7,7 @@ import torch
 from evlgen.common.errors import ConfigError
 from evlgen.common.precision import dtype_of
 from evlgen.common.registry import registry
-from evlgen.models.model_config import VisionConfig
+from evlgen.config.model_config import VisionConfig
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.temporal import ATTENTIVE_FORMS, add_temporal_attention
 from evlgen.models.vision.timm_encoder import ClipL, EvaClipG, TimmEncoder

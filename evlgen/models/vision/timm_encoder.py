@@ -16,14 +16,14 @@ from timm.models.mobilenetv3 import MobileNetV3
 from torch import Tensor, nn
 
 from evlgen.common.errors import CheckpointError, ConfigError, EVLGenError, did_you_mean
-from evlgen.common.io import download_target, resolve
 from evlgen.common.memory import check_fits
 from evlgen.common.registry import registry
-from evlgen.common.weights import check_finite, read_weights, weights_only
+from evlgen.files.io import download_target, resolve
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.checkpointing import FairscaleCheckpoints, checkpoint_blocks, offloaded
 from evlgen.models.vision.efficientnet import efficientnet_to_timm, is_efficientnet_pytorch
 from evlgen.models.vision.merging import Merging, merge_in_blocks, num_merged_tokens
+from evlgen.weights.weights import check_finite, read_weights, weights_only
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from evlgen.common.config import load_model_config
 from evlgen.common.registry import registry
+from evlgen.config.config import load_model_config
 from evlgen.datasets.shapes.captions import captions
 from evlgen.datasets.shapes.world import draw, scene
 from evlgen.processors.image import BlipImageEvalProcessor

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from reference import plain_matching
 from torch import Tensor
 
-from evlgen.common.config import load_model_config
 from evlgen.common.errors import ConfigError
+from evlgen.config.config import load_model_config
 from evlgen.models.connectors import TomeFormer, tomeformer
 from evlgen.models.token_merging import (
     compose_maps,

@@ -9,8 +9,8 @@ import torch
 
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
+from evlgen.config.model_config import LoraConfig
 from evlgen.models.language import CausalLanguageModel, OPTLanguageModel, Seq2SeqLanguageModel
-from evlgen.models.model_config import LoraConfig
 
 TEXTS = ["a red circle", "two blue stars", "a cat"]
 FAMILIES = ("opt", "llama", "qwen3", "gpt_neox", "gemma2", "bloom")
@@ -85,7 +85,7 @@ def test_adapters_in_a_whole_model_are_trained_saved_and_loaded(golden, tmp_path
     from omegaconf import OmegaConf
     from safetensors.torch import load_file
 
-    from evlgen.common.config import load_model_file
+    from evlgen.config.config import load_model_file
 
     cfg = load_model_file(golden / "evlgen_opt" / "model.yaml")
     changes = {"language": {"lora": {"r": 2, "dropout": 0.1}}}

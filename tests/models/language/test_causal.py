@@ -10,8 +10,8 @@ import torch
 
 from evlgen.common.errors import CheckpointError, ConfigError
 from evlgen.common.registry import registry
+from evlgen.config.model_config import LanguageConfig, LoraConfig, ModelConfig
 from evlgen.models.language import CausalLanguageModel, build_language_model
-from evlgen.models.model_config import LanguageConfig, LoraConfig, ModelConfig
 
 FAMILIES = (
     "opt",

@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from evlgen.common.config import Config
 from evlgen.common.registry import registry
+from evlgen.config.config import Config
 
 SMALL = "kwargs: {patch_size: 8, embed_dim: 32, depth: 2, num_heads: 4}, pretrained: false, image_size: 32"
 VISION = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evlgen.common.config import load_model_config
 from evlgen.common.registry import registry
-from evlgen.runners.run_config import RunConfig
+from evlgen.config.config import load_model_config
+from evlgen.config.run_config import RunConfig
 
 # lavis/models/blip2_models: (length, repetition) of captions, and of answers
 PUBLISHED = {

@@ -10,10 +10,10 @@ import torch
 import transformers
 
 from evlgen.common.errors import CheckpointError, ConfigError
-from evlgen.common.hub import looks_like_path, missing_model
-from evlgen.common.io import PACKAGE_ROOT
+from evlgen.config.model_config import LanguageConfig, LoraConfig, ModelConfig
+from evlgen.files.io import PACKAGE_ROOT
 from evlgen.models.language import build_language_model
-from evlgen.models.model_config import LanguageConfig, LoraConfig, ModelConfig
+from evlgen.weights.hub import looks_like_path, missing_model
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed (extra: gguf)")
 

@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from evlgen.common.errors import CheckpointError
-from evlgen.common.model_sizes import Held, check_counts, weights_held
+from evlgen.config.model_config import LanguageConfig, ModelConfig
 from evlgen.models.language import build_language_model
-from evlgen.models.model_config import LanguageConfig, ModelConfig
+from evlgen.weights.model_sizes import Held, check_counts, weights_held
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from evlgen.common.errors import ConfigError
+from evlgen.config.model_config import LanguageConfig, ModelConfig
 from evlgen.models.language import build_language_model
 from evlgen.models.language.quantization import quantization_options
-from evlgen.models.model_config import LanguageConfig, ModelConfig
 
 GPU = torch.device("cuda")
 

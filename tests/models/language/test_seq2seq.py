@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from evlgen.common.errors import CheckpointError, ConfigError
+from evlgen.config.model_config import LanguageConfig, ModelConfig
 from evlgen.models.language import OPTLanguageModel, Seq2SeqLanguageModel, build_language_model
-from evlgen.models.model_config import LanguageConfig, ModelConfig
 from evlgen.models.text_lengths import TextLength, TextLengths
 
 QUESTIONS = ["what color is the circle?", "", "how many stars are there on the hill?"]

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from evlgen.common.errors import ConfigError
-from evlgen.models.model_config import VisionConfig
+from evlgen.config.model_config import VisionConfig
 from evlgen.models.vision import VisionEncoder, build_vision_encoder
 from evlgen.models.vision.temporal import add_temporal_attention, temporal_modules
 

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from evlgen.assemble import follow_model
-from evlgen.common.config import Config, load_model_file
 from evlgen.common.registry import registry
+from evlgen.config.config import Config, load_model_file
 from evlgen.models.vision import TimmEncoder, vision_encoder_class
 
 

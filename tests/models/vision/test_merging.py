@@ -13,10 +13,10 @@ from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from evlgen.common.config import load_model_file
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
-from evlgen.models.model_config import TemporalConfig, VisionConfig
+from evlgen.config.config import load_model_file
+from evlgen.config.model_config import TemporalConfig, VisionConfig
 from evlgen.models.token_merging import merge_mean
 from evlgen.models.vision import build_vision_encoder
 

@@ -1,0 +1,408 @@
+"""Configuration: files and options in, checked sections out.
+
+Layers, the weakest first: ``configs/default.yaml``, the model type's YAML, each dataset's YAML, the project
+file, ``--options``. Everything is checked before anything is built: structure and the ``run`` section before
+torch is even imported, then names, then the parameters of what was named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from evlgen.common.errors import ConfigError, did_you_mean
+from evlgen.common.plugins import load_entry_points, load_plugins
+from evlgen.common.registry import registry
+from evlgen.config.checks import (
+    check_datasets,
+    check_env,
+    check_model,
+    check_run,
+    check_structure,
+    check_together,
+)
+from evlgen.config.lavis import (
+    datasets_in_own_words,
+    from_published,
+    has_published_file,
+    left_out_beta,
+    own_names,
+    run_in_own_words,
+)
+from evlgen.config.layers import (
+    MODEL_PARTS,
+    OPTIONS,
+    Layer,
+    Layers,
+    builder_name,
+    options_layer,
+    read_layer,
+)
+from evlgen.config.run_config import RunConfig
+from evlgen.config.schema import Problems, Registered
+from evlgen.config.yaml_io import dump_yaml
+from evlgen.files.io import PACKAGE_ROOT, write_atomically
+
+logger = logging.getLogger(__name__)
+
+DEFAULTS = PACKAGE_ROOT / "configs" / "default.yaml"
+
+
+class Config:
+    """A checked configuration.
+
+    Attributes:
+        model: the ``model`` section, with the model type's defaults filled in.
+        datasets: the ``datasets`` section, each with its dataset's defaults.
+        run: the ``run`` section.
+        env: the ``env`` section.
+        plugins: the plugins loaded, files as absolute paths.
+        cfg_path: the project file, None where there was none.
+    """
+
+    def __init__(
+        self,
+        model: DictConfig,
+        datasets: DictConfig,
+        run: RunConfig,
+        env: DictConfig,
+        plugins: list[str],
+        cfg_path: Path | None,
+        layers: Layers,
+    ) -> None:
+        self.model = model
+        self.datasets = datasets
+        self.run = run
+        self.env = env
+        self.plugins = plugins
+        self.cfg_path = cfg_path
+        self._layers = layers
+
+    @classmethod
+    def load(
+        cls, cfg_path: str | os.PathLike | None, options: Sequence[str] = (), plugins: Sequence[str] = ()
+    ) -> Config:
+        """Reads, layers and checks a project file.
+
+        Args:
+            cfg_path: the project file, looked up as `find_config` says; None: only defaults and options.
+            options: ``key.path=value``, the value in YAML; they win over everything.
+            plugins: modules or ``.py`` files to import besides the file's own ``plugins``.
+
+        Raises:
+            ConfigError: the file is not there, or there are problems in it: one line for each, with the key's
+                path, the file it came from, and the nearest valid key.
+            EVLGenError: a plugin failed.
+        """
+        path = find_config(cfg_path) if cfg_path is not None else None
+        defaults = read_layer(DEFAULTS)
+        own = Layers([*([read_layer(path)] if path else []), options_layer(options)])
+        layers = Layers([defaults, *own.layers])
+        published = has_published_file(own.layers)
+        _check_early(layers, published)
+
+        load_entry_points()
+        names = [*(layers.get("plugins") or []), *plugins]
+        loaded = load_plugins(names, path.parent if path else None)
+
+        arch, beta_problem = own.get("model.arch"), left_out_beta(own.layers)
+        translated, ignored = from_published(own.layers)
+        own = Layers(translated)
+        if published:
+            _check_names(own)
+        layers = Layers([defaults, *_with_dataset_defaults(_with_model_type(own)).layers])
+        merged = layers.merged()
+        merged["datasets"], of_datasets = datasets_in_own_words(merged.get("datasets", {}), arch)
+        ignored += [*of_datasets, *(f"run.{key}" for key in run_in_own_words(merged.get("run", {}))[1])]
+        problems = Problems(layers.source)
+        model = check_model(merged.get("model", {}), problems)
+        datasets = check_datasets(merged.get("datasets", {}), problems)
+        env = check_env(merged.get("env"), problems)
+        run = check_run(merged.get("run", {}), problems, list(datasets))
+        check_together(model, run, problems)
+        if beta_problem:
+            problems.add("model.beta", beta_problem)
+        problems.raise_any()
+        _warn_of(ignored)
+        sections = (OmegaConf.create(model), OmegaConf.create(datasets), run, OmegaConf.create(env))
+        return cls(*sections, plugins=loaded, cfg_path=path, layers=layers)
+
+    def source(self, key_path: str) -> str:
+        """The file (or ``--options``) a key such as ``model.connector.r`` came from; "" if built in."""
+        return self._layers.source(key_path)
+
+    def is_left_behind(self, key_path: str, other: str) -> bool:
+        """Whether a key is built in for what ``other`` no longer is; see `Layers.is_left_behind`."""
+        return self._layers.is_left_behind(key_path, other)
+
+    def model_plain(self) -> dict[str, Any]:
+        """The ``model`` section as plain dicts and lists."""
+        return OmegaConf.to_container(self.model, resolve=True)
+
+    def datasets_plain(self) -> dict[str, dict[str, Any]]:
+        """The ``datasets`` section as plain dicts and lists."""
+        return OmegaConf.to_container(self.datasets, resolve=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole configuration as plain dicts and lists."""
+        return {
+            "plugins": list(self.plugins),
+            "env": OmegaConf.to_container(self.env, resolve=True),
+            "model": self.model_plain(),
+            "datasets": self.datasets_plain(),
+            "run": dataclasses.asdict(self.run),
+        }
+
+    def to_yaml(self) -> str:
+        """The whole configuration as text that `load` reads back as the same one."""
+        return dump_yaml(self.to_dict())
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes `to_yaml` to a file."""
+        write_atomically(path, self.to_yaml())
+
+
+def validate(config: Config) -> None:
+    """Checks a configuration again, as `Config.load` did: for one that was changed in Python.
+
+    Raises:
+        ConfigError: one line for each problem.
+    """
+    problems = Problems(config.source)
+    content = config.to_dict()
+    check_model(content["model"], problems)
+    check_datasets(content["datasets"], problems)
+    check_env(content["env"], problems)
+    run = check_run(content["run"], problems, list(content["datasets"]))
+    check_together(content["model"], run, problems)
+    problems.raise_any()
+
+
+def find_config(path: str | os.PathLike) -> Path:
+    """A YAML file: as given (from the working folder), then inside the package.
+
+    Raises:
+        ConfigError: it is in neither place; names both, and packaged project files with a name like it.
+    """
+    given = Path(os.path.expanduser(path))
+    places = [given.absolute(), PACKAGE_ROOT / given]
+    for place in places:
+        if os.path.isfile(place):
+            return place
+    packaged = [
+        p.relative_to(PACKAGE_ROOT).as_posix() for p in sorted(PACKAGE_ROOT.glob("projects/**/*.yaml"))
+    ]
+    looked = " nor at ".join(dict.fromkeys(map(str, places)))
+    raise ConfigError(f"there is no YAML file at {looked}.{did_you_mean(str(path), packaged)}")
+
+
+def load_model_config(
+    arch: str, model_type: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> DictConfig:
+    """The ``model`` section of a registered model's type, checked.
+
+    Args:
+        arch: a registered model; or a published name, which means what it means in a file.
+        model_type: one of its types; None: its default type.
+        overrides: keys of the section that win over the type's, nested as in YAML.
+
+    Raises:
+        RegistryError: there is no such architecture.
+        ConfigError: there is no such type, or the overrides do not fit.
+    """
+    load_entry_points()
+    cls = registry.get_model_class(own_names(arch, None)[0])
+    if model_type is None:
+        model_type = cls.DEFAULT_MODEL_TYPE
+    section = {**(overrides or {}), "arch": arch, "model_type": model_type}
+    return _model_section(Layers([Layer("overrides", {"model": section})]))
+
+
+def load_dataset_config(
+    name: str, path: str | os.PathLike | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The section of a registered dataset, checked: its own YAML, and over it that of a file.
+
+    Args:
+        name: a registered dataset, or what a file calls it.
+        path: a file whose ``datasets`` section has one of this name, or only one.
+
+    Returns:
+        The section, and what the file itself says.
+
+    Raises:
+        RegistryError: there is no such dataset.
+        ConfigError: no such file, no such section, or problems in it.
+    """
+    load_entry_points()
+    layer, section = Layer("", {}), {}
+    if path is not None:
+        layer = read_layer(find_config(path))
+        sections = layer.content.get("datasets")
+        if not isinstance(sections, Mapping) or (name not in sections and len(sections) != 1):
+            raise ConfigError(f"{layer.source} has no `{name}` under `datasets:`.")
+        section = sections.get(name, next(iter(sections.values()))) or {}
+    registry.get_builder_class(builder_name(name, section))
+    layers = _with_dataset_defaults(Layers([Layer(layer.source, {"datasets": {name: section}})]))
+    problems = Problems(layers.source)
+    values = check_datasets(datasets_in_own_words(layers.merged()["datasets"])[0], problems)
+    problems.raise_any()
+    return values[name], dict(section)
+
+
+def load_model_file(path: str | os.PathLike) -> DictConfig:
+    """The ``model`` section of a YAML file, checked, its relative paths looked up beside the file.
+
+    What the file leaves out comes from its ``model_type``; or from the architecture's default type, where
+    the file does not name all three parts itself. It may come from somebody else, with weights: only its
+    ``model`` section is read, no plugin of it is imported, and no ``${oc.env:NAME}`` in it is resolved.
+
+    Raises:
+        ConfigError: no such file, no ``model`` section, or problems in it.
+    """
+    return load_model_layers([read_layer(find_config(path))])
+
+
+def load_model_layers(layers: Sequence[Layer]) -> DictConfig:
+    """As `load_model_file`, of layers, the weakest first. The first one is the file."""
+    if not isinstance(layers[0].content.get("model"), Mapping):
+        raise ConfigError(f"{layers[0].source} has no `model:` section.")
+    load_entry_points()
+    sections = [Layer(layer.source, {"model": layer.content.get("model")}) for layer in layers]
+    return _model_section(Layers(sections, resolvers=False))
+
+
+def _model_section(layers: Layers) -> DictConfig:
+    translated, ignored = from_published(layers.layers)
+    layers = _with_model_type(Layers(translated, layers.resolvers))
+    _warn_of(ignored)
+    problems = Problems(layers.source)
+    values = check_model(layers.merged()["model"], problems)
+    problems.raise_any()
+    return OmegaConf.create(values)
+
+
+def _warn_of(ignored: Sequence[str]) -> None:
+    """One warning that names the published keys that have no effect here."""
+    if not ignored:
+        return
+    launched = any(path in ("run.device", "run.world_size", "run.distributed") for path in ignored)
+    why = "; devices and processes come from how the command is started" if launched else ""
+    logger.warning("%s: without effect here%s", ", ".join(ignored), why)
+
+
+def _check_early(layers: Layers, published: bool) -> None:
+    """What can be said without importing models, datasets and tasks: sections; keys and types of ``run``. In
+    a published file the latter may belong to a task that is not here, and wait."""
+    problems = Problems(layers.source, check_names=False)
+    check_structure(layers, problems)
+    problems.raise_any()
+    try:
+        merged = layers.merged()
+    except ConfigError:
+        return  # an interpolation may lead to a key of a layer that is not there yet
+    check_env(merged.get("env"), problems)
+    if not published:
+        check_run(merged.get("run", {}), problems)
+    if "arch" not in merged.get("model", {}):
+        empty = [layer.source for layer in layers.layers if not layer.content and layer.source != OPTIONS]
+        why = f"; {empty[0]} is empty" if empty else ""
+        problems.add("model.arch", f"is required: the name of a registered model, such as evlgen_opt{why}")
+    problems.raise_any()
+
+
+def _check_names(layers: Layers) -> None:
+    """Raises `ConfigError` for an architecture or a task of a published file that is not here: what else is
+    unknown in the file belongs to it."""
+    problems = Problems(layers.source)
+    for key, kind in (("model.arch", "model"), ("run.task", "task")):
+        problem = Registered(kind).problem(layers.get(key)) if layers.has(key) else None
+        if problem:
+            problems.add(key, problem)
+    problems.raise_any()
+
+
+def _with_model_type(layers: Layers) -> Layers:
+    """The layers with the model type's YAML below the project file. Wrong names are left to `check_model`."""
+    arch = layers.get("model.arch")
+    if arch not in registry.list_models():
+        return layers
+    cls = registry.get_model_class(arch)
+    model_type = _model_type(layers, cls)
+    if not isinstance(model_type, str) or model_type not in cls.MODEL_TYPES:
+        return layers
+    layer = _default_layer(cls.MODEL_TYPES[model_type], f"type '{model_type}' of {arch}", "model")
+    layer.content["model"].update(arch=arch, model_type=model_type)
+    return Layers([layer, *layers.layers], layers.resolvers)
+
+
+def _model_type(layers: Layers, cls: type) -> str | None:
+    """The named type, else the default type; none where the section names all its parts and stands alone."""
+    if layers.has("model.model_type"):
+        return layers.get("model.model_type")
+    if all(layers.has(f"model.{part}.name") for part in MODEL_PARTS):
+        return None
+    return cls.DEFAULT_MODEL_TYPE
+
+
+def _with_dataset_defaults(layers: Layers) -> Layers:
+    defaults = []
+    sections = layers.get("datasets") or {}
+    for name in layers.section_names("datasets"):
+        builder = builder_name(name, sections.get(name))
+        if builder not in registry.list_datasets():
+            continue
+        path = getattr(registry.get_builder_class(builder), "DEFAULT_CONFIG", None)
+        if path is None:
+            continue
+        layer = _default_layer(path, f"dataset '{builder}'", "datasets")
+        if builder not in layer.content["datasets"]:
+            raise ConfigError(
+                f"{layer.source}, the defaults of '{builder}', has no `{builder}` under `datasets:`."
+            )
+        layer.content["datasets"] = {name: layer.content["datasets"][builder]}
+        defaults.append(layer)
+    return Layers([*defaults, *layers.layers], layers.resolvers)
+
+
+def _default_layer(path: str, what: str, section: str) -> Layer:
+    """The YAML file of a type's or a dataset's defaults: one top-level section."""
+    file = PACKAGE_ROOT / path
+    if not file.is_file():
+        raise ConfigError(f"the defaults of {what} are not at {file}.")
+    layer = dataclasses.replace(read_layer(file), is_built_in=True)
+    if set(layer.content) != {section} or not isinstance(layer.content[section], Mapping):
+        raise ConfigError(f"{layer.source}, the defaults of {what}, must have one section, `{section}:`.")
+    return layer
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Iterable[str] = ()) -> list[str]:
+    """A line for each key path whose value differs between two plain configurations, but for ``ignored``."""
+    before, now = dict(_leaves(old)), dict(_leaves(new))
+    paths = [p for p in sorted({*before, *now}) if p not in set(ignored)]
+    return [
+        f"{path} was {_shown(before, path)}, is {_shown(now, path)}"
+        for path in paths
+        if before.get(path, _ABSENT) != now.get(path, _ABSENT)
+    ]
+
+
+_ABSENT = object()
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, list(value) if isinstance(value, tuple) else value
+
+
+def _shown(values: Mapping[str, Any], path: str) -> str:
+    return repr(values[path]) if path in values else "not set"

@@ -1,0 +1,336 @@
+"""Layers of configuration: which keys each file gives, what they are together, and where each came from."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from evlgen.common.errors import ConfigError, did_you_mean
+from evlgen.config.interpolation import check_interpolations, check_resolved
+from evlgen.config.yaml_io import parse_options, read_yaml
+from evlgen.files.io import PACKAGE_PREFIX, PACKAGE_ROOT
+from evlgen.weights.hub import looks_like_path
+
+logger = logging.getLogger(__name__)
+
+OPTIONS = "--options"
+
+KeyPath = tuple[str, ...]
+
+# Keys that may be paths: one that exists beside the YAML file is meant; otherwise the text stays as it is: a
+# path from the working folder, a hub id, a name or an address.
+PATH_KEYS = (
+    ("model", "checkpoint"),
+    ("model", "vision", "name"),
+    ("model", "vision", "pretrained"),
+    ("model", "text", "tokenizer"),
+    ("model", "connector", "init"),
+    ("model", "language", "name"),
+    *(("model", key) for key in ("finetuned", "pretrained", "opt_model", "llm_model", "t5_model")),  # LAVIS's
+)
+# When a layer names another part, these keys of the layers below belong to the old one; None is all of them.
+PART_KEYS: dict[tuple[str, ...], frozenset[str] | None] = {
+    ("model", "connector"): None,
+    ("model", "vision"): frozenset({"kwargs", "pretrained"}),
+    ("model", "language"): frozenset({"kind", "chat_template"}),
+}
+MODEL_PARTS = ("vision", "connector", "language")
+# Mappings whose keys are the user's own names: given as a whole by an option, the layers below add nothing.
+NAMED_VALUES: tuple[tuple[str, ...], ...] = (("run", "train_dataset_ratios"), ("run", "lr_scale"))
+PROCESSOR_SECTIONS = ("vis_processor", "text_processor")
+
+
+@dataclass
+class Layer:
+    """What one file (or the command line) says. ``source`` is what messages call it; ``is_built_in`` marks a
+    type's or a dataset's own defaults; ``replaces`` are those of `NAMED_VALUES` that it gives as a whole."""
+
+    source: str
+    content: dict[str, Any]
+    is_built_in: bool = False
+    replaces: tuple[KeyPath, ...] = ()
+
+
+def read_layer(path: Path) -> Layer:
+    """The layer of a YAML file, its relative paths looked up beside it."""
+    content = read_yaml(path)
+    _resolve_paths(content, path.parent)
+    return Layer(display(path), content)
+
+
+def options_layer(options: Sequence[str]) -> Layer:
+    """The layer of ``--options``; relative paths stay relative to the working folder. ``datasets.NAME=null``
+    drops a dataset of the layers below, and its weight in ``run.train_dataset_ratios``."""
+    given = {option.partition("=")[0].strip() for option in options}
+    replaces = tuple(path for path in NAMED_VALUES if ".".join(path) in given)
+    return Layer(OPTIONS, parse_options(options), replaces=replaces)
+
+
+def builder_name(name: str, section: Any) -> Any:
+    """The registered dataset that a section of ``datasets`` is one of: its ``builder``, else its own name."""
+    return section.get("builder", name) if isinstance(section, Mapping) else name
+
+
+def display(path: Path) -> str:
+    """A path as messages show it: short where it lies in the package or under the working folder."""
+    for folder in (Path.cwd(), PACKAGE_ROOT.parent):
+        if path.is_relative_to(folder):
+            return str(path.relative_to(folder))
+    return str(path)
+
+
+class Layers:
+    """Layers from the weakest to the strongest. Where one names another part, the old part's keys go.
+
+    Args:
+        layers: the weakest first.
+        resolvers: whether ``${oc.env:NAME}`` and its like are resolved, or refused: keys that come with
+            weights may ask for nothing of this machine.
+    """
+
+    def __init__(self, layers: Sequence[Layer], resolvers: bool = True) -> None:
+        self.resolvers = resolvers
+        self.layers = [dataclasses.replace(layer, content=copy.deepcopy(layer.content)) for layer in layers]
+        for i, layer in enumerate(self.layers):
+            if layer.source == OPTIONS:
+                _drop_datasets(layer, self.layers[:i])
+            for section, key in layer.replaces:
+                for lower in self.layers[:i]:
+                    _discard(lower.content, section, key)
+            layer.content = _without_empty(layer.content)
+        for path, keys in self._parts():
+            _drop_replaced(self.layers, path, keys)
+
+    def merged(self) -> dict[str, Any]:
+        """All layers as one plain dict, interpolations resolved.
+
+        Raises:
+            ConfigError: an interpolation leads nowhere or is refused (`check_interpolations`), a value is no
+                plain YAML value, or a ``???`` is left.
+        """
+        with self._named_errors():
+            content = OmegaConf.to_container(self._merge(), resolve=True, throw_on_missing=True)
+        check_resolved(content)
+        return content
+
+    def has(self, key_path: str) -> bool:
+        """Whether any layer has the key, be it null."""
+        return any(_has(layer.content, tuple(key_path.split("."))) for layer in self.layers)
+
+    def get(self, key_path: str) -> Any:
+        """The strongest layer's value at a key path, interpolations resolved; None where no layer has it."""
+        with self._named_errors():
+            return OmegaConf.select(self._merge(), key_path)
+
+    def source(self, key_path: str) -> str:
+        """The file (or ``--options``) a key, or else its section, came from; "" where no layer has it."""
+        path = tuple(key_path.partition("[")[0].split("."))
+        layers = self.layers
+        while path:
+            for layer in reversed(layers):
+                if _has(layer.content, path):
+                    return layer.source
+            path = path[:-1]
+            layers = [
+                layer for layer in self.layers if layer.source != OPTIONS
+            ]  # a file is where a key is missing
+        return ""
+
+    def is_left_behind(self, key_path: str, other: str) -> bool:
+        """Whether a key still has its built-in value where a stronger layer gives ``other`` one that is not
+        built in. A value that somebody set, or set together with ``other``, is never left behind."""
+        place, is_built_in = self._place(key_path)
+        other_place, other_is_built_in = self._place(other)
+        return 0 <= place < other_place and is_built_in and not other_is_built_in
+
+    def _place(self, key_path: str) -> tuple[int, bool]:
+        """The strongest layer that has a key (-1: none), and whether its value is one that is built in; a
+        saved configuration repeats those."""
+        path = tuple(key_path.split("."))
+        places = [i for i, layer in enumerate(self.layers) if _has(layer.content, path)]
+        if not places:
+            return -1, False
+        value = _get(self.layers[places[-1]].content, path)
+        built_in = [_get(layer.content, path) for layer in self.layers if layer.is_built_in]
+        return places[-1], value in built_in
+
+    def section_names(self, section: str) -> list[str]:
+        """Keys that any layer has in a top-level section, in the order of first mention."""
+        names: dict[str, None] = {}
+        for layer in self.layers:
+            content = layer.content.get(section)
+            names.update(dict.fromkeys(content if isinstance(content, dict) else ()))
+        return list(names)
+
+    def _merge(self) -> DictConfig:
+        plain: dict[str, Any] = {}
+        for layer in self.layers:
+            plain = _overlaid(plain, layer.content)
+        check_interpolations(plain, self.resolvers)
+        return OmegaConf.create(plain)
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OmegaConfBaseException as error:
+            key = error.full_key or ""
+            place = f"{key} ({self.source(key)}): " if key else ""
+            raise ConfigError(f"{place}{str(error).splitlines()[0].rstrip('.')}.") from error
+
+    def _parts(self) -> Iterator[tuple[KeyPath, frozenset[str] | None]]:
+        yield from PART_KEYS.items()
+        for dataset in self.section_names("datasets"):
+            for section in PROCESSOR_SECTIONS:
+                for split in ("train", "eval"):
+                    yield ("datasets", dataset, section, split), None
+
+
+def _overlaid(lower: Any, upper: Any) -> Any:
+    """Two plain values: mappings merged key by key, else the upper one. ``???`` hides nothing below it."""
+    if not isinstance(lower, dict) or not isinstance(upper, dict):
+        return upper
+    merged = dict(lower)
+    for key, value in upper.items():
+        if value != "???" or key not in merged:
+            merged[key] = _overlaid(merged.get(key), value)
+    return merged
+
+
+def _without_empty(content: dict[str, Any]) -> dict[str, Any]:
+    """``coco_caption:`` with nothing after it is an empty section, not a null that hides the layers below."""
+    content = {key: {} if value is None else value for key, value in content.items()}
+    for name, sections in (("datasets", None), ("model", MODEL_PARTS)):
+        if isinstance(content.get(name), dict):
+            content[name] = {
+                key: {} if value is None and (sections is None or key in sections) else value
+                for key, value in content[name].items()
+            }
+    return content
+
+
+def _drop_datasets(options: Layer, lower: Sequence[Layer]) -> None:
+    """Takes the datasets that ``options`` sets to null out of all layers.
+
+    Raises:
+        ConfigError: no layer has a dataset of this name.
+    """
+    datasets = options.content.get("datasets")
+    if not isinstance(datasets, dict):
+        return
+    dropped = [name for name, value in datasets.items() if value is None]
+    known = [name for layer in lower for name in _get(layer.content, ("datasets",)) or ()]
+    for name in dropped:
+        if name not in known:
+            raise ConfigError(
+                f"datasets.{name} ({options.source}): there is no such dataset to leave "
+                f"out.{did_you_mean(name, known)}"
+            )
+        del datasets[name]
+        for layer in lower:
+            _discard(layer.content, "datasets", name)
+            _discard(layer.content.get("run"), "train_dataset_ratios", name)
+
+
+def _discard(content: Any, section: str, key: str) -> None:
+    if isinstance(content, dict) and isinstance(content.get(section), dict):
+        content[section].pop(key, None)
+
+
+def _drop_replaced(layers: list[Layer], path: KeyPath, keys: frozenset[str] | None) -> None:
+    current = None
+    for i, layer in enumerate(layers):
+        name = _get(layer.content, (*path, "name"))
+        if name is None:
+            continue
+        if current is not None and name != current:
+            dropped = [key for lower in layers[:i] for key in _drop(lower.content, path, keys)]
+            is_same = path == ("model", "language") and _may_be_the_same(str(current), str(name))
+            if path[0] == "model" and not is_same:
+                dropped += [  # the weights were trained between other parts
+                    "model.checkpoint"
+                    for lower in layers[:i]
+                    if (_get(lower.content, ("model",)) or {}).pop("checkpoint", None)
+                ]
+            if dropped:
+                logger.info(
+                    "%s is '%s' (%s): left out what was set for '%s': %s",
+                    ".".join(path),
+                    name,
+                    layer.source,
+                    current,
+                    ", ".join(dict.fromkeys(dropped)),
+                )
+        current = name
+
+
+def _may_be_the_same(name: str, other: str) -> bool:
+    """Whether two names may be of one language model: a folder may hold what a hub id names, and there are
+    copies of hub ids."""
+    if any(
+        looks_like_path(n) and not n.startswith(PACKAGE_PREFIX) or os.path.isdir(n) for n in (name, other)
+    ):
+        return True
+    return name.rpartition("/")[2] == other.rpartition("/")[2]
+
+
+def _drop(content: dict[str, Any], path: KeyPath, keys: frozenset[str] | None) -> list[str]:
+    section = _get(content, path)
+    if not isinstance(section, dict):
+        return []
+    dropped = [key for key in section if key != "name" and (keys is None or key in keys)]
+    for key in dropped:
+        del section[key]
+    return [str(key) for key in dropped]
+
+
+def _has(content: Any, path: KeyPath) -> bool:
+    for key in path:
+        if not isinstance(content, dict) or key not in content:
+            return False
+        content = content[key]
+    return True
+
+
+def _get(content: Any, path: KeyPath) -> Any:
+    for key in path:
+        if not isinstance(content, dict) or key not in content:
+            return None
+        content = content[key]
+    return content
+
+
+def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
+    for path in PATH_KEYS:
+        section = _get(content, path[:-1])
+        if isinstance(section, dict) and isinstance(section.get(path[-1]), str):
+            section[path[-1]] = _beside(folder, section[path[-1]])
+    if isinstance(content.get("datasets"), dict):
+        content["datasets"] = _resolve_dotted(content["datasets"], folder)
+
+
+def _resolve_dotted(value: Any, folder: Path) -> Any:
+    """In datasets only ``./x`` and ``../x`` mean beside the YAML: other paths start at the data root."""
+    if isinstance(value, dict):
+        return {key: _resolve_dotted(item, folder) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_resolve_dotted(item, folder) for item in value]
+    if isinstance(value, str) and value.startswith(("./", "../")):
+        return _beside(folder, value)
+    return value
+
+
+def _beside(folder: Path, text: str) -> str:
+    if not text or os.path.isabs(text) or "://" in text or not os.path.exists(folder / text):
+        return text
+    return str((folder / text).resolve())

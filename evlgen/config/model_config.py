@@ -1,0 +1,165 @@
+"""What the ``model`` section of a YAML file may say. Importing this costs nothing heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+from evlgen.config.schema import (
+    AtLeast,
+    AtMost,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Registered,
+    Share,
+)
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclasses.dataclass
+class TemporalConfig:
+    """How the frames of a clip become one set of visual tokens (`vision.temporal`).
+
+    Args:
+        form: ``average``: attention over the frames inside every block of the encoder, as the paper states
+            it (a still clip is exactly the image model); ``residual``: the same as published code and
+            checkpoints compute it; ``mean``: the mean of the frames' tokens; ``concat``: the tokens of all
+            frames in a row.
+    """
+
+    form: Literal["average", "residual", "mean", "concat"] = "average"
+
+
+@dataclasses.dataclass
+class VisionConfig:
+    """The frozen vision encoder.
+
+    Args:
+        name: a registered vision encoder (``eva_clip_g``) or any timm model name.
+        image_size: side of the square pictures, in pixels; a multiple of the patch size.
+        pretrained: true for the published weights, a path or URL of weights, false for random ones.
+        freeze: no gradients, eval mode, not in checkpoints.
+        precision: type frozen weights are kept and computed in (trained ones: float32); ``auto`` is bf16
+            where the device has it.
+        grad_checkpoint: recompute activations in the backward pass, where something in the encoder is
+            trained; ``offload`` also keeps what is recomputed from in the CPU's memory. By torch, or, with
+            ``fairscale`` and ``fairscale_offload``, by fairscale's ``checkpoint_wrapper`` as in LAVIS (not
+            under autocast).
+        drop_path_rate: stochastic depth while training (for ``freeze: false``).
+        temporal: for clips; null for a model of images.
+        tome_r: pairs of tokens that merge in each block of a frozen encoder; 0 is off.
+        kwargs: handed to ``timm.create_model``.
+    """
+
+    name: str = "eva_clip_g"
+    image_size: Annotated[int, AtLeast(1), AtMost(4096)] = 224
+    pretrained: bool | str = True
+    freeze: bool = True
+    precision: Precision = "auto"
+    grad_checkpoint: bool | Literal["offload", "fairscale", "fairscale_offload"] = False
+    drop_path_rate: Share = 0.0
+    temporal: TemporalConfig | None = None
+    tome_r: NonNegativeInt = 0
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class LoraConfig:
+    """Low-rank adapters (Hu et al., 2021) on a frozen language model, by peft: they are trained and saved.
+
+    Args:
+        r: their rank.
+        alpha: their output is scaled by alpha / r.
+        dropout: on their input.
+        target_modules: names of the layers that get one; null: peft's choice for the model.
+    """
+
+    r: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
+    dropout: Share = 0.0
+    target_modules: list[str] | None = None
+
+
+@dataclasses.dataclass
+class LanguageConfig:
+    """The frozen language model.
+
+    Args:
+        name: Hugging Face hub id, local folder, or a ``.gguf`` file.
+        kind: a registered language model: how text is put before and after it (``opt``, ``vicuna``,
+            ``causal``, ``seq2seq``); null: the one that fits the architecture and the model's own config.
+        freeze: no gradients, eval mode, not in checkpoints.
+        precision: type frozen weights are kept and computed in (trained ones: float32); ``auto`` is bf16
+            where the device has it.
+        quantization: keep frozen weights in 8 or 4 bits (bitsandbytes, a GPU).
+        chat_template: put prompts into the tokenizer's own chat template.
+        lora: adapters that are trained; null for none.
+    """
+
+    name: str = "facebook/opt-2.7b"
+    kind: Annotated[str, Registered("language_model")] | None = None
+    freeze: bool = True
+    precision: Precision = "auto"
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    chat_template: bool = False
+    lora: LoraConfig | None = None
+
+
+@dataclasses.dataclass
+class SoftPromptConfig:
+    """What stands around a connector's output, so that it does not become constant; see
+    `evlgen.models.soft_prompts`.
+
+    Args:
+        scale: the part that depends on the image at the start, as a fraction of the word embeddings' scale.
+    """
+
+    scale: PositiveFloat = 0.4
+
+
+@dataclasses.dataclass
+class GenerationConfig:
+    """What generation does where the caller does not say otherwise; null: as the architecture does.
+
+    Args:
+        length_penalty: exponent on the length in the beams' scores of a caption.
+        answer_length_penalty: the same of an answer.
+        repetition_penalty: divides the scores of tokens already written; 1 is off.
+    """
+
+    length_penalty: float | None = None
+    answer_length_penalty: float | None = None
+    repetition_penalty: PositiveFloat | None = None
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """The ``model`` section.
+
+    Args:
+        arch: a registered model.
+        model_type: one of the architecture's types: its default YAML is the layer below this one.
+        checkpoint: folder, file or URL, own or published, loaded over the parts.
+        vision, connector, language: the three parts. ``connector`` is ``name`` and that connector's
+            parameters.
+        soft_prompts: what is added around the connector's output; null, as published: nothing.
+        prompt: the text before every caption, in training and generation (BLIP-2: "a photo of").
+        max_txt_len: text tokens read at most.
+        max_output_txt_len: tokens of ``text_output`` learned at most, where a model reads input and output
+            apart (Vicuna, T5); null: as many as ``max_txt_len``.
+        generation: defaults of generation.
+    """
+
+    arch: Annotated[str, Registered("model")]
+    model_type: str | None = None
+    checkpoint: str | None = None
+    vision: VisionConfig = dataclasses.field(default_factory=VisionConfig)
+    connector: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "tomeformer"})
+    language: LanguageConfig = dataclasses.field(default_factory=LanguageConfig)
+    soft_prompts: SoftPromptConfig | None = None
+    prompt: str = ""
+    max_txt_len: PositiveInt = 32
+    max_output_txt_len: PositiveInt | None = None
+    generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)

@@ -1,0 +1,39 @@
+"""What every command line shares: errors as a line or two, exit statuses, stops."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable
+
+from evlgen.common.errors import EVLGenError, Interrupted, ProcessLost
+from evlgen.common.launcher import is_first, tell_launcher
+
+
+def guarded(action: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser, argv) -> int:
+    """Runs a command; what a user can fix is shown in a line or two, without a traceback unless
+    ``--debug``."""
+    args = parser.parse_args(argv)
+    from evlgen.common.logs import log_to_terminal, write_any_text
+
+    write_any_text()
+    log_to_terminal(args.debug)
+    try:
+        return action(args) or 0
+    except Interrupted as stop:
+        if is_first():
+            print(stop, file=sys.stderr)
+        return stop.exit_code
+    except EVLGenError as error:
+        tell_launcher(str(error), follows_another=isinstance(error, ProcessLost))
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Exception:
+        tell_launcher(traceback.format_exc())
+        raise
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

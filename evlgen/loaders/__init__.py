@@ -1,0 +1,1 @@
+"""Batches of samples from worker processes, and requests to stop meanwhile."""

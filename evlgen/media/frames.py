@@ -1,0 +1,98 @@
+"""Picture files and clips: finding them, and reading their frames."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from evlgen.common.errors import DataError
+from evlgen.common.safe_text import shown_name
+from evlgen.files.io import resolve
+from evlgen.media.images import PICTURE_SUFFIXES, open_image
+from evlgen.media.video import VIDEO_SUFFIXES, Video, spread
+
+logger = logging.getLogger(__name__)
+
+
+def find_files(paths: Sequence[str], clips: bool) -> list[str]:
+    """The paths, and in the place of a folder the images in it and in its folders, by name; its videos too
+    where ``clips``."""
+    suffixes = (*PICTURE_SUFFIXES, *VIDEO_SUFFIXES) if clips else PICTURE_SUFFIXES
+    found: list[str] = []
+    for path in paths:
+        if os.path.isdir(path):
+            found += [name for name in _walked(path) if Path(name).suffix.lower() in suffixes]
+        else:
+            found.append(path)
+    return found
+
+
+def without_result(paths: Sequence[str], done: Collection[str], clips: bool) -> list[str]:
+    """Those of the paths given to `find_files` of which no file is among ``done``."""
+    return [path for path in paths if not set(done).intersection(find_files([path], clips))]
+
+
+def _walked(folder: str) -> Iterator[str]:
+    """The files in a folder, then those in its folders, by name; links to folders are followed once. Hidden
+    folders are left out."""
+    seen: set[str] = set()
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=_warn):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(root, name) for name in sorted(names))
+
+
+def _warn(error: OSError) -> None:
+    logger.warning("left out: folder %s: %s", shown_name(error.filename), error.strerror)
+
+
+def read_files(paths: Sequence[str], num_frames: int | None) -> Iterator[tuple[str, list[Image.Image]]]:
+    """(path, frames) of each file that can be read; the others are named in a warning.
+
+    Args:
+        num_frames: of a clip at most; None: pictures alone are read.
+    """
+    for path in paths:
+        try:
+            if num_frames is not None:
+                frames = read_frames(path, num_frames)
+            elif Path(path).suffix.lower() in VIDEO_SUFFIXES:
+                raise DataError(
+                    f"{shown_name(path)} is a video; models of clips read those, such as evlgen_video_opt."
+                )
+            else:
+                frames = [open_image(resolve(path))]
+        except DataError as error:
+            logger.warning("left out: %s", error)
+            continue
+        yield path, frames
+
+
+def read_frames(path: str | Path, num_frames: int) -> list[Image.Image]:
+    """One picture, or of a clip (video file, animated GIF) at most ``num_frames`` frames, evenly spaced from
+    its first. A clip of fewer frames is named in a warning, and gives those it has.
+
+    Raises:
+        DataError: it is missing, or nothing that can be read.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix != ".gif" and suffix not in VIDEO_SUFFIXES:
+        return [open_image(resolve(path))]
+    clip = Video(path)
+    count = len(clip)
+    if 1 < count < num_frames:
+        logger.warning(
+            "%s has %d frames, fewer than the %d asked for: each is taken once",
+            shown_name(path),
+            count,
+            num_frames,
+        )
+    return [Image.fromarray(frame) for frame in clip.read(spread(count, min(count, num_frames)))]

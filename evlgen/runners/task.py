@@ -1,0 +1,33 @@
+"""What a runner asks of a task. `evlgen.tasks.base_task.BaseTask` is the base class of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from evlgen.datasets.base_dataset import BaseDataset
+from evlgen.models.base_model import BaseModel
+from evlgen.runners.distribution import Distribution
+
+
+class Task(Protocol):
+    """See `evlgen.tasks.base_task.BaseTask`, which documents each method."""
+
+    def before_training(self, datasets: Mapping[str, BaseDataset], distribution: Distribution) -> None: ...
+
+    def to_learn(self, samples: dict[str, Any]) -> dict[str, Any]: ...
+
+    def train_step(self, model: BaseModel, samples: dict[str, Any]) -> dict[str, Tensor]: ...
+
+    def before_evaluation(self, dataset: BaseDataset, split: str) -> None: ...
+
+    def held_out(self, samples: dict[str, Any], dataset: BaseDataset) -> dict[str, Any] | None: ...
+
+    def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]: ...
+
+    def after_evaluation(
+        self, results: list[dict[str, Any]], dataset: BaseDataset, split: str, folder: Path
+    ) -> dict[str, float]: ...

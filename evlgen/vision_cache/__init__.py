@@ -1,0 +1,1 @@
+"""What a frozen encoder makes of images and videos, computed once."""

@@ -1,0 +1,199 @@
+"""What a dataset's visual tokens follow from, and the digest that names their store.
+
+The encoder's configuration and weights, the transform, what every picture is made from, the number of views
+and, where the transform augments, ``run.seed``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from evlgen.common.errors import DataError
+from evlgen.config.run_config import RunConfig
+from evlgen.datasets.base_dataset import BaseDataset
+from evlgen.files.io import cache_root
+from evlgen.loaders.data import seeded
+from evlgen.models.base_model import BaseModel
+
+LAYOUT = 1  # of the stores; to be raised when older ones cannot be read any more
+PROBES = 8  # pictures looked at
+
+# What the encoder's configuration says of where its weights come from, and of training it.
+_LEFT_OUT = ("pretrained", "freeze", "grad_checkpoint", "drop_path_rate")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures a dataset shows, each once.
+
+    Attributes:
+        dataset: whose they are.
+        of_sample: the number of each sample's picture, [samples].
+        sources: what each is made from; see `BaseDataset.visual_source`.
+        samples: the first sample that shows each, [pictures].
+    """
+
+    dataset: BaseDataset
+    of_sample: np.ndarray
+    sources: list[Any]
+    samples: np.ndarray
+
+    @classmethod
+    def of(cls, dataset: BaseDataset) -> Pictures:
+        """Asks every sample for its source."""
+        numbers: dict[Any, int] = {}
+        of_sample = np.empty(len(dataset), dtype=np.int64)
+        samples: list[int] = []
+        for index in range(len(dataset)):
+            of_sample[index] = numbers.setdefault(dataset.visual_source(index), len(numbers))
+            if of_sample[index] == len(samples):
+                samples.append(index)
+        return cls(dataset, of_sample, list(numbers), np.array(samples, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def load(self, number: int, seed: int) -> Tensor:
+        """A picture's pixels, its random choices decided by the seed. Raises as `load_visual`."""
+        with seeded(seed):
+            return self.dataset.load_visual(int(self.samples[number]))
+
+    def probes(self) -> list[int]:
+        """A few pictures from all over the dataset."""
+        return sorted({i * len(self) // PROBES for i in range(PROBES)})
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """What a store holds.
+
+    Attributes:
+        digest: its name.
+        parts: what the digest is of.
+        is_random: whether the transform augments.
+        views: of each picture; 1 where it does not.
+        shape: of one view's tokens.
+    """
+
+    digest: str
+    parts: dict[str, Any]
+    is_random: bool
+    views: int
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, pictures: Pictures, model: BaseModel, run: RunConfig) -> CacheKey:
+        """Looks at a few pictures, and once at every weight and file.
+
+        Raises:
+            DataError: none of the pictures looked at can be read.
+        """
+        pixels, probe, is_random = look_at(pictures)
+        views = run.cache_vision_views if is_random else 1
+        parts = {
+            "layout": LAYOUT,
+            "encoder": {**_encoder_settings(model), "weights": weights_digest(model.vision)},
+            "transform": {**_processor_settings(pictures.dataset.vis_processor), "pixels": probe},
+            "pictures": {"count": len(pictures), "digest": sources_digest(pictures.sources)},
+            "views": views,
+            "seed": run.seed if is_random else None,
+        }
+        text = json.dumps(parts, sort_keys=True, default=str)
+        digest = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+        return cls(digest, json.loads(text), is_random, views, tuple(model.encode(pixels[None]).shape[1:]))
+
+
+def look_at(pictures: Pictures) -> tuple[Tensor, str, bool]:
+    """Some pictures as the transform makes them under a fixed seed.
+
+    Returns:
+        the pixels of one of them; a digest of all, which also notices what no setting says: other code,
+        another version of a library, a drawn world that is drawn differently; whether the transform is
+        random, which is whether reading a picture moves a random generator.
+
+    Raises:
+        DataError: none can be read.
+    """
+    digest, is_random = hashlib.blake2b(digest_size=16), False
+    pixels, problem = None, None
+    for number in pictures.probes():
+        with seeded(0):
+            before = _generators()
+            try:
+                pixels = pictures.dataset.load_visual(int(pictures.samples[number]))
+            except (DataError, OSError) as error:
+                problem = error
+                continue
+            is_random = is_random or _generators() != before
+        digest.update(f"{pixels.dtype} {tuple(pixels.shape)}".encode())
+        digest.update(_bytes(pixels))
+    if pixels is None:
+        raise DataError(f"none of {len(pictures.probes())} pictures looked at can be read: {problem}")
+    return pixels, digest.hexdigest(), is_random
+
+
+def weights_digest(module: nn.Module) -> str:
+    """A digest of a module's weights and buffers: their names, types, shapes and bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(_bytes(value))
+    return digest.hexdigest()
+
+
+def sources_digest(sources: Sequence[Any]) -> str:
+    """A digest of what pictures are made from, in their order: of files their names, sizes and times."""
+    root = f"{cache_root()}{os.sep}"
+    parts = [sources[i : i + 1024] for i in range(0, len(sources), 1024)]
+    digest = hashlib.blake2b(digest_size=16)
+    with ThreadPoolExecutor(16) as pool:  # a file server answers many at a time
+        for stamps in pool.map(lambda part: [_stamp(source, root) for source in part], parts):
+            digest.update("\n".join([*stamps, ""]).encode())
+    return digest.hexdigest()
+
+
+def _stamp(source: Any, root: str) -> str:
+    if not isinstance(source, os.PathLike):
+        return str(source)
+    name = os.fspath(source).removeprefix(root)  # a data root may be moved
+    try:
+        stat = os.stat(source)
+    except OSError:
+        return f"{name} missing"
+    return f"{name} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def _encoder_settings(model: BaseModel) -> dict[str, Any]:
+    cfg = getattr(getattr(model, "cfg", None), "vision", None)
+    fields = asdict(cfg) if is_dataclass(cfg) else {}
+    settings = {name: value for name, value in fields.items() if name not in _LEFT_OUT}
+    return {"class": _class_name(model.vision), **settings}
+
+
+def _processor_settings(processor: Any) -> dict[str, Any]:
+    return {"class": _class_name(processor), **getattr(processor, "section", {})}
+
+
+def _class_name(thing: Any) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def _generators() -> tuple[Any, ...]:
+    """The states of the random generators that a dataset may draw from."""
+    name, keys, *rest = np.random.get_state()
+    return random.getstate(), name, keys.tobytes(), rest, torch.get_rng_state().numpy().tobytes()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
