@@ -41,8 +41,8 @@ from evlgen.runners.image_use import ImageUseMeter
 from evlgen.runners.optimizer import build_optimizer
 from evlgen.runners.progress import RunLog, validation_label
 from evlgen.runners.skipped import SkippedSamples
-from evlgen.runners.training_state import TrainingState, kept_random_state, random_state, set_random_state
 from evlgen.runners.task import Task
+from evlgen.runners.training_state import TrainingState, kept_random_state, random_state, set_random_state
 from evlgen.vision_cache.cache import cached
 
 logger = logging.getLogger(__name__)
