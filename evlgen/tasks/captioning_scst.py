@@ -128,7 +128,5 @@ class SelfCriticalCaptioningTask(CaptioningTask):
         if self.run.scst_baseline == "mean":
             others = rewards.sum(1, keepdim=True) - rewards
             return others / (rewards.shape[1] - 1)
-        greedy = writer.generate(
-            read, num_beams=1, max_length=self.max_len, min_length=0, repetition_penalty=1.0
-        )
+        greedy = writer.generate(read, num_beams=1, max_length=self.max_len, min_length=0)
         return self._rewards(pictures, greedy).expand_as(rewards)
