@@ -307,6 +307,7 @@ class Runner:
         """Raises `TrainingError` where there were iterations, and not one of them changed the weights."""
         if self._steps or self.state.iteration == self.plan.start:
             return
+        self.skipped.check()
         cause = (
             f"the loss or the gradient of all {self._left_out} steps was not finite (not_finite.jsonl in "
             f"{self.folder} lists their samples). Lower run.init_lr, or start from other weights"
@@ -315,7 +316,7 @@ class Runner:
         )
         raise TrainingError(
             f"nothing was trained between iterations {self.plan.start} and {self.state.iteration}: {cause}. "
-            f"The last checkpoint is {self.checkpointer.latest() or 'none yet'}."
+            f"The last checkpoint: {self.checkpointer.latest() or 'none yet'}."
         )
 
     def _count_time(self) -> None:

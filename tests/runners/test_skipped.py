@@ -116,5 +116,5 @@ def test_questions_too_long_for_an_answer_are_skipped_and_counted(questions, tmp
 
 
 def test_a_run_whose_questions_are_all_too_long_ends_with_an_error(questions):
-    with pytest.raises(TrainingError, match="none of 8 training samples could be used .8 nothing"):
+    with pytest.raises(TrainingError, match="8 of 8 samples could not be read .8 nothing"):
         run(Config.load(questions(long=range(8))))
