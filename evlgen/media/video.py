@@ -173,7 +173,7 @@ def _checked(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def _open(path: str | os.PathLike, reader: Reader) -> Any:
-    """A ``File`` of evlgen.common.video_{decord,pyav,gif}: ``num_frames`` is counted, as the number in a
+    """A ``File`` of evlgen.media.video_{decord,pyav,gif}: ``num_frames`` is counted, as the number in a
     file's header is often missing and sometimes wrong, ``frames`` is as in `Clip`, and there is ``close``.
     They raise whatever their libraries do."""
     file = resolve(path)
@@ -181,7 +181,7 @@ def _open(path: str | os.PathLike, reader: Reader) -> Any:
     if problem is not None:
         raise DataError(f"cannot read video {shown_name(path)}: {problem[0]}", problem[1])
     name = "gif" if _is_gif(file) else installed_reader(reader)
-    opener = importlib.import_module(f"evlgen.common.video_{name}").File
+    opener = importlib.import_module(f"evlgen.media.video_{name}").File
     try:
         opened = opener(file)
     except EVLGenError:
