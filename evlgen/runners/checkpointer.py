@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -237,22 +237,25 @@ class Checkpointer:
             return self._restore(folder, content, model, optimizer, state)
         if found:
             logger.warning("no checkpoint in %s can be read: starting from the beginning", self.folder)
+            self._count_rewind(state)
         else:
             logger.info("nothing to resume in %s: starting from the beginning", self.folder)
         return None
 
     def _read(self, folder: Path) -> _Saved:
-        """Reads a checkpoint whole; the first process compares it with its digests, and all hear of it."""
-        problem: list[str | None] = [None]
-        if self.accelerator.is_main_process:
-            try:
+        """Reads a checkpoint whole; the first process compares it with its digests. Where one process cannot
+        read it, all raise `CheckpointError`."""
+        problem = saved = None
+        try:
+            if self.accelerator.is_main_process:
                 check_digests(folder)
-            except CheckpointError as error:
-                problem = [str(error)]
-        broadcast_object_list(problem)
-        if problem[0]:
-            raise CheckpointError(f"{problem[0]}.")
-        return _Saved.read(folder)
+            saved = _Saved.read(folder)
+        except CheckpointError as error:
+            problem = str(error)
+        problems = [problem for problem in gather_object([problem]) if problem]
+        if problems:
+            raise CheckpointError(problems[0])
+        return saved
 
     def _restore(
         self,
@@ -267,7 +270,7 @@ class Checkpointer:
         data = state.data
         state.restore(saved.progress)
         state.effort = saved.effort
-        self._count_rewind(folder, state)
+        self._count_rewind(state)
         if changes := data_changes(state.data, data):
             logger.warning(
                 "the data is not that of %s (%s): its order differs from here on%s",
@@ -289,16 +292,17 @@ class Checkpointer:
         set_random_state(drawn, processes[rank].get("random", {}))
         return processes[rank].get("own", {})
 
-    def _count_rewind(self, folder: Path, state: TrainingState) -> None:
+    def _count_rewind(self, state: TrainingState) -> None:
         """What is saved from here on is newer than the checkpoints that the run goes back behind."""
         newest = next(iter(found_checkpoints(self.folder)), None)
         if newest is None or place_of(newest) <= (state.rewinds, state.iteration):
             return
         state.rewinds = place_of(newest)[0] + 1
         logger.warning(
-            "%s is later than %s: what is saved from here on counts as newer, and run.keep_last removes it",
+            "going back from %s to iteration %d: what is saved from here on counts as newer, and "
+            "run.keep_last removes what is older",
             newest.name,
-            folder.name,
+            state.iteration,
         )
 
     def _config_for(self, model: BaseModel) -> dict[str, Any]:

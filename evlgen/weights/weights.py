@@ -71,7 +71,7 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 def _is_finite(value: Tensor) -> bool:
     if value.is_complex():
-        value = torch.view_as_real(value)
+        value = torch.view_as_real(value.resolve_conj())
     if not value.is_floating_point() or value.numel() == 0 or value.is_meta:
         return True
     if value.element_size() == 1:

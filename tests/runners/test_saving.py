@@ -124,7 +124,10 @@ def test_one_flipped_bit_in_any_file_of_the_newest_checkpoint_is_found(training,
         assert file.name in str(refused.value)
         file.write_bytes(whole)
     assert resumed(training).iteration == 2
-    flip_a_bit(newest / "model.safetensors")
+    for folder in (older, newest):
+        flip_a_bit(folder / "model.safetensors")
+    assert resumed(training) == TrainingState(rewinds=1)
+    assert "can be read: starting from the beginning" in caplog.text
     with pytest.raises(CheckpointError, match=r"its model.safetensors does not match its digest"):
         training[1].load_checkpoint(newest)
 
@@ -164,7 +167,7 @@ def test_a_run_that_went_back_goes_on_from_what_it_saved_then(training, caplog):
     )
     state = resumed(training, str(first))
     assert (state.iteration, state.rewinds) == (1, 1)
-    assert "step_00000003 is later than step_00000001" in caplog.text
+    assert "going back from step_00000003 to iteration 1:" in caplog.text
     checkpointer, model, optimizer = training
     state.iteration = 2
     with checkpointer:
@@ -300,25 +303,36 @@ def test_a_second_resume_of_a_run_folder_is_refused_while_the_first_is_at_work(t
     assert len(records(folder)) == 12 and not (folder / ".in_use").exists()
 
 
-BAD_LOSS = """
+BAD = """
 from evlgen import registry
+from evlgen.common.errors import DataError
+from evlgen.processors.base_processor import BaseProcessor
 from evlgen.tasks.captioning import CaptioningTask
 @registry.register_task('bad_loss')
 class BadLoss(CaptioningTask):
     def train_step(self, model, samples):
         losses = super().train_step(model, samples)
         return {**losses, 'loss': losses['loss'] * float('nan')}
+@registry.register_processor('unreadable')
+class Unreadable(BaseProcessor):
+    def __call__(self, item):
+        raise DataError('no caption')
 """
 
 
 def test_a_run_in_which_every_step_was_left_out_ends_with_an_error(tiny_project, tmp_path):
-    path = tiny_project(run={**SHORT, "max_epoch": 1, "precision": "bf16"})
+    path = tiny_project(run={**SHORT, "max_epoch": 1, "precision": "bf16", "max_skipped_share": 1.0})
     whole = train(path)
-    (tmp_path / "bad.py").write_text(BAD_LOSS)
-    options = ["run.task=bad_loss", f"plugins=[{tmp_path / 'bad.py'}]", "run.max_epoch=2"]
-    with pytest.raises(TrainingError, match="iterations 6 and 12: the loss or .* all 6 steps was not finite"):
-        train(path, "run.resume=auto", *options)
-    assert [p.name for p in (whole / "checkpoints").glob("step_*")] == ["step_00000006"]
+    (tmp_path / "bad.py").write_text(BAD)
+    unreadable = "datasets.shapes_caption.text_processor.train.name=unreadable"
+    for option, cause in (
+        ("run.task=bad_loss", "the loss or the gradient of all 6 steps was not finite"),
+        (unreadable, "no training sample could be read; see skipped.jsonl"),
+    ):
+        options = [option, f"plugins=[{tmp_path / 'bad.py'}]", "run.max_epoch=2"]
+        with pytest.raises(TrainingError, match=f"nothing was trained between iterations 6 and 12: {cause}"):
+            train(path, "run.resume=auto", *options)
+        assert [p.name for p in (whole / "checkpoints").glob("step_*")] == ["step_00000006"]
 
 
 def test_resume_auto_passes_over_a_damaged_counter(tiny_project, caplog):
