@@ -109,8 +109,6 @@ def test_of_a_log_line_only_metrics_are_metrics_the_preferred_ones_first():
     assert names == ["CIDEr", "agg_metrics", "Bleu_4", "Bleu_1"]
     assert table_metrics(names) == ["CIDEr", "Bleu_4"]
     assert table_metrics(["accuracy", "agg_metrics"]) == ["accuracy", "agg_metrics"]
-    own = [f"mine_{letter}" for letter in "hbgacfed"]  # in the order in which they were first measured
-    assert metric_names([dict.fromkeys(own[:4], 1.0), dict.fromkeys(own, 1.0)]) == own
 
 
 def test_tables_have_means_and_deviations_and_say_what_failed(report):
