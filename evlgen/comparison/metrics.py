@@ -35,7 +35,7 @@ def image_use_of(record: Mapping[str, Any]) -> dict[str, float]:
 
 def metric_names(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     """All metrics of some evaluations."""
-    return _ordered(dict.fromkeys(name for record in evaluations for name in metrics_of(record)))
+    return _ordered({name for record in evaluations for name in metrics_of(record)})
 
 
 def main_metric(evaluations: Sequence[Mapping[str, Any]]) -> str | None:
