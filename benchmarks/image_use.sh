@@ -41,6 +41,7 @@ for name in "${names[@]}"; do
     options_of "$name" >/dev/null
     mapfile -t options < <(options_of "$name")
     .venv/bin/python train.py --cfg-path projects/photos/flickr8k_lite.yaml --options "run.max_iters=$iterations" \
+        datasets.image_text.captions_together=false run.batch_size_train=32 run.warmup_steps=60 \
         run.iters_per_inner_epoch=25 run.max_eval_samples=96 run.metrics=[cider] run.max_len=16 run.resume=auto \
         "run.output_dir=$folder/$name" ${options[@]+"${options[@]}"} ${more[@]+"${more[@]}"}
     runs+=("$name=$folder/$name/latest")

@@ -358,14 +358,24 @@ class BaseModel(nn.Module):
             if why:
                 raise CheckpointError(f"{path} holds {name}, which has no place here: {why}; {_WITHOUT}")
 
-    def save_pretrained(self, path: str | Path) -> Path:
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Writes the trained weights and the config into a folder that `from_pretrained` reads. Other files
-        that are in it stay."""
+        that are in it stay.
+
+        Args:
+            dtype: of the matrices in the file, such as ``torch.bfloat16``, which takes half the room; None: as
+                they are. They are read back into the type the model computes in.
+        """
         folder = Path(path).expanduser().absolute()
+        weights = self.trained_state_dict()
+        if dtype is not None:
+            weights = {
+                k: v.to(dtype) if v.is_floating_point() and v.ndim > 1 else v for k, v in weights.items()
+            }
         if not folder.exists():
-            return write_folder(folder, self.save_weights)
+            return write_folder(folder, functools.partial(self.save_weights, weights=weights))
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.") as temporary:
-            self.save_weights(Path(temporary))
+            self.save_weights(Path(temporary), weights)
             (folder / DIGESTS_FILE).unlink(missing_ok=True)  # of the files that are replaced
             for name in (WEIGHTS_FILE, CONFIG_FILE):
                 os.replace(Path(temporary) / name, folder / name)

@@ -245,3 +245,16 @@ def test_nothing_of_a_frozen_quantised_layer_is_saved():
     layers = ("language.adapter", "connector.frozen", "connector.adapter")
     wanted = {f"{layer}.{key}" for layer in layers for key in kept} | {"connector.scale"}
     assert set(Whole().trained_state_dict()) == wanted
+
+
+def test_a_checkpoint_may_be_written_in_half_the_room(tmp_path):
+    model = build()
+    folder = model.save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    whole = model.save_pretrained(tmp_path / "whole")
+    sizes = [(path / "model.safetensors").stat().st_size for path in (folder, whole)]
+    assert sizes[0] < 0.7 * sizes[1]
+    again = EvlgenOPT.from_pretrained(folder)
+    for (name, wanted), found in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert found.dtype == wanted.dtype
+        expected = wanted.bfloat16().float() if wanted.requires_grad and wanted.ndim > 1 else wanted
+        assert torch.equal(found, expected), name
