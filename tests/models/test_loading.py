@@ -254,7 +254,8 @@ def test_a_checkpoint_may_be_written_in_half_the_room(tmp_path):
     sizes = [(path / "model.safetensors").stat().st_size for path in (folder, whole)]
     assert sizes[0] < 0.7 * sizes[1]
     again = EvlgenOPT.from_pretrained(folder)
-    for (name, wanted), found in zip(model.named_parameters(), again.parameters(), strict=True):
-        assert found.dtype == wanted.dtype
-        expected = wanted.bfloat16().float() if wanted.requires_grad and wanted.ndim > 1 else wanted
-        assert torch.equal(found, expected), name
+    found = dict(again.named_parameters())
+    for name, wanted in model.named_parameters():
+        if wanted.requires_grad:
+            expected = wanted.bfloat16().float() if wanted.ndim > 1 else wanted
+            assert found[name].dtype == wanted.dtype and torch.equal(found[name], expected), name
