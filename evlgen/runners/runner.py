@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from evlgen.common.errors import TrainingError
 from evlgen.common.registry import registry
 from evlgen.datasets.base_dataset import Skipped
+from evlgen.datasets.records import digest
 from evlgen.models.base_model import BaseModel
 from evlgen.runners.checkpointer import Checkpointer
 from evlgen.runners.data import (
@@ -155,8 +156,9 @@ class Runner:
                 "samples": self.plan.lengths,
                 "batch_size": run.batch_size_train,
                 "processes": accelerator.num_processes,
-                **recorded(self._trained),
+                **recorded(self._trained.values()),
             },
+            records={name: digest(getattr(d, "records", ())) for name, d in self._trained.items()},
         )
         self._last_samples: dict[str, Any] | None = None
         if run.resume:
