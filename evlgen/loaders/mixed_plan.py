@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,6 @@ from torch.utils.data import Dataset
 
 from evlgen.common.errors import ConfigError, did_you_mean
 from evlgen.config.run_config import RunConfig
-from evlgen.datasets.records import digest
 from evlgen.datasets.stream import Lane, StreamDataset
 from evlgen.loaders.data import BatchPlan, mix_seed
 
@@ -213,11 +212,10 @@ def split_ratios(
     return [ratios[name] * length / sizes[name] for (name, _), length in zip(named, lengths, strict=True)]
 
 
-def recorded(datasets: Mapping[str, Dataset]) -> dict[str, Any]:
-    """What a checkpoint notes of datasets besides their lengths, as the order of samples depends on it."""
-    shards = [len(d.records) for d in datasets.values() if isinstance(d, StreamDataset)]
-    records = {name: digest(getattr(dataset, "records", ())) for name, dataset in datasets.items()}
-    return {"records": records, **({"shards": shards, "lanes": LANES} if shards else {})}
+def recorded(datasets: Iterable[Dataset]) -> dict[str, Any]:
+    """What a checkpoint notes of streams besides their lengths, as the order depends on it."""
+    shards = [len(d.records) for d in datasets if isinstance(d, StreamDataset)]
+    return {"shards": shards, "lanes": LANES} if shards else {}
 
 
 def one_by_one(dataset: Dataset) -> Iterator[Any]:

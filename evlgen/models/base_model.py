@@ -363,8 +363,8 @@ class BaseModel(nn.Module):
         that are in it stay.
 
         Args:
-            dtype: of the matrices in the file, such as ``torch.bfloat16``, which takes half the room; None: as
-                they are. They are read back into the type the model computes in.
+            dtype: of the matrices in the file, such as ``torch.bfloat16``, which takes half the room; None:
+                as they are. They are read back into the type the model computes in.
         """
         folder = Path(path).expanduser().absolute()
         weights = self.trained_state_dict()

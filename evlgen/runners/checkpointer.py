@@ -267,18 +267,18 @@ class Checkpointer:
     ) -> dict[str, Any]:
         for line in changed_keys(saved.config, self._config_for(model), _OF_THIS_RUN):
             logger.warning("changed since %s was saved: %s", folder.name, line)
-        data = state.data
+        now, is_stream = dataclasses.replace(state), "shards" in state.data
         state.restore(saved.progress)
         state.effort = saved.effort
         self._count_rewind(state)
-        if changes := data_changes(state.data, data):
+        if changes := data_changes(state, now):
             logger.warning(
                 "the data is not that of %s (%s): its order differs from here on%s",
                 folder.name,
                 changes,
-                "; of a stream, what was trained on in its pass so far may come again" * ("shards" in data),
+                "; of a stream, what was trained on in its pass so far may come again" * is_stream,
             )
-        state.data = data
+        state.data, state.records = now.data, now.records
         model.load_checkpoint(folder)
         load_optimizer(model, optimizer, saved.moments)
         scaler = self.accelerator.scaler

@@ -21,6 +21,7 @@ from evlgen.common.errors import TrainingError
 from evlgen.common.registry import registry
 from evlgen.config.run_config import RunConfig
 from evlgen.datasets.base_dataset import Skipped
+from evlgen.datasets.records import digest
 from evlgen.loaders.data import (
     batch_size,
     eval_loader,
@@ -158,8 +159,9 @@ class Runner:
                 "samples": self.plan.lengths,
                 "batch_size": run.batch_size_train,
                 "processes": accelerator.num_processes,
-                **recorded(self._trained),
+                **recorded(self._trained.values()),
             },
+            records={name: digest(getattr(d, "records", ())) for name, d in self._trained.items()},
         )
         self._last_samples: dict[str, Any] | None = None
         if run.resume:

@@ -27,6 +27,7 @@ from evlgen.weights.checkpoints import PROGRESS_FILE
 OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random.safetensors"
 EFFORT_FILE = "effort.json"
+_IN_OLDER = {"rewinds": 0, "unit": "", "records": {}}  # what checkpoints have that were saved before these were kept
 
 
 @dataclasses.dataclass
@@ -83,9 +84,10 @@ class TrainingState:
     #: Sum and number of the losses since the last log line.
     logged_sum: float = 0.0
     logged_steps: int = 0
-    #: What the order of the data depends on: each dataset's samples and the digest of its records, processes,
-    #: batch size.
+    #: What the order of the data depends on: samples of each dataset, processes, batch size.
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    #: Each dataset's name and the digest of its records; empty in older checkpoints.
+    records: dict[str, Any] = dataclasses.field(default_factory=dict)
     #: Kept in a file of its own.
     effort: Effort = dataclasses.field(default_factory=Effort)
 
@@ -98,7 +100,7 @@ class TrainingState:
         for field in dataclasses.fields(self):
             if field.name == "effort":
                 continue
-            value = values.get(field.name, {"rewinds": 0, "unit": ""}.get(field.name))
+            value = values.get(field.name, _IN_OLDER.get(field.name))
             own = getattr(self, field.name)
             kind = float if own is None else type(own)
             if own is None and value is None:
@@ -110,19 +112,18 @@ class TrainingState:
             setattr(self, field.name, value)
 
 
-def data_changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs between the data of a checkpoint and that of a run (`TrainingState.data`), for people;
-    empty where nothing does. Older checkpoints do not know of ``records``."""
+def data_changes(then: TrainingState, now: TrainingState) -> str:
+    """What differs between a checkpoint's data and a run's, for people; empty where nothing does."""
     changes = [
-        f"{key}: {before.get(key)} there, {now.get(key)} here"
-        for key in dict.fromkeys([*before, *now])
-        if key != "records" and before.get(key) != now.get(key)
+        f"{key}: {then.data.get(key)} there, {now.data.get(key)} here"
+        for key in dict.fromkeys([*then.data, *now.data])
+        if then.data.get(key) != now.data.get(key)
     ]
-    then, here = before.get("records") or {}, now.get("records") or {}
-    if then and list(then) != list(here):
-        changes.append(f"datasets: {', '.join(then)} there, {', '.join(here)} here")
-    for name, digest in here.items():
-        if None not in (digest, then.get(name)) and digest != then[name]:
+    if then.records and list(then.records) != list(now.records):
+        changes.append(f"datasets: {', '.join(then.records)} there, {', '.join(now.records)} here")
+    for name, digest in now.records.items():
+        known = then.records.get(name)
+        if known is not None and digest is not None and known != digest:
             changes.append(f"the records of '{name}' are in another order, or changed")
     return "; ".join(changes)
 

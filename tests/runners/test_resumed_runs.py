@@ -66,7 +66,7 @@ def test_a_table_whose_rows_changed_order_is_reported_on_resuming(table, caplog)
     # a checkpoint of before the digest was kept says nothing about the records
     caplog.clear()
     content = json.loads(progress_file(path).read_text())
-    assert content["data"].pop("records") and content.pop("unit")
+    assert content.pop("records") and content.pop("unit")
     progress_file(path).write_text(json.dumps(content))
     with caplog.at_level(logging.WARNING):
         assert iterations(train(path, "run.max_epoch=4"))[-1] == 8
