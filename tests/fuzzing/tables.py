@@ -38,8 +38,9 @@ def action(folder: Path, drawn: tuple | str, keep: Callable[[Path], None]) -> Ca
     if isinstance(drawn, tuple) and isinstance(drawn[0], random.Random):
         content = mutate(_written(drawn[1], ",", csv.QUOTE_MINIMAL, "\n").encode(), drawn[0])
     elif isinstance(drawn, tuple):
-        delimiter = drawn[1][0]
-        content = _written(drawn[0], *drawn[1])
+        has_one_column = len((drawn[0] or [[1, 2]])[0]) == 1  # nothing shows what parts its fields: the comma
+        delimiter = "," if has_one_column else drawn[1][0]
+        content = _written(drawn[0], delimiter, *drawn[1][1:])
     path = folder / ("a.tsv" if delimiter == "\t" else "a.csv")
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     keep(path)
