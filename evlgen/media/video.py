@@ -181,7 +181,7 @@ def _open(path: str | os.PathLike, reader: Reader) -> Any:
     if problem is not None:
         raise DataError(f"cannot read video {shown_name(path)}: {problem[0]}", problem[1])
     name = "gif" if _is_gif(file) else installed_reader(reader)
-    opener = importlib.import_module(f"evlgen.common.video_{name}").File
+    opener = importlib.import_module(f"evlgen.media.video_{name}").File
     try:
         opened = opener(file)
     except EVLGenError:
