@@ -173,7 +173,7 @@ def _checked(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def _open(path: str | os.PathLike, reader: Reader) -> Any:
-    """A ``File`` of evlgen.common.video_{decord,pyav,gif}: ``num_frames`` is counted, as the number in a
+    """A ``File`` of evlgen.media.video_{decord,pyav,gif}: ``num_frames`` is counted, as the number in a
     file's header is often missing and sometimes wrong, ``frames`` is as in `Clip`, and there is ``close``.
     They raise whatever their libraries do."""
     file = resolve(path)
