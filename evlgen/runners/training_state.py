@@ -27,7 +27,8 @@ from evlgen.weights.checkpoints import PROGRESS_FILE
 OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random.safetensors"
 EFFORT_FILE = "effort.json"
-_IN_OLDER = {"rewinds": 0, "unit": "", "records": {}}  # what checkpoints have that were saved before these were kept
+# what checkpoints have that were saved before these were kept
+_IN_OLDER = {"rewinds": 0, "unit": "", "records": {}}
 
 
 @dataclasses.dataclass
