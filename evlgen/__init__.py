@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from evlgen import tome
     from evlgen.common.errors import EVLGenError
     from evlgen.common.registry import registry
     from evlgen.datasets.zoo import dataset_zoo, load_dataset
@@ -35,14 +36,17 @@ __all__ = [
     "load_preprocess",
     "model_zoo",
     "registry",
+    "tome",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "tome":
+        return importlib.import_module("evlgen.tome")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'evlgen' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""Token merging inside a frozen vision transformer, without training.
+"""Token merging inside a vision transformer, without training.
 
 Bolya et al., *Token Merging: Your ViT but Faster*, ICLR 2023 (arXiv 2210.09461), section 3: in every block,
 between attention and MLP, the r most similar pairs of tokens merge. Similar means similar keys, averaged over
@@ -40,8 +40,8 @@ class Merging:
         self.num_protected = num_protected
         self.start()
 
-    def start(self) -> None:
-        """Forgets the last forward pass."""
+    def start(self, *_: object) -> None:
+        """Forgets the last forward pass. Also a hook of the first block."""
         self.sizes: Tensor | None = None
         self.merge_map: Tensor | None = None
         self._keys: Tensor | None = None
@@ -70,22 +70,16 @@ def merge_in_blocks(trunk: nn.Module, r: int) -> Merging:
     """Has r pairs of tokens merge in every block of a timm transformer.
 
     Returns:
-        The state of the forward pass; `Merging.start` is to be called before each.
+        The state of the last forward pass.
 
     Raises:
-        ConfigError: the model is no plain vision transformer, or has rotary positions, which merged tokens
-            do not have.
+        ConfigError: see `why_not_mergeable`.
     """
-    blocks = getattr(trunk, "blocks", ())
-    if getattr(trunk, "rope", None) is not None:
-        raise _unfit(f"{type(trunk).__name__} here has rotary positions, and a merged token has none")
-    plain = all(
-        type(block) in _MERGING and isinstance(block.attn, Attention | EvaAttention) for block in blocks
-    )
-    if not len(blocks) or not plain:
-        raise _unfit(f"the blocks of {type(trunk).__name__} here are not those of a plain vision transformer")
+    if why := why_not_mergeable(trunk):
+        raise ConfigError(f"model.vision.tome_r: {why}. Set it to 0, or take another model.vision.name.")
     merging = Merging(r, min(trunk.num_prefix_tokens, 1))
-    for block in blocks:
+    trunk.blocks[0].register_forward_pre_hook(merging.start)
+    for block in trunk.blocks:
         block.merging = merging
         block.attn.k_norm.register_forward_hook(merging.see_keys)
         # a block's class is changed, and not the block wrapped, so that its weights keep their names
@@ -100,19 +94,33 @@ def num_merged_tokens(num_tokens: int, r: int, num_blocks: int, num_protected: i
     return num_tokens
 
 
-def _unfit(why: str) -> ConfigError:
-    return ConfigError(f"model.vision.tome_r: {why}. Set it to 0, or take another model.vision.name.")
+def why_not_mergeable(trunk: nn.Module) -> str | None:
+    """Why tokens cannot merge in a model; None for a plain vision transformer. Rotary positions are a reason:
+    a merged token has none."""
+    name, blocks = type(trunk).__name__, getattr(trunk, "blocks", ())
+    if getattr(trunk, "rope", None) is not None:
+        return f"{name} here has rotary positions, and a merged token has none"
+    plain = all(
+        type(block) in _MERGING and isinstance(block.attn, Attention | EvaAttention) for block in blocks
+    )
+    if not len(blocks) or not plain:
+        return f"the blocks of {name} here are not those of a plain vision transformer"
+    return None
 
 
 class _MergingBlock:
-    """A block of a frozen vision transformer in which tokens merge between its two sub-layers."""
+    """A block of a vision transformer in which tokens merge between its two sub-layers."""
 
     def forward(self, x: Tensor, **kwargs) -> Tensor:
-        """[B, N, C] -> [B, N - r, C]."""
+        """[B, N, C] -> [B, N - r, C]. Raises `ConfigError` where a mask is given: merged tokens have none."""
+        if kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
+            raise ConfigError(
+                "tokens cannot merge where attention is masked: leave attn_mask and is_causal out."
+            )
         kwargs["attn_mask"] = self.merging.attention_bias(x.dtype)
-        x = x + self._scaled(self.attn(self.norm1(x), **kwargs), 1)
+        x = x + self.drop_path1(self._scaled(self.attn(self.norm1(x), **kwargs), 1))
         x = self.merging.merge(x)
-        return x + self._scaled(self.mlp(self.norm2(x)), 2)
+        return x + self.drop_path2(self._scaled(self.mlp(self.norm2(x)), 2))
 
 
 class _MergingViTBlock(_MergingBlock, Block):

@@ -150,8 +150,6 @@ class TimmEncoder(VisionEncoder):
         """[B, 3, H, W] -> [B, N, C]."""
         if self.fairscale is not None:
             self.fairscale.check(self.trunk, pixels.device)
-        if self.merging is not None:
-            self.merging.start()
         if self.channels_last:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         with offloaded(pixels.device) if self.offloads else contextlib.nullcontext():
