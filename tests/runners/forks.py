@@ -8,11 +8,13 @@ import json
 import os
 import pkgutil
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT = 300  # seconds: a program takes a few on free cores
 
 
 class Forks:
@@ -35,7 +37,8 @@ class Forks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.communicate(timeout=60)
+        self._process.kill()
+        self._process.communicate()
 
     def run(self, program: Path, *arguments: str, shown: Path, **environment: str) -> tuple[int, str]:
         """The exit code (-9: killed) of a Python file, and the last of what it showed. That goes to the file
@@ -58,6 +61,7 @@ def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if (child := os.fork()) == 0:
+            signal.alarm(TIMEOUT)  # ends it
             os.environ.update(request["environment"])
             shown = os.open(request["shown"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for stream in (1, 2):
