@@ -166,9 +166,16 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in _DEEP_MODES or image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16"):  # a look-up takes a tenth of the time of computing each pixel
+        table = _eight_bits(np.arange(1 << 16), 0, 65535)
+        return _in_strips(image, lambda strip: Image.fromarray(table[np.asarray(strip)]).convert("RGB"))
+    if image.mode in _DEEP_MODES:
         low, high = _value_range(image)
-        return _in_strips(image, lambda strip: _eight_bits(np.asarray(strip), low, high))
+
+        def convert(strip: Image.Image) -> Image.Image:
+            return Image.fromarray(_eight_bits(np.asarray(strip), low, high)).convert("RGB")
+
+        return _in_strips(image, convert)
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         return _in_strips(image, _over_white)
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -197,17 +204,14 @@ def _over_white(image: Image.Image) -> Image.Image:
     return page
 
 
-def _eight_bits(values: np.ndarray, low: float, high: float) -> Image.Image:
-    """Deep pixel values [H, W] as a grey RGB image, by the rules of `to_rgb`."""
+def _eight_bits(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Deep pixel values as grey ones of 8 bits, by the rules of `to_rgb`."""
     scaled = (values.astype(np.float64) - low) * (255.0 / (high - low))
-    grey = np.nan_to_num(np.rint(scaled), nan=0.0).clip(0, 255).astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
+    return np.nan_to_num(np.rint(scaled), nan=0.0).clip(0, 255).astype(np.uint8)
 
 
 def _value_range(image: Image.Image) -> tuple[float, float]:
-    """The values of a deep image that become black and white."""
-    if image.mode.startswith("I;16"):
-        return 0.0, 65535.0
+    """The values of an image of 32 bits that become black and white."""
     strips = (np.asarray(image.crop(box)) for box in _strips(image))
     finite = [values for strip in strips if (values := _extremes(strip[np.isfinite(strip)]))]
     low, high = (min(v[0] for v in finite), max(v[1] for v in finite)) if finite else (0.0, 1.0)

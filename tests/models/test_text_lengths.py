@@ -65,6 +65,21 @@ def test_the_prompt_before_captions_is_read_and_not_learned():
 
 
 @pytest.mark.parametrize("kind", ["opt", "causal"])
+def test_a_word_that_only_begins_like_the_prompt_is_learned(kind):
+    cls, cfg = config(prompt="a red")
+    cfg.language.kind = kind
+    reader = build_language_model(cfg, cls.LANGUAGE_MODEL, "meta")
+    other, begins = reader.to_learn(["a reddish star", "a red star"])
+    assert reader.tokenizer.decode(begins.learned).startswith(" star")
+    assert "a reddish star" in reader.tokenizer.decode(other.learned)
+
+
+def test_a_blank_after_the_prompt_takes_no_word_from_what_is_learned():
+    reader = lengths(prompt="a photo of").learned(["a photo of a red star"])
+    assert lengths(prompt="a photo of ").learned(["a photo of a red star"]) == reader
+
+
+@pytest.mark.parametrize("kind", ["opt", "causal"])
 def test_without_weights_texts_become_the_same_tokens(kind):
     cls, cfg = config(max_txt_len=6)
     cfg.language.kind = kind

@@ -243,9 +243,14 @@ class HuggingFaceLanguageModel(LanguageModel):
 
     def _caption(self, text: str) -> tuple[str, str]:
         """A text to learn -> the prompt, which generation begins with, and what is learned after it."""
-        if self.prompt and text.startswith(self.prompt):
+        if self.prompt and self._begins_with_prompt(text):
             return self.prompt, text[len(self.prompt) :].lstrip()
         return self.prompt, text
+
+    def _begins_with_prompt(self, text: str) -> bool:
+        """Whether a text begins with the prompt's words: "a photo often" does not begin with "a photo of"."""
+        goes_on = self.prompt[-1:].isalnum() and text[len(self.prompt) :][:1].isalnum()
+        return text.startswith(self.prompt) and not goes_on
 
     def _split(self, text_in: list[str], text_out: list[str] | None) -> list[tuple[str, str]]:
         """What is read and what is learned of each sample."""

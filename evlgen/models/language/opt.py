@@ -29,9 +29,9 @@ class OPTLanguageModel(CausalLanguageModel):
 
     def _to_learn(self, text_in: list[str], text_out: list[str] | None) -> list[Tokens]:
         if text_out is None:
-            return [
-                self._sample(text, self.prompt if text.startswith(self.prompt) else "") for text in text_in
-            ]
+            # a blank at the prompt's end is part of the next word's token, which is learned
+            prompt = self.prompt.rstrip()
+            return [self._sample(text, prompt if self._begins_with_prompt(text) else "") for text in text_in]
         return [self._sample(f"{a} {b}".strip(), a) for a, b in zip(text_in, text_out, strict=True)]
 
     def _most_read(self, prompt: str | None) -> int:
