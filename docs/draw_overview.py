@@ -1,6 +1,6 @@
 """Draws docs/overview.svg: frozen encoder, connector that merges tokens, frozen language model.
 
-    python docs/draw_overview.py [FILE]
+python docs/draw_overview.py [FILE]
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ def draw_overview(path: Path) -> None:
     for start, end in ((14.4, 17.6), (32.4, 36.6), (71.4, 75.6), (90.4, 92.6)):
         arrow = FancyArrowPatch((start, 18), (end, 18), arrowstyle="-|>", mutation_scale=12, color=INK)
         axes.add_patch(arrow)
-    caption = "a green\nsquare\nabove\nanother\ngreen\nsquare"
-    axes.text(93, 18, caption, va="center", fontsize=9, style="italic")
+    axes.text(
+        93, 18, "a green\nsquare\nabove\nanother\ngreen\nsquare", va="center", fontsize=9, style="italic"
+    )
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=110)
     plt.close(figure)
 

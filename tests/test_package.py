@@ -51,7 +51,7 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     shutil.copytree(ROOT / "evlgen", source / "evlgen", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     command = [
         sys.executable,
@@ -125,7 +125,12 @@ NOT_IMPORTED = {
 
 def test_declared_and_imported_packages_are_the_same():
     project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [line for name, of in project["optional-dependencies"].items() if name != "tests" for line in of]
+    extras = [
+        line
+        for name, of in project["optional-dependencies"].items()
+        if name not in ("docs", "tests")
+        for line in of
+    ]
     declared = {_normal(re.match(r"[\w.-]+", line)[0]) for line in project["dependencies"] + extras}
     found = set()
     for path in (ROOT / "evlgen").rglob("*.py"):
