@@ -60,7 +60,9 @@ def open_image(path: str | os.PathLike | BinaryIO, draft_size: int | None = None
         DataError: the file is missing, a folder, empty, truncated, too large or not an image. Its ``cause``
             says which of these.
     """
-    name = getattr(path, "name", "(a stream)") if hasattr(path, "read") else path
+    name = getattr(path, "name", None) if hasattr(path, "read") else path
+    if not isinstance(name, str | bytes | os.PathLike):  # of a temporary file it is a number
+        name = "(a stream)"
     with decoding(name):
         if name is path and not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe may never end
             raise DataError("it is not a regular file.", "not a file")
