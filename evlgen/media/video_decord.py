@@ -110,9 +110,12 @@ class _Opener:
         try:
             self._process.stdin.write(os.fsencode(os.path.abspath(file)).hex().encode() + b"\n")
             self._process.stdin.flush()
-            return bool(self._process.stdout.readline())
+            is_alive = bool(self._process.stdout.readline())
         except BrokenPipeError:
-            return False
+            is_alive = False
+        if not is_alive:  # until it has ended, `poll` does not know, and the next file would fail too
+            self._process.wait()
+        return is_alive
 
 
 # Reads names of files, in hexadecimal digits, and answers each with a line, until its input ends.

@@ -58,7 +58,7 @@ def train(forks: Forks, project: Path, *options: str, **environment: str) -> tup
 
 
 def outcome(folder: Path) -> dict[str, object]:
-    """Everything a run gives, but times."""
+    """Everything a run gives, but times, and how often it went back behind a checkpoint that it had."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     for record in records:
         for key in ("time", "seconds", "samples_per_s", "trained_seconds"):
@@ -72,6 +72,9 @@ def outcome(folder: Path) -> dict[str, object]:
             "training_state/progress.json",
         )
     }
+    progress = json.loads(files["training_state/progress.json"])
+    del progress["rewinds"]
+    files["training_state/progress.json"] = progress
     links = {name: os.readlink(folder / "checkpoints" / name) for name in ("latest", "best")}
     return {"records": records, "files": files, "links": links}
 
