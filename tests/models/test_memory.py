@@ -32,7 +32,7 @@ kind, path, dtype = sys.argv[1], sys.argv[2], getattr(torch, sys.argv[3])
 torch.set_num_threads(1)
 done, start = False, private()
 peak = [start]
-thread = threading.Thread(target=watch); thread.start()
+thread = threading.Thread(target=watch, daemon=True); thread.start()
 if kind == "language":
     part = OPTLanguageModel(path, dtype=dtype)
 else:
@@ -70,7 +70,10 @@ def opt_folder(tmp_path_factory, request):
     )
     with torch.device("meta"):
         model = OPTForCausalLM(config)
-    model.to_empty(device="cpu").to(torch.float16).save_pretrained(folder)  # 206 MB
+    model.to_empty(device="cpu").to(torch.float16)
+    for weight in model.parameters():
+        torch.nn.init.zeros_(weight)  # whatever stood in memory need not be a number
+    model.save_pretrained(folder)  # 206 MB
     return folder
 
 
