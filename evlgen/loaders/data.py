@@ -240,7 +240,8 @@ def workers_named() -> Iterator[None]:
         yield
     except EVLGenError as error:
         name = f"{type(error).__module__}.{type(error).__qualname__}: "
-        _, is_from_worker, message = str(error).partition(f"\n{name}")
+        text = str(error).replace("\\n", "\n")  # messages show line breaks escaped, those of a traceback too
+        _, is_from_worker, message = text.partition(f"\n{name}")
         if not is_from_worker:
             raise
         raise type(error)(message.rstrip()) from None

@@ -350,7 +350,7 @@ def test_a_killed_fill_goes_on_and_computes_nothing_twice(tiny_project, tmp_path
     plugin.write_text(
         "import os, signal\n"
         "from evlgen.models.vision.timm_encoder import TimmEncoder\n"
-        "from evlgen.runners import vision_cache\n"
+        "from evlgen.vision_cache import cache as vision_cache\n"
         "vision_cache._FLUSH_SECONDS = 0.0\n"
         "forward, calls = TimmEncoder.forward, []\n"
         "def killing(self, pixels):\n"
