@@ -155,23 +155,22 @@ class Checkpointer:
         if self._job is None:
             return
         self._job.join()
-        target, error, self._job = self._job.target, self._job.error, None
+        target, error, remedy = self._job.target, self._job.error, self._job.remedy
+        self._job = None
         self._problem = None
         if error is not None:
             self.saved_iteration = None
             last = self.latest()
             self._problem = (
                 f"{target} could not be saved ({error}). The last whole checkpoint is "
-                f"{last or 'none yet'}. Free space or rights there; the next save tries again."
+                f"{last or 'none yet'}."
             )
-            logger.error("%s", self._problem)
+            logger.error("%s %s", self._problem, remedy)
 
     def raise_problem(self) -> None:
         """Raises `TrainingError` where the last write failed: for when there is no next one."""
         if self._problem:
-            raise TrainingError(
-                self._problem.removesuffix(" Free space or rights there; the next save tries again.")
-            )
+            raise TrainingError(self._problem)
 
     def end_epoch(self, state: TrainingState, is_best: bool) -> None:
         """Adds to the checkpoint just saved that its epoch is validated, and with what result."""
@@ -359,7 +358,8 @@ def _check_counters(progress: dict[str, Any]) -> None:
 
 
 class _SaveJob(threading.Thread):
-    """Copies tensors to memory, then writes and names a checkpoint. ``error`` says why that failed."""
+    """Copies tensors to memory, then writes and names a checkpoint. ``error`` says why that failed, and
+    ``remedy`` what helps."""
 
     def __init__(
         self,
@@ -373,6 +373,7 @@ class _SaveJob(threading.Thread):
         self.target, self.keep_last = target, keep_last
         self.copied = threading.Event()
         self.error: str | None = None
+        self.remedy = "Free space or rights there; the next save tries again."
         self._tensors, self._write = (weights, moments), write
         self._copying = _copying_stream(weights)
 
@@ -386,7 +387,8 @@ class _SaveJob(threading.Thread):
                 self.copied.set()
             bad = first_not_finite({**weights, **moments})
             if bad is not None:
-                raise TrainingError(f"{bad} is not finite")
+                self.remedy = "Lower run.init_lr, or set run.max_grad_norm."
+                raise TrainingError(f"{bad} holds numbers that are not finite")
             write_folder(self.target, lambda folder: self._write(folder, weights, moments))
             point(self.target.parent / "latest", self.target)
             remove_old(self.target.parent, self.keep_last)
