@@ -141,6 +141,10 @@ class Config:
         """Whether a key is built in for what ``other`` no longer is; see `Layers.is_left_behind`."""
         return self._layers.is_left_behind(key_path, other)
 
+    def is_built_in(self, key_path: str) -> bool:
+        """Whether a key has the value that a type's or a dataset's own defaults give it."""
+        return self._layers.is_built_in(key_path)
+
     def model_plain(self) -> dict[str, Any]:
         """The ``model`` section as plain dicts and lists."""
         return OmegaConf.to_container(self.model, resolve=True)

@@ -153,6 +153,10 @@ class Layers:
         other_place, other_is_built_in = self._place(other)
         return 0 <= place < other_place and is_built_in and not other_is_built_in
 
+    def is_built_in(self, key_path: str) -> bool:
+        """Whether a key has the value that a type's or a dataset's own defaults give it."""
+        return self._place(key_path.partition("[")[0])[1]
+
     def _place(self, key_path: str) -> tuple[int, bool]:
         """The strongest layer that has a key (-1: none), and whether its value is one that is built in; a
         saved configuration repeats those."""
