@@ -137,8 +137,8 @@ class QFormer(Connector):
     Linear(hidden -> language_dim).
 
     Args:
-        inputs: what it stands between, see `ConnectorInputs`. Without a language model (the first stage) the last
-            projection is left out.
+        inputs: what it stands between, see `ConnectorInputs`. Without a language model (the first
+            stage) the last projection is left out.
         num_query_token: queries, and so soft prompts.
         num_layers: BERT layers.
         cross_attention_freq: the first of each so many layers has cross-attention.
