@@ -243,13 +243,11 @@ def check_room(cfg: Config, task: Any) -> None:
     model_class, run = registry.get_model_class(cfg.model.arch), cfg.run
     config = build_dataclass(model_class.CONFIG, cfg.model_plain(), path="model")
     evaluates = bool(run.test_splits or (run.valid_splits and not run.evaluate))
-    ranks = evaluates and task.ASKS and run.inference_method == "rank"
-    writes = evaluates and task.WRITES and not ranks
+    writes = evaluates and task.WRITES and run.inference_method == "generate"
     writes |= task.LEARNS_WRITING and not run.evaluate
     learns = not (run.evaluate or task.LEARNS_WRITING)
     prompt = None if task.ASKS else (config.prompt if run.prompt is None else run.prompt)
-    # an answer that is ranked is read as one that is learned
-    model_class.check_room(config, prompt, task.max_len if writes else 0, learns or ranks)
+    model_class.check_room(config, prompt, task.max_len if writes else 0, learns)
 
 
 def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str, Dataset]]:

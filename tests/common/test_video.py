@@ -395,7 +395,7 @@ def test_a_forked_process_opens_the_file_for_itself(made, reader):
     ]
     for child in children:
         child.start()
-    assert {answers.get(timeout=60) for _ in children} == {(95, 95), (42, 42)}
+    assert {answers.get(timeout=600) for _ in children} == {(95, 95), (42, 42)}
     assert clip._open() is opened and number_of(clip.read([60])[0]) == 60
 
 

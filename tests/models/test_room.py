@@ -17,10 +17,6 @@ from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
 from evlgen.config.config import Config
 
-RANKED = [
-    *("run.task=vqa", "run.inference_method=rank", "run.evaluate=true", "run.test_splits=[test]"),
-    "model.max_output_txt_len=60",
-]
 FITS = [
     ["run.max_len=119"],
     ["model.max_txt_len=120"],
@@ -30,7 +26,6 @@ FITS = [
     ["model.language.kind=causal", "model.max_txt_len=119"],
     ["run.task=captioning_scst", "run.valid_splits=[]", "run.max_len=119"],
     ["run.task=captioning_scst", "model.max_txt_len=121"],  # it learns what it wrote
-    [*RANKED, "model.max_txt_len=59"],
 ]
 TOO_LONG = [
     (["run.max_len=120"], 129, "run.max_len"),
@@ -40,7 +35,6 @@ TOO_LONG = [
     (["run.max_len=119", "model.connector.r=2"], 131, "run.max_len"),
     (["run.max_len=89", "run.task=vqa"], 129, "run.max_len"),  # questions of any length
     (["run.task=captioning_scst", "run.valid_splits=[]", "run.max_len=120"], 129, "run.max_len"),
-    ([*RANKED, "model.max_txt_len=60"], 129, "model.max_txt_len"),
     (["model.max_txt_len=121"], 129, "model.max_txt_len"),
     (["model.language.kind=causal", "model.max_output_txt_len=120"], 129, "model.max_txt_len"),
 ]
