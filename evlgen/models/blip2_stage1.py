@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evlgen.common.errors import ConfigError
+from evlgen.common.precision import without_autocast
 from evlgen.common.registry import registry
 from evlgen.config.model_config import VisionConfig
 from evlgen.config.schema import PositiveInt, Registered
@@ -277,7 +278,7 @@ class Blip2Stage1(BaseModel):
         image_features = self._features(self.vision_proj(queries))  # [B, M, E]
         text_features = self._text_features(ids)  # [B, E]
         positive = positives(keys, everyone.gather(keys), everyone.offset)
-        with torch.autocast(ids.device.type, enabled=False):
+        with without_autocast(ids.device):
             image_to_text = similarities(image_features, everyone.gather(text_features)) / self.temp
             text_to_image = similarities(everyone.gather(image_features), text_features).T / self.temp
             losses = [
@@ -465,7 +466,7 @@ class Blip2Stage1(BaseModel):
         pixels = image.to(self.device, next(self.vision.parameters()).dtype)
         if not self.freezes_vision:
             return self.vision(pixels)
-        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(pixels.device):
             return self.vision(pixels)
 
     def _prompt(self, samples: dict[str, Any]) -> str:

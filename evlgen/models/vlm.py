@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from evlgen.common.errors import ConfigError, DataError, EVLGenError
+from evlgen.common.precision import without_autocast
 from evlgen.common.registry import registry
 from evlgen.config.model_config import GenerationConfig, ModelConfig
 from evlgen.files.io import resolve
@@ -522,7 +523,7 @@ class VLM(BaseModel):
     def _own_precision(device: torch.device) -> contextlib.AbstractContextManager:
         """Frozen parts compute in the type their weights are kept in: autocast would convert all of them at
         every step."""
-        return torch.autocast(device.type, enabled=False)
+        return without_autocast(device)
 
     def _log_parts(self) -> None:
         for name in ("vision", "connector", "language"):
