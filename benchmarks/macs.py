@@ -5,9 +5,9 @@
 Reads project files, by default those of EVL_Gen's pretraining and of BLIP-2's second stage with OPT-2.7b,
 builds the published sizes without their weights (see `evlgen.estimate`; nothing is downloaded) and counts
 matrix products and attention, with 32 tokens of text.
-BLIP-2's first stage, which EVL_Gen does without, comes on top of its second. Two tables in Markdown: GMACs of a
-forward pass for an image and its caption; computed memory at the peak of a training step in bf16, with frozen
-language models as they are, and in 8 and 4 bits.
+BLIP-2's first stage, which EVL_Gen does without, comes on top of its second. Two tables in Markdown: GMACs of
+a forward pass for an image and its caption; computed memory at the peak of a training step in bf16, with
+frozen language models as they are, and in 8 and 4 bits.
 """
 
 from __future__ import annotations
@@ -31,18 +31,14 @@ PROJECTS = (
     "projects/evlgen/pretrain_vicuna7b.yaml",
 )
 # config.json of facebook/opt-2.7b and -6.7b, and of LLaMA 7b
-_OPT = {"vocab_size": 50272, "max_position_embeddings": 2048, "num_hidden_layers": 32}
-LANGUAGE_MODELS = {
-    "opt-2.7b": (
-        transformers.OPTConfig,
-        {**_OPT, "hidden_size": 2560, "ffn_dim": 10240, "word_embed_proj_dim": 2560},
-    ),
-    "opt-6.7b": (
-        transformers.OPTConfig,
-        {**_OPT, "hidden_size": 4096, "ffn_dim": 16384, "word_embed_proj_dim": 4096},
-    ),
-    "vicuna-7b": (transformers.LlamaConfig, {}),
-}
+_OPT = {"vocab_size": 50272, "num_hidden_layers": 32, "num_attention_heads": 32}
+
+
+def _opt(width: int) -> transformers.OPTConfig:
+    return transformers.OPTConfig(**_OPT, hidden_size=width, ffn_dim=4 * width, word_embed_proj_dim=width)
+
+
+LANGUAGE_MODELS = {"opt-2.7b": _opt(2560), "opt-6.7b": _opt(4096), "vicuna-7b": transformers.LlamaConfig()}
 TEXT_TOKENS = 32
 BATCH_SIZES = (16, 32, 64)
 
@@ -76,11 +72,11 @@ def count(project: str, quantization: str = "none") -> Estimate:
     cfg = Config.load(project)
     section = cfg.model_plain()
     name = section["language"]["name"].rsplit("/")[-1]
-    kind, sizes = next(found for known, found in LANGUAGE_MODELS.items() if name.startswith(known))
+    config = next(found for known, found in LANGUAGE_MODELS.items() if name.startswith(known))
     with tempfile.TemporaryDirectory() as folder:
         for file in Path(resolve("evlgen://assets/shapes/language")).glob("tok*"):
             shutil.copy(file, folder)  # any tokenizer does: texts are counted in tokens
-        kind(**sizes).save_pretrained(folder)
+        config.save_pretrained(folder)
         section["language"].update(name=folder, quantization=quantization)
         section["connector"].pop("init", None)
         model = build_dataclass(registry.get_model_class(cfg.model.arch).CONFIG, section, path="model")
