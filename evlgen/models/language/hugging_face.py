@@ -95,7 +95,7 @@ class HuggingFaceLanguageModel(LanguageModel):
 
     KIND: ClassVar[str]  # its registered name
     AUTO_CLASS: ClassVar[Any]
-    _ends_with_head: bool | None = None  # whether `token_losses` can be used; None: not known yet
+    _ends_with_head: bool | None = None  # whether its output layer's are the logits; None: not known yet
 
     def __init__(
         self,
@@ -329,11 +329,12 @@ class HuggingFaceLanguageModel(LanguageModel):
             # a compiled forward would go on with the hooks it was compiled with
             return self.model(**inputs, use_cache=False).logits[rows, columns], None
         hidden, given = rows, rows  # until the hooks run
+        is_enough = self._ends_with_head and _is_plain(head)  # the hidden states, without logits
 
         def pick(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             nonlocal hidden
             hidden = args[0][rows, columns]
-            return (hidden[:1][None] if self._ends_with_head else hidden[None], *args[1:])
+            return (hidden[:1][None] if is_enough else hidden[None], *args[1:])
 
         def see(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
             nonlocal given
@@ -346,9 +347,9 @@ class HuggingFaceLanguageModel(LanguageModel):
             for handle in handles:
                 handle.remove()
         if self._ends_with_head is None:
-            # nothing comes after the layer where what it gave is what the model returns
-            self._ends_with_head = logits is given and _is_plain(head)
-        return (hidden, head) if self._ends_with_head else (logits[0], None)
+            self._ends_with_head = logits is given
+            is_enough = self._ends_with_head and _is_plain(head)
+        return (hidden, head) if is_enough else (logits[0], None)
 
     def _check_something_is_learned(self, count: int) -> None:
         if not count:
