@@ -44,6 +44,12 @@ def serve(service: Service, listening: socket.socket, ready: Callable[[], None] 
         listening: see `bind`.
         ready: called when requests are taken.
     """
+    make_server(service, ready).run(sockets=[listening])
+
+
+def make_server(service: Service, ready: Callable[[], None] = lambda: None) -> uvicorn.Server:
+    """As `serve`, before it runs: a thread runs it by its ``run(sockets=[..])`` and ends it by its
+    ``should_exit``."""
     limits = service.limits
     protocol = type("Protocol", (_Protocol,), {"header_seconds": limits.header_seconds})
     config = uvicorn.Config(
@@ -57,7 +63,7 @@ def serve(service: Service, listening: socket.socket, ready: Callable[[], None] 
         limit_concurrency=limits.connections,
         timeout_graceful_shutdown=max(1, round(limits.drain_seconds)),
     )
-    _Server(config, ready).run(sockets=[listening])
+    return _Server(config, ready)
 
 
 class _Server(uvicorn.Server):
