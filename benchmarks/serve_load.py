@@ -1,12 +1,12 @@
 """Requests per second of ``evlgen serve``, and how long they take: batched against one at a time.
 
-    python benchmarks/serve_load.py [--clients 1 8 32] [--requests 400] [--check 10000] [-- --checkpoint ...]
+    python benchmarks/serve_load.py [--clients 1 8 32] [--requests 400] [--check 10000] [CHECKPOINT]
 
-Two servers run in processes of their own, one with ``--max-batch 64`` and one with ``--max-batch 1``. They are
-measured in turn with the same requests, by this process. Scenes of the Shapes world are asked about whose
+Two servers run in processes of their own, one with ``--max-batch 64`` and one with ``--max-batch 1``. They
+are measured in turn with the same requests, by this process. Scenes of the Shapes world are asked about whose
 captions all differ, so that an answer tells whose it is: then ``--check`` requests are sent by 64 clients,
 and every one must get the caption that its scene gets when it is asked about alone.
-What follows ``--`` goes to both servers.
+Options of ``evlgen serve`` go to both servers.
 """
 
 from __future__ import annotations

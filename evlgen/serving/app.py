@@ -75,7 +75,7 @@ class Service:
         self._admitted = 0
         self._started = int(time.time())
 
-    def check_access(self, request: Request) -> None:
+    async def check_access(self, request: Request) -> None:
         """Raises `Refusal` for a request without the key, or addressed to another host."""
         if self.local_only:
             host = request.headers.get("host", "")
