@@ -53,7 +53,7 @@ from evlgen.models.pixels import pixels_of, with_pixels
 from evlgen.models.text_lengths import TextLengths
 from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
-from evlgen.weights.hub import looks_like_path, missing_model
+from evlgen.weights.hub import looks_like_path, missing_model, with_settings
 
 logger = logging.getLogger(__name__)
 
@@ -212,13 +212,14 @@ class Blip2Stage1(BaseModel):
 
     @classmethod
     def check_room(cls, cfg: Stage1Config, prompt: str | None, num_new: int, learns: bool) -> None:
-        start = cfg.connector.get("init")
-        if any(name and missing_model(name) for name in (start, cfg.text.tokenizer)):
+        start, tokenizer_name = cfg.connector.get("init"), with_settings(cfg.text.tokenizer)
+        start = start and with_settings(start)
+        if tokenizer_name is None or (start is None and cfg.connector.get("init")):
             return
         known = cfg.text.max_position_embeddings or bert_sizes(start, num_layers=1).max_position_embeddings
         _check_learned(cfg.max_txt_len, known)
         if num_new:
-            tokenizer = QFormerTokenizer(cfg.text.tokenizer, cfg.max_txt_len)
+            tokenizer = QFormerTokenizer(tokenizer_name, cfg.max_txt_len)
             _check_written(tokenizer.to_write_after(prompt or "").shape[1] + num_new, known)
 
     def frozen_modules(self) -> list[nn.Module]:

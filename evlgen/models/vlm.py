@@ -30,7 +30,7 @@ from evlgen.models.text_lengths import TextLengths
 from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.temporal import pool_frames, temporal_modules
-from evlgen.weights.hub import looks_like_path, missing_model
+from evlgen.weights.hub import looks_like_path, missing_model, with_settings
 
 logger = logging.getLogger(__name__)
 
@@ -142,9 +142,10 @@ class VLM(BaseModel):
 
     @classmethod
     def check_room(cls, cfg: ModelConfig, prompt: str | None, num_new: int, learns: bool) -> None:
-        if missing_model(cfg.language.name):
+        name = with_settings(cfg.language.name)
+        if name is None:
             return
-        name = cfg.language.name
+        cfg = dataclasses.replace(cfg, language=dataclasses.replace(cfg.language, name=name))
         limit = num_positions(read_config(name, find_model(name)))
         # nearly all models have far more room than is needed: seen without building anything
         texts = len((prompt or "").encode()) + cfg.max_txt_len + (cfg.max_output_txt_len or cfg.max_txt_len)
