@@ -1,4 +1,5 @@
-"""Addresses in files that somebody else wrote: nothing is fetched from them unless the user agrees."""
+"""What files that somebody else wrote ask for: addresses in them are not fetched unless the user agrees, and
+plugins are imported only where the user names them."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from evlgen.common.errors import CheckpointError, EVLGenError
+from evlgen.common.plugins import is_imported
 from evlgen.common.safe_text import printable, shown_name
+from evlgen.config.yaml_io import read_yaml
 from evlgen.files.io import download_target, scheme_of
 
 #: What answers a question with yes or no.
@@ -41,6 +44,25 @@ def check_addresses(section: Mapping[str, Any], file: Path, allow: bool | Consen
         "--allow-downloads (in Python: allow_downloads=True), or fetch them yourself and write the paths "
         "into the file."
     )
+
+
+def check_plugins(file: Path, name: str) -> None:
+    """Raises `CheckpointError` where a ``config.yaml`` from the hub lists plugins that the user has not named:
+    they are code, and nothing of what was fetched is run.
+
+    Args:
+        file: the ``config.yaml``.
+        name: what the user asked for.
+    """
+    plugins = read_yaml(file).get("plugins") or []
+    listed = [str(plugin) for plugin in (plugins if isinstance(plugins, list) else [plugins])]
+    wanted = [plugin for plugin in listed if not is_imported(plugin)]
+    if wanted:
+        raise CheckpointError(
+            f"{shown_name(name)} needs plugins: {', '.join(map(shown_name, wanted[:5]))}. Nothing that comes "
+            "with weights is run. Get that code, read it, and name it yourself: --plugins ./my_part.py (in "
+            "Python: import it first)."
+        )
 
 
 def ask_on_terminal(question: str) -> bool:

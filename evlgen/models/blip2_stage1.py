@@ -203,7 +203,7 @@ class Blip2Stage1(BaseModel):
         named = [(f"tokenizer {tokenizer}", tokenizer)]
         named += [(f"connector start {start}", start)] if start and start != tokenizer else []
         found += [Missing(what, missing_model(name), not looks_like_path(name)) for what, name in named]
-        if cfg.checkpoint and not cfg.checkpoint.startswith(("http://", "https://")):
+        if cfg.checkpoint and not cfg.checkpoint.startswith(("http://", "https://", HUB_PREFIX)):
             if not os.path.exists(resolve(cfg.checkpoint)):
                 why = "there is no such file or folder; see model.checkpoint"
                 found.append(Missing(f"checkpoint {cfg.checkpoint}", why, False))

@@ -30,6 +30,7 @@ from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.temporal import pool_frames, temporal_modules
 from evlgen.weights.hub import looks_like_path, missing_model
+from evlgen.weights.hub_checkpoints import HUB_PREFIX
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ class VLM(BaseModel):
             found.append(
                 Missing(f"connector start {start}", missing_model(start), not looks_like_path(start))
             )
-        if cfg.checkpoint and not cfg.checkpoint.startswith(("http://", "https://")):
+        if cfg.checkpoint and not cfg.checkpoint.startswith(("http://", "https://", HUB_PREFIX)):
             if not os.path.exists(resolve(cfg.checkpoint)):
                 why = "there is no such file or folder; see model.checkpoint"
                 found.append(Missing(f"checkpoint {cfg.checkpoint}", why, False))
