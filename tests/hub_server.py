@@ -1,6 +1,6 @@
-"""A server on this machine that speaks the Hugging Face hub's protocol, for its real client: repositories with
-branches and commits, uploads by the git-lfs protocol, downloads with ranges, private and gated repositories,
-and faults."""
+"""A server on this machine that speaks the Hugging Face hub's protocol, for its real client: repositories
+with branches and commits, uploads by the git-lfs protocol, downloads with ranges, private and gated
+repositories, and faults."""
 
 from __future__ import annotations
 

@@ -48,8 +48,8 @@ def load_plugins(names: Sequence[str], base: Path | None = None) -> list[str]:
 
 
 def is_imported(name: str) -> bool:
-    """Whether the module that a plugin's name stands for is imported already; a file is known by its own name,
-    wherever it lies. Imports nothing."""
+    """Whether the module that a plugin's name stands for is imported already; a file is known by its own
+    name, wherever it lies. Imports nothing."""
     if not name.endswith(".py"):
         return name in sys.modules
     files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))

@@ -47,8 +47,8 @@ def check_addresses(section: Mapping[str, Any], file: Path, allow: bool | Consen
 
 
 def check_plugins(file: Path, name: str) -> None:
-    """Raises `CheckpointError` where a ``config.yaml`` from the hub lists plugins that the user has not named:
-    they are code, and nothing of what was fetched is run.
+    """Raises `CheckpointError` where a ``config.yaml`` from the hub lists plugins that the user has not
+    named: they are code, and nothing of what was fetched is run.
 
     Args:
         file: the ``config.yaml``.

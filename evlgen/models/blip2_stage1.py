@@ -52,6 +52,7 @@ from evlgen.models.text_lengths import TextLengths
 from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.weights.hub import looks_like_path, missing_model
+from evlgen.weights.hub_checkpoints import HUB_PREFIX
 
 logger = logging.getLogger(__name__)
 

@@ -71,7 +71,7 @@ def write_card(
 
     Args:
         name: of the repository, ``user/name``.
-        config: the published configuration: ``model``, and ``datasets`` and ``run`` where it was trained here.
+        config: the published configuration: ``model``; ``datasets`` and ``run`` where they are known.
         facts: of the run; None where it is not known.
         licence: of the trained weights, as the hub names it, such as ``apache-2.0``.
         samples: captions to show.
