@@ -36,13 +36,14 @@ logger = logging.getLogger(__name__)
 _ADAPTER, _TEMPORAL = ".lora_", ".temporal_merge."  # in the names of weights
 _WITHOUT = "model.checkpoint: null starts without it."
 _SAYS = "the config.yaml beside the weights says"
-_HEAD = "prompt_head."
+_HEAD, _NORM = "prompt_head.", "ln_vision."
 # What gives learned weights a place that have none.
 _PLACES = {
     _ADAPTER: "it is of adapters in the language model. Set model.language.lora to what they were trained "
     f"with (r, alpha, target_modules: {_SAYS})",
     _TEMPORAL: "it is of attention over the frames. Set model.vision.temporal.form to what it was trained "
     f"with ({_SAYS}; published weights: residual), and model.vision to the same encoder",
+    _NORM: f"it is of the LayerNorm after the vision encoder. Set model.vision.norm_eps to what {_SAYS}",
     _HEAD: f"it is of what stands around the soft prompts. Set model.soft_prompts to what {_SAYS}",
 }
 _READS_TEXT = (
@@ -302,6 +303,11 @@ class BaseModel(nn.Module):
             raise CheckpointError(
                 f"{path} was trained without {_some(missing)}, and gives other texts with it. Set "
                 f"model.soft_prompts: null and model.connector.residual: false; {_WITHOUT}"
+            )
+        if missing and all(name.startswith(_NORM) for name in missing):
+            raise CheckpointError(
+                f"{path} was trained without {_some(missing)}, and gives other texts with it. Set "
+                f"model.vision.norm_eps: null; {_WITHOUT}"
             )
         self.load_state_dict({k: state[k] for k in loaded}, strict=False)
         logger.info("%s: %d weights loaded", path, len(loaded))

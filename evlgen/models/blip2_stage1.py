@@ -176,6 +176,8 @@ class Blip2Stage1(BaseModel):
             )
         if cfg.vision.temporal:
             raise ConfigError("model.vision.temporal: BLIP-2's first stage is of pictures. Leave it out.")
+        if cfg.vision.norm_eps is None:
+            raise ConfigError("model.vision.norm_eps: BLIP-2's first stage has the norm. Leave it out.")
         tokenizer = QFormerTokenizer(cfg.text.tokenizer, cfg.max_txt_len)
         vision = build_vision_encoder(cfg.vision, device)
         connector = connector_class(
@@ -188,6 +190,7 @@ class Blip2Stage1(BaseModel):
         num_positions = cfg.text.max_position_embeddings or connector.sizes.max_position_embeddings
         _check_learned(cfg.max_txt_len, num_positions)
         model = cls(vision, connector, tokenizer, num_positions, cfg.embed_dim, cfg.prompt, cfg.vision.freeze)
+        model.ln_vision.eps = cfg.vision.norm_eps
         logger.info(
             "BLIP-2's first stage: %.1f million weights trained, %.1f million frozen",
             sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6,

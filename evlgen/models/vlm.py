@@ -109,6 +109,10 @@ class VLM(BaseModel):
             *(vision, connector, language, cfg.prompt, cfg.vision.freeze, cfg.language.freeze, temporal),
             **({} if head is None else {"prompt_head": head}),  # subclasses may not know it
         )
+        if cfg.vision.norm_eps is None:
+            model.ln_vision = nn.Identity()
+        else:
+            model.ln_vision.eps = cfg.vision.norm_eps
         model.generation = cfg.generation
         model._log_parts()
         return model
@@ -357,7 +361,8 @@ class VLM(BaseModel):
             raise DataError(f"image has shape {shape}: a clip needs at least one frame.")
 
     def _normed(self, tokens: Tensor) -> Tensor:
-        return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
+        weights = self.connector if isinstance(self.ln_vision, nn.Identity) else self.ln_vision
+        return self.ln_vision(tokens.to(next(weights.parameters()).dtype))
 
     @torch.no_grad()
     def generate(
