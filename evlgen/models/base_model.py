@@ -135,7 +135,8 @@ class BaseModel(nn.Module):
         local_files_only: bool = False,
     ):
         """Loads a model from a folder made by `save_pretrained`, a hub id of such a folder, or a model type's
-        name.
+        name. A folder or hub id may also be of BLIP-2 or LLaVA in transformers' format, which is converted
+        once.
 
         Args:
             allow_downloads: whether addresses in the folder's ``config.yaml`` may be fetched, or a function
@@ -507,20 +508,36 @@ def checkpoint_path(name: str | Path) -> Path:
     name = str(name)
     path = None if name.startswith(HUB_PREFIX) else Path(resolve(name))
     if path is not None and (os.path.lexists(path) or not is_hub_id(name)):
-        return path
+        return _own_folder(path)
     try:
         folder = fetch_checkpoint(name)
     except CheckpointError as error:
         place = "" if path is None else f"there is no checkpoint at {path}, and on the hub: "
         raise CheckpointError(f"{place}{error}") from error
-    check_plugins(folder / CONFIG_FILE, name)
-    return folder
+    return _own_folder(folder, name)
+
+
+def _own_folder(folder: Path, from_hub: str | None = None) -> Path:
+    """A checkpoint's folder, converted where it is in transformers' format.
+
+    Args:
+        from_hub: its name there, where that is where it is from: then it may ask for no plugins.
+    """
+    if os.path.isfile(folder / CONFIG_FILE):
+        if from_hub is not None:
+            check_plugins(folder / CONFIG_FILE, from_hub)
+        return folder
+    if not os.path.isfile(folder / "config.json"):
+        return folder
+    from evlgen.models.published.transformers_format import own_folder
+
+    return own_folder(folder)
 
 
 def _pretrained_folder(
     name: str, cls: type[BaseModel], revision: str | None, token: str | None, local_files_only: bool
 ) -> Path:
-    folder = Path(resolve(name))
+    folder = _own_folder(Path(resolve(name)))
     if os.path.isfile(folder / CONFIG_FILE):
         return folder
     if os.path.exists(folder) or looks_like_path(name):
@@ -532,8 +549,7 @@ def _pretrained_folder(
             f"'{name}' is no folder, no model type ({', '.join(cls.MODEL_TYPES)}), and {error}"
             f"{did_you_mean(name, cls.MODEL_TYPES)}"
         ) from error
-    check_plugins(folder / CONFIG_FILE, name)
-    return folder
+    return _own_folder(folder, name)
 
 
 def _check_shapes(path: str | Path, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ FETCHED = (
     *(CONFIG_FILE, WEIGHTS_FILE, DIGESTS_FILE, CARD_FILE),
     *(f"{PARTS_FOLDER}/*.{suffix}" for suffix in _PART_SUFFIXES),
 )
+_OF_TRANSFORMERS = "config.json"  # what a model in transformers' format has
 _WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before another try
 _PASSING = (408, 409, 412, 425, 429, 500, 502, 503, 504)  # HTTP statuses that another try may not meet
 #: What may stand before the name of a repository, and must in YAML files.
@@ -69,20 +70,21 @@ def fetch_checkpoint(
 
     Raises:
         CheckpointError: there is no such repository or revision, it may not be read (private, gated), it
-            cannot be reached and is not in the cache, or it is no checkpoint of this project.
+            cannot be reached and is not in the cache, or it is no checkpoint of this project and no model in
+            transformers' format.
     """
     from huggingface_hub import constants, snapshot_download
 
     name, _, named_revision = name.removeprefix(HUB_PREFIX).partition("@")
     revision = revision or named_revision or None
 
-    def download(cached: bool) -> Path:
+    def download(files: Sequence[str], cached: bool = False) -> Path:
         return Path(
             snapshot_download(
                 name,
                 revision=revision,
                 token=token,
-                allow_patterns=list(FETCHED),
+                allow_patterns=list(files),
                 local_files_only=cached,
                 library_name="evlgen",
             )
@@ -92,15 +94,17 @@ def fetch_checkpoint(
     problem: Exception | None = None
     if not local_files_only:
         try:
-            _retried(lambda: _ask(name, revision, token), shown)
-            folder = _retried(lambda: download(cached=False), shown)
-            return _checked(folder, shown)
+            names = _retried(lambda: _ask(name, revision, token), shown)
+            files = FETCHED if CONFIG_FILE in names else hub.model_files(names)
+            return _checked(_retried(lambda: download(files), shown), shown)
         except EVLGenError:
             raise
         except Exception as error:  # of huggingface_hub, and of whichever client it asks with
             problem = error
     try:
-        folder = download(cached=True)
+        folder = download(FETCHED, cached=True)
+        if not (folder / CONFIG_FILE).is_file():
+            folder = download(hub.model_files([p.name for p in folder.iterdir()]), cached=True)
     except Exception as error:
         why = explain(problem or error, name, revision, token)
         raise CheckpointError(f"{shown} cannot be fetched from {constants.ENDPOINT}: {why}") from problem
@@ -202,8 +206,9 @@ def explain(error: BaseException, name: str, revision: str | None, token: str | 
     return f"{cause.rstrip('.')}."
 
 
-def _ask(name: str, revision: str | None, token: str | None) -> None:
-    """Asks the hub for a repository, which says quickly whether it can be fetched at all."""
+def _ask(name: str, revision: str | None, token: str | None) -> list[str]:
+    """The names of a repository's files, of which the hub says quickly whether they can be fetched at
+    all."""
     from huggingface_hub import HfApi
 
     found: list[Any] = []
@@ -223,21 +228,19 @@ def _ask(name: str, revision: str | None, token: str | None) -> None:
     if isinstance(answer, Exception):
         raise answer
     names = [file.rfilename for file in answer.siblings or []]
-    if CONFIG_FILE not in names:
-        raise CheckpointError(_no_checkpoint(shown_name(name), names))
+    if not {CONFIG_FILE, _OF_TRANSFORMERS} & set(names):
+        raise CheckpointError(_no_checkpoint(shown_name(name)))
+    return names
 
 
 def _checked(folder: Path, shown: str) -> Path:
-    if not (folder / CONFIG_FILE).is_file():
-        raise CheckpointError(_no_checkpoint(shown, [p.name for p in folder.iterdir()]))
+    if not any((folder / name).is_file() for name in (CONFIG_FILE, _OF_TRANSFORMERS)):
+        raise CheckpointError(_no_checkpoint(shown))
     return folder
 
 
-def _no_checkpoint(shown: str, names: list[str]) -> str:
-    hint = ""
-    if "config.json" in names:
-        hint = " It is in transformers' format: `evlgen convert` reads BLIP-2 and LLaVA folders of it."
-    return f"{shown} has no {CONFIG_FILE}: it is not a checkpoint of evlgen.{hint}"
+def _no_checkpoint(shown: str) -> str:
+    return f"{shown} has no {CONFIG_FILE}: it is not a checkpoint of evlgen."
 
 
 def _retried(action: Callable[[], Result], what: str) -> Result:

@@ -183,38 +183,48 @@ def test_outputs_are_equal_in_both_directions(theirs, tmp_path, language, llava)
     assert back.generate(**inputs, max_new_tokens=2, do_sample=False).shape[0] == 1
 
 
+def test_a_folder_of_transformers_is_read_by_its_name(theirs, tmp_path, monkeypatch):
+    monkeypatch.setenv("EVLGEN_CACHE", str(tmp_path))
+    folder, model = theirs("opt")
+    cls = registry.get_model_class("blip2_opt")
+    ours = cls.from_pretrained(folder)
+    expected = model.get_image_features(PIXELS).pooler_output
+    torch.testing.assert_close(ours.soft_prompts({"image": PIXELS}), expected, rtol=1e-4, atol=1e-5)
+    (made,) = (tmp_path / "converted").iterdir()
+    time = (made / "model.safetensors").stat().st_mtime_ns
+    cls.from_pretrained(folder)
+    assert (made / "model.safetensors").stat().st_mtime_ns == time  # converted once
+
+
 @pytest.mark.parametrize("arch", ["blip2_opt", "evlgen_causal"])
-def test_what_is_trained_here_is_written(golden, tmp_path, arch):
+def test_what_is_trained_here_is_written(golden, theirs, tmp_path, arch):
     parts = golden / "evlgen_opt"
     cfg = load_model_file(parts / "model.yaml")
-    section = {
-        "arch": arch,
-        "vision": {**cfg.vision},
-        "connector": {"name": "qformer", "num_query_token": 4, "num_layers": 2, "init": None}
-        | {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48},
-        "language": {**cfg.language},
-    }
-    if arch == "evlgen_causal":
+    section = {"arch": arch, "vision": {**cfg.vision}, "language": {**cfg.language}}
+    rows = 401  # 400 tokens, and one that stands for the image
+    if arch == "blip2_opt":
+        section["connector"] = {"name": "qformer", "num_query_token": 4, "num_layers": 2, "init": None}
+        section["connector"] |= {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+        section["vision"] |= {"norm_eps": 1e-6}
+    else:
+        folder, _ = theirs("llama", True)
+        convert(folder, tmp_path / "own", "own")
+        section["language"] = {"name": str(tmp_path / "own" / "parts" / "language"), "precision": "fp32"}
+        rows = _VOCABULARY  # some of them are free
         section["connector"] = {"name": "mlp", "keep_prefix": True}
         sizes = {"patch_size": 14, "embed_dim": 32, "depth": 2, "num_heads": 4}
-        section["vision"] = {"name": "clip_L", "image_size": 28, "pretrained": False, "kwargs": sizes}
+        section["vision"] = {"name": "clip_L", "image_size": 56, "pretrained": False, "kwargs": sizes}
         section["vision"] |= {"norm_eps": None, "precision": "fp32"}
-    else:
-        section["vision"] |= {"image_size": 56, "norm_eps": 1e-6}
     ours = registry.get_model_class(arch).from_config(section)
-    assert ours.language.tokenizer.convert_tokens_to_ids("<image>") in (
-        None,
-        ours.language.tokenizer.unk_token_id,
-    )
-    before = ours.language.model.get_input_embeddings().weight.shape[0]
-    pixels = torch.randn(1, 3, section["vision"]["image_size"], section["vision"]["image_size"])
+    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     expected = ours.soft_prompts({"image": pixels})
-    write_transformers(ours, tmp_path)
+    (tmp_path / "theirs").mkdir()
+    write_transformers(ours, tmp_path / "theirs")
     cls = Blip2ForConditionalGeneration if arch == "blip2_opt" else LlavaForConditionalGeneration
-    theirs = cls.from_pretrained(tmp_path).eval()
-    found = torch.stack(list(theirs.get_image_features(pixels).pooler_output))
+    model = cls.from_pretrained(tmp_path / "theirs").eval()
+    found = torch.stack(list(model.get_image_features(pixels).pooler_output))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert theirs.get_input_embeddings().weight.shape[0] == before + 1  # of the image's token
+    assert len(model.get_input_embeddings().weight) == rows
 
 
 def test_what_has_no_equal_says_so(theirs, tmp_path, capsys):

@@ -8,6 +8,8 @@ equal there is refused with a message, in both directions: outputs are the same,
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,17 +23,19 @@ from torch import Tensor, nn
 
 from evlgen.common.errors import CheckpointError
 from evlgen.config.yaml_io import dump_yaml
-from evlgen.files.io import make_readable, write_atomically
+from evlgen.files.io import cache_root, make_readable, write_atomically
 from evlgen.models.connectors.projection import MLPProjection
 from evlgen.models.connectors.qformer import QFormer
 from evlgen.models.language.loading import read_tokenizer
 from evlgen.models.published.checkpoints import to_own_names, to_published_names
 from evlgen.models.vlm import VLM
-from evlgen.weights.checkpoints import CONFIG_FILE, WEIGHTS_FILE
+from evlgen.weights.checkpoints import CONFIG_FILE, WEIGHTS_FILE, is_checkpoint, write_folder
 from evlgen.weights.hub import check_model_folder, read_model_config
 from evlgen.weights.hub_checkpoints import PARTS_FOLDER
 from evlgen.weights.model_sizes import check_model, weights_held
 from evlgen.weights.weights import check_finite, reading, weights_only
+
+logger = logging.getLogger(__name__)
 
 #: ``model_type`` of a ``config.json`` -> transformers' class.
 CLASSES = {"blip-2": "Blip2ForConditionalGeneration", "llava": "LlavaForConditionalGeneration"}
@@ -101,6 +105,22 @@ def transformers_type(folder: Path) -> str | None:
 # ---- reading ----
 
 
+def own_folder(folder: Path) -> Path:
+    """A folder of ours for one that may be in transformers' format: the same, or what `read_transformers`
+    made of it, once, below the data root."""
+    if transformers_type(folder) is None:
+        return folder
+    stats = [
+        (p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir()) if p.is_file()
+    ]
+    digest = hashlib.sha256(repr((str(folder.resolve()), stats)).encode()).hexdigest()[:16]
+    target = cache_root() / "converted" / f"{folder.resolve().name[:60]}-{digest}"
+    if not is_checkpoint(target):
+        logger.info("%s is in transformers' format: converting it, once, to %s", folder, target)
+        write_folder(target, lambda into: read_transformers(folder, into))
+    return target
+
+
 def read_transformers(source: Path, target: Path) -> dict[str, Any]:
     """Writes a checkpoint of ours from a folder in transformers' format: the trained part, the configuration,
     and the frozen parts in ``parts/``.
@@ -116,14 +136,13 @@ def read_transformers(source: Path, target: Path) -> dict[str, Any]:
         CheckpointError: the folder is damaged or refused (see `check_model_folder`), of another kind, or has
             settings without an equal here.
     """
-    check_model_folder(source)
-    config = read_model_config(source)
-    kind = str(config.get("model_type"))
+    kind = str(read_model_config(source).get("model_type"))
     if kind not in CLASSES:
         raise CheckpointError(
-            f"{source} is a {kind} model. Read from transformers' format are {', '.join(CLASSES)} "
+            f"{source}: a {kind} model. Read from transformers' format are {', '.join(CLASSES)} "
             f"({', '.join(CLASSES.values())})."
         )
+    check_model_folder(source)
     model = _load(source, kind)
     (target / PARTS_FOLDER).mkdir()
     with torch.no_grad(), reading(source):
@@ -411,6 +430,13 @@ def _write_llava(model: VLM) -> tuple[Any, Any]:
             f"model.connector.num_layers: 2 and hidden_size: null for that format. {_OTHER_WAYS}"
         )
     _check_clip(model, trunk)
+    language = model.language.model
+    base = getattr(language, language.base_model_prefix)
+    if not hasattr(base, "embed_tokens"):
+        raise CheckpointError(
+            f"transformers' LLaVA has no place for the language model {language.config.model_type}. "
+            f"{_OTHER_WAYS}"
+        )
     prefix = trunk.num_prefix_tokens
     keeps = model.connector.num_dropped == 0
     vision = CLIPVisionConfig(
@@ -427,8 +453,7 @@ def _write_llava(model: VLM) -> tuple[Any, Any]:
         vision_feature_select_strategy="full" if keeps else "default",
     )
     theirs = _empty(LlavaForConditionalGeneration, config)
-    language = model.language.model
-    theirs.model.language_model = getattr(language, language.base_model_prefix)
+    theirs.model.language_model = base
     theirs.set_output_embeddings(language.get_output_embeddings())
     theirs.lm_head = language.get_output_embeddings()
     theirs.model.vision_tower.load_state_dict(_timm_to_clip(trunk), assign=True)
