@@ -9,6 +9,7 @@ COMMANDS = (
     "caption",
     "serve",
     "visualize",
+    "push",
     "convert",
     "estimate",
     "compare",

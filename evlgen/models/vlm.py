@@ -31,6 +31,7 @@ from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.temporal import pool_frames, temporal_modules
 from evlgen.weights.hub import looks_like_path, missing_model, with_settings
+from evlgen.weights.hub_checkpoints import HUB_PREFIX
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,10 @@ class VLM(BaseModel):
             *(vision, connector, language, cfg.prompt, cfg.vision.freeze, cfg.language.freeze, temporal),
             **({} if head is None else {"prompt_head": head}),  # subclasses may not know it
         )
+        if cfg.vision.norm_eps is None:
+            model.ln_vision = nn.Identity()
+        else:
+            model.ln_vision.eps = cfg.vision.norm_eps
         model.generation = cfg.generation
         model._log_parts()
         return model
@@ -123,7 +128,7 @@ class VLM(BaseModel):
             found.append(
                 Missing(f"connector start {start}", missing_model(start), not looks_like_path(start))
             )
-        if cfg.checkpoint and not cfg.checkpoint.startswith(("http://", "https://")):
+        if cfg.checkpoint and not cfg.checkpoint.startswith(("http://", "https://", HUB_PREFIX)):
             if not os.path.exists(resolve(cfg.checkpoint)):
                 why = "there is no such file or folder; see model.checkpoint"
                 found.append(Missing(f"checkpoint {cfg.checkpoint}", why, False))
@@ -349,7 +354,8 @@ class VLM(BaseModel):
             raise DataError(f"image has shape {shape}: a clip needs at least one frame.")
 
     def _normed(self, tokens: Tensor) -> Tensor:
-        return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
+        weights = self.connector if isinstance(self.ln_vision, nn.Identity) else self.ln_vision
+        return self.ln_vision(tokens.to(next(weights.parameters()).dtype))
 
     @torch.no_grad()
     def generate(

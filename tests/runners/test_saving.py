@@ -15,9 +15,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from faults import deaths
-from forks import ROOT, Forks
+from forks import ROOT, TIMEOUT, Forks
 from omegaconf import OmegaConf
-from runners.processes import TIMEOUT
 from safetensors.torch import load_file, save_file
 
 from evlgen.assemble import run
@@ -30,11 +29,7 @@ from evlgen.runners.optimizer import build_optimizer
 from evlgen.runners.training_state import TrainingState
 from evlgen.weights import checkpoints
 
-<<<<<<< HEAD
-ROOT = Path(__file__).resolve().parents[2]
 RECORDING = ROOT / "tests" / "comparison" / "recording.py"
-=======
->>>>>>> k2
 SHORT = {"valid_splits": [], "max_epoch": 3, "precision": "fp32"}
 
 
@@ -240,15 +235,9 @@ print("latest", checkpointer.latest().name)
 print([p.name for p in checkpointer.folder.iterdir()])
 checkpointer.raise_problem()
 """
-<<<<<<< HEAD
-    return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT, **popen
-    )
-=======
     file = training_folder / "program.py"
     file.write_text(program)
     return forks.run(file, shown=training_folder / "shown.txt")
->>>>>>> k2
 
 
 OBSTACLES = {
@@ -390,39 +379,20 @@ def test_settings_that_changed_since_the_checkpoint_are_reported_key_by_key(tiny
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-<<<<<<< HEAD
-def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(tiny_project, tmp_path, monkeypatch, name):
+def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(forks, tiny_project, tmp_path, monkeypatch, name):
     monkeypatch.setenv("RECORDS", str(tmp_path))
     settings = {**SHORT, "task": "recording", "num_workers": 2, "save_every": None}
     path = tiny_project(run=settings, plugins=[str(RECORDING)])
-    command = [sys.executable, str(ROOT / "train.py"), "--cfg-path", str(path)]
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PAUSE_AT": "4"},
-    )
-    seen = tmp_path / "0.001.jsonl"  # a line for each step
-    while process.poll() is None and not (seen.is_file() and len(seen.read_text().splitlines()) == 4):
-        time.sleep(0.1)
-    # as a terminal does it: to the data-loading processes as well
-    os.killpg(process.pid, getattr(signal, name)) if name == "SIGINT" else process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=TIMEOUT)
-=======
-def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(forks, tiny_project, tmp_path, name):
-    path = tiny_project(run={**SHORT, "max_epoch": 60, "num_workers": 2, "save_every": None})
-    started = forks.start(ROOT / "train.py", "--cfg-path", path, shown=tmp_path / "shown.txt")
+    arguments = (ROOT / "train.py", "--cfg-path", path)
+    started = forks.start(*arguments, shown=tmp_path / "shown.txt", PAUSE_AT="4")
     (process,) = started.pids
-    log = tmp_path / "output" / "latest" / "log.jsonl"
-    for _ in range(600):
-        if log.is_file() and len(log.read_text().splitlines()) >= 3:
-            break
+    seen = tmp_path / "0.001.jsonl"  # a line for each step
+    end = time.time() + TIMEOUT
+    while time.time() < end and not (seen.is_file() and len(seen.read_text().splitlines()) == 4):
         time.sleep(0.1)
     # as a terminal does it: to the data-loading processes as well
     (os.killpg if name == "SIGINT" else os.kill)(process, getattr(signal, name))
     code, errors = started.wait()
->>>>>>> k2
     last = errors.splitlines()[-1]
     shown = "Ctrl-C" if name == "SIGINT" else name
     assert last.startswith(f"stopped by {shown} after iteration "), errors[-2000:]
