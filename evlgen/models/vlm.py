@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from typing import Any, ClassVar
 
 import torch
@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from evlgen.common.errors import ConfigError, DataError, EVLGenError
 from evlgen.common.registry import registry
+from evlgen.common.turns import check_turns, read_turns
 from evlgen.config.model_config import GenerationConfig, ModelConfig
 from evlgen.files.io import resolve
 from evlgen.models.base_model import BaseModel, Missing
+from evlgen.models.chatting import pixels_of_visual
 from evlgen.models.connectors.base import Connector
 from evlgen.models.language import LanguageModel, build_language_model
 from evlgen.models.language.loading import find_model, num_positions, read_config
+from evlgen.models.language.segments import Row, cut, has_learned, num_soft_of, num_visuals
 from evlgen.models.ops import quicken
 from evlgen.models.pixels import pixels_of, with_pixels
 from evlgen.models.prompts import ask, check_count, fill_ocr_slots
@@ -74,6 +77,7 @@ class VLM(BaseModel):
         self.language = language
         self.prompt = prompt
         self.generation = GenerationConfig()
+        self.max_sequence_len = ModelConfig.max_sequence_len
         self._frozen = [
             name for name, freeze in (("vision", freeze_vision), ("language", freeze_language)) if freeze
         ]
@@ -109,6 +113,7 @@ class VLM(BaseModel):
             **({} if head is None else {"prompt_head": head}),  # subclasses may not know it
         )
         model.generation = cfg.generation
+        model.max_sequence_len = cfg.max_sequence_len
         model._log_parts()
         return model
 
@@ -199,12 +204,22 @@ class VLM(BaseModel):
                 log-likelihoods, by image. ``text_tokens``, N texts of `generate_tokens`, may stand in place
                 of ``text_input``.
 
+                Samples that are sequences have ``segments`` in place of all these, a list of `Read`, `Learn`
+                and `Visual` for each, or ``messages``, a conversation for each (`evlgen.common.turns`); and
+                ``images``: the images [3, H, W] and videos [3, T, H, W] of each, none, one or several, in
+                the order of their places. Without ``images``, ``image`` has one for each.
+
         Returns:
             ``loss``: scalar, float32; ``num_tokens``: how many tokens it is the mean of, and with
             ``text_weights`` how many pictures.
         """
         if "text_weights" in samples:
             return self._weighted_loss(samples)
+        if is_sequence(samples):
+            rows, soft_prompts = self._rows(samples, self.sequence_prompts(samples))
+            with self._own_precision(self.device):
+                loss, num_tokens = self.language.rows_loss(soft_prompts, rows)
+            return {"loss": loss, "num_tokens": num_tokens}
         soft_prompts = self.soft_prompts(samples)
         counts = self._text_counts(samples, len(soft_prompts))
         with self._own_precision(soft_prompts.device):
@@ -237,6 +252,12 @@ class VLM(BaseModel):
         Raises:
             DataError: the texts are not as many as the pictures, or as ``num_texts`` says.
         """
+        if is_sequence(samples):
+            prompts = self.sequence_prompts(samples) if soft_prompts is None else soft_prompts
+            rows, prompts = self._rows(samples, prompts)
+            with self._own_precision(self.device):
+                found = self.language.rows_losses(prompts, rows)
+            return dict(zip(("losses", "num_tokens"), found, strict=True))
         soft_prompts = self.soft_prompts(samples) if soft_prompts is None else soft_prompts
         counts = self._text_counts(samples, len(soft_prompts))
         with self._own_precision(soft_prompts.device):
@@ -262,7 +283,122 @@ class VLM(BaseModel):
                 _check_length(key, samples[key], sum(counts), "texts, by num_texts or one an image")
         return counts
 
+    def sequence_prompts(self, samples: dict[str, Any]) -> Tensor | list[Tensor]:
+        """The soft prompts of all images and videos of samples that are sequences, in their order: [K, M,
+        C_language], or K tensors [M, C_language] where the numbers differ.
+
+        Without any image, K is 0, and all that is trained takes part all the same, as DDP and a
+        standardisation over processes want it.
+        """
+        if "images" not in samples:
+            return self.soft_prompts(samples)
+        images = [image.to(self.device) for of_one in samples["images"] for image in of_one]
+        if images:
+            return self._connect(self._encode_each(images))
+        size = self.vision.image_size
+        learns = any(p.requires_grad for p in self.vision.parameters())
+        tokens = (
+            self.encode(torch.zeros(1, 3, size, size, device=self.device))
+            if learns
+            else torch.zeros(1, self.vision.num_tokens, self.vision.embed_dim, device=self.device)
+        )
+        return self._with_head(self.connector(self._normed(tokens))[:0])
+
+    def _encode_each(self, images: list[Tensor]) -> list[Tensor]:
+        """The tokens [N, C_vision] of images and videos of any lengths, those of one shape together."""
+        found: dict[int, Tensor] = {}
+        for places in _alike(images):
+            tokens = self.encode(torch.stack([images[place] for place in places]))
+            found.update(zip(places, tokens, strict=True))
+        return [found[place] for place in range(len(images))]
+
+    def _connect(self, tokens: list[Tensor]) -> Tensor | list[Tensor]:
+        """Soft prompts of the tokens of `_encode_each`."""
+        groups = _alike(tokens)
+        prompts = [self._to_prompts(torch.stack([tokens[place] for place in places])) for places in groups]
+        if len(groups) == 1:
+            return prompts[0]
+        found: dict[int, Tensor] = {}
+        for places, of_group in zip(groups, prompts, strict=True):
+            found.update(zip(places, of_group, strict=True))
+        return [found[place] for place in range(len(tokens))]
+
+    def _to_prompts(self, tokens: Tensor) -> Tensor:
+        """The encoder's tokens [B, N, C_vision] -> [B, M, C_language]."""
+        return self._with_head(self.connector(self._normed(tokens)))
+
+    def _with_head(self, prompts: Tensor) -> Tensor:
+        return prompts if self.prompt_head is None else self.prompt_head(prompts)
+
+    def _rows(
+        self, samples: dict[str, Any], soft_prompts: Tensor | list[Tensor], answers_next: bool = False
+    ) -> tuple[list[Row], Tensor | list[Tensor]]:
+        """Samples that are sequences as the language model reads them, and the soft prompts that stand in
+        them: what is to be learned is cut to ``max_sequence_len`` positions.
+
+        Raises:
+            DataError: a sample has more places of images than images, or fewer; and see `check_turns`.
+        """
+        num_soft = num_soft_of(soft_prompts)
+        rows, kept, first = [], [], 0
+        for number in range(len(samples["segments" if "segments" in samples else "messages"])):
+            row = self._row(samples, number, answers_next)
+            end = first + num_visuals(row)
+            if not answers_next:
+                row = cut(row, num_soft[first:end], self._most_positions)
+            rows.append(row)
+            kept += range(first, first + num_visuals(row))
+            first = end
+        if len(kept) == len(num_soft):
+            return rows, soft_prompts
+        return rows, soft_prompts[kept] if isinstance(soft_prompts, Tensor) else [
+            soft_prompts[i] for i in kept
+        ]
+
+    def _row(self, samples: dict[str, Any], number: int, answers_next: bool = False) -> Row:
+        """A sample of `_rows`, not cut."""
+        if "segments" in samples:
+            row = self.language.row_of_parts(samples["segments"][number])
+        else:
+            turns = read_turns(samples["messages"][number])
+            check_turns(turns, learns=not answers_next)
+            row = self.language.row_of_turns(turns, answers_next)
+        given = len(samples["images"][number]) if "images" in samples else 1
+        if (places := num_visuals(row)) != given:
+            raise DataError(
+                f"a sample has {places} places of images and {given} images: there must be one for each.",
+                "images without places" if given > places else "places without images",
+            )
+        return row
+
+    @property
+    def _most_positions(self) -> int:
+        return min(self.max_sequence_len, self.language.max_positions or self.max_sequence_len)
+
+    def _sequences_not_learnable(self, samples: dict[str, Any]) -> dict[int, str]:
+        found = {}
+        for number, _ in enumerate(samples["segments" if "segments" in samples else "messages"]):
+            try:
+                row = self._row(samples, number)
+            except DataError as error:
+                found[number] = str(error)
+                continue
+            images = samples["images"][number] if "images" in samples else [samples["image"][number]]
+            if not has_learned(cut(row, [self._num_soft(image) for image in images], self._most_positions)):
+                found[number] = (
+                    f"nothing of an answer is within the {self._most_positions} positions of "
+                    "model.max_sequence_len"
+                )
+        return found
+
+    def _num_soft(self, image: Tensor) -> int:
+        """The soft prompts of an image [3, H, W] or a video [3, T, H, W]."""
+        frames = image.shape[1] if image.ndim == 4 and self.temporal == "concat" else 1
+        return self.connector.num_soft_prompts(self.vision.num_tokens * frames)
+
     def not_learnable(self, samples: dict[str, Any]) -> dict[int, str]:
+        if is_sequence(samples):
+            return self._sequences_not_learnable(samples)
         if "text_output" not in samples:
             return {}
         lost = self.language.without_answer(samples["text_input"], samples["text_output"])
@@ -280,8 +416,7 @@ class VLM(BaseModel):
         `encode` gave earlier -> soft prompts [B, M, C_language]."""
         tokens = samples.get("visual_tokens")
         tokens = self.encode(samples["image"]) if tokens is None else tokens.to(self.device)
-        prompts = self.connector(self._normed(tokens))
-        return prompts if self.prompt_head is None else self.prompt_head(prompts)
+        return self._to_prompts(tokens)
 
     def encoded(self, samples: dict[str, Any]) -> dict[str, Any]:
         """Samples that are read more than once: ``visual_tokens`` in place of ``image``, so that the encoder
@@ -455,6 +590,70 @@ class VLM(BaseModel):
         )
 
     @torch.no_grad()
+    def answer_turns(self, samples: dict[str, Any], **options) -> list[str]:
+        """The assistant's next turn of each conversation of a batch.
+
+        Args:
+            samples: ``messages`` and ``images`` as in `forward`, up to a user's turn.
+            options: as of `generate`; ``num_beams`` is 1 and ``max_length`` 256 unless given.
+        """
+        rows, soft_prompts = self._rows(samples, self.sequence_prompts(samples), answers_next=True)
+        with self._own_precision(self.device):
+            return self.language.texts(
+                self.language.continue_rows(soft_prompts, rows, **self._chat_options(options))
+            )
+
+    def chat(
+        self, messages: Sequence[Any], stream: bool = False, num_frames: int = 4, **options
+    ) -> str | Iterator[str]:
+        """What the assistant says next.
+
+        Args:
+            messages: ``[{"role": "user", "content": ..}, ..]``, up to a user's turn, where ``content`` is a
+                text or a list of ``{"type": "text", "text": ..}``, ``{"type": "image", "image": ..}`` and
+                ``{"type": "video", "video": ..}``: paths, addresses, Pillow images, frames in a list, pixels.
+            stream: give the text piece by piece, as it is written: an iterator, whose pieces together are
+                the text.
+            num_frames: of a video file.
+            options: as of `answer_turns`.
+
+        Raises:
+            DataError: the turns are none, or an image cannot be read.
+            ConfigError: a video for a model of images; more text than the language model has room for.
+        """
+        turns = read_turns(messages)
+        check_turns(turns, learns=False)
+        if turns[-1].role != "user":
+            raise DataError(
+                f"the conversation ends with the {turns[-1].role}'s turn: the last one must be the user's."
+            )
+        visuals = [visual for turn in turns for visual in turn.visuals]
+        images = [pixels_of_visual(self, visual, num_frames) for visual in visuals]
+        samples = {"messages": [turns], "images": [images]}
+        return self._streamed(samples, options) if stream else self.answer_turns(samples, **options)[0]
+
+    @torch.no_grad()
+    def _streamed(self, samples: dict[str, Any], options: dict[str, Any]) -> Iterator[str]:
+        (row,), soft_prompts = self._rows(samples, self.sequence_prompts(samples), answers_next=True)
+        shown = ""
+        with self._own_precision(self.device):
+            for tokens in self.language.stream_row(soft_prompts, row, **self._chat_options(options)):
+                text = self.language.texts([tokens])[0]
+                is_whole = not text.endswith("\ufffd")  # else half of a character
+                if is_whole and text != shown and text.startswith(shown):
+                    yield text[len(shown) :]
+                    shown = text
+        if text.startswith(shown) and text != shown:
+            yield text[len(shown) :]
+
+    def _chat_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        penalties = {
+            key: self._or_default(options.pop(key, None), key)
+            for key in ("repetition_penalty", "length_penalty")
+        }
+        return {"num_beams": 1, "max_length": 256, **penalties, **options}
+
+    @torch.no_grad()
     def rank_answers(
         self,
         samples: dict[str, Any],
@@ -552,6 +751,19 @@ def _check_length(key: str, values: Sized, count: int, what: str) -> None:
     """Raises `DataError` unless a sample's key has ``count`` values."""
     if len(values) != count:
         raise DataError(f"'{key}' has {len(values)} values, and there are {count} {what}.")
+
+
+def is_sequence(samples: dict[str, Any]) -> bool:
+    """Whether samples are sequences of texts and images, or conversations; see `VLM.forward`."""
+    return "messages" in samples or "segments" in samples
+
+
+def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The places of tensors of the same shape, those of the first shape first."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        groups.setdefault(tuple(tensor.shape), []).append(place)
+    return list(groups.values())
 
 
 def _several(counts: list[int]) -> dict[str, Any]:
