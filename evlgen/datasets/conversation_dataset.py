@@ -1,4 +1,4 @@
-"""Conversations with images and videos at their places, to learn what the assistant says and to be answered."""
+"""Conversations with images and videos at their places: to learn the assistant's turns, and to answer."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ What a record holds is told by its keys:
 ====================================================  =======================================================
 ``conversations: [{from: human, value}, ..]``,        LLaVA's; the marker ``<image>`` (``<video>``) in what
 ``image`` a name, a list, or absent                   the human says is the place of an image
-``messages: [{role, content}, ..]``                   OpenAI's and Hugging Face's; ``content`` is a text, as
+``messages: [{role, content}, ..]``                   OpenAI's and Hugging Face's; ``content`` is text as
                                                       above with ``images``, or a list of parts of ``type``
                                                       text, image, video
 ``texts: [{user, assistant}, ..]``, ``images``        the Cauldron's; the images stand before the first question

@@ -147,7 +147,16 @@ class VLM(BaseModel):
         if missing_model(cfg.language.name):
             return None
         language = cls._language_without_weights(cfg)
-        return TextLengths(language) if hasattr(language, "to_learn") else None
+        if not hasattr(language, "to_learn"):
+            return None
+        form = cfg.vision.temporal.form if cfg.vision.temporal else cls.TEMPORAL
+        num_soft = cls._num_soft_prompts(cfg, language.embed_dim)
+
+        def num_soft_of_shape(shape: Sequence[int]) -> int:
+            return num_soft * (shape[1] if form == "concat" and len(shape) == 4 else 1)
+
+        limit = min(cfg.max_sequence_len, language.max_positions or cfg.max_sequence_len)
+        return TextLengths(language, num_soft_of_shape, limit)
 
     @classmethod
     def check_room(cls, cfg: ModelConfig, prompt: str | None, num_new: int, learns: bool) -> None:
@@ -413,7 +422,9 @@ class VLM(BaseModel):
 
     def soft_prompts(self, samples: dict[str, Any]) -> Tensor:
         """``image`` [B, 3, H, W] or [B, 3, T, H, W], or in its place ``visual_tokens`` [B, N, C_vision] that
-        `encode` gave earlier -> soft prompts [B, M, C_language]."""
+        `encode` gave earlier -> soft prompts [B, M, C_language]. Of ``images`` see `sequence_prompts`."""
+        if "images" in samples:
+            return self.sequence_prompts(samples)
         tokens = samples.get("visual_tokens")
         tokens = self.encode(samples["image"]) if tokens is None else tokens.to(self.device)
         return self._to_prompts(tokens)
@@ -421,7 +432,7 @@ class VLM(BaseModel):
     def encoded(self, samples: dict[str, Any]) -> dict[str, Any]:
         """Samples that are read more than once: ``visual_tokens`` in place of ``image``, so that the encoder
         runs once; as they are where it learns."""
-        if "visual_tokens" in samples or any(p.requires_grad for p in self.vision.parameters()):
+        if "image" not in samples or any(p.requires_grad for p in self.vision.parameters()):
             return samples
         rest = {key: value for key, value in samples.items() if key != "image"}
         return {**rest, "visual_tokens": self.encode(samples["image"])}
