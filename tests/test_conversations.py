@@ -12,7 +12,12 @@ from PIL import Image
 from evlgen import cli
 from evlgen.common.errors import ConfigError, DataError
 
-ROUND = [("human", "<image>\nWhat is it?"), ("gpt", "a red circle"), ("human", "and now?"), ("gpt", "a blue star")]
+ROUND = [
+    ("human", "<image>\nWhat is it?"),
+    ("gpt", "a red circle"),
+    ("human", "and now?"),
+    ("gpt", "a blue star"),
+]
 
 
 def llava(number, turns, **keys):
@@ -21,7 +26,9 @@ def llava(number, turns, **keys):
 
 RECORDS = [
     *(llava(i, ROUND, image=f"{i % 3}.png", source="shapes") for i in range(5)),
-    llava(5, [("human", "<image> or <image>, which is red?"), ("gpt", "the first")], image=["0.png", "1.png"]),
+    llava(
+        5, [("human", "<image> or <image>, which is red?"), ("gpt", "the first")], image=["0.png", "1.png"]
+    ),
     llava(6, [("human", "is <image> a tag?"), ("gpt", "yes, <image> is")]),
     {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]},
     llava(8, [("human", "<image>\nWhat?"), ("gpt", "x")]),  # its image is missing

@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from evlgen.common.errors import ConfigError, did_you_mean
-from evlgen.common.plugins import load_entry_points, load_plugins
+from evlgen.common.plugins import load_entry_points, load_plugins, modules_of_paths
 from evlgen.common.registry import registry
 from evlgen.config.checks import (
     check_datasets,
@@ -108,7 +108,11 @@ class Config:
         _check_early(layers, published)
 
         load_entry_points()
-        names = [*(layers.get("plugins") or []), *plugins]
+        names = [
+            *(layers.get("plugins") or []),
+            *plugins,
+            *modules_of_paths([layer.content for layer in own.layers]),
+        ]
         loaded = load_plugins(names, path.parent if path else None)
 
         arch, beta_problem = own.get("model.arch"), left_out_beta(own.layers)
@@ -331,7 +335,7 @@ def _check_names(layers: Layers) -> None:
 def _with_model_type(layers: Layers) -> Layers:
     """The layers with the model type's YAML below the project file. Wrong names are left to `check_model`."""
     arch = layers.get("model.arch")
-    if arch not in registry.list_models():
+    if not registry.has("model", arch):
         return layers
     cls = registry.get_model_class(arch)
     model_type = _model_type(layers, cls)
@@ -356,7 +360,7 @@ def _with_dataset_defaults(layers: Layers) -> Layers:
     sections = layers.get("datasets") or {}
     for name in layers.section_names("datasets"):
         builder = builder_name(name, sections.get(name))
-        if builder not in registry.list_datasets():
+        if not registry.has("builder", builder):
             continue
         path = getattr(registry.get_builder_class(builder), "DEFAULT_CONFIG", None)
         if path is None:

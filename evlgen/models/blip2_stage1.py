@@ -27,6 +27,7 @@ from evlgen.config.model_config import VisionConfig
 from evlgen.config.schema import PositiveInt, Registered
 from evlgen.files.io import resolve
 from evlgen.models.base_model import BaseModel, Missing
+from evlgen.models.connectors.base import ConnectorInputs
 from evlgen.models.connectors.bert_weights import bert_sizes
 from evlgen.models.connectors.qformer import QFormer
 from evlgen.models.connectors.qformer_text import (
@@ -177,13 +178,7 @@ class Blip2Stage1(BaseModel):
             raise ConfigError("model.vision.temporal: BLIP-2's first stage is of pictures. Leave it out.")
         tokenizer = QFormerTokenizer(cfg.text.tokenizer, cfg.max_txt_len)
         vision = build_vision_encoder(cfg.vision, device)
-        connector = connector_class(
-            vision_dim=vision.embed_dim,
-            language_dim=None,
-            num_tokens=vision.num_tokens,
-            num_prefix_tokens=vision.num_prefix_tokens,
-            **connector_args,
-        )
+        connector = connector_class.build(ConnectorInputs.behind(vision), **connector_args)
         num_positions = cfg.text.max_position_embeddings or connector.sizes.max_position_embeddings
         _check_learned(cfg.max_txt_len, num_positions)
         model = cls(vision, connector, tokenizer, num_positions, cfg.embed_dim, cfg.prompt, cfg.vision.freeze)

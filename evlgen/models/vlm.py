@@ -20,7 +20,7 @@ from evlgen.config.model_config import GenerationConfig, ModelConfig
 from evlgen.files.io import resolve
 from evlgen.models.base_model import BaseModel, Missing
 from evlgen.models.chatting import pixels_of_visual
-from evlgen.models.connectors.base import Connector
+from evlgen.models.connectors.base import Connector, ConnectorInputs
 from evlgen.models.language import LanguageModel, build_language_model
 from evlgen.models.language.loading import find_model, num_positions, read_config
 from evlgen.models.language.segments import Row, cut, has_learned, num_soft_of, num_visuals
@@ -96,13 +96,8 @@ class VLM(BaseModel):
         vision = build_vision_encoder(cfg.vision, device, temporal)
         language = build_language_model(cfg, cls.LANGUAGE_MODEL, device)
         embedding_rms = language.embedding_rms()
-        connector = connector_class(
-            vision_dim=vision.embed_dim,
-            language_dim=language.embed_dim,
-            num_tokens=vision.num_tokens,
-            num_prefix_tokens=vision.num_prefix_tokens,
-            embedding_rms=embedding_rms,
-            **connector_args,
+        connector = connector_class.build(
+            ConnectorInputs.behind(vision, language.embed_dim, embedding_rms), **connector_args
         )
         head = None
         if cfg.soft_prompts is not None:
@@ -189,13 +184,9 @@ class VLM(BaseModel):
             with torch.device("meta"):
                 plain = dataclasses.replace(cfg.vision, pretrained=False, grad_checkpoint=False)
                 vision = build_vision_encoder(plain, "meta")
-                connector = registry.get_connector_class(cfg.connector.get("name", "tomeformer"))(
-                    vision_dim=vision.embed_dim,
-                    language_dim=language_dim,
-                    num_tokens=vision.num_tokens,
-                    num_prefix_tokens=vision.num_prefix_tokens,
-                    embedding_rms=1.0,
-                    **settings,
+                connector_class = registry.get_connector_class(cfg.connector.get("name", "tomeformer"))
+                connector = connector_class.build(
+                    ConnectorInputs.behind(vision, language_dim, 1.0), **settings
                 )
             return connector.num_soft_prompts(vision.num_tokens)
         except (EVLGenError, ArithmeticError, RuntimeError, TypeError, ValueError):
