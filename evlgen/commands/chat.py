@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_allow_downloads(parser)
     add_options(parser)
     parser.add_argument("--system", help="the system's turn, before the first message")
-    parser.add_argument("--max-length", type=positive, default=256, help="new tokens of an answer at most")
+    parser.add_argument("--max-length", type=positive, help="new tokens of an answer at most; otherwise 256")
     parser.add_argument("--sample", action="store_true", help="sample answers instead of the likeliest one")
     parser.add_argument("--temperature", type=float, default=1.0, help="with --sample")
     parser.add_argument("--frames", type=positive, default=4, help="of each video at most, evenly spaced")

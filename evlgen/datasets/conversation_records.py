@@ -8,7 +8,7 @@ What a record holds is told by its keys:
 ``messages: [{role, content}, ..]``                   OpenAI's and Hugging Face's; ``content`` is text as
                                                       above with ``images``, or a list of parts of ``type``
                                                       text, image, video
-``texts: [{user, assistant}, ..]``, ``images``        the Cauldron's; the images stand before the first question
+``texts: [{user, assistant}, ..]``, ``images``        the Cauldron's; its images stand before the first turn
 ====================================================  =======================================================
 
 A marker is one only where there is an image for it: ``<image>`` in a record without images, in an answer, or

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence, Sized
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -22,8 +24,17 @@ from evlgen.models.base_model import BaseModel, Missing
 from evlgen.models.chatting import pixels_of_visual
 from evlgen.models.connectors.base import Connector, ConnectorInputs
 from evlgen.models.language import LanguageModel, build_language_model
-from evlgen.models.language.loading import find_model, num_positions, read_config
-from evlgen.models.language.segments import Row, cut, has_learned, num_soft_of, num_visuals
+from evlgen.models.language.loading import find_model, read_config
+from evlgen.models.language.loading import num_positions as most_positions
+from evlgen.models.language.segments import (
+    Row,
+    SoftPrompts,
+    cut,
+    has_learned,
+    num_positions,
+    num_soft_of,
+    num_visuals,
+)
 from evlgen.models.ops import quicken
 from evlgen.models.pixels import pixels_of, with_pixels
 from evlgen.models.prompts import ask, check_count, fill_ocr_slots
@@ -35,6 +46,8 @@ from evlgen.models.vision.temporal import pool_frames, temporal_modules
 from evlgen.weights.hub import looks_like_path, missing_model
 
 logger = logging.getLogger(__name__)
+
+_ANSWER_LEN = 256  # new tokens of an answer in a conversation at most, where nothing is said
 
 
 class VLM(BaseModel):
@@ -158,7 +171,7 @@ class VLM(BaseModel):
         if missing_model(cfg.language.name):
             return
         name = cfg.language.name
-        limit = num_positions(read_config(name, find_model(name)))
+        limit = most_positions(read_config(name, find_model(name)))
         # nearly all models have far more room than is needed: seen without building anything
         texts = len((prompt or "").encode()) + cfg.max_txt_len + (cfg.max_output_txt_len or cfg.max_txt_len)
         around = 256 if cfg.language.chat_template else 8  # tokens of a template, of a start
@@ -283,7 +296,7 @@ class VLM(BaseModel):
                 _check_length(key, samples[key], sum(counts), "texts, by num_texts or one an image")
         return counts
 
-    def sequence_prompts(self, samples: dict[str, Any]) -> Tensor | list[Tensor]:
+    def sequence_prompts(self, samples: dict[str, Any]) -> SoftPrompts:
         """The soft prompts of all images and videos of samples that are sequences, in their order: [K, M,
         C_language], or K tensors [M, C_language] where the numbers differ.
 
@@ -312,7 +325,7 @@ class VLM(BaseModel):
             found.update(zip(places, tokens, strict=True))
         return [found[place] for place in range(len(images))]
 
-    def _connect(self, tokens: list[Tensor]) -> Tensor | list[Tensor]:
+    def _connect(self, tokens: list[Tensor]) -> SoftPrompts:
         """Soft prompts of the tokens of `_encode_each`."""
         groups = _alike(tokens)
         prompts = [self._to_prompts(torch.stack([tokens[place] for place in places])) for places in groups]
@@ -331,8 +344,8 @@ class VLM(BaseModel):
         return prompts if self.prompt_head is None else self.prompt_head(prompts)
 
     def _rows(
-        self, samples: dict[str, Any], soft_prompts: Tensor | list[Tensor], answers_next: bool = False
-    ) -> tuple[list[Row], Tensor | list[Tensor]]:
+        self, samples: dict[str, Any], soft_prompts: SoftPrompts, answers_next: bool = False
+    ) -> tuple[list[Row], SoftPrompts]:
         """Samples that are sequences as the language model reads them, and the soft prompts that stand in
         them: what is to be learned is cut to ``max_sequence_len`` positions.
 
@@ -597,13 +610,13 @@ class VLM(BaseModel):
 
         Args:
             samples: ``messages`` and ``images`` as in `forward`, up to a user's turn.
-            options: as of `generate`; ``num_beams`` is 1 and ``max_length`` 256 unless given.
+            options: as of `generate`; ``num_beams`` is 1 unless given, ``max_length`` 256, or what
+                there is room for.
         """
         rows, soft_prompts = self._rows(samples, self.sequence_prompts(samples), answers_next=True)
         with self._own_precision(self.device):
-            return self.language.texts(
-                self.language.continue_rows(soft_prompts, rows, **self._chat_options(options))
-            )
+            options = self._chat_options(options, rows, soft_prompts)
+            return self.language.texts(self.language.continue_rows(soft_prompts, rows, **options))
 
     def chat(
         self, messages: Sequence[Any], stream: bool = False, num_frames: int = 4, **options
@@ -637,9 +650,10 @@ class VLM(BaseModel):
     @torch.no_grad()
     def _streamed(self, samples: dict[str, Any], options: dict[str, Any]) -> Iterator[str]:
         (row,), soft_prompts = self._rows(samples, self.sequence_prompts(samples), answers_next=True)
+        options = self._chat_options(options, [row], soft_prompts)
         shown = ""
         with self._own_precision(self.device):
-            for tokens in self.language.stream_row(soft_prompts, row, **self._chat_options(options)):
+            for tokens in self.language.stream_row(soft_prompts, row, **options):
                 text = self.language.texts([tokens])[0]
                 is_whole = not text.endswith("\ufffd")  # else half of a character
                 if is_whole and text != shown and text.startswith(shown):
@@ -648,12 +662,20 @@ class VLM(BaseModel):
         if text.startswith(shown) and text != shown:
             yield text[len(shown) :]
 
-    def _chat_options(self, options: dict[str, Any]) -> dict[str, Any]:
+    def _chat_options(
+        self, options: dict[str, Any], rows: list[Row], soft_prompts: SoftPrompts
+    ) -> dict[str, Any]:
+        options = dict(options)
         penalties = {
             key: self._or_default(options.pop(key, None), key)
             for key in ("repetition_penalty", "length_penalty")
         }
-        return {"num_beams": 1, "max_length": 256, **penalties, **options}
+        if options.get("max_length") is None:
+            counts = iter(num_soft_of(soft_prompts))
+            longest = max(num_positions(row, list(islice(counts, num_visuals(row)))) for row in rows)
+            room = (self.language.max_positions or math.inf) - longest
+            options["max_length"] = int(max(1, min(_ANSWER_LEN, room)))
+        return {"num_beams": 1, **penalties, **options}
 
     @torch.no_grad()
     def rank_answers(

@@ -90,6 +90,11 @@ def num_soft_of(soft_prompts: SoftPrompts) -> list[int]:
     return [len(prompts) for prompts in soft_prompts]
 
 
+def num_positions(row: Row, num_soft: Sequence[int]) -> int:
+    """The positions of a sample, given the soft prompts of each of its images."""
+    return sum(len(segment.ids) for segment in segments(row)) + sum(num_soft)
+
+
 def has_learned(row: Row) -> bool:
     """Whether there is a token to learn."""
     return any(segment.learned and segment.ids for segment in segments(row))
