@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 
@@ -10,7 +11,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from evlgen import cli
-from evlgen.common.errors import ConfigError, DataError
+from evlgen.commands.chat import Chat
+from evlgen.models.zoo import load_model
 
 ROUND = [
     ("human", "<image>\nWhat is it?"),
@@ -58,7 +60,7 @@ def project(tiny_project, tmp_path):
     return write
 
 
-def test_a_run_learns_and_scores_conversations(project, tmp_path, capsys):
+def test_a_run_learns_and_scores_conversations(project, tmp_path, capsys, monkeypatch):
     path = project(valid_splits=["val"], batch_size_train=2)
     assert cli.train(["--cfg-path", path]) == 0
     folder = tmp_path / "output" / "latest"
@@ -73,7 +75,12 @@ def test_a_run_learns_and_scores_conversations(project, tmp_path, capsys):
     skipped = (folder / "skipped.jsonl").read_text()
     assert "it has 1 markers (<image>, <video>) and 0 images" in skipped
 
+    # the model that was trained answers in a terminal
+    lines = f"what?\n/image {tmp_path / 'no.png'}\n/exit\nnot asked\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     assert cli.main(["chat", "--checkpoint", str(folder), "--max-length", "4", str(tmp_path / "0.png")]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("/image PATH shows another image") for line in told) and "no.png" in told[-1]
 
 
 def test_data_check_counts_turns_images_and_lengths(project, tmp_path, capsys):
@@ -84,3 +91,23 @@ def test_data_check_counts_turns_images_and_lengths(project, tmp_path, capsys):
     assert "model.max_sequence_len: " in told
     report = json.loads((tmp_path / "check" / "report.json").read_text())
     assert report["conversations/train"]["images"] == {"0": 2, "1": 5, "2": 1}
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    chat = Chat(load_model("evlgen_opt", "shapes"), "be short", {"max_length": 6})
+    written = []
+
+    def write(text):
+        written.append(text)
+        if len(written) == 1:  # in the first answer
+            raise KeyboardInterrupt
+
+    chat.show(str(tmp_path / "red.png"))
+    chat.hold(iter(["what is it?", "", "/help", "and now?"]), write)
+    assert written[1] == " [stopped]\n" and "/clear begins anew" in written[2]
+    assert [m["role"] for m in chat.messages] == ["system", *2 * ["user", "assistant"]]
+    assert written[0] == chat.messages[2]["content"]
+    assert [part["type"] for part in chat.messages[1]["content"]] == ["image", "text"]
+    chat.hold(iter(["/clear", "/image nowhere.png"]), written.append)
+    assert [m["role"] for m in chat.messages] == ["system"] and "nowhere.png" in written[-1]

@@ -119,9 +119,9 @@ class Chat:
             for piece in self.model.chat([*self.messages, asked], stream=True, **self.options):
                 written += piece
                 write("\n".join(map(printable, piece.split("\n"))))
+            write("\n")
         except KeyboardInterrupt:
-            write(" [stopped]")
-        write("\n")
+            write(" [stopped]\n")
         if written.strip():  # else it is as if nothing had been asked
             self.messages += [asked, {"role": "assistant", "content": written}]
             self._shown = []

@@ -98,6 +98,8 @@ class LanguageConfig:
             (``vicuna_v1``, ``chatml``, ``question_answer``), or a Jinja file. Conversations always have one:
             this, else the tokenizer's own, else ``question_answer``.
         lora: adapters that are trained; null for none.
+        pack: put short conversations of a batch one behind the other into rows as long as its longest, each
+            without a view of the others: the same losses with less padding.
     """
 
     name: str = "facebook/opt-2.7b"
@@ -107,6 +109,7 @@ class LanguageConfig:
     quantization: Literal["none", "8bit", "4bit"] = "none"
     chat_template: bool | str = False
     lora: LoraConfig | None = None
+    pack: bool = False
 
 
 @dataclasses.dataclass

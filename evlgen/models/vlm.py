@@ -47,6 +47,7 @@ from evlgen.weights.hub import looks_like_path, missing_model
 
 logger = logging.getLogger(__name__)
 
+_LEAST_ROOM = 64  # positions of an answer that older turns make room for, where nothing is said
 _ANSWER_LEN = 256  # new tokens of an answer in a conversation at most, where nothing is said
 
 
@@ -303,9 +304,9 @@ class VLM(BaseModel):
         Without any image, K is 0, and all that is trained takes part all the same, as DDP and a
         standardisation over processes want it.
         """
-        if "images" not in samples:
+        if "images" not in samples and _has_image(samples):
             return self.soft_prompts(samples)
-        images = [image.to(self.device) for of_one in samples["images"] for image in of_one]
+        images = [image.to(self.device) for of_one in samples.get("images", []) for image in of_one]
         if images:
             return self._connect(self._encode_each(images))
         size = self.vision.image_size
@@ -344,39 +345,46 @@ class VLM(BaseModel):
         return prompts if self.prompt_head is None else self.prompt_head(prompts)
 
     def _rows(
-        self, samples: dict[str, Any], soft_prompts: SoftPrompts, answers_next: bool = False
+        self, samples: dict[str, Any], soft_prompts: SoftPrompts, room: int | None = None
     ) -> tuple[list[Row], SoftPrompts]:
         """Samples that are sequences as the language model reads them, and the soft prompts that stand in
-        them: what is to be learned is cut to ``max_sequence_len`` positions.
+        them.
+
+        Args:
+            room: None to learn the samples: they lose what is beyond ``max_sequence_len`` positions. Else
+                the assistant's next turn begins behind them, and conversations lose their oldest turns, so
+                that it has ``room`` positions.
 
         Raises:
             DataError: a sample has more places of images than images, or fewer; and see `check_turns`.
         """
         num_soft = num_soft_of(soft_prompts)
         rows, kept, first = [], [], 0
-        for number in range(len(samples["segments" if "segments" in samples else "messages"])):
-            row = self._row(samples, number, answers_next)
+        for number in range(_num_sequences(samples)):
+            row = self._row(samples, number, answers_next=room is not None)
             end = first + num_visuals(row)
-            if not answers_next:
+            if room is None:
                 row = cut(row, num_soft[first:end], self._most_positions)
+                kept += range(first, first + num_visuals(row))
+            else:
+                row, own = self._recent(samples, number, row, num_soft[first:end], room)
+                kept += [first + place for place in own]
             rows.append(row)
-            kept += range(first, first + num_visuals(row))
             first = end
         if len(kept) == len(num_soft):
             return rows, soft_prompts
-        return rows, soft_prompts[kept] if isinstance(soft_prompts, Tensor) else [
-            soft_prompts[i] for i in kept
-        ]
+        is_stacked = isinstance(soft_prompts, Tensor)
+        return rows, soft_prompts[kept] if is_stacked else [soft_prompts[place] for place in kept]
 
     def _row(self, samples: dict[str, Any], number: int, answers_next: bool = False) -> Row:
-        """A sample of `_rows`, not cut."""
+        """A sample of `_rows`, whole."""
         if "segments" in samples:
             row = self.language.row_of_parts(samples["segments"][number])
         else:
             turns = read_turns(samples["messages"][number])
             check_turns(turns, learns=not answers_next)
             row = self.language.row_of_turns(turns, answers_next)
-        given = len(samples["images"][number]) if "images" in samples else 1
+        given = len(samples["images"][number]) if "images" in samples else int(_has_image(samples))
         if (places := num_visuals(row)) != given:
             raise DataError(
                 f"a sample has {places} places of images and {given} images: there must be one for each.",
@@ -384,20 +392,40 @@ class VLM(BaseModel):
             )
         return row
 
+    def _recent(
+        self, samples: dict[str, Any], number: int, row: Row, num_soft: list[int], room: int
+    ) -> tuple[Row, list[int]]:
+        """A conversation without so many of its oldest turns, but for the system's, that ``room`` positions
+        are left behind it; and which of its images are in the rest."""
+        most = self.language.max_positions
+        turns = read_turns(samples["messages"][number]) if "messages" in samples else []
+        counts = [len(turn.visuals) for turn in turns]
+        first = start = sum(turn.role == "system" for turn in turns[:1])
+        kept = list(range(len(num_soft)))
+        while most and num_positions(row, [num_soft[i] for i in kept]) + room > most:
+            first = next((i for i in range(first + 1, len(turns)) if turns[i].role == "user"), None)
+            if first is None:
+                break  # the last question alone: generation names what is too long
+            row = self.language.row_of_turns([*turns[:start], *turns[first:]], True)
+            kept = [*range(sum(counts[:start])), *range(sum(counts[:first]), sum(counts))]
+            logger.warning("a conversation is too long: its turns before turn %d are left out", first + 1)
+        return row, kept
+
     @property
     def _most_positions(self) -> int:
         return min(self.max_sequence_len, self.language.max_positions or self.max_sequence_len)
 
     def _sequences_not_learnable(self, samples: dict[str, Any]) -> dict[int, str]:
         found = {}
-        for number, _ in enumerate(samples["segments" if "segments" in samples else "messages"]):
+        for number in range(_num_sequences(samples)):
             try:
                 row = self._row(samples, number)
             except DataError as error:
                 found[number] = str(error)
                 continue
-            images = samples["images"][number] if "images" in samples else [samples["image"][number]]
-            if not has_learned(cut(row, [self._num_soft(image) for image in images], self._most_positions)):
+            images = samples.get("images") or [[image] for image in samples.get("image", [])]
+            num_soft = [self._num_soft(image) for image in images[number]] if images else []
+            if not has_learned(cut(row, num_soft, self._most_positions)):
                 found[number] = (
                     f"nothing of an answer is within the {self._most_positions} positions of "
                     "model.max_sequence_len"
@@ -613,7 +641,8 @@ class VLM(BaseModel):
             options: as of `generate`; ``num_beams`` is 1 unless given, ``max_length`` 256, or what
                 there is room for.
         """
-        rows, soft_prompts = self._rows(samples, self.sequence_prompts(samples), answers_next=True)
+        room = options.get("max_length") or _LEAST_ROOM
+        rows, soft_prompts = self._rows(samples, self.sequence_prompts(samples), room)
         with self._own_precision(self.device):
             options = self._chat_options(options, rows, soft_prompts)
             return self.language.texts(self.language.continue_rows(soft_prompts, rows, **options))
@@ -634,7 +663,8 @@ class VLM(BaseModel):
 
         Raises:
             DataError: the turns are none, or an image cannot be read.
-            ConfigError: a video for a model of images; more text than the language model has room for.
+            ConfigError: a video for a model of images; a question that the language model has no room for.
+                Older turns are left out where they leave none.
         """
         turns = read_turns(messages)
         check_turns(turns, learns=False)
@@ -649,7 +679,8 @@ class VLM(BaseModel):
 
     @torch.no_grad()
     def _streamed(self, samples: dict[str, Any], options: dict[str, Any]) -> Iterator[str]:
-        (row,), soft_prompts = self._rows(samples, self.sequence_prompts(samples), answers_next=True)
+        room = options.get("max_length") or _LEAST_ROOM
+        (row,), soft_prompts = self._rows(samples, self.sequence_prompts(samples), room)
         options = self._chat_options(options, [row], soft_prompts)
         shown = ""
         with self._own_precision(self.device):
@@ -780,6 +811,14 @@ def _check_length(key: str, values: Sized, count: int, what: str) -> None:
 def is_sequence(samples: dict[str, Any]) -> bool:
     """Whether samples are sequences of texts and images, or conversations; see `VLM.forward`."""
     return "messages" in samples or "segments" in samples
+
+
+def _num_sequences(samples: dict[str, Any]) -> int:
+    return len(samples["segments" if "segments" in samples else "messages"])
+
+
+def _has_image(samples: dict[str, Any]) -> bool:
+    return "image" in samples or "visual_tokens" in samples
 
 
 def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:

@@ -200,7 +200,7 @@ def test_images_in_parquet_files_of_the_hub(tmp_path):
     assert dataset[3]["images"] == [] and shown(dataset.records[3]) == ["hello", "hi"]
     talks = pa.table({"messages": [[QUESTION, ANSWER]]})
     pq.write_table(talks, tmp_path / "talks.parquet")
-    assert len(builder(annotations=str(tmp_path / "talks.parquet")).get_split("train")) == 1
+    assert len(builder(annotations={"train": str(tmp_path / "talks.parquet")}).get_split("train")) == 1
 
 
 def test_all_conversations_about_an_image_are_in_one_split(tmp_path):

@@ -80,6 +80,35 @@ def test_a_batch_without_an_image_trains_with_all_that_is_trained(model):
         model.eval()
 
 
+def test_packed_conversations_have_the_losses_and_gradients_of_unpacked_ones(model, images, monkeypatch):
+    a, b, c = images
+    long = [*TALK, ANSWER, *TALK, ANSWER, *TEXT_ONLY]
+    batch = [(TEXT_ONLY, []), (long, [a, b]), ([*TALK, ANSWER], [c]), (TEXT_ONLY[:1] + [ANSWER], [])]
+    samples = {"messages": [m for m, _ in batch], "images": [of_one for _, of_one in batch]}
+    widths = []
+
+    def measured():
+        hook = model.language.model.get_input_embeddings().register_forward_hook(
+            lambda module, args, out: widths.append(tuple(out.shape[:2]))
+        )
+        losses = model.sample_losses(samples)
+        found = model(samples)["loss"]
+        found.backward()
+        hook.remove()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return losses, found, gradients
+
+    plain = measured()
+    monkeypatch.setattr(model.language, "pack", True)
+    packed = measured()
+    torch.testing.assert_close(packed[0], plain[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed[1], plain[1], rtol=1e-5, atol=1e-6)
+    for name, value in plain[2].items():
+        torch.testing.assert_close(packed[2][name], value, rtol=1e-3, atol=1e-5, msg=name)
+    assert widths[0][0] == 4 and widths[-1][0] < 4 and widths[-1][1] == widths[0][1]
+
+
 def test_a_reader_of_the_whole_sequence_finds_the_same_loss(model, images):
     """Embeddings put together by hand, all logits computed, labels read off the row."""
     language = model.language
@@ -144,6 +173,18 @@ def test_chat_answers_in_one_piece_or_in_several(model, images):
     batch = {"messages": [TALK, TEXT_ONLY[:1]], "images": [[images[0]], []]}
     alone = model.answer_turns({"messages": [TALK], "images": [[images[0]]]}, max_length=6)
     assert model.answer_turns(batch, max_length=6)[0] == alone[0], "padding changes nothing"
+
+
+def test_old_turns_make_room_for_an_answer(model, images, caplog):
+    question = [{"type": "image"}, {"type": "text", "text": "what is on the left of the red circle? " * 4}]
+    turns = [{"role": "user", "content": question}, ANSWER]
+    talk = [{"role": "system", "content": "be short"}, *turns * 3, TALK[0]]
+    long = {"messages": [talk, TALK], "images": [list(images[[0, 1, 2, 1]]), [images[0]]]}
+    short = {"messages": [[talk[0], *talk[-3:]], TALK], "images": [list(images[[2, 1]]), [images[0]]]}
+    assert model.answer_turns(long, max_length=20) == model.answer_turns(short, max_length=20)
+    assert "its turns before turn 6 are left out" in caplog.text
+    with pytest.raises(ConfigError, match="Lower max_length"):
+        model.chat([{"role": "user", "content": "a star " * 400}])
 
 
 def test_chat_names_what_is_wrong(model):

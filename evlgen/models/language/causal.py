@@ -7,10 +7,12 @@ prompts, then the prompt or input, then the text to learn, then the tokenizer's 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -42,7 +44,11 @@ from evlgen.models.language.segments import (
     Tokens,
     Visual,
     lay_out,
+    num_positions,
     num_soft_of,
+    num_visuals,
+    packed,
+    segments,
 )
 from evlgen.models.language.text_trees import TextTrees, text_trees
 
@@ -70,6 +76,10 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
             if can_read_trees(self.model, trees.visible.shape[-1]):
                 return self._predictions_of_trees(soft_prompts, trees)
             soft_prompts = for_each_text(soft_prompts, num_texts)
+        if self.pack and num_texts is None and len(samples) > 1:
+            found = self._predictions_of_packed(soft_prompts, samples)
+            if found is not None:
+                return found
         # right padding needs no mask: what is causal does not see it
         embeds, layout = self._embed(soft_prompts, samples, padding_side="right")
         rows, columns = (layout.labels != IGNORED).nonzero(as_tuple=True)
@@ -78,20 +88,53 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         # a token is predicted one position before it stands
         return self._predictions_at(rows, columns - 1, layout.labels[rows, columns], inputs_embeds=embeds)
 
+    def _predictions_of_packed(self, soft_prompts: SoftPrompts, samples: Sequence[Row]) -> Predictions | None:
+        """As `_predictions_of`, with short samples one behind the other; None where that saves no row, or the
+        model cannot read rows that way."""
+        num_soft = iter(enumerate(num_soft_of(soft_prompts)))
+        visuals = [list(islice(num_soft, num_visuals(row))) for row in samples]  # (place, length) of each
+        lengths = [
+            num_positions(row, [length for _, length in of_one])
+            for row, of_one in zip(samples, visuals, strict=True)
+        ]
+        bins = packed(lengths, max(lengths))
+        if len(bins) == len(samples) or not can_read_trees(self.model, max(lengths)):
+            return None
+        order = [place for row in bins for sample in row for place, _ in visuals[sample]]
+        rows = [[segment for sample in row for segment in segments(samples[sample])] for row in bins]
+        is_stacked = isinstance(soft_prompts, Tensor)
+        soft_prompts = soft_prompts[order] if is_stacked else [soft_prompts[place] for place in order]
+        embeds, layout = self._embed(soft_prompts, rows, padding_side="right")
+        self._check_length(layout.ids.shape[1], "model.max_txt_len")
+        places = [torch.cat([torch.arange(lengths[sample]) for sample in row]) for row in bins]
+        owners = [torch.tensor([sample for sample in row for _ in range(lengths[sample])]) for row in bins]
+        positions = pad_sequence(places, True, 0)  # [B, L]
+        owner = pad_sequence(owners, True, -1)
+        visible = (owner[:, :, None] == owner[:, None]).tril()  # [B, L, L]
+        row, column = ((layout.labels != IGNORED) & (positions > 0)).nonzero(as_tuple=True)
+        self._check_something_is_learned(len(row))
+        return self._predictions_at(
+            row,
+            column - 1,
+            layout.labels[row, column],
+            owner[row, column],
+            inputs_embeds=embeds,
+            attention_mask=_additive(visible, embeds),
+            position_ids=positions.to(embeds.device),
+        )
+
     def _predictions_of_trees(self, soft_prompts: Tensor, trees: TextTrees) -> Predictions:
         """As `_predictions_of`, where what the texts of an image share is read once."""
         self._check_something_is_learned(len(trees.targets))
         self._check_length(int(trees.positions.max()) + 1, "model.max_txt_len")
         embeds, _ = self._embed(soft_prompts, trees.rows, padding_side="right")
-        hidden = torch.finfo(embeds.dtype).min
-        mask = torch.zeros_like(trees.visible, dtype=embeds.dtype).masked_fill_(~trees.visible, hidden)
         return self._predictions_at(
             trees.places[0],
             trees.places[1],
             trees.targets,
             trees.texts,
             inputs_embeds=embeds,
-            attention_mask=mask[:, None].to(embeds.device),  # the same for all heads
+            attention_mask=_additive(trees.visible, embeds),
             position_ids=trees.positions.to(embeds.device),
         )
 
@@ -282,6 +325,14 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
     def _text(self, ids: list[int]) -> str:
         end = next((place for place, token in enumerate(ids) if token in self.end_token_ids), len(ids))
         return self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+
+
+def _additive(visible: Tensor, embeds: Tensor) -> Tensor:
+    """What a position sees [B, L, L] as a mask that is added to scores, the same for all heads: [B, 1, L,
+    L]."""
+    hidden = torch.finfo(embeds.dtype).min
+    mask = torch.zeros_like(visible, dtype=embeds.dtype).masked_fill_(~visible, hidden)
+    return mask[:, None].to(embeds.device)
 
 
 def is_causal(config: Mapping[str, Any]) -> bool:

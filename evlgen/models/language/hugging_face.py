@@ -65,6 +65,7 @@ class HuggingFaceLanguageModel(LanguageModel):
         lora: adapters that are trained.
         chat_template: put prompts into the tokenizer's chat template, or into the named one; see
             `evlgen.models.language.chat.read_template`.
+        pack: see `LanguageConfig`.
         device: where it will run; it matters to ``quantization``, and ``meta`` makes a model without weights,
             that only knows how texts become tokens.
 
@@ -88,8 +89,10 @@ class HuggingFaceLanguageModel(LanguageModel):
         lora: LoraConfig | None = None,
         chat_template: bool | str = False,
         device: str | torch.device = "cpu",
+        pack: bool = False,
     ) -> None:
         super().__init__()
+        self.pack = pack
         self.name = name
         self.prompt = prompt
         self.max_txt_len = max_txt_len

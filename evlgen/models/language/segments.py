@@ -133,6 +133,21 @@ class Layout(NamedTuple):
     places: Tensor
 
 
+def packed(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Which samples stand in one row, so that no row is longer than ``limit``: the longest first, each in the
+    first row that has room (first-fit decreasing)."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for sample in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        row = next((row for row, left in enumerate(room) if lengths[sample] <= left), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(limit)
+        rows[row].append(sample)
+        room[row] -= lengths[sample]
+    return rows
+
+
 def lay_out(rows: Iterable[Row], num_soft: Sequence[int], pad_token: int, padding_side: str) -> Layout:
     """Samples side by side.
 
