@@ -20,10 +20,10 @@ from evlgen.common.errors import (
     TrainingError,
     did_you_mean,
 )
-from evlgen.common.machine import MACHINE_FILE, machine_of_run
 from evlgen.common.registry import registry
 from evlgen.common.safe_text import message_lines
 from evlgen.config.config import Config
+from evlgen.config.machine import MACHINE_FILE, machine_of_run
 from evlgen.config.schema import build_dataclass, parameters_of
 from evlgen.files.io import cache_root, write_atomically
 from evlgen.files.locks import sole_writer

@@ -248,8 +248,8 @@ def _described(name: str) -> str:
     found = with_settings(name)
     if found is None:
         raise ConfigError(
-            f"model.language.name '{name}' is not on this machine, and its configuration could not be fetched. "
-            "Name a folder with its config.json and tokenizer."
+            f"model.language.name '{name}' is not on this machine, and its configuration could not be "
+            "fetched. Name a folder with its config.json and tokenizer."
         )
     return found
 

@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from evlgen.common.errors import ConfigError, did_you_mean
-from evlgen.common.plugins import load_entry_points, load_plugins, modules_of_paths
+from evlgen.common.plugins import load_entry_points, load_plugins
 from evlgen.common.registry import registry
 from evlgen.config.checks import (
     check_datasets,
@@ -27,7 +27,6 @@ from evlgen.config.checks import (
     check_structure,
     check_together,
 )
-from evlgen.config.foreign_plugins import check_plugins
 from evlgen.config.lavis import (
     datasets_in_own_words,
     from_published,
@@ -45,6 +44,7 @@ from evlgen.config.layers import (
     options_layer,
     read_layer,
 )
+from evlgen.config.named_code import check_plugins, modules_of_paths
 from evlgen.config.run_config import RunConfig
 from evlgen.config.schema import Problems, Registered
 from evlgen.config.yaml_io import dump_yaml

@@ -19,9 +19,9 @@ from evlgen.common.errors import CheckpointError, ConfigError, EVLGenError, did_
 from evlgen.common.registry import registry
 from evlgen.config.config import load_model_config, load_model_file
 from evlgen.config.consent import Consent, check_addresses
-from evlgen.config.foreign_plugins import check_plugins
 from evlgen.config.lavis import own_names
 from evlgen.config.model_config import ModelConfig
+from evlgen.config.named_code import check_plugins
 from evlgen.config.schema import build_dataclass
 from evlgen.files.digests import DIGESTS_FILE, check_digests
 from evlgen.files.io import make_readable, resolve, write_atomically

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from evlgen.common.errors import ConfigError, DataError, EVLGenError
 from evlgen.common.precision import without_autocast
 from evlgen.common.registry import registry
-from evlgen.common.turns import check_turns, read_turns
 from evlgen.config.model_config import GenerationConfig, ModelConfig
 from evlgen.files.io import resolve
 from evlgen.models.base_model import BaseModel, Missing
@@ -44,6 +43,7 @@ from evlgen.models.text_lengths import TextLengths
 from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.temporal import pool_frames, temporal_modules
+from evlgen.processors.turns import check_turns, read_turns
 from evlgen.weights.hub import looks_like_path, missing_model, with_settings
 from evlgen.weights.hub_checkpoints import HUB_PREFIX
 
@@ -226,9 +226,9 @@ class VLM(BaseModel):
                 of ``text_input``.
 
                 Samples that are sequences have ``segments`` in place of all these, a list of `Read`, `Learn`
-                and `Visual` for each, or ``messages``, a conversation for each (`evlgen.common.turns`); and
-                ``images``: the images [3, H, W] and videos [3, T, H, W] of each, none, one or several, in
-                the order of their places. Without ``images``, ``image`` has one for each.
+                and `Visual` for each, or ``messages``, a conversation for each (`evlgen.processors.turns`);
+                and ``images``: the images [3, H, W] and videos [3, T, H, W] of each, none, one or several,
+                in the order of their places. Without ``images``, ``image`` has one for each.
 
         Returns:
             ``loss``: scalar, float32; ``num_tokens``: how many tokens it is the mean of, and with

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from evlgen.common.errors import CheckpointError, ConfigError
-from evlgen.common.turns import Turn
 from evlgen.config.model_config import LoraConfig
 from evlgen.models.language.adapters import adapter_modules, add_adapters
 from evlgen.models.language.base import LanguageModel
@@ -31,6 +30,7 @@ from evlgen.models.language.ranking import Reader, RepeatingReader, log_likeliho
 from evlgen.models.language.segments import Part, Row, Segment, SoftPrompts, Tokens
 from evlgen.models.language.token_loss import token_losses
 from evlgen.models.ops import Linear
+from evlgen.processors.turns import Turn
 
 _EMBEDDED_AT_ONCE = 8192
 
