@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from evlgen.common.precision import without_autocast
+
 
 def limit_r(num_tokens: int, r: int, num_protected: int = 1) -> int:
     """The number of pairs that can merge: ``r``, but at most half of the tokens that are not protected."""
@@ -78,7 +80,7 @@ def match_tokens(metric: Tensor, r: int, num_protected: int = 1) -> tuple[Tensor
     if r == 0:
         return torch.arange(num_tokens, device=metric.device).expand(batch, -1), num_tokens
 
-    with torch.autocast(metric.device.type, enabled=False):
+    with without_autocast(metric.device):
         metric = torch.nn.functional.normalize(metric.float(), dim=-1)
         scores = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)  # [B, A, B']
     if num_protected:
