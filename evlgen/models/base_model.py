@@ -408,7 +408,7 @@ def _check_arch(cls: type[BaseModel], section: Any) -> None:
     """Raises `ConfigError` where a section is of an architecture that another class is registered for."""
     arch = section.get("arch") if isinstance(section, Mapping) else None
     arch = own_names(arch, None)[0] if isinstance(arch, str) else None
-    if arch not in registry.list_models():
+    if not registry.has("model", arch):
         return  # none named; or unknown, which the section's own check says
     right = registry.get_model_class(arch)
     # by name: a plugin that is loaded again makes its classes anew

@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from evlgen.common.errors import ConfigError, DataError, did_you_mean
 from evlgen.common.registry import registry
-from evlgen.config.config import Config, find_config, load_model_config, load_model_file
-from evlgen.config.consent import Consent, check_addresses
+from evlgen.config.config import Config, load_model_config, load_model_file
+from evlgen.config.consent import Consent, check_project
 from evlgen.config.lavis import own_names
 from evlgen.files.io import resolve
 from evlgen.models.base_model import BaseModel
 from evlgen.processors import build_processor
 from evlgen.processors.base_processor import BaseProcessor, UnchangedProcessor
-from evlgen.weights.checkpoints import CONFIG_FILE, is_checkpoint
+from evlgen.weights.checkpoints import CONFIG_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -150,9 +149,7 @@ def load_model_of(
     """
     if cfg_path is not None:
         cfg = Config.load(cfg_path, options)
-        file = find_config(cfg_path)
-        if is_checkpoint(file.parent):  # it came with weights
-            check_addresses(OmegaConf.to_container(load_model_file(file)), file, allow_downloads)
+        check_project(cfg, allow_downloads)
         if checkpoint is not None:
             cfg.model.checkpoint = checkpoint
         return registry.get_model_class(cfg.model.arch).from_config(cfg.model, device).to(device)
