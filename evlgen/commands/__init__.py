@@ -4,4 +4,4 @@ Importing them costs nothing heavy: what a command needs it imports when it runs
 """
 
 #: In the order in which ``--help`` shows them.
-COMMANDS = ("models", "caption", "visualize", "convert", "compare", "sweep", "data", "download")
+COMMANDS = ("models", "caption", "visualize", "convert", "compare", "sweep", "report", "data", "download")

@@ -27,6 +27,7 @@ KINDS: dict[str, tuple[str, str | None]] = {
     "processor": ("evlgen.processors", "evlgen.processors.base_processor:BaseProcessor"),
     "task": ("evlgen.tasks", "evlgen.tasks.base_task:BaseTask"),
     "runner": ("evlgen.runners.runner", "evlgen.runners.runner:Runner"),
+    "listener": ("evlgen.runners.heartbeat", "evlgen.runners.listener:Listener"),
     "lr_scheduler": ("evlgen.common.lr_schedules", None),
     "metric": ("evlgen.tasks.metrics", None),
 }
@@ -137,6 +138,9 @@ class Registry:
     def register_runner(self, name: str):
         return self.register("runner", name)
 
+    def register_listener(self, name: str):
+        return self.register("listener", name)
+
     def register_lr_scheduler(self, name: str):
         return self.register("lr_scheduler", name)
 
@@ -167,6 +171,9 @@ class Registry:
     def get_runner_class(self, name: str):
         return self.get("runner", name)
 
+    def get_listener_class(self, name: str):
+        return self.get("listener", name)
+
     def get_lr_scheduler_class(self, name: str):
         return self.get("lr_scheduler", name)
 
@@ -196,6 +203,9 @@ class Registry:
 
     def list_runners(self) -> list[str]:
         return self.names("runner")
+
+    def list_listeners(self) -> list[str]:
+        return self.names("listener")
 
     def list_lr_schedulers(self) -> list[str]:
         return self.names("lr_scheduler")

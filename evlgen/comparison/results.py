@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evlgen.comparison.machine import machine, without_folders
+from evlgen.common.machine import machine, without_folders
 from evlgen.comparison.plan import Configuration, Settings, differing_keys
 from evlgen.comparison.stages import Run, StageRun
 from evlgen.report.metrics import image_use_of, metric_names, metrics_of
