@@ -87,6 +87,7 @@ def _lead(run: RunFolder, name: str, several: bool) -> str:
     state = run.facts.get("state", "")
     last = max((r["iteration"] for r in run.steps), default=0)
     reached = f"{last:,} iterations" + (f", {state}" if state else "")
+    shown = without_folders(shown)
     text = f"{shown or model.get('arch', 'a model')} on {data or 'no data'}: {reached}"
     return f"{name}: {text}" if several else text
 

@@ -179,5 +179,5 @@ def make_listeners(sections: Sequence[str | dict[str, Any]]) -> list[Listener]:
     for number, section in enumerate(sections):
         settings = {"name": section} if isinstance(section, str) else dict(section)
         cls = registry.get_listener_class(settings.pop("name", None))
-        listeners.append(cls(**check_section(settings, cls, f"run.listeners.{number}")))
+        listeners.append(cls(**check_section(settings, cls, f"run.listeners[{number}]")))
     return listeners

@@ -38,9 +38,9 @@ class Notes(Listener):
 """
 
 
-@pytest.fixture
-def plugin(tmp_path):
-    path = tmp_path / "plugin_of_notes.py"
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plugin") / "plugin_of_notes.py"
     path.write_text(PLUGIN)
     return path
 
