@@ -4,4 +4,18 @@ Importing them costs nothing heavy: what a command needs it imports when it runs
 """
 
 #: In the order in which ``--help`` shows them.
-COMMANDS = ("models", "caption", "visualize", "convert", "compare", "sweep", "report", "data", "download")
+COMMANDS = (
+    "models",
+    "caption",
+    "chat",
+    "serve",
+    "visualize",
+    "push",
+    "convert",
+    "estimate",
+    "compare",
+    "sweep",
+    "report",
+    "data",
+    "download",
+)

@@ -47,6 +47,15 @@ def load_plugins(names: Sequence[str], base: Path | None = None) -> list[str]:
     return list(dict.fromkeys(loaded))
 
 
+def is_imported(name: str) -> bool:
+    """Whether the module that a plugin's name stands for is imported already; a file is known by its own
+    name, wherever it lies. Imports nothing."""
+    if not name.endswith(".py"):
+        return name in sys.modules
+    files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    return any(file and os.path.basename(file) == os.path.basename(name) for file in files)
+
+
 def load_entry_points() -> list[str]:
     """Imports what installed packages declare as entry points ``evlgen.plugins``; returns their names.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import logging
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -54,11 +56,16 @@ def _warn(error: OSError) -> None:
     logger.warning("left out: folder %s: %s", shown_name(error.filename), error.strerror)
 
 
-def read_files(paths: Sequence[str], num_frames: int | None) -> Iterator[tuple[str, list[Image.Image]]]:
+def read_files(
+    paths: Iterable[str],
+    num_frames: int | None,
+    on_error: Callable[[str, DataError], None] = lambda path, error: None,
+) -> Iterator[tuple[str, list[Image.Image]]]:
     """(path, frames) of each file that can be read; the others are named in a warning.
 
     Args:
         num_frames: of a clip at most; None: pictures alone are read.
+        on_error: called for each file that cannot be read.
     """
     for path in paths:
         try:
@@ -72,6 +79,7 @@ def read_files(paths: Sequence[str], num_frames: int | None) -> Iterator[tuple[s
                 frames = [open_image(resolve(path))]
         except DataError as error:
             logger.warning("left out: %s", error)
+            on_error(path, error)
             continue
         yield path, frames
 
@@ -96,3 +104,19 @@ def read_frames(path: str | Path, num_frames: int) -> list[Image.Image]:
             num_frames,
         )
     return [Image.fromarray(frame) for frame in clip.read(spread(count, min(count, num_frames)))]
+
+
+def is_data_address(name: str) -> bool:
+    """Whether a name is the image itself, ``data:image/png;base64,..``."""
+    return name.startswith("data:")
+
+
+def decode_address(address: str) -> io.BytesIO:
+    """The bytes in a data address. Raises `DataError` where there are none."""
+    head, found, content = address.partition(",")
+    try:
+        if not found or not head.endswith(";base64"):
+            raise ValueError("it is not base64")
+        return io.BytesIO(base64.b64decode(content, validate=True))
+    except ValueError as error:
+        raise DataError(f"the address {address:.40} holds no image: {error}.", "not an image") from error

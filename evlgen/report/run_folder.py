@@ -12,6 +12,7 @@ from typing import Any
 
 from evlgen.common.errors import DataError, EVLGenError
 from evlgen.config.config import Config, flat_keys
+from evlgen.config.machine import MACHINE_FILE
 from evlgen.config.run_config import RunConfig
 from evlgen.config.yaml_io import read_yaml
 from evlgen.report.metrics import image_use_of, metric_names, metrics_of
@@ -39,7 +40,7 @@ class RunFolder:
                 )
             self.path = inner.resolve()
         self.config: dict[str, Any] = read_yaml(self.path / "config.yaml")
-        self.facts = read_facts(self.path / FACTS_FILE)
+        self.facts, self.machine = (read_facts(self.path / name) for name in (FACTS_FILE, MACHINE_FILE))
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:

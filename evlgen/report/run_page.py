@@ -9,8 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from evlgen.common.machine import without_folders
 from evlgen.common.safe_text import printable
+from evlgen.config.machine import without_folders
 from evlgen.config.yaml_io import dump_yaml
 from evlgen.report.metrics import shown_value, table_metrics
 from evlgen.report.page import render, yaml_value
@@ -249,19 +249,21 @@ def _gigabytes(size: int | None) -> str:
 
 
 def _machine(run: RunFolder) -> list[tuple[str, str]]:
-    machine, facts = run.facts.get("machine") or {}, run.facts
+    machine = run.machine
     pairs = [
-        ("device", facts.get("device")),
-        ("processes", facts.get("processes")),
+        ("device", machine.get("device")),
+        ("processes", machine.get("processes")),
         ("processor", machine.get("cpu") and f"{machine['cpu']}, {machine.get('cores')} cores"),
         ("memory", machine.get("memory_bytes") and f"{machine['memory_bytes'] / 1e9:.0f} GB"),
-        (
-            "software",
-            machine.get("torch")
-            and f"PyTorch {machine['torch']}, Python {machine.get('python')}, {machine.get('system')}",
-        ),
+        ("software", machine.get("torch") and _software(machine)),
     ]
     return [(name, str(value)) for name, value in pairs if value]
+
+
+def _software(machine: Mapping[str, Any]) -> str:
+    names = {"evlgen": "evlgen", "torch": "PyTorch", "python": "Python"}
+    versions = [f"{name} {machine[key]}" for key, name in names.items() if machine.get(key)]
+    return ", ".join([*versions, str(machine.get("system", ""))])
 
 
 # ---- samples ----

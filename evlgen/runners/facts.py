@@ -1,4 +1,4 @@
-"""What a run was, besides its numbers: machine, size of the model, memory and time. For `evlgen report`."""
+"""What a run was, besides its numbers: size of the model, memory and time. For `evlgen report`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from evlgen.common.machine import machine
 from evlgen.files.io import write_atomically
 from evlgen.runners.listener import Listener
 
@@ -24,17 +23,14 @@ FACTS_FILE = "facts.json"
 
 
 class RunFacts(Listener):
-    """Keeps ``facts.json``: ``machine``, ``device``, ``processes``, ``trainable_parameters``,
-    ``total_parameters``, ``peak_rss_bytes``, ``peak_gpu_bytes`` (of the first process), ``wall_seconds`` and
-    ``starts`` (of all its processes one after the other), ``state``."""
+    """Keeps ``facts.json``: ``trainable_parameters``, ``total_parameters``, ``peak_rss_bytes``,
+    ``peak_gpu_bytes`` (of the first process), ``wall_seconds`` and ``starts`` (of all its processes one after
+    the other), ``state``."""
 
     def before_training(self, runner: Runner) -> None:
         self._path, self._started = runner.folder / FACTS_FILE, time.monotonic()
         self._before = read_facts(self._path) if runner.run.resume else {}
         self._facts = {
-            "machine": machine(),
-            "device": device_name(runner.accelerator.device),
-            "processes": runner.accelerator.num_processes,
             **model_size(runner.model),
         }
         self._write(runner, "training")

@@ -36,7 +36,14 @@ def set_up_training(runner: Runner) -> None:
     ratios = split_ratios(run.train_dataset_ratios, list(trained.values()))
     rank, processes = accelerator.process_index, accelerator.num_processes
     runner.plan = make_plan(
-        list(datasets.values()), run.batch_size_train, run.seed, ratios, rank, processes, bool(run.max_epoch)
+        list(datasets.values()),
+        run.batch_size_train,
+        run.seed,
+        ratios,
+        rank,
+        processes,
+        has_epochs=bool(run.max_epoch),
+        group_by_length=run.group_by_length,
     )
     runner.length = runner.LENGTH(run, runner.plan.batches_per_epoch)
     runner.schedule = registry.get_lr_scheduler_class(run.lr_sched)(
@@ -53,7 +60,7 @@ def set_up_training(runner: Runner) -> None:
     sizes = {"samples": runner.plan.lengths, "batch_size": run.batch_size_train, "processes": processes}
     runner.state = TrainingState(
         unit=runner.length.UNIT,
-        data={**sizes, **recorded(datasets.values())},
+        data={**sizes, **recorded(datasets.values()), **({"grouped": True} if run.group_by_length else {})},
         records={name: digest(getattr(d, "records", ())) for name, d in datasets.items()},
     )
     if run.resume:
