@@ -31,7 +31,7 @@ _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow",
 _OFFLINE = {
     "wandb": "WANDB_MODE=offline in the environment keeps it on this machine; `wandb sync` uploads it.",
     "mlflow": "MLFLOW_TRACKING_URI in the environment says where it goes, such as file:///home/me/mlruns.",
-    "comet_ml": "COMET_MODE=offline in the environment keeps it on this machine.",
+    "comet_ml": "COMET_START_ONLINE=0 in the environment keeps it on this machine.",
 }
 
 
@@ -124,7 +124,10 @@ def _begin(name: str, runner: Runner, run_id: str | None, iteration: int) -> Gen
         tracker = cls(PROJECT, run_id=run_id, run_name=folder.name)
     else:
         project = os.environ.get("COMET_PROJECT_NAME", PROJECT)
-        tracker = cls(project, **({"experiment_key": run_id} if run_id else {}))
+        settings: dict[str, Any] = {"experiment_key": run_id} if run_id else {}
+        if os.environ.get("COMET_START_ONLINE", "").lower() in ("0", "false"):
+            settings["online"] = False
+        tracker = cls(project, **settings)
     if hasattr(tracker, "start"):  # accelerate of before 1.8 starts it at once
         tracker.start()
     if run_id is None or name == "wandb":  # MLflow's parameters stay as they were first
