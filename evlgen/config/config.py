@@ -416,6 +416,11 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Iterab
     ]
 
 
+def flat_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain configuration as key path -> value."""
+    return dict(_leaves(config))
+
+
 _ABSENT = object()
 
 
