@@ -62,6 +62,11 @@ def match_tokens(metric: Tensor, r: int, num_protected: int = 1) -> tuple[Tensor
 
     The output order is: the tokens of A that stay, in their order, then the tokens of B, in theirs.
 
+    Of equal similarities the first decides, by position. Similarities that differ by no more than float32's
+    rounding (some 1e-7) are equal on paper only: which of such pairs merge may differ between processors,
+    and every pair that merges is as good as the best up to that rounding. They are not rounded to a coarser
+    grid, which would move the borders between them and change the published results.
+
     Args:
         metric: [B, N, d], any floating type; similarity is the cosine, computed in float32.
         r: pairs to merge; limited by `limit_r`.

@@ -14,6 +14,7 @@ from evlgen.common.errors import CheckpointError, ConfigError
 from evlgen.config.model_config import LoraConfig
 from evlgen.models.language.adapters import adapter_modules, add_adapters
 from evlgen.models.language.base import LanguageModel
+from evlgen.models.language.chat import read_template
 from evlgen.models.language.loading import (
     find_model,
     model_without_weights,
@@ -26,32 +27,38 @@ from evlgen.models.language.loading import (
 from evlgen.models.language.plain_text import PlainText
 from evlgen.models.language.quantization import quantization_options
 from evlgen.models.language.ranking import Reader, RepeatingReader, log_likelihoods
+from evlgen.models.language.segments import Part, Row, Segment, SoftPrompts, Tokens
+from evlgen.models.language.token_loss import token_losses
+from evlgen.models.ops import Linear
+from evlgen.processors.turns import Turn
 
-IGNORED = -100  # label of positions that are not learned
 _EMBEDDED_AT_ONCE = 8192
-
-
-class Tokens(NamedTuple):
-    """The tokens of one sample: before the soft prompts, after them, and those that are learned after
-    these."""
-
-    before: list[int]
-    read: list[int]
-    learned: list[int]
 
 
 class Predictions(NamedTuple):
     """The n tokens of a batch that are learned, those of one sample in a row.
 
     Attributes:
-        logits: [n, vocabulary], float32.
+        scores: [n, vocabulary]: logits; or [n, C], what ``head`` makes logits of.
+        head: the output layer where it is frozen and the last that a model does; else None.
         targets: [n], the tokens.
         rows: [n], the text each belongs to.
     """
 
-    logits: Tensor
+    scores: Tensor
+    head: nn.Linear | None
     targets: Tensor
     rows: Tensor
+
+    def logits(self) -> Tensor:
+        """[n, vocabulary], float32."""
+        return (self.scores if self.head is None else self.head(self.scores)).float()
+
+    def losses(self) -> Tensor:
+        """[n], float32: the negated log-likelihood of each token."""
+        if self.head is None:
+            return F.cross_entropy(self.logits(), self.targets, reduction="none")
+        return token_losses(self.scores, self.head.weight, self.head.bias, self.targets)
 
 
 class HuggingFaceLanguageModel(LanguageModel):
@@ -70,7 +77,9 @@ class HuggingFaceLanguageModel(LanguageModel):
         attention: transformers' name of the attention it computes with (`ops.language_attention`).
         quantization: ``none``, ``8bit`` or ``4bit``.
         lora: adapters that are trained.
-        chat_template: put prompts into the tokenizer's chat template.
+        chat_template: put prompts into the tokenizer's chat template, or into the named one; see
+            `evlgen.models.language.chat.read_template`.
+        pack: see `LanguageConfig`.
         device: where it will run; it matters to ``quantization``, and ``meta`` makes a model without weights,
             that only knows how texts become tokens.
 
@@ -81,6 +90,7 @@ class HuggingFaceLanguageModel(LanguageModel):
 
     KIND: ClassVar[str]  # its registered name
     AUTO_CLASS: ClassVar[Any]
+    _ends_with_head: bool | None = None  # whether its output layer's are the logits; None: not known yet
 
     def __init__(
         self,
@@ -92,10 +102,12 @@ class HuggingFaceLanguageModel(LanguageModel):
         attention: str = "sdpa",
         quantization: str = "none",
         lora: LoraConfig | None = None,
-        chat_template: bool = False,
+        chat_template: bool | str = False,
         device: str | torch.device = "cpu",
+        pack: bool = False,
     ) -> None:
         super().__init__()
+        self.pack = pack
         self.name = name
         self.prompt = prompt
         self.max_txt_len = max_txt_len
@@ -116,7 +128,8 @@ class HuggingFaceLanguageModel(LanguageModel):
             self._prepare_model()
         self.pad_token_id = self._filler()
         if chat_template:
-            self._read_chat_template()
+            named = isinstance(chat_template, str)
+            self._read_chat_template(read_template(chat_template) if named else None)
         if lora is not None:
             add_adapters(self.model, lora)
         self.embed_dim = self.model.get_input_embeddings().embedding_dim
@@ -124,6 +137,10 @@ class HuggingFaceLanguageModel(LanguageModel):
     @property
     def dtype(self) -> torch.dtype:
         return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def max_positions(self) -> int | None:
+        return num_positions(self.model.config)
 
     def trained_modules(self) -> list[nn.Module]:
         """The adapters, if there are any."""
@@ -138,10 +155,15 @@ class HuggingFaceLanguageModel(LanguageModel):
     ) -> tuple[Tensor, int]:
         """The mean next-token loss of the texts after the soft prompts; see `LanguageModel.loss`. A prompt's
         tokens do not count, nor do ``text_in``'s where there is a ``text_out``, nor padding."""
-        logits, targets, rows = self._predictions_of(
-            soft_prompts, self.to_learn(text_in, text_out), num_texts
-        )
-        return F.cross_entropy(logits, targets), len(rows)
+        return _mean(self._predictions_of(soft_prompts, self.to_learn(text_in, text_out), num_texts))
+
+    def rows_loss(self, soft_prompts: SoftPrompts, rows: Sequence[Row]) -> tuple[Tensor, int]:
+        """As `loss`, of samples that are segments already."""
+        return _mean(self._predictions_of(soft_prompts, rows))
+
+    def rows_losses(self, soft_prompts: SoftPrompts, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """As `sample_losses`, of samples that are segments already."""
+        return _by_sample(self._predictions_of(soft_prompts, rows), len(rows))
 
     def sample_losses(
         self,
@@ -221,7 +243,19 @@ class HuggingFaceLanguageModel(LanguageModel):
     def _prepare_model(self) -> None:
         """Fits the model to the tokenizer."""
 
-    def _read_chat_template(self) -> None:
+    def row_of_parts(self, parts: Sequence[Part]) -> list[Segment]:
+        raise ConfigError(self._no_rows())
+
+    def row_of_turns(self, turns: Sequence[Turn], answers_next: bool = False) -> list[Segment]:
+        raise ConfigError(self._no_rows())
+
+    def _no_rows(self) -> str:
+        return (
+            f"a language model of kind '{self.KIND}' reads one image and one text: conversations, and "
+            "samples of segments, need a decoder. Set model.language.name to one."
+        )
+
+    def _read_chat_template(self, template: str | None) -> None:
         raise ConfigError(
             f"model.language.chat_template: a language model of kind '{self.KIND}' has no place for one. Set "
             "it to false."
@@ -259,7 +293,7 @@ class HuggingFaceLanguageModel(LanguageModel):
         return list(zip(text_in, text_out, strict=True))
 
     def _predictions_of(
-        self, soft_prompts: Tensor, samples: list[Tokens], num_texts: list[int] | None = None
+        self, soft_prompts: SoftPrompts, samples: Sequence[Row], num_texts: list[int] | None = None
     ) -> Predictions:
         """What the model expects where a token is learned; ``num_texts`` as in `loss`."""
         raise NotImplementedError
@@ -284,7 +318,7 @@ class HuggingFaceLanguageModel(LanguageModel):
             return self.token_losses(soft_prompts[rows], [prompts[row] for row in rows], texts)[0]
 
         any_token = [[self.pad_token_id]] * len(prompts)  # what is predicted first does not depend on it
-        return RepeatingReader(self._predictions_of_tokens(soft_prompts, prompts, any_token).logits, losses)
+        return RepeatingReader(self._predictions_of_tokens(soft_prompts, prompts, any_token).logits(), losses)
 
     def _gap_after(self, prompt: str) -> str:
         """What stands between a prompt and the text after it."""
@@ -302,29 +336,41 @@ class HuggingFaceLanguageModel(LanguageModel):
         waits for nothing. Logits are computed there alone."""
         device = inputs["inputs_embeds"].device
         rows = rows.to(device)
-        logits = self._logits_at(rows, columns.to(device), inputs).float()
-        return Predictions(logits, targets.to(device), rows if texts is None else texts.to(device))
+        scores, head = self._scores_at(rows, columns.to(device), inputs)
+        return Predictions(scores, head, targets.to(device), rows if texts is None else texts.to(device))
 
-    def _logits_at(self, rows: Tensor, columns: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    def _scores_at(
+        self, rows: Tensor, columns: Tensor, inputs: Mapping[str, Any]
+    ) -> tuple[Tensor, nn.Linear | None]:
         """What the model's own forward does before and after its output layer (a scale, a cap) stays in
-        force: the layer is given the hidden states [1, n, C] of those positions only."""
+        force: the layer is given the hidden states [1, n, C] of those positions only. Where the layer is
+        frozen and nothing comes after it, the hidden states are returned with it."""
         head = self.model.get_output_embeddings()
-        picked = False
+        if head is None or self.model._compiled_call_impl is not None:
+            # a compiled forward would go on with the hooks it was compiled with
+            return self.model(**inputs, use_cache=False).logits[rows, columns], None
+        hidden, given = rows, rows  # until the hooks run
+        is_enough = self._ends_with_head and _is_plain(head)  # the hidden states, without logits
 
         def pick(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            nonlocal picked
-            picked = True
-            return (args[0][rows, columns][None], *args[1:])
+            nonlocal hidden
+            hidden = args[0][rows, columns]
+            return (hidden[:1][None] if is_enough else hidden[None], *args[1:])
 
-        # a compiled forward would go on with the hook it was compiled with
-        hooked = head is not None and self.model._compiled_call_impl is None
-        handle = head.register_forward_pre_hook(pick) if hooked else None
+        def see(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+            nonlocal given
+            given = output
+
+        handles = [head.register_forward_pre_hook(pick), head.register_forward_hook(see)]
         try:
             logits = self.model(**inputs, use_cache=False).logits
         finally:
-            if handle is not None:
+            for handle in handles:
                 handle.remove()
-        return logits[0] if picked else logits[rows, columns]
+        if self._ends_with_head is None:
+            self._ends_with_head = logits is given
+            is_enough = self._ends_with_head and _is_plain(head)
+        return (hidden, head) if is_enough else (logits[0], None)
 
     def _check_something_is_learned(self, count: int) -> None:
         if not count:
@@ -371,8 +417,23 @@ def for_each_text(soft_prompts: Tensor, num_texts: list[int] | None) -> Tensor:
     return soft_prompts.repeat_interleave(torch.tensor(num_texts, device=soft_prompts.device), dim=0)
 
 
+def _mean(predictions: Predictions) -> tuple[Tensor, int]:
+    """The mean loss of the tokens, and how many those are."""
+    return predictions.losses().mean(), len(predictions.rows)
+
+
 def _by_sample(predictions: Predictions, count: int) -> tuple[Tensor, Tensor]:
     """The sum of the losses of each text's tokens, [count], and how many those are, [count]."""
-    logits, targets, rows = predictions
-    losses = F.cross_entropy(logits, targets, reduction="none")  # [n]
+    losses, rows = predictions.losses(), predictions.rows  # [n]
     return losses.new_zeros(count).index_add(0, rows, losses), torch.bincount(rows, minlength=count)
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether an output layer is a frozen linear layer and no more: without adapters, whole in this process,
+    with weights that are not quantised."""
+    return (
+        type(head) in (nn.Linear, Linear)
+        and type(head.weight.data) is Tensor
+        and head.weight.is_floating_point()
+        and not any(p.requires_grad for p in head.parameters())
+    )
