@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from harness import Side, check_equal, compare, spread
 from reference import textbook_matching
 
-from evlgen.models.connectors.tomeformer import TomeFormer
+from evlgen.models.connectors import ConnectorInputs, TomeFormer
 from evlgen.models.token_merging import limit_r, match_tokens, merge_mean
 
 TOKENS, VISION, WIDTH, FEED_FORWARD, HEADS, LAYERS, LANGUAGE = 257, 1408, 768, 3072, 12, 12, 2560
@@ -77,7 +77,7 @@ def compare_connectors(values: list[int], rounds: int, batch: int, warm_up: int 
     """The whole connector for each r, in turn, in this process; prints a table."""
     values = values if 0 in values else [0, *values]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    connector = TomeFormer(VISION, LANGUAGE, num_tokens=TOKENS, num_layers=LAYERS).to(device).train()
+    connector = TomeFormer(ConnectorInputs(VISION, LANGUAGE, TOKENS), num_layers=LAYERS).to(device).train()
     tokens = torch.randn(batch, TOKENS, VISION, device=device)
     sides = {r: Side(f"r={r}") for r in values}
     for number in range(warm_up + rounds):

@@ -246,13 +246,12 @@ def check_room(cfg: Config, task: Any) -> None:
     beside the soft prompts: an evaluation would find out after an epoch."""
     model_class, run = registry.get_model_class(cfg.model.arch), cfg.run
     config = build_dataclass(model_class.CONFIG, cfg.model_plain(), path="model")
-    writes = (
-        task.WRITES
-        and run.inference_method == "generate"
-        and bool(run.test_splits or (run.valid_splits and not run.evaluate))
-    )
+    evaluates = bool(run.test_splits or (run.valid_splits and not run.evaluate))
+    writes = evaluates and task.WRITES and run.inference_method == "generate"
+    writes |= task.LEARNS_WRITING and not run.evaluate
+    learns = not (run.evaluate or task.LEARNS_WRITING)
     prompt = None if task.ASKS else (config.prompt if run.prompt is None else run.prompt)
-    model_class.check_room(config, prompt, task.max_len if writes else 0, learns=not run.evaluate)
+    model_class.check_room(config, prompt, task.max_len if writes else 0, learns)
 
 
 def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str, Dataset]]:

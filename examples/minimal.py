@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from evlgen.datasets.shapes_dataset import ShapesCaptionDataset
 from evlgen.loaders.data import BatchPlan, train_loader
-from evlgen.models.connectors import TomeFormer
+from evlgen.models.connectors import ConnectorInputs, TomeFormer
 from evlgen.models.language import OPTLanguageModel
 from evlgen.models.vision import TimmEncoder
 from evlgen.processors.image import BlipImageEvalProcessor
@@ -49,9 +49,8 @@ class Captioner(nn.Module):
         self.language.eval().requires_grad_(False)
         self.norm = nn.LayerNorm(self.vision.embed_dim)
         self.connector = TomeFormer(
-            vision_dim=self.vision.embed_dim,
-            language_dim=self.language.embed_dim,
-            embedding_rms=self.language.embedding_rms(),  # soft prompts start at the word embeddings' scale
+            # soft prompts start at the scale of the word embeddings
+            ConnectorInputs.behind(self.vision, self.language.embed_dim, self.language.embedding_rms()),
             num_layers=3,
             r=16,  # pairs of tokens that merge in each layer: 65 -> 49 -> 33 -> 17
             hidden_size=128,

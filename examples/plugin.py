@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from evlgen import registry
 from evlgen.config.schema import PositiveInt
 from evlgen.datasets import BaseDataset, BaseDatasetBuilder
-from evlgen.models.connectors import Connector
+from evlgen.models.connectors import Connector, ConnectorInputs
 from evlgen.tasks import CaptioningTask
 
 COLOURS = {"red": (214, 40, 40), "green": (50, 160, 70), "blue": (40, 90, 210), "yellow": (235, 205, 50)}
@@ -33,21 +33,13 @@ class GridPool(Connector):
         grid: side of the grid: grid x grid soft prompts.
     """
 
-    def __init__(
-        self,
-        vision_dim: int,
-        language_dim: int,
-        num_tokens: int,
-        num_prefix_tokens: int,
-        embedding_rms: float,
-        grid: PositiveInt = 2,
-    ) -> None:
+    def __init__(self, inputs: ConnectorInputs, grid: PositiveInt = 2) -> None:
         super().__init__()
-        self.grid, self.num_prefix_tokens = grid, num_prefix_tokens
-        self.side = math.isqrt(num_tokens - num_prefix_tokens)
-        self.norm = nn.LayerNorm(vision_dim)
-        self.proj = nn.Linear(vision_dim, language_dim)
-        nn.init.normal_(self.proj.weight, std=embedding_rms / math.sqrt(vision_dim))
+        self.grid, self.num_prefix_tokens = grid, inputs.num_prefix_tokens
+        self.side = math.isqrt(inputs.num_tokens - inputs.num_prefix_tokens)
+        self.norm = nn.LayerNorm(inputs.vision_dim)
+        self.proj = nn.Linear(inputs.vision_dim, inputs.language_dim)
+        nn.init.normal_(self.proj.weight, std=inputs.embedding_rms / math.sqrt(inputs.vision_dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
         patches = (

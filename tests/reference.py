@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from evlgen.models.connectors import ConnectorInputs
+
 
 def textbook_matching(metric: Tensor, r: int, class_token: bool = True):
     """Bipartite soft matching as the paper's pseudocode does it (Bolya et al., 2023, appendix D).
@@ -64,3 +66,10 @@ def plain_matching(metric: Tensor, r: int, class_token: bool = True) -> list[lis
             groups += [[j, *(i for i, to in merged.items() if to == j)] for j in range(1, tokens, 2)]
         out.append(groups)
     return out
+
+
+def new_connector(kind, vision_dim: int, language_dim: int, **given):
+    """A connector of this class; ``given``: its settings, and further fields of `ConnectorInputs`."""
+    fields = ("num_tokens", "num_prefix_tokens", "embedding_rms")
+    inputs = {name: given.pop(name) for name in fields if name in given}
+    return kind(ConnectorInputs(vision_dim, language_dim, **inputs), **given)

@@ -4,4 +4,16 @@ Importing them costs nothing heavy: what a command needs it imports when it runs
 """
 
 #: In the order in which ``--help`` shows them.
-COMMANDS = ("models", "caption", "visualize", "push", "convert", "compare", "sweep", "data", "download")
+COMMANDS = (
+    "models",
+    "caption",
+    "serve",
+    "visualize",
+    "push",
+    "convert",
+    "estimate",
+    "compare",
+    "sweep",
+    "data",
+    "download",
+)

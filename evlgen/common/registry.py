@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -68,15 +69,36 @@ class Registry:
 
     def get(self, kind: str, name: str) -> Any:
         """The class registered as ``name``; raises `RegistryError` with the nearest names otherwise."""
-        self._load_builtin(kind)
-        if name not in self._entries[kind]:
+        if not self.has(kind, name):
             known = self.names(kind)
             raise RegistryError(
                 f"no {kind} is registered as '{name}'.{did_you_mean(str(name), known)} Known: "
                 f"{', '.join(known)}. "
-                "A name of your own needs its file in `plugins:` or --plugins."
+                "A name of your own needs its file in `plugins:` or --plugins, or is the path of a class in "
+                "a module that Python finds, such as my_package.my_module.MyClass."
             )
-        return self._entries[kind][name]
+        return self._find(kind, name)
+
+    def has(self, kind: str, name: Any) -> bool:
+        """Whether a name is known: registered, or the dotted path of a class whose module is imported.
+
+        A path imports nothing here: what a stranger's configuration names does not run for that.
+
+        Raises:
+            RegistryError: the class at the path lacks the kind's base class.
+        """
+        self._load_builtin(kind)
+        return isinstance(name, str) and self._find(kind, name) is not None
+
+    def _find(self, kind: str, name: str) -> Any:
+        if name in self._entries[kind]:
+            return self._entries[kind][name]
+        module, _, attribute = name.rpartition(".")
+        cls = getattr(sys.modules.get(module), attribute, None) if module else None
+        if not isinstance(cls, type):
+            return None
+        self._check_base(kind, name, cls)
+        return cls
 
     def names(self, kind: str) -> list[str]:
         """All registered names of a kind, sorted."""

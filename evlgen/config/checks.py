@@ -79,7 +79,7 @@ def check_run(
 def check_model(section: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
     """The ``model`` section: the architecture's own dataclass, its type, and the connector's parameters."""
     arch, model_type = section.get("arch"), section.get("model_type")
-    if arch not in registry.list_models():
+    if not registry.has("model", arch):
         # What else the section may say depends on the architecture.
         check_section({"arch": arch} if "arch" in section else {}, ModelConfig, "model", problems=problems)
         return dict(section)
@@ -114,7 +114,7 @@ def check_together(model: Mapping[str, Any], run: RunConfig | None, problems: Pr
 def _check_sharding(model: Mapping[str, Any], problems: Problems) -> None:
     """Whether ``run.shard_language`` can be."""
     arch, language = model.get("arch"), model.get("language")
-    if arch in registry.list_models() and language is None:
+    if registry.has("model", arch) and language is None:
         why = f"model.arch: {arch} has no language model to spread over the processes"
         problems.add("run.shard_language", f"{why}. Set it to false")
     elif isinstance(language, Mapping) and language.get("quantization", "none") != "none":
@@ -132,7 +132,7 @@ def check_datasets(section: Mapping[str, Any], problems: Problems) -> dict[str, 
     for name, dataset in section.items():
         path = f"datasets.{name}"
         builder = builder_name(name, dataset)
-        if builder not in known:
+        if not registry.has("builder", builder):
             at, what = (
                 (path, "under this name") if builder == name else (f"{path}.builder", f"as {show(builder)}")
             )

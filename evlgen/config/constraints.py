@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from evlgen.common.errors import did_you_mean
+from evlgen.common.errors import RegistryError, did_you_mean
 from evlgen.common.registry import registry
 
 
@@ -63,11 +63,14 @@ class Registered:
     kind: str
 
     def problem(self, value: Any) -> str | None:
-        known = registry.names(self.kind)
         if not isinstance(value, str):
             return f"must be {self}, not {show(value)}"
-        if value in known:
-            return None
+        try:
+            if registry.has(self.kind, value):
+                return None
+        except RegistryError as error:
+            return str(error).rstrip(".")
+        known = registry.names(self.kind)
         hint = did_you_mean(value, known)
         return f"no {self.kind} is registered as {show(value)}.{hint} Known: {', '.join(known) or 'none'}"
 

@@ -16,12 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from evlgen.common.errors import CheckpointError, ConfigError, EVLGenError, did_you_mean
+from evlgen.common.plugins import check_named
 from evlgen.common.registry import registry
 from evlgen.config.config import load_model_config, load_model_file
-from evlgen.config.consent import Consent, check_addresses, check_plugins
+from evlgen.config.consent import Consent, check_addresses
 from evlgen.config.lavis import own_names
 from evlgen.config.model_config import ModelConfig
 from evlgen.config.schema import build_dataclass
+from evlgen.config.yaml_io import read_yaml
 from evlgen.files.digests import DIGESTS_FILE, check_digests
 from evlgen.files.io import make_readable, resolve, write_atomically
 from evlgen.models.published.checkpoints import is_published, to_own_names
@@ -148,7 +150,8 @@ class BaseModel(nn.Module):
 
         Raises:
             CheckpointError: no such folder; an address that may not be fetched; a repository on the hub that
-                may not be read, or that needs plugins; and see `from_config`.
+                may not be read; and see `from_config`.
+            EVLGenError: a repository on the hub needs plugins that the user has not named.
         """
         if str(name) in cls.MODEL_TYPES:
             arch = next(arch for arch in _names_of(cls))
@@ -467,7 +470,7 @@ def _check_arch(cls: type[BaseModel], section: Any) -> None:
     """Raises `ConfigError` where a section is of an architecture that another class is registered for."""
     arch = section.get("arch") if isinstance(section, Mapping) else None
     arch = own_names(arch, None)[0] if isinstance(arch, str) else None
-    if arch not in registry.list_models():
+    if not registry.has("model", arch):
         return  # none named; or unknown, which the section's own check says
     right = registry.get_model_class(arch)
     # by name: a plugin that is loaded again makes its classes anew
@@ -503,7 +506,8 @@ def checkpoint_path(name: str | Path) -> Path:
     """What a user names as a checkpoint, on this machine: fetched where it is ``user/name`` on the hub.
 
     Raises:
-        CheckpointError: it is neither here nor on the hub, may not be read, or needs plugins.
+        CheckpointError: it is neither here nor on the hub, or may not be read.
+        EVLGenError: it is from the hub and needs plugins that the user has not named.
     """
     name = str(name)
     path = None if name.startswith(HUB_PREFIX) else Path(resolve(name))
@@ -525,7 +529,8 @@ def _own_folder(folder: Path, from_hub: str | None = None) -> Path:
     """
     if os.path.isfile(folder / CONFIG_FILE):
         if from_hub is not None:
-            check_plugins(folder / CONFIG_FILE, from_hub)
+            plugins = read_yaml(folder / CONFIG_FILE).get("plugins") or []
+            check_named(map(str, plugins if isinstance(plugins, list) else [plugins]), from_hub)
         return folder
     if not os.path.isfile(folder / "config.json"):
         return folder

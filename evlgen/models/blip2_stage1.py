@@ -22,11 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evlgen.common.errors import ConfigError
+from evlgen.common.precision import without_autocast
 from evlgen.common.registry import registry
 from evlgen.config.model_config import VisionConfig
 from evlgen.config.schema import PositiveInt, Registered
 from evlgen.files.io import resolve
 from evlgen.models.base_model import BaseModel, Missing
+from evlgen.models.connectors.base import ConnectorInputs
 from evlgen.models.connectors.bert_weights import bert_sizes
 from evlgen.models.connectors.qformer import QFormer
 from evlgen.models.connectors.qformer_text import (
@@ -51,7 +53,7 @@ from evlgen.models.pixels import pixels_of, with_pixels
 from evlgen.models.text_lengths import TextLengths
 from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
-from evlgen.weights.hub import looks_like_path, missing_model
+from evlgen.weights.hub import looks_like_path, missing_model, with_settings
 from evlgen.weights.hub_checkpoints import HUB_PREFIX
 
 logger = logging.getLogger(__name__)
@@ -180,13 +182,7 @@ class Blip2Stage1(BaseModel):
             raise ConfigError("model.vision.norm_eps: BLIP-2's first stage has the norm. Leave it out.")
         tokenizer = QFormerTokenizer(cfg.text.tokenizer, cfg.max_txt_len)
         vision = build_vision_encoder(cfg.vision, device)
-        connector = connector_class(
-            vision_dim=vision.embed_dim,
-            language_dim=None,
-            num_tokens=vision.num_tokens,
-            num_prefix_tokens=vision.num_prefix_tokens,
-            **connector_args,
-        )
+        connector = connector_class.build(ConnectorInputs.behind(vision), **connector_args)
         num_positions = cfg.text.max_position_embeddings or connector.sizes.max_position_embeddings
         _check_learned(cfg.max_txt_len, num_positions)
         model = cls(vision, connector, tokenizer, num_positions, cfg.embed_dim, cfg.prompt, cfg.vision.freeze)
@@ -220,13 +216,14 @@ class Blip2Stage1(BaseModel):
 
     @classmethod
     def check_room(cls, cfg: Stage1Config, prompt: str | None, num_new: int, learns: bool) -> None:
-        start = cfg.connector.get("init")
-        if any(name and missing_model(name) for name in (start, cfg.text.tokenizer)):
+        start, tokenizer_name = cfg.connector.get("init"), with_settings(cfg.text.tokenizer)
+        start = start and with_settings(start)
+        if tokenizer_name is None or (start is None and cfg.connector.get("init")):
             return
         known = cfg.text.max_position_embeddings or bert_sizes(start, num_layers=1).max_position_embeddings
         _check_learned(cfg.max_txt_len, known)
         if num_new:
-            tokenizer = QFormerTokenizer(cfg.text.tokenizer, cfg.max_txt_len)
+            tokenizer = QFormerTokenizer(tokenizer_name, cfg.max_txt_len)
             _check_written(tokenizer.to_write_after(prompt or "").shape[1] + num_new, known)
 
     def frozen_modules(self) -> list[nn.Module]:
@@ -286,7 +283,7 @@ class Blip2Stage1(BaseModel):
         image_features = self._features(self.vision_proj(queries))  # [B, M, E]
         text_features = self._text_features(ids)  # [B, E]
         positive = positives(keys, everyone.gather(keys), everyone.offset)
-        with torch.autocast(ids.device.type, enabled=False):
+        with without_autocast(ids.device):
             image_to_text = similarities(image_features, everyone.gather(text_features)) / self.temp
             text_to_image = similarities(everyone.gather(image_features), text_features).T / self.temp
             losses = [
@@ -474,7 +471,7 @@ class Blip2Stage1(BaseModel):
         pixels = image.to(self.device, next(self.vision.parameters()).dtype)
         if not self.freezes_vision:
             return self.vision(pixels)
-        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(pixels.device):
             return self.vision(pixels)
 
     def _prompt(self, samples: dict[str, Any]) -> str:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from evlgen.common.errors import ConfigError, DataError, EVLGenError
+from evlgen.common.precision import without_autocast
 from evlgen.common.registry import registry
 from evlgen.config.model_config import GenerationConfig, ModelConfig
 from evlgen.files.io import resolve
 from evlgen.models.base_model import BaseModel, Missing
-from evlgen.models.connectors.base import Connector
+from evlgen.models.connectors.base import Connector, ConnectorInputs
 from evlgen.models.language import LanguageModel, build_language_model
 from evlgen.models.language.loading import find_model, num_positions, read_config
 from evlgen.models.ops import quicken
@@ -29,7 +30,7 @@ from evlgen.models.text_lengths import TextLengths
 from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.temporal import pool_frames, temporal_modules
-from evlgen.weights.hub import looks_like_path, missing_model
+from evlgen.weights.hub import looks_like_path, missing_model, with_settings
 from evlgen.weights.hub_checkpoints import HUB_PREFIX
 
 logger = logging.getLogger(__name__)
@@ -93,13 +94,8 @@ class VLM(BaseModel):
         vision = build_vision_encoder(cfg.vision, device, temporal)
         language = build_language_model(cfg, cls.LANGUAGE_MODEL, device)
         embedding_rms = language.embedding_rms()
-        connector = connector_class(
-            vision_dim=vision.embed_dim,
-            language_dim=language.embed_dim,
-            num_tokens=vision.num_tokens,
-            num_prefix_tokens=vision.num_prefix_tokens,
-            embedding_rms=embedding_rms,
-            **connector_args,
+        connector = connector_class.build(
+            ConnectorInputs.behind(vision, language.embed_dim, embedding_rms), **connector_args
         )
         head = None
         if cfg.soft_prompts is not None:
@@ -151,9 +147,10 @@ class VLM(BaseModel):
 
     @classmethod
     def check_room(cls, cfg: ModelConfig, prompt: str | None, num_new: int, learns: bool) -> None:
-        if missing_model(cfg.language.name):
+        name = with_settings(cfg.language.name)
+        if name is None:
             return
-        name = cfg.language.name
+        cfg = dataclasses.replace(cfg, language=dataclasses.replace(cfg.language, name=name))
         limit = num_positions(read_config(name, find_model(name)))
         # nearly all models have far more room than is needed: seen without building anything
         texts = len((prompt or "").encode()) + cfg.max_txt_len + (cfg.max_output_txt_len or cfg.max_txt_len)
@@ -180,13 +177,9 @@ class VLM(BaseModel):
             with torch.device("meta"):
                 plain = dataclasses.replace(cfg.vision, pretrained=False, grad_checkpoint=False)
                 vision = build_vision_encoder(plain, "meta")
-                connector = registry.get_connector_class(cfg.connector.get("name", "tomeformer"))(
-                    vision_dim=vision.embed_dim,
-                    language_dim=language_dim,
-                    num_tokens=vision.num_tokens,
-                    num_prefix_tokens=vision.num_prefix_tokens,
-                    embedding_rms=1.0,
-                    **settings,
+                connector_class = registry.get_connector_class(cfg.connector.get("name", "tomeformer"))
+                connector = connector_class.build(
+                    ConnectorInputs.behind(vision, language_dim, 1.0), **settings
                 )
             return connector.num_soft_prompts(vision.num_tokens)
         except (EVLGenError, ArithmeticError, RuntimeError, TypeError, ValueError):
@@ -537,7 +530,7 @@ class VLM(BaseModel):
     def _own_precision(device: torch.device) -> contextlib.AbstractContextManager:
         """Frozen parts compute in the type their weights are kept in: autocast would convert all of them at
         every step."""
-        return torch.autocast(device.type, enabled=False)
+        return without_autocast(device)
 
     def _log_parts(self) -> None:
         for name in ("vision", "connector", "language"):

@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from evlgen.common.errors import ConfigError, DataError, did_you_mean
 from evlgen.common.registry import registry
-from evlgen.config.config import Config, find_config, load_model_config, load_model_file
-from evlgen.config.consent import Consent, check_addresses
+from evlgen.config.config import Config, load_model_config, load_model_file
+from evlgen.config.consent import Consent, check_project
 from evlgen.config.lavis import own_names
 from evlgen.models.base_model import BaseModel, checkpoint_path
 from evlgen.processors import build_processor
 from evlgen.processors.base_processor import BaseProcessor, UnchangedProcessor
-from evlgen.weights.checkpoints import CONFIG_FILE, is_checkpoint
+from evlgen.weights.checkpoints import CONFIG_FILE
 from evlgen.weights.hub_checkpoints import is_hub_id
 
 logger = logging.getLogger(__name__)
@@ -151,9 +150,7 @@ def load_model_of(
     """
     if cfg_path is not None:
         cfg = Config.load(cfg_path, options)
-        file = find_config(cfg_path)
-        if is_checkpoint(file.parent):  # it came with weights
-            check_addresses(OmegaConf.to_container(load_model_file(file)), file, allow_downloads)
+        check_project(cfg, allow_downloads)
         if checkpoint is not None:
             cfg.model.checkpoint = str(checkpoint_path(checkpoint)) if is_hub_id(checkpoint) else checkpoint
         return registry.get_model_class(cfg.model.arch).from_config(cfg.model, device).to(device)

@@ -219,6 +219,24 @@ def model_files(names: Iterable[str]) -> list[str]:
     return [*_TEXT_FILES, weights]
 
 
+def with_settings(name: str) -> str | None:
+    """A name under which a model's configuration and tokenizer can be read: its own where it is on this
+    machine; of a hub id, a folder of these files alone, fetched now; None where they cannot be had."""
+    if missing_model(name) is None:
+        return name
+    if looks_like_path(name):
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        files_on_hub(name)  # which limits the time
+        folder = Path(snapshot_download(name, allow_patterns=_TEXT_FILES))
+    except Exception as error:  # see `files_on_hub`
+        logger.debug("the settings of %s cannot be had: %s", name, error)
+        return None
+    return str(folder) if (folder / "config.json").is_file() else None
+
+
 def _download(name: str, reason: str) -> Path:
     from huggingface_hub import constants, snapshot_download
 

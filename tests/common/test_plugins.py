@@ -6,10 +6,12 @@ import pickle
 import sys
 
 import pytest
+import torch
 
-from evlgen.common.errors import EVLGenError
+from evlgen.common.errors import ConfigError, EVLGenError, RegistryError
 from evlgen.common.plugins import load_entry_points, load_plugins
 from evlgen.common.registry import registry
+from evlgen.config.config import Config
 
 PLUGIN = """
 from evlgen.common.registry import registry
@@ -179,3 +181,55 @@ def test_an_entry_point_that_fails_names_its_package(tmp_path, monkeypatch):
         "plugin 'acme' of acme-parts (acme_parts) failed: RuntimeError: no luck. "
         "Repair or uninstall that package."
     )
+
+
+OWN_CONNECTOR = """
+from torch import nn
+
+from evlgen.config.schema import PositiveInt
+from evlgen.models.connectors import Connector, ConnectorInputs
+
+
+class Halves(Connector):
+    def __init__(self, inputs: ConnectorInputs, depth: PositiveInt = 1) -> None:
+        super().__init__()
+        self.proj = nn.Linear(inputs.vision_dim, inputs.language_dim)
+
+    def forward(self, tokens):
+        return self.proj(tokens[:, ::2])
+
+    def num_soft_prompts(self, num_tokens):
+        return -(-num_tokens // 2)
+
+
+class NoConnector(nn.Module):
+    pass
+"""
+
+
+def test_a_part_is_named_by_its_dotted_path(tmp_path, monkeypatch):
+    (tmp_path / "own_halves.py").write_text(OWN_CONNECTOR)
+    monkeypatch.syspath_prepend(tmp_path)
+    start = ["model.arch=evlgen_opt", "model.model_type=shapes"]
+    cfg = Config.load(None, [*start, "model.connector.name=own_halves.Halves", "model.connector.depth=2"])
+    assert cfg.plugins == ["own_halves"]
+    assert cfg.model_plain()["connector"] == {"name": "own_halves.Halves", "depth": 2}
+    model = registry.get_model_class("evlgen_opt").from_config(cfg.model_plain())
+    assert type(model.connector).__name__ == "Halves"
+    model.save_pretrained(tmp_path / "saved")
+    again = type(model).from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(again.connector.proj.weight, model.connector.proj.weight)
+    with pytest.raises(ConfigError, match=r"model\.connector\.dept .*Did you mean 'depth'"):
+        Config.load(None, [*start, "model.connector.name=own_halves.Halves", "model.connector.dept=2"])
+    with pytest.raises(ConfigError, match="'own_halves.NoConnector' .* must derive from .*Connector"):
+        Config.load(None, [*start, "model.connector.name=own_halves.NoConnector"])
+    with pytest.raises(ConfigError, match="no connector is registered as 'own_halves.Halfs'"):
+        Config.load(None, [*start, "model.connector.name=own_halves.Halfs"])
+
+
+def test_a_dotted_path_of_a_module_that_nobody_imported_runs_nothing(tmp_path, monkeypatch):
+    (tmp_path / "own_stranger.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RegistryError, match="no connector is registered as 'own_stranger.Part'"):
+        registry.get_connector_class("own_stranger.Part")
+    assert "own_stranger" not in sys.modules

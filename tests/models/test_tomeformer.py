@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import new_connector
 from transformers import BertConfig, BertModel
 
 from evlgen.common.errors import CheckpointError, ConfigError
@@ -15,7 +16,7 @@ SMALL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermed
 
 def small(**changes) -> TomeFormer:
     torch.manual_seed(0)
-    return TomeFormer(vision_dim=24, language_dim=40, **{"r": 3, **SMALL, **changes}).eval()
+    return new_connector(TomeFormer, vision_dim=24, language_dim=40, **{"r": 3, **SMALL, **changes}).eval()
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,9 @@ def bert_folder(tmp_path_factory):
 
 
 def test_without_merging_it_is_bert(bert_folder):
-    connector = TomeFormer(vision_dim=32, language_dim=8, num_layers=3, r=0, init=str(bert_folder)).eval()
+    connector = new_connector(
+        TomeFormer, vision_dim=32, language_dim=8, num_layers=3, r=0, init=str(bert_folder)
+    ).eval()
     x = torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         connector.proj_in.weight.copy_(torch.eye(32))
@@ -43,12 +46,14 @@ def test_without_merging_it_is_bert(bert_folder):
 
 def test_starting_from_fewer_layers_than_wanted_is_refused(bert_folder):
     with pytest.raises(CheckpointError, match="has 3 layers, fewer than model.connector.num_layers 12"):
-        TomeFormer(vision_dim=32, language_dim=8, init=str(bert_folder))
+        new_connector(TomeFormer, vision_dim=32, language_dim=8, init=str(bert_folder))
 
 
 def test_starting_from_another_size_is_refused(bert_folder):
     with pytest.raises(CheckpointError, match="hidden_size is 64, but .* has 32"):
-        TomeFormer(vision_dim=32, language_dim=8, num_layers=2, init=str(bert_folder), hidden_size=64)
+        new_connector(
+            TomeFormer, vision_dim=32, language_dim=8, num_layers=2, init=str(bert_folder), hidden_size=64
+        )
 
 
 @pytest.mark.parametrize("r", [0, 3, 19, [4, 1], [3, 0.5]])
@@ -116,7 +121,9 @@ def test_with_a_residual_each_soft_prompt_gets_the_mean_of_the_visual_tokens_tha
 
 
 def test_a_residual_is_nothing_that_a_bert_has(bert_folder):
-    connector = TomeFormer(24, 8, num_layers=2, r=2, init=str(bert_folder), residual=True, init_lr_scale=0.1)
+    connector = new_connector(
+        TomeFormer, 24, 8, num_layers=2, r=2, init=str(bert_folder), residual=True, init_lr_scale=0.1
+    )
     assert connector.lr_scales() == dict.fromkeys(("positions", "token_types", "input_norm", "layers"), 0.1)
     assert small(init_lr_scale=0.1).lr_scales() == {}  # nothing starts from a BERT there
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 300  # seconds: a program takes a few on free cores
+TIMEOUT = 900  # seconds, after which a program hangs: on free cores it takes a few
 
 
 class Forks:

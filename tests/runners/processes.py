@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RANKS = Path(__file__).with_name("ranks.py")
 QUICK = {"OMP_NUM_THREADS": "1", "PATH": "", "JAVA_HOME": ""}  # scoring without Java: it starts slowly
 TIMES = ("time", "seconds", "trained_seconds", "samples_per_s")  # of a log's lines
-TIMEOUT = 120  # seconds: a run takes some ten on free cores
+TIMEOUT = 900  # seconds, after which a run hangs: on free cores it takes some ten
 
 
 @dataclass

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from runners.processes import TIMEOUT
 from safetensors.torch import load_file
 
 from evlgen.assemble import run, writing_named
@@ -65,7 +66,7 @@ def test_resuming_without_a_byte_left_is_an_error_of_ours(tiny_project):
         [sys.executable, "-c", FULL, "--cfg-path", str(path), "--options", "run.max_epoch=2"],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=TIMEOUT,
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "cannot be written: File too large. Make room" in done.stderr.splitlines()[-1]

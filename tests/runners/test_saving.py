@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from faults import deaths
 from omegaconf import OmegaConf
+from runners.processes import TIMEOUT
 from safetensors.torch import load_file, save_file
 
 from evlgen.assemble import run
@@ -29,6 +30,7 @@ from evlgen.runners.training_state import TrainingState
 from evlgen.weights import checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
+RECORDING = ROOT / "tests" / "comparison" / "recording.py"
 SHORT = {"valid_splits": [], "max_epoch": 3, "precision": "fp32"}
 
 
@@ -235,7 +237,7 @@ print([p.name for p in checkpointer.folder.iterdir()])
 checkpointer.raise_problem()
 """
     return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, **popen
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT, **popen
     )
 
 
@@ -288,9 +290,10 @@ def test_resume_auto_passes_over_a_damaged_checkpoint_to_the_newest_good_one(tin
 def test_a_second_resume_of_a_run_folder_is_refused_while_the_first_is_at_work(tiny_project):
     path = tiny_project(run={**SHORT, "max_epoch": 1})
     folder = train(path)
-    lines = "import sys, time; from pathlib import Path; from evlgen.files.locks import sole_writer"
-    lines += "\nwith sole_writer(Path(sys.argv[1])): print('at work', flush=True); time.sleep(60)"
-    first = subprocess.Popen([sys.executable, "-c", lines, str(folder)], stdout=subprocess.PIPE, text=True)
+    lines = "import sys; from pathlib import Path; from evlgen.files.locks import sole_writer"
+    lines += "\nwith sole_writer(Path(sys.argv[1])): print('at work', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", lines, str(folder)]
+    first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "at work\n"
     before = (folder / "log.jsonl").read_bytes()
     for source in ("auto", folder / "checkpoints" / "latest"):
@@ -377,24 +380,24 @@ def test_settings_that_changed_since_the_checkpoint_are_reported_key_by_key(tiny
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(tiny_project, tmp_path, name):
-    path = tiny_project(run={**SHORT, "max_epoch": 60, "num_workers": 2, "save_every": None})
+def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(tiny_project, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("RECORDS", str(tmp_path))
+    settings = {**SHORT, "task": "recording", "num_workers": 2, "save_every": None}
+    path = tiny_project(run=settings, plugins=[str(RECORDING)])
     command = [sys.executable, str(ROOT / "train.py"), "--cfg-path", str(path)]
     process = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PAUSE_AT": "4"},
     )
-    log = tmp_path / "output" / "latest" / "log.jsonl"
-    for _ in range(600):
-        if log.is_file() and len(log.read_text().splitlines()) >= 3:
-            break
+    seen = tmp_path / "0.001.jsonl"  # a line for each step
+    while process.poll() is None and not (seen.is_file() and len(seen.read_text().splitlines()) == 4):
         time.sleep(0.1)
     # as a terminal does it: to the data-loading processes as well
     os.killpg(process.pid, getattr(signal, name)) if name == "SIGINT" else process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=TIMEOUT)
     last = errors.splitlines()[-1]
     shown = "Ctrl-C" if name == "SIGINT" else name
     assert last.startswith(f"stopped by {shown} after iteration "), errors[-2000:]
@@ -402,9 +405,10 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(tiny_project, tmp_path, na
     assert process.returncode == 128 + getattr(signal, name)
     folder = (tmp_path / "output" / "latest").resolve()
     trained = [r["iteration"] for r in records(folder) if r["type"] == "train"]
-    assert (folder / "checkpoints" / f"step_{trained[-1]:08d}" / "config.yaml").is_file()
-    assert train(path, "run.resume=auto", "run.max_epoch=60") == folder
-    assert [r["iteration"] for r in records(folder)] == list(range(1, 361))
+    assert trained == [1, 2, 3, 4]
+    assert (folder / "checkpoints" / "step_00000004" / "config.yaml").is_file()
+    assert train(path, "run.resume=auto") == folder
+    assert [r["iteration"] for r in records(folder)] == list(range(1, 19))
 
 
 def test_a_deterministic_run_gives_equal_results_run_after_run(tiny_project):

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 from PIL import Image
+from runners.processes import TIMEOUT
 
 from evlgen.assemble import run as run_project
 from evlgen.common.errors import ConfigError, DataError, Interrupted, TrainingError
@@ -177,7 +178,7 @@ def test_two_processes_fill_and_train_and_leave_the_bytes_of_one(tiny_project, t
     command = [sys.executable, *torchrun, ROOT / "train.py", "--cfg-path", path, "--options", *options]
     environment = {**os.environ, "EVLGEN_CACHE": str(tmp_path / "two"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=120
+        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=TIMEOUT
     )
     assert done.returncode == 0, done.stderr[-2000:]
     listed = (tmp_path / "output" / "latest" / "skipped.jsonl").read_text().splitlines()
@@ -362,7 +363,7 @@ def test_a_killed_fill_goes_on_and_computes_nothing_twice(tiny_project, tmp_path
     )
     path = tiny_project(run={"cache_vision": True, "max_epoch": 1})
     command = [sys.executable, ROOT / "train.py", "--cfg-path", path, "--plugins", plugin]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     (store,) = stores(data_root)
     assert list((store / "status").read_bytes()) == [DONE] * 12 + [TO_DO] * 12

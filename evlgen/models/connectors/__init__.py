@@ -1,6 +1,6 @@
 """Connectors: what is trained between a frozen vision encoder and a frozen language model."""
 
-from evlgen.models.connectors.base import Connector
+from evlgen.models.connectors.base import Connector, ConnectorInputs
 from evlgen.models.connectors.c_abstractor import CAbstractor
 from evlgen.models.connectors.pixel_shuffle import PixelShuffle
 from evlgen.models.connectors.pool import Pool
@@ -12,6 +12,7 @@ from evlgen.models.connectors.tomeformer import TomeFormer
 __all__ = [
     "CAbstractor",
     "Connector",
+    "ConnectorInputs",
     "LinearProjection",
     "MLPProjection",
     "PixelShuffle",

@@ -17,6 +17,7 @@ from evlgen.common.errors import ConfigError
 from evlgen.common.memory import check_fits
 from evlgen.common.registry import registry
 from evlgen.config.schema import PositiveInt
+from evlgen.models.connectors.base import ConnectorInputs
 from evlgen.models.connectors.grid import GridConnector, grid_means
 from evlgen.models.connectors.projection import projection
 
@@ -30,10 +31,8 @@ class CAbstractor(GridConnector):
     class token and registers are left out, as in the paper.
 
     Args:
-        vision_dim: channels of the visual tokens.
-        language_dim: channels of the word embeddings.
-        num_tokens, num_prefix_tokens: see `GridConnector`; ``num_tokens`` must be given, for the positions.
-        embedding_rms: the scale soft prompts start at; None keeps PyTorch's initialisation.
+        inputs: what it stands between, see `ConnectorInputs`; ``num_tokens`` must be given, for
+            the positions.
         grid: side of the grid of soft prompts.
         depth: ResNet blocks before the pooling, and after it; the paper's 3.
         hidden_size: channels of the blocks; the paper's 1,024.
@@ -46,29 +45,29 @@ class CAbstractor(GridConnector):
 
     def __init__(
         self,
-        vision_dim: int,
-        language_dim: int,
-        num_tokens: int | None = None,
-        num_prefix_tokens: int = 1,
-        embedding_rms: float | None = None,
+        inputs: ConnectorInputs,
         grid: PositiveInt = 4,
         depth: PositiveInt = 3,
         hidden_size: PositiveInt = 1024,
         num_layers: PositiveInt = 2,
     ) -> None:
-        super().__init__(num_tokens, num_prefix_tokens, keep_prefix=False)
+        super().__init__(inputs, keep_prefix=False)
         self.grid = grid
-        if num_tokens is None:
+        if inputs.num_tokens is None:
             raise ConfigError("model.connector: c_abstractor needs the number of visual tokens of an image.")
-        self.num_soft_prompts(num_tokens)
+        self.num_soft_prompts(inputs.num_tokens)
         check_fits(4 * depth * hidden_size**2, "model.connector")
-        self.positions = nn.Parameter(torch.empty(num_tokens - num_prefix_tokens, vision_dim))
+        self.positions = nn.Parameter(
+            torch.empty(inputs.num_tokens - inputs.num_prefix_tokens, inputs.vision_dim)
+        )
         nn.init.trunc_normal_(self.positions, std=0.02)
         stage = partial(RegStage, stride=1, dilation=1, act_layer=nn.SiLU, norm_layer=LayerNorm2d)
-        self.before = stage(depth, vision_dim, hidden_size)
+        self.before = stage(depth, inputs.vision_dim, hidden_size)
         self.after = stage(depth, hidden_size, hidden_size)
         self.norm = nn.LayerNorm(hidden_size)
-        self.proj = projection(hidden_size, language_dim, num_layers, language_dim, embedding_rms)
+        self.proj = projection(
+            hidden_size, inputs.language_dim, num_layers, inputs.language_dim, inputs.embedding_rms
+        )
 
     def _read_grid(self, prefix: Tensor | None, patches: Tensor, side: int) -> Tensor:
         x = (patches + self.positions).transpose(1, 2).unflatten(2, (side, side))  # [B, C, side, side]

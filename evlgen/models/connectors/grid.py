@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evlgen.common.errors import ConfigError
-from evlgen.models.connectors.base import Connector
+from evlgen.models.connectors.base import Connector, ConnectorInputs
 from evlgen.models.connectors.projection import count_frames
 
 
@@ -22,15 +22,15 @@ class GridConnector(Connector):
     encoder's patches suit it.
 
     Args:
-        num_tokens: visual tokens of one image; None: any square number of patches, and no frames in a row.
-        num_prefix_tokens: of these, how many stand before the patches.
+        inputs: what it stands between; without ``num_tokens``: any square number of patches, and no frames in
+            a row.
         keep_prefix: keep what stands before the patches (class token, registers), in front of the grid.
     """
 
-    def __init__(self, num_tokens: int | None, num_prefix_tokens: int, keep_prefix: bool) -> None:
+    def __init__(self, inputs: ConnectorInputs, keep_prefix: bool) -> None:
         super().__init__()
-        self.num_tokens = num_tokens
-        self.num_prefix_tokens = num_prefix_tokens
+        self.num_tokens = inputs.num_tokens
+        self.num_prefix_tokens = inputs.num_prefix_tokens
         self.keep_prefix = keep_prefix
 
     def forward(self, tokens: Tensor) -> Tensor:

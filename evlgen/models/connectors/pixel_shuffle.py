@@ -12,6 +12,7 @@ from torch import Tensor
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
 from evlgen.config.schema import PositiveInt
+from evlgen.models.connectors.base import ConnectorInputs
 from evlgen.models.connectors.grid import GridConnector
 from evlgen.models.connectors.projection import projection
 
@@ -24,10 +25,7 @@ class PixelShuffle(GridConnector):
     below: 7 x 7 patches by 2 give 4 x 4 soft prompts. The class token and registers are left out.
 
     Args:
-        vision_dim: channels of the visual tokens.
-        language_dim: channels of the word embeddings.
-        num_tokens, num_prefix_tokens: see `GridConnector`.
-        embedding_rms: the scale soft prompts start at; None keeps PyTorch's initialisation.
+        inputs: what it stands between, see `ConnectorInputs`.
         factor: side of a square, in patches.
         num_layers: linear layers of the MLP; Idefics3 has one.
         hidden_size: channels between them; None: the word embeddings'.
@@ -39,21 +37,19 @@ class PixelShuffle(GridConnector):
 
     def __init__(
         self,
-        vision_dim: int,
-        language_dim: int,
-        num_tokens: int | None = None,
-        num_prefix_tokens: int = 1,
-        embedding_rms: float | None = None,
+        inputs: ConnectorInputs,
         factor: PositiveInt = 2,
         num_layers: PositiveInt = 2,
         hidden_size: PositiveInt | None = None,
     ) -> None:
-        super().__init__(num_tokens, num_prefix_tokens, keep_prefix=False)
+        super().__init__(inputs, keep_prefix=False)
         self.factor = factor
-        if num_tokens is not None:
-            self.num_soft_prompts(num_tokens)
-        width = hidden_size or language_dim
-        self.proj = projection(vision_dim * factor**2, language_dim, num_layers, width, embedding_rms)
+        if inputs.num_tokens is not None:
+            self.num_soft_prompts(inputs.num_tokens)
+        width = hidden_size or inputs.language_dim
+        self.proj = projection(
+            inputs.vision_dim * factor**2, inputs.language_dim, num_layers, width, inputs.embedding_rms
+        )
 
     def _read_grid(self, prefix: Tensor | None, patches: Tensor, side: int) -> Tensor:
         missing = self._grid_size(side) * self.factor - side

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from evlgen.common.registry import registry
 from evlgen.config.schema import PositiveInt
+from evlgen.models.connectors.base import ConnectorInputs
 from evlgen.models.connectors.grid import GridConnector, grid_means
 from evlgen.models.connectors.projection import projection
 
@@ -22,10 +23,8 @@ class Pool(GridConnector):
     counts on. Where the grid does not divide the patches' side, neighbouring windows overlap by a row.
 
     Args:
-        vision_dim: channels of the visual tokens.
-        language_dim: channels of the word embeddings.
-        num_tokens, num_prefix_tokens, keep_prefix: see `GridConnector`.
-        embedding_rms: the scale soft prompts start at; None keeps PyTorch's initialisation.
+        inputs: what it stands between, see `ConnectorInputs`.
+        keep_prefix: see `GridConnector`.
         grid: side of the grid.
         num_layers: linear layers of the MLP.
         hidden_size: channels between them; None: the word embeddings'.
@@ -37,23 +36,23 @@ class Pool(GridConnector):
 
     def __init__(
         self,
-        vision_dim: int,
-        language_dim: int,
-        num_tokens: int | None = None,
-        num_prefix_tokens: int = 1,
-        embedding_rms: float | None = None,
+        inputs: ConnectorInputs,
         grid: PositiveInt = 4,
         keep_prefix: bool = False,
         num_layers: PositiveInt = 2,
         hidden_size: PositiveInt | None = None,
     ) -> None:
-        super().__init__(num_tokens, num_prefix_tokens, keep_prefix)
+        super().__init__(inputs, keep_prefix)
         self.grid = grid
-        if num_tokens is not None:
-            self.num_soft_prompts(num_tokens)
-        self.norm = nn.LayerNorm(vision_dim)
+        if inputs.num_tokens is not None:
+            self.num_soft_prompts(inputs.num_tokens)
+        self.norm = nn.LayerNorm(inputs.vision_dim)
         self.proj = projection(
-            vision_dim, language_dim, num_layers, hidden_size or language_dim, embedding_rms
+            inputs.vision_dim,
+            inputs.language_dim,
+            num_layers,
+            hidden_size or inputs.language_dim,
+            inputs.embedding_rms,
         )
 
     def _read_grid(self, prefix: Tensor | None, patches: Tensor, side: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from evlgen.common.memory import check_fits
 from evlgen.common.registry import registry
 from evlgen.config.schema import PositiveInt
-from evlgen.models.connectors.base import Connector
+from evlgen.models.connectors.base import Connector, ConnectorInputs
 
 _GELU_MEAN_SQUARE = 0.4252  # of the GELU of a standard normal variable
 
@@ -93,25 +93,19 @@ class LinearProjection(_TokenProjection):
     """One linear layer on every visual token, as in LLaVA.
 
     Args:
-        vision_dim: channels of the visual tokens.
-        language_dim: channels of the word embeddings.
-        num_tokens: visual tokens of one image; a clip's concatenated frames are a multiple.
-        num_prefix_tokens: of these, how many stand before the patches.
-        embedding_rms: the scale soft prompts start at; None keeps PyTorch's initialisation.
+        inputs: what it stands between, see `ConnectorInputs`.
         keep_prefix: false leaves out what stands before the patches (class token, registers), as LLaVA does.
     """
 
     def __init__(
         self,
-        vision_dim: int,
-        language_dim: int,
-        num_tokens: int | None = None,
-        num_prefix_tokens: int = 1,
-        embedding_rms: float | None = None,
+        inputs: ConnectorInputs,
         keep_prefix: bool = True,
     ) -> None:
-        proj = projection(vision_dim, language_dim, 1, language_dim, embedding_rms)
-        super().__init__(proj, num_tokens, 0 if keep_prefix else num_prefix_tokens)
+        proj = projection(
+            inputs.vision_dim, inputs.language_dim, 1, inputs.language_dim, inputs.embedding_rms
+        )
+        super().__init__(proj, inputs.num_tokens, 0 if keep_prefix else inputs.num_prefix_tokens)
 
 
 @registry.register_connector("mlp")
@@ -119,11 +113,7 @@ class MLPProjection(_TokenProjection):
     """Linear layers with GELUs on every visual token, by default two, as in LLaVA 1.5.
 
     Args:
-        vision_dim: channels of the visual tokens.
-        language_dim: channels of the word embeddings.
-        num_tokens: visual tokens of one image; a clip's concatenated frames are a multiple.
-        num_prefix_tokens: of these, how many stand before the patches.
-        embedding_rms: the scale soft prompts start at; None keeps PyTorch's initialisation.
+        inputs: what it stands between, see `ConnectorInputs`.
         num_layers: linear layers.
         hidden_size: channels between them; None: the word embeddings'.
         keep_prefix: false leaves out what stands before the patches (class token, registers), as LLaVA does.
@@ -134,14 +124,16 @@ class MLPProjection(_TokenProjection):
 
     def __init__(
         self,
-        vision_dim: int,
-        language_dim: int,
-        num_tokens: int | None = None,
-        num_prefix_tokens: int = 1,
-        embedding_rms: float | None = None,
+        inputs: ConnectorInputs,
         num_layers: PositiveInt = 2,
         hidden_size: PositiveInt | None = None,
         keep_prefix: bool = True,
     ) -> None:
-        proj = projection(vision_dim, language_dim, num_layers, hidden_size or language_dim, embedding_rms)
-        super().__init__(proj, num_tokens, 0 if keep_prefix else num_prefix_tokens)
+        proj = projection(
+            inputs.vision_dim,
+            inputs.language_dim,
+            num_layers,
+            hidden_size or inputs.language_dim,
+            inputs.embedding_rms,
+        )
+        super().__init__(proj, inputs.num_tokens, 0 if keep_prefix else inputs.num_prefix_tokens)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from evlgen.common.memory import check_fits
 from evlgen.common.registry import registry
 from evlgen.config.schema import PositiveFloat, PositiveInt, Share
-from evlgen.models.connectors.base import Connector
+from evlgen.models.connectors.base import Connector, ConnectorInputs
 from evlgen.models.connectors.bert_weights import BertSizes, bert_sizes
 from evlgen.models.connectors.projection import start_at_scale
 from evlgen.models.connectors.qformer_weights import load_bert
@@ -137,10 +137,8 @@ class QFormer(Connector):
     Linear(hidden -> language_dim).
 
     Args:
-        vision_dim: channels of the visual tokens.
-        language_dim: channels of the word embeddings; None (the first stage) leaves out the last projection.
-        num_tokens, num_prefix_tokens: without effect; the queries read any number of tokens alike.
-        embedding_rms: the scale soft prompts start at; None keeps BERT's initialisation.
+        inputs: what it stands between, see `ConnectorInputs`. Without a language model (the first
+            stage) the last projection is left out.
         num_query_token: queries, and so soft prompts.
         num_layers: BERT layers.
         cross_attention_freq: the first of each so many layers has cross-attention.
@@ -162,11 +160,7 @@ class QFormer(Connector):
 
     def __init__(
         self,
-        vision_dim: int,
-        language_dim: int | None,
-        num_tokens: int | None = None,
-        num_prefix_tokens: int = 1,
-        embedding_rms: float | None = None,
+        inputs: ConnectorInputs,
         num_query_token: PositiveInt = 32,
         num_layers: PositiveInt = 12,
         cross_attention_freq: PositiveInt = 2,
@@ -197,19 +191,19 @@ class QFormer(Connector):
         num_cross = -(-num_layers // cross_attention_freq)
         check_fits(
             sizes.num_weights(num_layers)
-            + num_cross * 2 * width * (width + vision_dim)
-            + width * (num_query_token + (language_dim or 0)),
+            + num_cross * 2 * width * (width + inputs.vision_dim)
+            + width * (num_query_token + inputs.language_dim),
             "model.connector",
         )
         self.query_tokens = nn.Parameter(torch.empty(1, num_query_token, width))
         self.input_norm = nn.LayerNorm(width, eps=sizes.layer_norm_eps)
         self.dropout = Dropout(sizes.hidden_dropout_prob)
         self.layers = nn.ModuleList(
-            QFormerLayer(sizes, None if index % cross_attention_freq else vision_dim)
+            QFormerLayer(sizes, None if index % cross_attention_freq else inputs.vision_dim)
             for index in range(num_layers)
         )
-        self.proj_out = None if language_dim is None else nn.Linear(width, language_dim)
-        self._initialise(init, embedding_rms)
+        self.proj_out = nn.Linear(width, inputs.language_dim) if inputs.language_dim else None
+        self._initialise(init, inputs.embedding_rms)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, vision_dim] -> soft prompts [B, M, language_dim]; without a projection [B, M, hidden]."""

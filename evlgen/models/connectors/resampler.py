@@ -14,7 +14,7 @@ from evlgen.common.errors import ConfigError
 from evlgen.common.memory import check_fits
 from evlgen.common.registry import registry
 from evlgen.config.schema import PositiveInt
-from evlgen.models.connectors.base import Connector
+from evlgen.models.connectors.base import Connector, ConnectorInputs
 from evlgen.models.connectors.projection import count_frames, start_at_scale
 
 
@@ -56,11 +56,7 @@ class Resampler(Connector):
     ``num_tokens``) get a learned embedding each where ``num_frames`` says so.
 
     Args:
-        vision_dim: channels of the visual tokens.
-        language_dim: channels of the word embeddings.
-        num_tokens: visual tokens of one image.
-        embedding_rms: the scale soft prompts start at, out of a last LayerNorm; None keeps PyTorch's
-            initialisation.
+        inputs: what it stands between, see `ConnectorInputs`.
         num_latents: soft prompts. Flamingo has 64, BLIP-2's Q-Former, which does the same work, 32.
         num_layers: layers.
         hidden_size: channels of latents and tokens inside; None: the visual tokens'.
@@ -76,11 +72,7 @@ class Resampler(Connector):
 
     def __init__(
         self,
-        vision_dim: int,
-        language_dim: int,
-        num_tokens: int | None = None,
-        num_prefix_tokens: int = 1,
-        embedding_rms: float | None = None,
+        inputs: ConnectorInputs,
         num_latents: PositiveInt = 32,
         num_layers: PositiveInt = 6,
         hidden_size: PositiveInt | None = None,
@@ -89,7 +81,7 @@ class Resampler(Connector):
         num_frames: PositiveInt = 1,
     ) -> None:
         super().__init__()
-        width = hidden_size or vision_dim
+        width = hidden_size or inputs.vision_dim
         intermediate_size = intermediate_size or 4 * width
         if width % num_attention_heads:
             raise ConfigError(
@@ -97,10 +89,10 @@ class Resampler(Connector):
                 f"{num_attention_heads}."
             )
         layer_weights = 4 * width**2 + 2 * width * intermediate_size
-        other_weights = (num_latents + num_frames + vision_dim + language_dim) * width
+        other_weights = (num_latents + num_frames + inputs.vision_dim + inputs.language_dim) * width
         check_fits(num_layers * layer_weights + other_weights, "model.connector")
-        self.num_tokens = num_tokens
-        self.proj_in = nn.Linear(vision_dim, width)
+        self.num_tokens = inputs.num_tokens
+        self.proj_in = nn.Linear(inputs.vision_dim, width)
         self.latents = nn.Parameter(torch.randn(num_latents, width))
         self.frame_embeddings = (
             nn.Parameter(0.02 * torch.randn(num_frames, width)) if num_frames > 1 else None
@@ -109,9 +101,9 @@ class Resampler(Connector):
             ResamplerLayer(width, num_attention_heads, intermediate_size) for _ in range(num_layers)
         )
         self.out_norm = nn.LayerNorm(width)
-        self.proj_out = nn.Linear(width, language_dim)
-        if embedding_rms is not None:
-            start_at_scale(self.proj_out, embedding_rms)
+        self.proj_out = nn.Linear(width, inputs.language_dim)
+        if inputs.embedding_rms is not None:
+            start_at_scale(self.proj_out, inputs.embedding_rms)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, vision_dim] -> soft prompts [B, num_latents, language_dim]."""

@@ -19,7 +19,7 @@ from evlgen.common.errors import ConfigError
 from evlgen.common.memory import check_fits
 from evlgen.common.registry import registry
 from evlgen.config.schema import AtLeast, NonNegativeInt, PositiveFloat, PositiveInt, Share
-from evlgen.models.connectors.base import Connector
+from evlgen.models.connectors.base import Connector, ConnectorInputs
 from evlgen.models.connectors.bert_weights import BertSizes, bert_sizes, load_bert_layers
 from evlgen.models.connectors.projection import count_frames, start_at_scale
 from evlgen.models.ops import Dropout, self_attention
@@ -121,10 +121,7 @@ class TomeFormer(Connector):
     language_dim).
 
     Args:
-        vision_dim: channels of the visual tokens.
-        language_dim: channels of the word embeddings.
-        num_prefix_tokens: 0 for a vision encoder without a class token: then merging protects nothing.
-        embedding_rms: the scale soft prompts start at; None keeps PyTorch's initialisation.
+        inputs: what it stands between, see `ConnectorInputs`.
         num_layers: BERT layers.
         r: pairs of tokens merged in each layer; a list with one number per layer; or ``[r, inflection]``
             (`token_merging.merge_schedule`).
@@ -146,11 +143,7 @@ class TomeFormer(Connector):
 
     def __init__(
         self,
-        vision_dim: int,
-        language_dim: int,
-        num_tokens: int | None = None,
-        num_prefix_tokens: int = 1,
-        embedding_rms: float | None = None,
+        inputs: ConnectorInputs,
         num_layers: PositiveInt = 12,
         r: NonNegativeInt | list[Annotated[int | float, AtLeast(-1)]] = 19,
         merge: Literal["mean", "size_weighted"] = "mean",
@@ -179,13 +172,16 @@ class TomeFormer(Connector):
             layer_norm_eps=layer_norm_eps,
         )
         width = sizes.hidden_size
-        check_fits(sizes.num_weights(num_layers) + width * (vision_dim + language_dim), "model.connector")
+        check_fits(
+            sizes.num_weights(num_layers) + width * (inputs.vision_dim + inputs.language_dim),
+            "model.connector",
+        )
         self.r = merge_schedule(r, num_layers)
-        self.num_tokens, self.num_prefix_tokens = num_tokens, num_prefix_tokens
-        self.num_protected = min(num_prefix_tokens, 1)
+        self.num_tokens, self.num_prefix_tokens = inputs.num_tokens, inputs.num_prefix_tokens
+        self.num_protected = min(inputs.num_prefix_tokens, 1)
         self.counts_tokens = proportional_attention or merge == "size_weighted"
         self.init_lr_scale = init_lr_scale if init is not None else 1.0
-        self.proj_in = nn.Linear(vision_dim, width)
+        self.proj_in = nn.Linear(inputs.vision_dim, width)
         self.positions = nn.Embedding(sizes.max_position_embeddings, width)
         self.token_types = nn.Embedding(2, width)
         self.input_norm = nn.LayerNorm(width, eps=sizes.layer_norm_eps)
@@ -193,9 +189,11 @@ class TomeFormer(Connector):
         self.layers = nn.ModuleList(
             TomeFormerLayer(sizes, merge, proportional_attention) for _ in range(num_layers)
         )
-        self.proj_out = nn.Linear(width, language_dim)
-        self.proj_residual = nn.Linear(vision_dim, language_dim, bias=False) if residual else None
-        self._initialise(init, embedding_rms)
+        self.proj_out = nn.Linear(width, inputs.language_dim)
+        self.proj_residual = (
+            nn.Linear(inputs.vision_dim, inputs.language_dim, bias=False) if residual else None
+        )
+        self._initialise(init, inputs.embedding_rms)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, vision_dim] -> soft prompts [B, M, language_dim]."""

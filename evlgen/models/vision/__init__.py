@@ -23,9 +23,8 @@ __all__ = [
 
 
 def vision_encoder_class(name: str) -> type[VisionEncoder]:
-    """The registered class of a name; any other name is a timm model's."""
-    known = registry.list_vision_encoders()
-    return registry.get_vision_encoder_class(name if name in known else "timm")
+    """The registered class of a name, or the class at a dotted path; any other name is a timm model's."""
+    return registry.get_vision_encoder_class(name if registry.has("vision_encoder", name) else "timm")
 
 
 def build_vision_encoder(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import new_connector
 
 from evlgen.common.errors import ConfigError
 from evlgen.models.connectors import CAbstractor, PixelShuffle
@@ -32,7 +33,9 @@ def by_hand(frame: torch.Tensor, side: int, factor: int) -> torch.Tensor:
 def test_pixel_shuffle_puts_a_square_of_patches_into_one_vector(side, factor, prefix, frames):
     torch.manual_seed(0)
     count = side * side + prefix
-    connector = PixelShuffle(**PARTS, num_tokens=count, num_prefix_tokens=prefix, factor=factor)
+    connector = new_connector(
+        PixelShuffle, **PARTS, num_tokens=count, num_prefix_tokens=prefix, factor=factor
+    )
     x = torch.randn(2, frames * count, 6)
     squares = [torch.cat([by_hand(frame[prefix:], side, factor) for frame in row.split(count)]) for row in x]
     got = connector(x)
@@ -42,12 +45,12 @@ def test_pixel_shuffle_puts_a_square_of_patches_into_one_vector(side, factor, pr
 
 def test_a_factor_larger_than_the_grid_is_named():
     with pytest.raises(ConfigError, match="model.connector.factor 5 is larger than .* 4 x 4"):
-        PixelShuffle(**PARTS, num_tokens=17, factor=5)
+        new_connector(PixelShuffle, **PARTS, num_tokens=17, factor=5)
 
 
 def test_the_abstractor_convolves_pools_and_convolves():
     torch.manual_seed(0)
-    connector = CAbstractor(**PARTS, num_tokens=17, grid=2, depth=1, hidden_size=8).eval()
+    connector = new_connector(CAbstractor, **PARTS, num_tokens=17, grid=2, depth=1, hidden_size=8).eval()
     x = torch.randn(3, 17, 6)
     image = (x[:, 1:] + connector.positions).view(3, 4, 4, 6).permute(0, 3, 1, 2)
     pooled = F.adaptive_avg_pool2d(connector.before(image), 2)
@@ -56,7 +59,7 @@ def test_the_abstractor_convolves_pools_and_convolves():
 
 
 def test_the_abstractor_is_of_the_papers_form():
-    connector = CAbstractor(**PARTS, num_tokens=17, grid=2, hidden_size=8)
+    connector = new_connector(CAbstractor, **PARTS, num_tokens=17, grid=2, hidden_size=8)
     stages = (connector.before, connector.after)
     assert [len(list(stage.children())) for stage in stages] == [3, 3]
     depthwise = connector.after.b1.conv2.conv
@@ -66,7 +69,9 @@ def test_the_abstractor_is_of_the_papers_form():
 
 def test_the_abstractor_goes_by_place():
     torch.manual_seed(0)
-    connector = CAbstractor(**PARTS, num_tokens=16, num_prefix_tokens=0, grid=2, depth=1, hidden_size=8)
+    connector = new_connector(
+        CAbstractor, **PARTS, num_tokens=16, num_prefix_tokens=0, grid=2, depth=1, hidden_size=8
+    )
     x = torch.randn(1, 16, 6)
     assert not torch.allclose(connector(x), connector(x.flip(1)).flip(1), atol=1e-3)
 
@@ -82,4 +87,4 @@ def test_the_abstractor_goes_by_place():
 )
 def test_what_the_abstractor_cannot_be_is_named(settings, words):
     with pytest.raises(ConfigError, match=words):
-        CAbstractor(**PARTS, **settings)
+        new_connector(CAbstractor, **PARTS, **settings)

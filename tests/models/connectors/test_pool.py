@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import new_connector
 
 from evlgen.common.errors import ConfigError
 from evlgen.models.connectors import Pool
@@ -12,7 +13,9 @@ from evlgen.models.connectors import Pool
 
 def pool(side: int, prefix: int = 1, **changes) -> Pool:
     torch.manual_seed(0)
-    return Pool(12, 20, num_tokens=side * side + prefix, num_prefix_tokens=prefix, **changes).double()
+    return new_connector(
+        Pool, 12, 20, num_tokens=side * side + prefix, num_prefix_tokens=prefix, **changes
+    ).double()
 
 
 def slow_pool(connector: Pool, frame: torch.Tensor, prefix: int, side: int) -> torch.Tensor:
@@ -45,14 +48,14 @@ def test_equals_the_means_over_windows(side, grid, prefix, keep, frames):
 
 
 def test_without_an_images_count_any_square_will_do():
-    connector = Pool(12, 20, grid=2)
+    connector = new_connector(Pool, 12, 20, grid=2)
     assert connector(torch.randn(1, 26, 12)).shape == (1, 4, 20)
     assert connector(torch.randn(1, 10, 12)).shape == (1, 4, 20)
 
 
 def test_soft_prompts_start_at_the_scale_of_the_word_embeddings_though_means_are_small():
     torch.manual_seed(0)
-    connector = Pool(128, 256, num_tokens=257, embedding_rms=0.03, grid=2)
+    connector = new_connector(Pool, 128, 256, num_tokens=257, embedding_rms=0.03, grid=2)
     prompts = connector(torch.randn(8, 257, 128))
     assert prompts.square().mean().sqrt().item() == pytest.approx(0.03, rel=0.15)
 
@@ -61,7 +64,7 @@ def test_soft_prompts_start_at_the_scale_of_the_word_embeddings_though_means_are
 def test_tokens_that_are_no_square_grid_are_named(tokens):
     named = f"square grid, and {tokens} visual tokens, 1 before the patches, hold none"
     with pytest.raises(ConfigError, match=named):
-        Pool(12, 20, num_tokens=tokens)
+        new_connector(Pool, 12, 20, num_tokens=tokens)
     with pytest.raises(ConfigError, match=named):
         pool(6)(torch.randn(1, tokens, 12).double())
 

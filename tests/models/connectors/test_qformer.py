@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from reference import new_connector
 from torch.nn import functional as F
 from transformers import BertConfig, BertForPreTraining, Blip2Config, Blip2ForConditionalGeneration
 from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
@@ -29,7 +30,7 @@ CONFIG = {
 def qformer(**changes) -> QFormer:
     torch.manual_seed(0)
     given = {"vision_dim": 24, "language_dim": 40, "num_query_token": 6, **SIZES, **changes}
-    return QFormer(**given).eval()
+    return new_connector(QFormer, **given).eval()
 
 
 def published_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -182,7 +183,7 @@ def test_published_names_go_there_and_back_exactly():
 def test_own_names_are_those_of_the_modules():
     own = {k.removeprefix("connector."): v for k, v in qformer_to_own(stage_one()).items()}
     sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12, "num_layers": 3}
-    connector = QFormer(vision_dim=6, language_dim=None, num_query_token=4, **sizes)
+    connector = new_connector(QFormer, vision_dim=6, language_dim=0, num_query_token=4, **sizes)
     expected = connector.state_dict()
     assert {k: v.shape for k, v in own.items() if k in expected} == {k: v.shape for k, v in expected.items()}
 
@@ -206,7 +207,7 @@ def bert_folder(tmp_path_factory):
 
 
 def test_it_starts_from_a_bert_with_its_feed_forward_blocks_for_the_queries(bert_folder):
-    own = QFormer(24, 40, init=str(bert_folder), num_layers=2, num_query_token=6)
+    own = new_connector(QFormer, 24, 40, init=str(bert_folder), num_layers=2, num_query_token=6)
     bert = BertForPreTraining.from_pretrained(bert_folder).bert
     layer = bert.encoder.layer[1]
     projections = layer.attention.self
@@ -224,9 +225,9 @@ def test_it_starts_from_a_bert_with_its_feed_forward_blocks_for_the_queries(bert
 
 def test_a_bert_of_other_sizes_is_refused(bert_folder):
     with pytest.raises(CheckpointError, match="has 3 layers, fewer than model.connector.num_layers 12"):
-        QFormer(24, 40, init=str(bert_folder))
+        new_connector(QFormer, 24, 40, init=str(bert_folder))
     with pytest.raises(CheckpointError, match="hidden_size is 64, but .* has 32"):
-        QFormer(24, 40, init=str(bert_folder), num_layers=2, hidden_size=64)
+        new_connector(QFormer, 24, 40, init=str(bert_folder), num_layers=2, hidden_size=64)
 
 
 def test_soft_prompts_start_at_the_scale_of_the_word_embeddings():

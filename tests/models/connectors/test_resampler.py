@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import new_connector
 
 from evlgen.common.errors import ConfigError
 from evlgen.models.connectors import Resampler
@@ -16,7 +17,7 @@ SMALL = {"num_latents": 3, "num_layers": 2, "num_attention_heads": 2, "hidden_si
 
 def small(**changes) -> Resampler:
     torch.manual_seed(0)
-    connector = Resampler(12, 20, **{"num_tokens": 10, **SMALL, **changes}).double()
+    connector = new_connector(Resampler, 12, 20, **{"num_tokens": 10, **SMALL, **changes}).double()
     for name, weight in connector.named_parameters():
         if "norm" in name:  # away from 1 and 0, so that a norm left out shows
             torch.nn.init.normal_(weight, mean=1.0)
@@ -90,7 +91,7 @@ def test_each_frame_has_its_embedding_and_more_frames_stretch_them():
 
 
 def test_sizes_follow_the_vision_encoder_and_four_times_that_by_default():
-    connector = Resampler(24, 20)
+    connector = new_connector(Resampler, 24, 20)
     assert connector.latents.shape == (32, 24)
     assert len(connector.layers) == 6
     assert connector.layers[0].up.weight.shape == (96, 24)
@@ -98,7 +99,7 @@ def test_sizes_follow_the_vision_encoder_and_four_times_that_by_default():
 
 def test_soft_prompts_start_at_the_scale_of_the_word_embeddings():
     torch.manual_seed(0)
-    connector = Resampler(64, 256, embedding_rms=0.03, num_layers=2)
+    connector = new_connector(Resampler, 64, 256, embedding_rms=0.03, num_layers=2)
     rms = connector(torch.randn(4, 17, 64)).square().mean().sqrt().item()
     assert rms == pytest.approx(0.03, rel=0.15)
 

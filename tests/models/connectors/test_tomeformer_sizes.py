@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import plain_matching
+from reference import new_connector, plain_matching
 from torch import Tensor
 
 from evlgen.common.errors import ConfigError
@@ -31,7 +31,7 @@ OPTIONS = [
 
 def small(**changes) -> TomeFormer:
     torch.manual_seed(0)
-    connector = TomeFormer(vision_dim=24, language_dim=40, **{"r": 5, **SMALL, **changes})
+    connector = new_connector(TomeFormer, vision_dim=24, language_dim=40, **{"r": 5, **SMALL, **changes})
     for layer in connector.layers:  # far from uniform attention, so that its weights matter
         torch.nn.init.normal_(layer.qkv.weight, std=0.4)
         torch.nn.init.normal_(layer.attention_out.weight, std=0.4)
