@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evlgen import __version__
 from evlgen.common.errors import (
     CheckpointError,
     ConfigError,
@@ -76,7 +77,7 @@ def run(cfg: Config, runner_class: type | None = None) -> dict[str, dict[str, fl
         if accelerator.is_main_process:
             logger.info("this run writes to %s", folder)
             write_atomically(folder / "config.yaml", cfg.to_yaml())
-            facts = machine_of_run(accelerator.device, accelerator.num_processes)
+            facts = {"evlgen": __version__, **machine_of_run(accelerator.device, accelerator.num_processes)}
             write_atomically(folder / MACHINE_FILE, json.dumps(facts, indent=1))
         datasets = build_datasets(cfg, builders)
         check_training_data(cfg.run, datasets)

@@ -34,18 +34,15 @@ def machine() -> dict[str, Any]:
 
 
 def machine_of_run(device: Any, processes: int) -> dict[str, Any]:
-    """What a run notes of its machine: `machine`, the version of this package, the device's name and how many
-    processes train.
+    """What a run notes of its machine: `machine`, the device's name, and how many processes train.
 
     Args:
         device: a ``torch.device``.
     """
     import torch
 
-    import evlgen
-
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {**machine(), "evlgen": evlgen.__version__, "device": name, "processes": processes}
+    return {**machine(), "device": name, "processes": processes}
 
 
 def cpu_model() -> str:
