@@ -544,6 +544,8 @@ def _pretrained_folder(
 ) -> Path:
     folder = _own_folder(Path(resolve(name)))
     if os.path.isfile(folder / CONFIG_FILE):
+        if revision is not None:
+            raise CheckpointError(f"{folder} is a folder here, and a revision is of a repository on the hub.")
         return folder
     if os.path.exists(folder) or looks_like_path(name):
         raise CheckpointError(f"{folder} holds no {CONFIG_FILE}: it was not written by save_pretrained.")

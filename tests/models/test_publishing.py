@@ -106,7 +106,7 @@ def test_a_run_is_pushed_with_its_card_and_read_back(ada, trained, tmp_path, cap
         "@inproceedings",
     ):
         assert text in card.text
-    assert "model.checkpoint=hf://ada/model run.test_splits=[val]" in card.text
+    assert "--cfg-path model/config.yaml --options model.checkpoint=model run.test_splits=[val]" in card.text
     samples = re.findall(r"!\[\]\((samples/\d\.png)\) \| .* \| drawn by EVLGen", card.text)
     assert len(samples) == 6 and set(samples) <= set(files)
 
