@@ -1,10 +1,10 @@
 """Makes conversations of Flickr8k's captions and DAQUAR's questions in the data root, where both are in the
 layouts that ``projects/photos`` names: ``chat/train.jsonl`` and ``chat/val.jsonl``.
 
-A conversation about a photograph of Flickr8k asks for a description and is answered by a caption; in validation
-an image has one, with its other captions as further right answers. A conversation about DAQUAR asks all
-questions about an image; in validation each question is one. Validation has Flickr8k's validation images, and
-a tenth of DAQUAR's images.
+A conversation about a photograph of Flickr8k asks for a description and has a caption as answer; in
+validation there is one for each image, whose other captions are right answers too. A conversation about DAQUAR
+asks all questions about an image; in validation each question is one. Validation has Flickr8k's validation
+images, and a tenth of DAQUAR's images.
 """
 
 from __future__ import annotations
