@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
 
 import torch
@@ -12,6 +13,7 @@ from evlgen.common.errors import DataError
 from evlgen.config.consent import Consent
 from evlgen.media.frames import find_files, read_files, without_result
 from evlgen.media.video import Pictures
+from evlgen.models.base_model import BaseModel
 from evlgen.models.zoo import load_model_of, load_preprocess
 
 logger = logging.getLogger(__name__)
@@ -44,23 +46,52 @@ def caption_files(
     Raises:
         DataError: not one picture could be read.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model_of(cfg_path, checkpoint, options, device, allow_downloads)
-    processor = load_preprocess(model, num_frames=None)[0]["eval"]
-    samples = {} if prompt is None else {"prompt": prompt}
-    reads_clips = getattr(model, "temporal", None) is not None
+    model = load_model_of(cfg_path, checkpoint, options, default_device(), allow_downloads)
+    reads_clips = reads_videos(model)
     paths = find_files(images, clips=reads_clips)
-    read = read_files(paths, num_frames if reads_clips else None)
     done: set[str] = set()
-    for _, alike in groupby(read, key=lambda item: len(item[1])):  # a batch has clips of one length
-        while batch := list(islice(alike, batch_size)):
-            items = [Pictures(frames) if reads_clips else frames[0] for _, frames in batch]
-            samples["image"] = torch.stack([processor(item) for item in items]).to(device)
-            texts = model.generate(samples, num_beams=num_beams, max_length=max_length)
-            done.update(path for path, _ in batch)
-            yield from zip((path for path, _ in batch), texts, strict=True)
+    for batch in write_captions(model, paths, prompt, num_beams, max_length, batch_size, num_frames):
+        done.update(path for path, _ in batch)
+        yield from batch
     if not done:
         kind = "picture or clip" if reads_clips else "picture"
         raise DataError(f"none of the {len(paths)} files could be read as a {kind}.")
     if left_out is not None:
         left_out += without_result(images, done, reads_clips)
+
+
+def write_captions(
+    model: BaseModel,
+    paths: Iterable[str],
+    prompt: str | None = None,
+    num_beams: int = 5,
+    max_length: int = 30,
+    batch_size: int = 16,
+    num_frames: int = 4,
+    on_error: Callable[[str, DataError], None] = lambda path, error: None,
+) -> Iterator[list[tuple[str, str]]]:
+    """Batches of (path, caption), in the order of ``paths``; the arguments are those of `caption_files`.
+
+    Args:
+        on_error: called for each file that cannot be read, which is named in a warning and left out.
+    """
+    processor = load_preprocess(model, num_frames=None)[0]["eval"]
+    samples = {} if prompt is None else {"prompt": prompt}
+    is_of_clips = reads_videos(model)
+    read = read_files(paths, num_frames if is_of_clips else None, on_error)
+    for _, alike in groupby(read, key=lambda item: len(item[1])):  # a batch has clips of one length
+        while batch := list(islice(alike, batch_size)):
+            items = [Pictures(frames) if is_of_clips else frames[0] for _, frames in batch]
+            samples["image"] = torch.stack([processor(item) for item in items]).to(model.device)
+            texts = model.generate(samples, num_beams=num_beams, max_length=max_length)
+            yield list(zip((path for path, _ in batch), texts, strict=True))
+
+
+def default_device() -> str:
+    """The GPU of this process (of several that torchrun starts, its own), or the CPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def reads_videos(model: BaseModel) -> bool:
+    """Whether a model is one of videos."""
+    return getattr(model, "temporal", None) is not None

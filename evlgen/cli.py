@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Sequence
 
 from evlgen.commands import COMMANDS
-from evlgen.commands.arguments import add_run_arguments
+from evlgen.commands.arguments import add_run_arguments, allow_downloads
 from evlgen.console import guarded
 
 
@@ -47,9 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, evaluate: bool) -> int:
     from evlgen.config.config import Config
+    from evlgen.config.consent import check_project
 
     options = [*args.options, "run.evaluate=true"] if evaluate else args.options
     cfg = Config.load(args.cfg_path, options, args.plugins)
+    check_project(cfg, allow_downloads(args))
     from evlgen.common.logs import quiet_libraries
 
     quiet_libraries()

@@ -26,6 +26,7 @@ class FileServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
     Attributes:
         files: content by path, such as ``/a.bin``.
         etags: the mark of a version, by path; none: the server gives none.
+        headers: of every file besides.
         faults: what the next requests meet, the first of them first: an `error` or a `cut`.
         has_ranges: whether it heeds Range.
         heeds_if_range: whether it heeds If-Range besides.
@@ -41,6 +42,7 @@ class FileServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, bytes] = {}
         self.etags: dict[str, str] = {}
+        self.headers: dict[str, str] = {}
         self.faults: list[tuple[str, int]] = []
         self.has_ranges = True
         self.heeds_if_range = True
@@ -85,8 +87,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200 if start is None else 206)
         if start is not None:
             self.send_header("Content-Range", f"bytes {start}-{len(whole) - 1}/{len(whole)}")
-        if etag is not None:
-            self.send_header("ETag", etag)
+        for name, value in {**server.headers, **({} if etag is None else {"ETag": etag})}.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if with_body:

@@ -4,4 +4,17 @@ Importing them costs nothing heavy: what a command needs it imports when it runs
 """
 
 #: In the order in which ``--help`` shows them.
-COMMANDS = ("models", "caption", "chat", "visualize", "convert", "compare", "sweep", "data", "download")
+COMMANDS = (
+    "models",
+    "caption",
+    "chat",
+    "serve",
+    "visualize",
+    "push",
+    "convert",
+    "estimate",
+    "compare",
+    "sweep",
+    "data",
+    "download",
+)

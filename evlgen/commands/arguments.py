@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evlgen.config.consent import Consent
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,6 +17,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--cfg-path", required=True, help="project file; looked up as given, then inside the package"
     )
     add_options(parser)
+    add_allow_downloads(parser)
     add_common(parser)
 
 
@@ -49,8 +56,17 @@ def add_allow_downloads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-downloads",
         action="store_true",
-        help="fetch from addresses that the config.yaml of --checkpoint names; otherwise a terminal is asked",
+        help="fetch from addresses that a config.yaml beside weights names; otherwise a terminal is asked",
     )
+
+
+def allow_downloads(args: argparse.Namespace) -> bool | Consent:
+    """What ``--allow-downloads`` says, or who is asked: nobody where a launcher started several processes."""
+    from evlgen.config.consent import ask_on_terminal
+
+    if args.allow_downloads or os.environ.get("WORLD_SIZE", "1") != "1":
+        return args.allow_downloads
+    return functools.cache(ask_on_terminal)  # one answer for all configurations of a comparison
 
 
 def fail_for(left_out: list[str], named: list[str], done: str) -> None:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from evlgen.commands.arguments import add_allow_downloads, add_common, add_options, fail_for, positive
+from evlgen.commands.arguments import (
+    add_allow_downloads,
+    add_common,
+    add_options,
+    allow_downloads,
+    fail_for,
+    positive,
+)
 
 HELP = "write a caption for each picture, or clip"
 
@@ -16,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGE",
         help="picture files (or clips, for a model of clips), addresses, or folders, which are walked",
     )
+    parser.add_argument(
+        "--output",
+        metavar="FILE.jsonl",
+        help="write the captions there instead: resumable, and shared by processes that torchrun starts",
+    )
+    parser.add_argument("--batch-size", type=positive, default=16, help="images at once")
     parser.add_argument("--cfg-path", help="project or model file; its model writes the captions")
     parser.add_argument(
         "--checkpoint",
@@ -34,10 +47,11 @@ def run(args: argparse.Namespace) -> int:
     from evlgen.common.logs import quiet_libraries
     from evlgen.common.plugins import load_plugins
     from evlgen.common.safe_text import printable
-    from evlgen.config.consent import ask_on_terminal
 
     load_plugins(args.plugins, None)
     quiet_libraries()
+    if args.output is not None:
+        return _to_file(args)
     from evlgen.captioning import caption_files
 
     left_out: list[str] = []
@@ -49,10 +63,42 @@ def run(args: argparse.Namespace) -> int:
         prompt=args.prompt,
         num_beams=args.num_beams,
         max_length=args.max_length,
+        batch_size=args.batch_size,
         num_frames=args.frames,
         left_out=left_out,
-        allow_downloads=args.allow_downloads or ask_on_terminal,
+        allow_downloads=allow_downloads(args),
     ):
         print(printable(f"{path}: {caption}"), flush=True)
     fail_for(left_out, args.images, "captioned")
+    return 0
+
+
+def _to_file(args: argparse.Namespace) -> int:
+    """``--output``. Files that cannot be read are listed, and change nothing about the exit status."""
+    import os
+
+    from evlgen.captions_file import caption_to_file
+    from evlgen.config.consent import ask_on_terminal
+
+    found = caption_to_file(
+        args.images,
+        args.output,
+        cfg_path=args.cfg_path,
+        checkpoint=args.checkpoint,
+        options=args.options,
+        prompt=args.prompt,
+        num_beams=args.num_beams,
+        max_length=args.max_length,
+        batch_size=args.batch_size,
+        num_frames=args.frames,
+        allow_downloads=args.allow_downloads or ask_on_terminal,
+        rank=int(os.environ.get("RANK", 0)),
+        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+    )
+    if found is None:
+        return 0
+    captions, failures = found
+    print(f"{args.output}: {captions} captions", flush=True)
+    if failures:
+        print(f"{args.output}.failed: {failures} files that could not be read", flush=True)
     return 0

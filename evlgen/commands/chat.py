@@ -81,9 +81,9 @@ class Chat:
 
     def show(self, path: str) -> None:
         """Puts an image or a video before the next message. Raises `EVLGenError` where it cannot be read."""
-        from evlgen.common.turns import VisualPart
         from evlgen.media.video import VIDEO_SUFFIXES
         from evlgen.models.chatting import pixels_of_visual
+        from evlgen.processors.turns import VisualPart
 
         kind = "video" if path.lower().endswith(tuple(VIDEO_SUFFIXES)) else "image"
         frames = self.options.get("num_frames", 4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from evlgen.commands.arguments import add_common, add_options, positive
+from evlgen.commands.arguments import add_allow_downloads, add_common, add_options, allow_downloads, positive
 
 HELP = "train configurations side by side under one budget, and report"
 PARENT = "output/compare"
@@ -69,6 +69,7 @@ def add_run_settings(parser: argparse.ArgumentParser, parent: str) -> None:
         help="go on with the comparison in --output (default: the newest one): what is finished is kept",
     )
     add_options(parser)
+    add_allow_downloads(parser)
     add_common(parser)
 
 
@@ -108,7 +109,7 @@ def run_comparison(args: argparse.Namespace, axes: list, words: list[str], paren
         logging.getLogger("evlgen.config.layers").setLevel(logging.WARNING)
     quiet_libraries()
     files = getattr(args, "files", [])
-    settings, configurations = plan(settings, files, args.cfg_path, axes)
+    settings, configurations = plan(settings, files, args.cfg_path, axes, allow_downloads(args))
     if args.resume:
         folder = resumed_folder(args.output, parent, settings, configurations)
     else:

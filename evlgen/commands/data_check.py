@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evlgen.commands.arguments import add_run_arguments
+from evlgen.commands.arguments import add_run_arguments, allow_downloads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -38,10 +38,12 @@ def run(args: argparse.Namespace) -> int:
     from evlgen.assemble import ready_builders
     from evlgen.common.safe_text import printable
     from evlgen.config.config import Config
+    from evlgen.config.consent import check_project
     from evlgen.data_check import find_shared, told, write_skipped
     from evlgen.files.io import write_atomically
 
     cfg = Config.load(args.cfg_path, args.options, args.plugins)
+    check_project(cfg, allow_downloads(args))
     builders = ready_builders(cfg)
     folder = Path(os.path.expanduser(args.to or os.path.join(cfg.run.output_dir, "check")))
     workers = cfg.run.num_workers if args.num_workers is None else args.num_workers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from evlgen.commands.arguments import add_run_arguments, positive
+from evlgen.commands.arguments import add_run_arguments, allow_downloads, positive
 
 HELP = "write a dataset of captioned files into webdataset shards"
 
@@ -25,9 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from evlgen.assemble import ready_builders
     from evlgen.config.config import Config
+    from evlgen.config.consent import check_project
     from evlgen.datasets.packing import pack
 
     cfg = Config.load(args.cfg_path, args.options, args.plugins)
+    check_project(cfg, allow_downloads(args))
     builders = ready_builders(cfg)
     name = _chosen(args.dataset, list(builders))
     dataset = builders[name].get_split(args.split)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from evlgen.commands.arguments import add_allow_downloads, add_common, add_options, fail_for, positive
+from evlgen.commands.arguments import (
+    add_allow_downloads,
+    add_common,
+    add_options,
+    allow_downloads,
+    fail_for,
+    positive,
+)
 
 HELP = "draw which patches of each picture become one soft prompt"
 
@@ -46,7 +53,6 @@ def run(args: argparse.Namespace) -> int:
     from evlgen.common.logs import quiet_libraries
     from evlgen.common.plugins import load_plugins
     from evlgen.common.safe_text import printable
-    from evlgen.config.consent import ask_on_terminal
 
     load_plugins(args.plugins, None)
     quiet_libraries()
@@ -64,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         num_frames=args.frames,
         left_out=left_out,
-        allow_downloads=args.allow_downloads or ask_on_terminal,
+        allow_downloads=allow_downloads(args),
     ):
         print(printable(path), flush=True)
     fail_for(left_out, args.images, "drawn")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,3 +33,10 @@ def computes_in_bf16(device: torch.device) -> bool:
 def dtype_of(precision: str, device: str | torch.device = "cpu") -> torch.dtype:
     """The torch dtype of ``auto``, ``fp32``, ``bf16`` or ``fp16`` on a device."""
     return DTYPES[resolve_precision(precision, device)]
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """In its block operations compute in the types of their inputs, whatever autocast is on around it."""
+    if not torch.amp.is_autocast_available(device.type):  # the meta device
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)

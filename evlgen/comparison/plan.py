@@ -13,6 +13,7 @@ from typing import Any
 from evlgen.common.errors import ConfigError
 from evlgen.comparison.parsing import Amount, Axis, parse_shares
 from evlgen.config.config import Config, find_config
+from evlgen.config.consent import Consent, check_project
 from evlgen.config.yaml_io import parse_options, read_yaml
 
 DEFAULT_PARTS = 6  # evaluations in a budget, where nothing else is said
@@ -98,13 +99,18 @@ class _Entry:
 
 
 def plan(
-    settings: Settings, entries: Sequence[str] = (), cfg_path: str | None = None, axes: Sequence[Axis] = ()
+    settings: Settings,
+    entries: Sequence[str] = (),
+    cfg_path: str | None = None,
+    axes: Sequence[Axis] = (),
+    allow_downloads: bool | Consent = False,
 ) -> tuple[Settings, list[Configuration]]:
     """All configurations, read and checked.
 
     Args:
         entries: project files, ``first.yaml+second.yaml`` for two stages.
         cfg_path: in their place one file (or stages), which the product of ``axes`` changes.
+        allow_downloads: see `check_project`.
 
     Returns:
         the settings with what they left open filled in, and the configurations.
@@ -112,6 +118,7 @@ def plan(
     Raises:
         ConfigError: a file or value is wrong, budget and evaluation have different units, or two
             configurations are the same.
+        CheckpointError: a file beside weights names addresses that may not be fetched.
     """
     if cfg_path is not None:
         found = _from_axes(cfg_path, axes)
@@ -121,7 +128,7 @@ def plan(
     settings = _filled_in(settings, found)
     names = _folder_names([entry.label for entry in found])
     configurations = [
-        Configuration(name, entry.label, _stages(entry, settings), entry.value)
+        Configuration(name, entry.label, _stages(entry, settings, allow_downloads), entry.value)
         for name, entry in zip(names, found, strict=True)
     ]
     _check_different(configurations)
@@ -185,7 +192,7 @@ def _filled_in(settings: Settings, entries: Sequence[_Entry]) -> Settings:
     return dataclasses.replace(settings, evaluate_every=every, split=split)
 
 
-def _stages(entry: _Entry, settings: Settings) -> tuple[Stage, ...]:
+def _stages(entry: _Entry, settings: Settings, allow_downloads: bool | Consent) -> tuple[Stage, ...]:
     shares = parse_shares(settings.stage_split if len(entry.cfg_paths) > 1 else None, len(entry.cfg_paths))
     stages = []
     for number, (path, share) in enumerate(zip(entry.cfg_paths, shares, strict=True), start=1):
@@ -197,7 +204,9 @@ def _stages(entry: _Entry, settings: Settings) -> tuple[Stage, ...]:
             *_length_options(path, settings, share),
             *_evaluation_options(settings, is_last),
         )
-        config = Config.load(path, options, settings.plugins).to_dict()
+        cfg = Config.load(path, options, settings.plugins)
+        check_project(cfg, allow_downloads)
+        config = cfg.to_dict()
         if config["run"]["task"] == "captioning" and config["run"]["metrics"] is None:
             options = (_QUICK_METRICS, *options)
             config["run"]["metrics"] = Config.load(path, options, settings.plugins).run.metrics

@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from evlgen.common.errors import ConfigError, did_you_mean
-from evlgen.common.plugins import load_entry_points, load_plugins, modules_of_paths
+from evlgen.common.plugins import load_entry_points, load_plugins
 from evlgen.common.registry import registry
 from evlgen.config.checks import (
     check_datasets,
@@ -44,10 +44,12 @@ from evlgen.config.layers import (
     options_layer,
     read_layer,
 )
+from evlgen.config.named_code import check_plugins, modules_of_paths
 from evlgen.config.run_config import RunConfig
 from evlgen.config.schema import Problems, Registered
 from evlgen.config.yaml_io import dump_yaml
 from evlgen.files.io import PACKAGE_ROOT, write_atomically
+from evlgen.weights.hub_checkpoints import is_from_hub
 
 logger = logging.getLogger(__name__)
 
@@ -105,21 +107,24 @@ class Config:
         own = Layers([*([read_layer(path)] if path else []), options_layer(options)])
         layers = Layers([defaults, *own.layers])
         published = has_published_file(own.layers)
-        _check_early(layers, published)
+        early = _early_problems(layers, published)
+        if not _may_name_parts_that_are_not_here(own):
+            early.raise_any()
 
         load_entry_points()
-        names = [
-            *(layers.get("plugins") or []),
-            *plugins,
-            *modules_of_paths([layer.content for layer in own.layers]),
-        ]
-        loaded = load_plugins(names, path.parent if path else None)
+        names = [*(layers.get("plugins") or []), *modules_of_paths([layer.content for layer in own.layers])]
+        if path is not None and is_from_hub(path.parent):  # then only what the user names is imported
+            names = []
+            load_plugins(plugins)
+            check_plugins(path, str(cfg_path))
+        loaded = load_plugins([*names, *plugins], path.parent if path else None)
 
         arch, beta_problem = own.get("model.arch"), left_out_beta(own.layers)
         translated, ignored = from_published(own.layers)
         own = Layers(translated)
-        if published:
+        if published or len(early):
             _check_names(own)
+        early.raise_any()
         layers = Layers([defaults, *_with_dataset_defaults(_with_model_type(own)).layers])
         merged = layers.merged()
         merged["datasets"], of_datasets = datasets_in_own_words(merged.get("datasets", {}), arch)
@@ -144,6 +149,10 @@ class Config:
     def is_left_behind(self, key_path: str, other: str) -> bool:
         """Whether a key is built in for what ``other`` no longer is; see `Layers.is_left_behind`."""
         return self._layers.is_left_behind(key_path, other)
+
+    def is_built_in(self, key_path: str) -> bool:
+        """Whether a key has the value that a type's or a dataset's own defaults give it."""
+        return self._layers.is_built_in(key_path)
 
     def model_plain(self) -> dict[str, Any]:
         """The ``model`` section as plain dicts and lists."""
@@ -283,7 +292,7 @@ def load_model_layers(layers: Sequence[Layer]) -> DictConfig:
 
 
 def _model_section(layers: Layers) -> DictConfig:
-    translated, ignored = from_published(layers.layers)
+    translated, ignored = from_published(layers.layers, is_project=False)
     layers = _with_model_type(Layers(translated, layers.resolvers))
     _warn_of(ignored)
     problems = Problems(layers.source)
@@ -301,16 +310,20 @@ def _warn_of(ignored: Sequence[str]) -> None:
     logger.warning("%s: without effect here%s", ", ".join(ignored), why)
 
 
-def _check_early(layers: Layers, published: bool) -> None:
-    """What can be said without importing models, datasets and tasks: sections; keys and types of ``run``. In
-    a published file the latter may belong to a task that is not here, and wait."""
+def _early_problems(layers: Layers, published: bool) -> Problems:
+    """What can be said without importing models, datasets and tasks: keys and types of ``run``. In a
+    published file they may belong to a task that is not here, and wait.
+
+    Raises:
+        ConfigError: the sections are wrong.
+    """
     problems = Problems(layers.source, check_names=False)
     check_structure(layers, problems)
     problems.raise_any()
     try:
         merged = layers.merged()
     except ConfigError:
-        return  # an interpolation may lead to a key of a layer that is not there yet
+        return problems  # an interpolation may lead to a key of a layer that is not there yet
     check_env(merged.get("env"), problems)
     if not published:
         check_run(merged.get("run", {}), problems)
@@ -318,12 +331,18 @@ def _check_early(layers: Layers, published: bool) -> None:
         empty = [layer.source for layer in layers.layers if not layer.content and layer.source != OPTIONS]
         why = f"; {empty[0]} is empty" if empty else ""
         problems.add("model.arch", f"is required: the name of a registered model, such as evlgen_opt{why}")
-    problems.raise_any()
+    return problems
+
+
+def _may_name_parts_that_are_not_here(layers: Layers) -> bool:
+    """Whether an architecture or a task may be unknown, as far as that can be said without importing them."""
+    built_in = [folder.name for folder in (PACKAGE_ROOT / "configs" / "models").iterdir()]
+    return layers.has("run.task") or layers.get("model.arch") not in (None, *built_in)
 
 
 def _check_names(layers: Layers) -> None:
-    """Raises `ConfigError` for an architecture or a task of a published file that is not here: what else is
-    unknown in the file belongs to it."""
+    """Raises `ConfigError` for an architecture or a task that is not here: what else is unknown in the file
+    belongs to it."""
     problems = Problems(layers.source)
     for key, kind in (("model.arch", "model"), ("run.task", "task")):
         problem = Registered(kind).problem(layers.get(key)) if layers.has(key) else None

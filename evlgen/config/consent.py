@@ -1,16 +1,19 @@
-"""Addresses in files that somebody else wrote: nothing is fetched from them unless the user agrees."""
+"""What files that somebody else wrote ask for: addresses in them are not fetched unless the user agrees."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from evlgen.common.errors import CheckpointError, EVLGenError
 from evlgen.common.safe_text import printable, shown_name
+from evlgen.config.config import Config, load_model_file
+from evlgen.config.layers import display
 from evlgen.files.io import download_target, scheme_of
+from evlgen.weights.checkpoints import is_checkpoint
 
 #: What answers a question with yes or no.
 Consent = Callable[[str], bool]
@@ -30,7 +33,30 @@ def check_addresses(section: Mapping[str, Any], file: Path, allow: bool | Consen
     Raises:
         CheckpointError: they may not. Names each with its key.
     """
-    found = [f"{key}: {shown_name(value)}" for key, value in _addresses(section) if not _is_here(value)]
+    _ask(_addresses(section), file, allow)
+
+
+def check_project(cfg: Config, allow: bool | Consent) -> None:
+    """As `check_addresses`, of a whole project file, where it lies in a folder with weights: what it says of
+    the model and of the datasets itself. Options, and what is built in, need no consent.
+
+    Raises:
+        ConfigError: its model section asks for the environment, ``${oc.env:NAME}``.
+        CheckpointError: the addresses may not be fetched.
+    """
+    file = cfg.cfg_path
+    if file is None or not is_checkpoint(file.parent):
+        return
+    load_model_file(file)
+    found = list(_addresses(cfg.model_plain()))
+    for name, section in cfg.datasets_plain().items():
+        found += _addresses(section, f"datasets.{name}")
+    own = [(k, v) for k, v in found if cfg.source(k) == display(file) and not cfg.is_built_in(k)]
+    _ask(own, file, allow)
+
+
+def _ask(addresses: Iterable[tuple[str, str]], file: Path, allow: bool | Consent) -> None:
+    found = [f"{key}: {shown_name(value)}" for key, value in addresses if not _is_here(value)]
     if not found or allow is True:
         return
     named = f"{shown_name(file)} names addresses to fetch from: {'; '.join(found)}."
@@ -58,7 +84,7 @@ def _addresses(value: Any, key: str = "model") -> Iterator[tuple[str, str]]:
                 yield from _addresses(inner, f"{key}.{name}")
     elif isinstance(value, list | tuple):
         for number, inner in enumerate(value):
-            yield from _addresses(inner, f"{key}.{number}")
+            yield from _addresses(inner, f"{key}[{number}]")
     elif isinstance(value, str) and scheme_of(value.strip()) not in (None, *_LOCAL):
         yield key, value
 

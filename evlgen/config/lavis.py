@@ -69,8 +69,8 @@ _MODEL_KEYS = {
 }
 _SWITCHES = ("load_finetuned", "load_pretrained")
 _PATHS = ("finetuned", "pretrained")
-# EVLGen reads `alpha` nowhere, and `embed_dim` only for the loss that `beta` weighs.
-_MODEL_IGNORED = ("alpha", "embed_dim", "qformer_text_input")
+# EVLGen reads `alpha` nowhere, and `embed_dim` only for the loss that `beta` weighs, which evaluates nothing.
+_MODEL_IGNORED = ("alpha", "embed_dim", "beta", "qformer_text_input")
 _LEMMATIZER = "apply_lemmatizer"
 
 _WEIGHTS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
@@ -122,13 +122,17 @@ def own_names(arch: str, model_type: str | None) -> tuple[str, str | None]:
     return arch, own_type
 
 
-def from_published(layers: Sequence[Layer]) -> tuple[list[Layer], list[str]]:
+def from_published(layers: Sequence[Layer], is_project: bool = True) -> tuple[list[Layer], list[str]]:
     """Layers of a project (the weakest first) with the published keys of ``model`` in this project's words.
 
     To be called once plugins are loaded: a key that the architecture itself declares is its own.
 
     A file in their words (`has_published_file`) also means their defaults where it says nothing: they are the
     first of the layers returned.
+
+    Args:
+        layers: the weakest first.
+        is_project: false for the section of a model alone, which trains nothing.
 
     Returns:
         The layers, and the paths of keys that mean nothing here and were left out.
@@ -141,7 +145,7 @@ def from_published(layers: Sequence[Layer]) -> tuple[list[Layer], list[str]]:
     task, _ = _strongest(layers, "task", "run")
     own_arch = own_names(arch, None)[0]
     own_keys = _own_keys(own_arch)
-    met = [*_check_beta(layers, own_keys), *_check_instruction(layers, own_arch, own_keys)]
+    met = [*_check_beta(layers, own_keys, is_project), *_check_instruction(layers, own_arch, own_keys)]
     translation = _Translation(own_arch, own_keys, _Weights(own_arch, model_type), met)
     published = has_published_file(layers, own_keys)
     defaults = _defaults(layers, arch) if published else {}
@@ -179,7 +183,7 @@ def _is_published(layer: Layer, own_keys: Collection[str]) -> bool:
     arch = str(model.get("arch"))
     if layer.source == OPTIONS or arch.startswith("evlgen_") or arch == "blip2_vicuna":
         return False
-    flat = {*_MODEL_KEYS, *_SWITCHES, *_PATHS, *_MODEL_IGNORED, "beta", _LEMMATIZER} - set(own_keys)
+    flat = {*_MODEL_KEYS, *_SWITCHES, *_PATHS, *_MODEL_IGNORED, _LEMMATIZER} - set(own_keys)
     words = {*_RUN_IGNORED, *_RUN_NAMES, "amp"} - set(_RUN_FIELDS)
     return bool(flat & set(model) or words & set(run)) or arch in ARCHITECTURES
 
@@ -398,18 +402,23 @@ def _type_of(arch: Any, model_type: Any) -> tuple[Any, dict[str, Any]]:
     return own_type, implied
 
 
-def _check_beta(layers: Sequence[Layer], own_keys: Collection[str]) -> list[str]:
-    """Raises `ConfigError` where ``beta`` adds EVLGen's contrastive loss (lavis/models/blip2_models/
-    liptome_opt.py), 0 in its published projects. Returns the key, to be left out."""
-    if "beta" in own_keys:
-        return []
+def _check_beta(layers: Sequence[Layer], own_keys: Collection[str], is_project: bool) -> list[str]:
+    """Raises `ConfigError` where training with ``beta`` adds EVLGen's contrastive loss (lavis/models/
+    blip2_models/liptome_opt.py), 0 in its published projects. Returns the key where it says what is so
+    here anyway."""
     beta, source = _strongest(layers, "beta")
-    if source is not None and beta != 0:
-        raise ConfigError(
-            f"model.beta ({source}): {show(beta)} would add a contrastive loss, which there is not here. "
-            "Leave the key out, or set it to 0, to train on the texts alone."
-        )
-    return ["beta"]
+    if "beta" in own_keys or source is None:
+        return []
+    is_number = isinstance(beta, int | float) and not isinstance(beta, bool)
+    if is_number and beta == 0:
+        return ["beta"]
+    if is_project and not _strongest(layers, "evaluate", "run")[0]:
+        if is_number:
+            what = f"{show(beta)} would add a contrastive loss, which is not implemented here"
+        else:
+            what = "is empty" if beta is None else f"must be a number, not {show(beta)}"
+        raise ConfigError(f"model.beta ({source}): {what}. Set it to 0 to train on the texts alone.")
+    return []
 
 
 def left_out_beta(layers: Sequence[Layer]) -> str | None:

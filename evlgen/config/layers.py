@@ -47,6 +47,8 @@ PART_KEYS: dict[tuple[str, ...], frozenset[str] | None] = {
 MODEL_PARTS = ("vision", "connector", "language")
 # Mappings whose keys are the user's own names: given as a whole by an option, the layers below add nothing.
 NAMED_VALUES: tuple[tuple[str, ...], ...] = (("run", "train_dataset_ratios"), ("run", "lr_scale"))
+# What one of them is called; an option that sets it to null leaves it out.
+_NAMED = {"datasets": "dataset", "train_dataset_ratios": "weight", "lr_scale": "factor"}
 PROCESSOR_SECTIONS = ("vis_processor", "text_processor")
 
 
@@ -70,7 +72,8 @@ def read_layer(path: Path) -> Layer:
 
 def options_layer(options: Sequence[str]) -> Layer:
     """The layer of ``--options``; relative paths stay relative to the working folder. ``datasets.NAME=null``
-    drops a dataset of the layers below, and its weight in ``run.train_dataset_ratios``."""
+    drops a dataset of the layers below, and its weight in ``run.train_dataset_ratios``; so does
+    ``run.train_dataset_ratios.NAME=null`` the weight alone."""
     given = {option.partition("=")[0].strip() for option in options}
     replaces = tuple(path for path in NAMED_VALUES if ".".join(path) in given)
     return Layer(OPTIONS, parse_options(options), replaces=replaces)
@@ -103,7 +106,7 @@ class Layers:
         self.layers = [dataclasses.replace(layer, content=copy.deepcopy(layer.content)) for layer in layers]
         for i, layer in enumerate(self.layers):
             if layer.source == OPTIONS:
-                _drop_datasets(layer, self.layers[:i])
+                _drop_named(layer, self.layers[:i])
             for section, key in layer.replaces:
                 for lower in self.layers[:i]:
                     _discard(lower.content, section, key)
@@ -152,6 +155,10 @@ class Layers:
         place, is_built_in = self._place(key_path)
         other_place, other_is_built_in = self._place(other)
         return 0 <= place < other_place and is_built_in and not other_is_built_in
+
+    def is_built_in(self, key_path: str) -> bool:
+        """Whether a key has the value that a type's or a dataset's own defaults give it."""
+        return self._place(key_path.partition("[")[0])[1]
 
     def _place(self, key_path: str) -> tuple[int, bool]:
         """The strongest layer that has a key (-1: none), and whether its value is one that is built in; a
@@ -219,27 +226,32 @@ def _without_empty(content: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _drop_datasets(options: Layer, lower: Sequence[Layer]) -> None:
-    """Takes the datasets that ``options`` sets to null out of all layers.
+def _drop_named(options: Layer, lower: Sequence[Layer]) -> None:
+    """Takes the datasets, and the values of `NAMED_VALUES`, that ``options`` sets to null out of all layers.
 
     Raises:
-        ConfigError: no layer has a dataset of this name.
+        ConfigError: no layer has one of this name.
     """
-    datasets = options.content.get("datasets")
-    if not isinstance(datasets, dict):
-        return
-    dropped = [name for name, value in datasets.items() if value is None]
-    known = [name for layer in lower for name in _get(layer.content, ("datasets",)) or ()]
-    for name in dropped:
-        if name not in known:
-            raise ConfigError(
-                f"datasets.{name} ({options.source}): there is no such dataset to leave "
-                f"out.{did_you_mean(name, known)}"
-            )
-        del datasets[name]
+    found = []
+    for path in (("datasets",), *NAMED_VALUES):
+        section = _get(options.content, path)
+        if not isinstance(section, dict):
+            continue
+        sections = [_get(layer.content, path) for layer in lower]
+        known = [name for lower_one in sections if isinstance(lower_one, dict) for name in lower_one]
+        for name in [name for name, value in section.items() if value is None]:
+            if name not in known:
+                raise ConfigError(
+                    f"{'.'.join(path)}.{name} ({options.source}): there is no such {_NAMED[path[-1]]} to "
+                    f"leave out.{did_you_mean(str(name), map(str, known))}"
+                )
+            del section[name]
+            found.append((path, name))
+    for path, name in found:
         for layer in lower:
-            _discard(layer.content, "datasets", name)
-            _discard(layer.content.get("run"), "train_dataset_ratios", name)
+            _discard(_get(layer.content, path[:-1]), path[-1], name)
+            if path == ("datasets",):
+                _discard(layer.content.get("run"), "train_dataset_ratios", name)
 
 
 def _discard(content: Any, section: str, key: str) -> None:
@@ -333,4 +345,6 @@ def _resolve_dotted(value: Any, folder: Path) -> Any:
 def _beside(folder: Path, text: str) -> str:
     if not text or os.path.isabs(text) or "://" in text or not os.path.exists(folder / text):
         return text
-    return str((folder / text).resolve())
+    path = folder / text
+    # a file keeps its name, whose end says what it is: in the cache of the hub's client it is a link
+    return str(path.resolve() if path.is_dir() else path.parent.resolve() / path.name)

@@ -50,6 +50,8 @@ class VisionConfig:
         drop_path_rate: stochastic depth while training (for ``freeze: false``).
         temporal: for clips; null for a model of images.
         tome_r: pairs of tokens that merge in each block of a frozen encoder; 0 is off.
+        norm_eps: epsilon of the trained LayerNorm between the encoder and the connector; null leaves that
+            norm out, as LLaVA does.
         kwargs: handed to ``timm.create_model``.
     """
 
@@ -62,6 +64,7 @@ class VisionConfig:
     drop_path_rate: Share = 0.0
     temporal: TemporalConfig | None = None
     tome_r: NonNegativeInt = 0
+    norm_eps: PositiveFloat | None = 1e-5
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

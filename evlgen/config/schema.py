@@ -408,7 +408,16 @@ def _convert_dict(value: Any, annotation: Any, path: str, problems: Problems) ->
         return _mismatch(value, annotation, path, problems)
     arguments = typing.get_args(annotation)
     kind = arguments[1] if len(arguments) == 2 else Any
-    return {key: _convert(item, kind, f"{path}.{key}", problems) for key, item in value.items()}
+    trials = {key: problems.trial() for key in value}
+    out = {key: _convert(item, kind, f"{path}.{key}", trials[key]) for key, item in value.items()}
+    for key, trial in trials.items():
+        if value[key] is None and len(trial):
+            problems.add(
+                f"{path}.{key}", f"must be {describe(kind)}, not null; take the key out to have none"
+            )
+        else:
+            problems.extend(trial)
+    return out
 
 
 def _dataclass_in(annotation: Any) -> type | None:

@@ -22,13 +22,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from evlgen.common.errors import DataError
-from evlgen.common.turns import Turn, VisualPart, check_turns, read_turns, role_of_turn
 from evlgen.datasets.annotations import text_problem
 from evlgen.datasets.base_dataset import BadRecord
 from evlgen.datasets.compact_records import PackedRecords
 from evlgen.datasets.records import refuse_bad
 from evlgen.datasets.table_folders import split_named
 from evlgen.datasets.tables import Row, Table
+from evlgen.processors.turns import Turn, VisualPart, check_turns, read_turns, role_of_turn
 
 TURN_KEYS = ("conversations", "messages", "texts")
 KEYS = (*TURN_KEYS, "image", "images", "video", "videos", "system", "id", "source", "references")

@@ -6,7 +6,7 @@ import base64
 import io
 import logging
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -56,11 +56,16 @@ def _warn(error: OSError) -> None:
     logger.warning("left out: folder %s: %s", shown_name(error.filename), error.strerror)
 
 
-def read_files(paths: Sequence[str], num_frames: int | None) -> Iterator[tuple[str, list[Image.Image]]]:
+def read_files(
+    paths: Iterable[str],
+    num_frames: int | None,
+    on_error: Callable[[str, DataError], None] = lambda path, error: None,
+) -> Iterator[tuple[str, list[Image.Image]]]:
     """(path, frames) of each file that can be read; the others are named in a warning.
 
     Args:
         num_frames: of a clip at most; None: pictures alone are read.
+        on_error: called for each file that cannot be read.
     """
     for path in paths:
         try:
@@ -74,6 +79,7 @@ def read_files(paths: Sequence[str], num_frames: int | None) -> Iterator[tuple[s
                 frames = [open_image(resolve(path))]
         except DataError as error:
             logger.warning("left out: %s", error)
+            on_error(path, error)
             continue
         yield path, frames
 

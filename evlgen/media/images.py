@@ -48,13 +48,20 @@ _TILE_TAGS = (322, 323)  # width and height of a TIFF's tiles
 _ROWS_TAG, _BITS_TAG = 278, 258  # of a TIFF's strips, and of each of its samples
 
 
-def open_image(path: str | os.PathLike | BinaryIO, draft_size: int | None = None) -> Image.Image:
+def open_image(
+    path: str | os.PathLike | BinaryIO,
+    draft_size: int | None = None,
+    formats: tuple[str, ...] | None = None,
+    max_pixels: int | None = None,
+) -> Image.Image:
     """Reads one picture file as upright RGB.
 
     Args:
         path: the file, or one that is open for reading (with a ``name`` for messages).
         draft_size: a JPEG may be decoded at a half, a quarter or an eighth of its size, at a fraction of the
             time, as long as no side falls below so many pixels. None: as it is.
+        formats: those of `FORMATS` that are read; None: all.
+        max_pixels: of an image at most; None: as Pillow's MAX_IMAGE_PIXELS says.
 
     Raises:
         DataError: the file is missing, a folder, empty, truncated, too large or not an image. Its ``cause``
@@ -64,7 +71,10 @@ def open_image(path: str | os.PathLike | BinaryIO, draft_size: int | None = None
     with decoding(name):
         if name is path and not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe may never end
             raise DataError("it is not a regular file.", "not a file")
-        with Image.open(path, formats=_formats()) as image:
+        allowed = _formats() if formats is None else [kind for kind in _formats() if kind in formats]
+        with Image.open(path, formats=allowed) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise DataError(f"it has more than {max_pixels:,} pixels.", "too large")
             if draft_size is not None:
                 image.draft(image.mode, (draft_size, draft_size))
             _check_memory(image)

@@ -99,7 +99,8 @@ class Video(Clip):
 
     Args:
         path: anything iopath knows.
-        reader: the library that decodes; ``auto``: PyAV where it is installed, else decord. Pillow reads GIF.
+        reader: the library that decodes; ``auto``: PyAV where it is installed, else decord. What is a GIF
+            inside is read by Pillow.
 
     Raises:
         DataError: (by its methods) missing, damaged, of no known format; no reader is installed. Its
@@ -139,7 +140,7 @@ class Video(Clip):
             file.close()
 
     def _other_readers(self) -> list[str]:
-        if _is_gif(self.path):
+        if _is_gif(resolve(self.path)):
             return []
         used = installed_reader(self.reader)
         return [name for name in _MODULES if name != used and importlib.util.find_spec(_MODULES[name])]
@@ -198,8 +199,10 @@ def _open(path: str | os.PathLike, reader: Reader) -> Any:
     return opened
 
 
-def _is_gif(path: str | os.PathLike) -> bool:
-    return os.fspath(path).lower().endswith(".gif")
+def _is_gif(file: str) -> bool:
+    """Whether a file that is there holds a GIF, whatever it is called: sites serve MP4 under .gif names."""
+    with open(file, "rb") as opened:
+        return opened.read(6) in (b"GIF87a", b"GIF89a")
 
 
 def installed_reader(reader: Reader) -> str:

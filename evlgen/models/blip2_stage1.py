@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evlgen.common.errors import ConfigError
+from evlgen.common.precision import without_autocast
 from evlgen.common.registry import registry
 from evlgen.config.model_config import VisionConfig
 from evlgen.config.schema import PositiveInt, Registered
@@ -52,7 +53,8 @@ from evlgen.models.pixels import pixels_of, with_pixels
 from evlgen.models.text_lengths import TextLengths
 from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
-from evlgen.weights.hub import looks_like_path, missing_model
+from evlgen.weights.hub import looks_like_path, missing_model, with_settings
+from evlgen.weights.hub_checkpoints import HUB_PREFIX
 
 logger = logging.getLogger(__name__)
 
@@ -176,12 +178,15 @@ class Blip2Stage1(BaseModel):
             )
         if cfg.vision.temporal:
             raise ConfigError("model.vision.temporal: BLIP-2's first stage is of pictures. Leave it out.")
+        if cfg.vision.norm_eps is None:
+            raise ConfigError("model.vision.norm_eps: BLIP-2's first stage has the norm. Leave it out.")
         tokenizer = QFormerTokenizer(cfg.text.tokenizer, cfg.max_txt_len)
         vision = build_vision_encoder(cfg.vision, device)
         connector = connector_class.build(ConnectorInputs.behind(vision), **connector_args)
         num_positions = cfg.text.max_position_embeddings or connector.sizes.max_position_embeddings
         _check_learned(cfg.max_txt_len, num_positions)
         model = cls(vision, connector, tokenizer, num_positions, cfg.embed_dim, cfg.prompt, cfg.vision.freeze)
+        model.ln_vision.eps = cfg.vision.norm_eps
         logger.info(
             "BLIP-2's first stage: %.1f million weights trained, %.1f million frozen",
             sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6,
@@ -198,7 +203,7 @@ class Blip2Stage1(BaseModel):
         named = [(f"tokenizer {tokenizer}", tokenizer)]
         named += [(f"connector start {start}", start)] if start and start != tokenizer else []
         found += [Missing(what, missing_model(name), not looks_like_path(name)) for what, name in named]
-        if cfg.checkpoint and not cfg.checkpoint.startswith(("http://", "https://")):
+        if cfg.checkpoint and not cfg.checkpoint.startswith(("http://", "https://", HUB_PREFIX)):
             if not os.path.exists(resolve(cfg.checkpoint)):
                 why = "there is no such file or folder; see model.checkpoint"
                 found.append(Missing(f"checkpoint {cfg.checkpoint}", why, False))
@@ -211,13 +216,14 @@ class Blip2Stage1(BaseModel):
 
     @classmethod
     def check_room(cls, cfg: Stage1Config, prompt: str | None, num_new: int, learns: bool) -> None:
-        start = cfg.connector.get("init")
-        if any(name and missing_model(name) for name in (start, cfg.text.tokenizer)):
+        start, tokenizer_name = cfg.connector.get("init"), with_settings(cfg.text.tokenizer)
+        start = start and with_settings(start)
+        if tokenizer_name is None or (start is None and cfg.connector.get("init")):
             return
         known = cfg.text.max_position_embeddings or bert_sizes(start, num_layers=1).max_position_embeddings
         _check_learned(cfg.max_txt_len, known)
         if num_new:
-            tokenizer = QFormerTokenizer(cfg.text.tokenizer, cfg.max_txt_len)
+            tokenizer = QFormerTokenizer(tokenizer_name, cfg.max_txt_len)
             _check_written(tokenizer.to_write_after(prompt or "").shape[1] + num_new, known)
 
     def frozen_modules(self) -> list[nn.Module]:
@@ -277,7 +283,7 @@ class Blip2Stage1(BaseModel):
         image_features = self._features(self.vision_proj(queries))  # [B, M, E]
         text_features = self._text_features(ids)  # [B, E]
         positive = positives(keys, everyone.gather(keys), everyone.offset)
-        with torch.autocast(ids.device.type, enabled=False):
+        with without_autocast(ids.device):
             image_to_text = similarities(image_features, everyone.gather(text_features)) / self.temp
             text_to_image = similarities(everyone.gather(image_features), text_features).T / self.temp
             losses = [
@@ -465,7 +471,7 @@ class Blip2Stage1(BaseModel):
         pixels = image.to(self.device, next(self.vision.parameters()).dtype)
         if not self.freezes_vision:
             return self.vision(pixels)
-        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(pixels.device):
             return self.vision(pixels)
 
     def _prompt(self, samples: dict[str, Any]) -> str:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from evlgen.common.errors import ConfigError, DataError
-from evlgen.common.turns import VisualPart
 from evlgen.files.io import resolve
 from evlgen.media.frames import decode_address, is_data_address, read_frames
 from evlgen.media.images import open_image
 from evlgen.media.video import Pictures
 from evlgen.models.pixels import pixels_of
+from evlgen.processors.turns import VisualPart
 
 if TYPE_CHECKING:
     from evlgen.models.base_model import BaseModel

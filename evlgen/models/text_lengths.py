@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
-from evlgen.common.turns import Turn, read_turns
+from evlgen.processors.turns import Turn, read_turns
 
 if TYPE_CHECKING:
     from evlgen.models.language.segments import Row

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from evlgen.common.precision import without_autocast
+
 
 def limit_r(num_tokens: int, r: int, num_protected: int = 1) -> int:
     """The number of pairs that can merge: ``r``, but at most half of the tokens that are not protected."""
@@ -60,6 +62,11 @@ def match_tokens(metric: Tensor, r: int, num_protected: int = 1) -> tuple[Tensor
 
     The output order is: the tokens of A that stay, in their order, then the tokens of B, in theirs.
 
+    Of equal similarities the first decides, by position. Similarities that differ by no more than float32's
+    rounding (some 1e-7) are equal on paper only: which of such pairs merge may differ between processors,
+    and every pair that merges is as good as the best up to that rounding. They are not rounded to a coarser
+    grid, which would move the borders between them and change the published results.
+
     Args:
         metric: [B, N, d], any floating type; similarity is the cosine, computed in float32.
         r: pairs to merge; limited by `limit_r`.
@@ -73,7 +80,7 @@ def match_tokens(metric: Tensor, r: int, num_protected: int = 1) -> tuple[Tensor
     if r == 0:
         return torch.arange(num_tokens, device=metric.device).expand(batch, -1), num_tokens
 
-    with torch.autocast(metric.device.type, enabled=False):
+    with without_autocast(metric.device):
         metric = torch.nn.functional.normalize(metric.float(), dim=-1)
         scores = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)  # [B, A, B']
     if num_protected:

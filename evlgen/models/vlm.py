@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from evlgen.common.errors import ConfigError, DataError, EVLGenError
+from evlgen.common.precision import without_autocast
 from evlgen.common.registry import registry
-from evlgen.common.turns import check_turns, read_turns
 from evlgen.config.model_config import GenerationConfig, ModelConfig
 from evlgen.files.io import resolve
 from evlgen.models.base_model import BaseModel, Missing
@@ -43,7 +43,9 @@ from evlgen.models.text_lengths import TextLengths
 from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.temporal import pool_frames, temporal_modules
-from evlgen.weights.hub import looks_like_path, missing_model
+from evlgen.processors.turns import check_turns, read_turns
+from evlgen.weights.hub import looks_like_path, missing_model, with_settings
+from evlgen.weights.hub_checkpoints import HUB_PREFIX
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +123,10 @@ class VLM(BaseModel):
             *(vision, connector, language, cfg.prompt, cfg.vision.freeze, cfg.language.freeze, temporal),
             **({} if head is None else {"prompt_head": head}),  # subclasses may not know it
         )
+        if cfg.vision.norm_eps is None:
+            model.ln_vision = nn.Identity()
+        else:
+            model.ln_vision.eps = cfg.vision.norm_eps
         model.generation = cfg.generation
         model.max_sequence_len = cfg.max_sequence_len
         model._log_parts()
@@ -141,7 +147,7 @@ class VLM(BaseModel):
             found.append(
                 Missing(f"connector start {start}", missing_model(start), not looks_like_path(start))
             )
-        if cfg.checkpoint and not cfg.checkpoint.startswith(("http://", "https://")):
+        if cfg.checkpoint and not cfg.checkpoint.startswith(("http://", "https://", HUB_PREFIX)):
             if not os.path.exists(resolve(cfg.checkpoint)):
                 why = "there is no such file or folder; see model.checkpoint"
                 found.append(Missing(f"checkpoint {cfg.checkpoint}", why, False))
@@ -169,9 +175,10 @@ class VLM(BaseModel):
 
     @classmethod
     def check_room(cls, cfg: ModelConfig, prompt: str | None, num_new: int, learns: bool) -> None:
-        if missing_model(cfg.language.name):
+        name = with_settings(cfg.language.name)
+        if name is None:
             return
-        name = cfg.language.name
+        cfg = dataclasses.replace(cfg, language=dataclasses.replace(cfg.language, name=name))
         limit = most_positions(read_config(name, find_model(name)))
         # nearly all models have far more room than is needed: seen without building anything
         texts = len((prompt or "").encode()) + cfg.max_txt_len + (cfg.max_output_txt_len or cfg.max_txt_len)
@@ -219,9 +226,9 @@ class VLM(BaseModel):
                 of ``text_input``.
 
                 Samples that are sequences have ``segments`` in place of all these, a list of `Read`, `Learn`
-                and `Visual` for each, or ``messages``, a conversation for each (`evlgen.common.turns`); and
-                ``images``: the images [3, H, W] and videos [3, T, H, W] of each, none, one or several, in
-                the order of their places. Without ``images``, ``image`` has one for each.
+                and `Visual` for each, or ``messages``, a conversation for each (`evlgen.processors.turns`);
+                and ``images``: the images [3, H, W] and videos [3, T, H, W] of each, none, one or several,
+                in the order of their places. Without ``images``, ``image`` has one for each.
 
         Returns:
             ``loss``: scalar, float32; ``num_tokens``: how many tokens it is the mean of, and with
@@ -534,7 +541,8 @@ class VLM(BaseModel):
             raise DataError(f"image has shape {shape}: a clip needs at least one frame.")
 
     def _normed(self, tokens: Tensor) -> Tensor:
-        return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
+        weights = self.connector if isinstance(self.ln_vision, nn.Identity) else self.ln_vision
+        return self.ln_vision(tokens.to(next(weights.parameters()).dtype))
 
     @torch.no_grad()
     def generate(
@@ -785,7 +793,7 @@ class VLM(BaseModel):
     def _own_precision(device: torch.device) -> contextlib.AbstractContextManager:
         """Frozen parts compute in the type their weights are kept in: autocast would convert all of them at
         every step."""
-        return torch.autocast(device.type, enabled=False)
+        return without_autocast(device)
 
     def _log_parts(self) -> None:
         for name in ("vision", "connector", "language"):

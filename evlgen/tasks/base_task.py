@@ -38,6 +38,7 @@ class BaseTask:
 
     ASKS = False  # whether the samples' own texts are read before those to write
     WRITES = True  # whether an evaluation generates texts
+    LEARNS_WRITING = False  # whether training generates the texts that it learns
     MAX_LEN = CAPTION_LEN  # tokens generated at most where ``run.max_len`` is not set
 
     def __init__(self, run: RunConfig) -> None:

@@ -46,6 +46,8 @@ class SelfCriticalCaptioningTask(CaptioningTask):
     sample for each caption of a picture shows the picture as often.
     """
 
+    LEARNS_WRITING = True
+
     def before_training(self, datasets: Mapping[str, BaseDataset], distribution: Distribution) -> None:
         """Counts the words of all training captions.
 

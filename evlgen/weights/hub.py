@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -212,14 +213,36 @@ def files_on_hub(name: str) -> list[str]:
     return [file.rfilename for file in answer.siblings or []]
 
 
+def with_settings(name: str) -> str | None:
+    """A name under which a model's configuration and tokenizer can be read: its own where it is on this
+    machine; of a hub id, a folder of these files alone, fetched now; None where they cannot be had."""
+    if missing_model(name) is None:
+        return name
+    if looks_like_path(name):
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        files_on_hub(name)  # which limits the time
+        folder = Path(snapshot_download(name, allow_patterns=_TEXT_FILES))
+    except Exception as error:  # see `files_on_hub`
+        logger.debug("the settings of %s cannot be had: %s", name, error)
+        return None
+    return str(folder) if (folder / "config.json").is_file() else None
+
+
+def model_files(names: Iterable[str]) -> list[str]:
+    """What is fetched of a model in transformers' format, of whose files these are the names."""
+    weights = "*.safetensors" if any(name.endswith(".safetensors") for name in names) else "*.bin"
+    return [*_TEXT_FILES, weights]
+
+
 def _download(name: str, reason: str) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     logger.info("%s is not here: fetching it from %s", name, constants.ENDPOINT)
     try:
-        files = files_on_hub(name)
-        weights = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "*.bin"
-        return Path(snapshot_download(name, allow_patterns=[*_TEXT_FILES, weights]))
+        return Path(snapshot_download(name, allow_patterns=model_files(files_on_hub(name))))
     except Exception as error:  # see `files_on_hub`; a connection that breaks off
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"'{name}': {reason}. Downloading it now failed: {cause}") from error

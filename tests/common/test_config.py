@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 
@@ -397,6 +398,24 @@ def test_all_problems_of_all_sections_are_shown_at_once(project):
     assert all(key in text for key in ("model.connector.r", "data_type", "run.task", "model.vision.nam"))
 
 
+@pytest.mark.parametrize(
+    ("model", "run", "reason"),
+    [
+        (
+            "evlgen_opt",
+            "{task: retrieval, k_test: 3}",
+            "run.task (PATH): no task is registered as 'retrieval'",
+        ),
+        ("evlgen_opt", "{task: retrieval, max_epohc: 3}", "run.task (PATH): no task is registered"),
+        ("albef", "{k_test: 3}", "model.arch (PATH): no model is registered as 'albef'"),
+        ("evlgen_opt", "{task: captioning, k_test: 3}", "run.k_test (PATH): there is no such key"),
+    ],
+)
+def test_a_part_that_is_not_here_is_named_before_keys_that_may_be_its_own(project, model, run, reason):
+    path = project(f"model: {{arch: {model}}}\ndatasets: {{coco_caption: }}\nrun: {run}\n")
+    assert problems_of(path).startswith(reason.replace("PATH", str(path)))
+
+
 def test_an_architecture_is_required(project):
     assert "model.arch: is required" in problems_of(project("run: {max_epoch: 1}\n"))
 
@@ -710,6 +729,16 @@ run:
             {"ccs14M": 1, "coco_caption": 3},
         ),
         (["run.train_dataset_ratios=null"], ["coco_caption", "laion115M", "ccs14M"], None),
+        (
+            ["run.train_dataset_ratios.ccs14M=null"],
+            ["coco_caption", "laion115M", "ccs14M"],
+            {"laion115M": 15, "coco_caption": 1},
+        ),
+        (
+            ["datasets.ccs14M=null", "run.train_dataset_ratios.ccs14M=null"],
+            ["coco_caption", "laion115M"],
+            {"laion115M": 15, "coco_caption": 1},
+        ),
     ],
 )
 def test_an_option_drops_a_dataset_or_replaces_the_ratios(tmp_path, options, datasets, ratios):
@@ -730,3 +759,10 @@ def test_a_dataset_that_is_not_there_cannot_be_dropped(tmp_path):
     with pytest.raises(ConfigError, match=r"datasets\.laion115 \(--options\).*Did you mean 'laion115M'"):
         Config.load(path, ["datasets.laion115=null"])
     assert Config.load(path, ["run.lr_scale={vision: 3}"]).run.lr_scale == {"vision": 3}
+    assert Config.load(path, ["run.lr_scale.connector=null"]).run.lr_scale == {}
+    assert re.search(
+        r"run\.train_dataset_ratios\.ccs14 \(--options\).*no such weight.*Did you mean 'ccs14M'",
+        problems_of(path, "run.train_dataset_ratios.ccs14=null"),
+    )
+    path.write_text(MIXED.replace("ccs14M: 4", "ccs14M: "))
+    assert "must be float (more than 0), not null; take the key out" in problems_of(path)

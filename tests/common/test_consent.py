@@ -71,6 +71,34 @@ def test_an_address_that_comes_with_weights_is_fetched_only_when_allowed(strange
     assert len(server.requests) == 1
 
 
+def test_a_project_file_beside_weights_fetches_only_what_is_allowed(strangers, server, capsys, monkeypatch):
+    content = OmegaConf.load(strangers / "config.yaml")
+    content.datasets = {"coco_caption": {"build_info": {"images": {"storage": f"{server.address}/images"}}}}
+    content.run = {"max_epoch": 1, "test_splits": ["test"], "output_dir": str(strangers.parent / "output")}
+    OmegaConf.save(content, strangers / "config.yaml")
+    named = ["--cfg-path", str(strangers / "config.yaml")]
+    monkeypatch.setattr("evlgen.assemble.run", lambda cfg: None)
+    to = ["--to", str(strangers.parent / "to")]
+    budget = ["--budget", "1it", "--output", str(strangers.parent / "compared")]
+    for command in (
+        ["train"],
+        ["evaluate"],
+        ["data", "check", *to],
+        ["data", "pack", "--split", "val", *to],
+        ["sweep", "model.connector.r=0,2", *budget],
+        ["compare", "--grid", "model.connector.r=0,2", *budget],
+    ):
+        assert cli.main([*command, *named]) == 1, command
+        err = capsys.readouterr().err
+        assert f"model.vision.pretrained: {server.address}/vision.safetensors" in err
+        assert f"datasets.coco_caption.build_info.images.storage: {server.address}/images" in err
+        assert "--allow-downloads" in err and "storage.googleapis.com" not in err  # built in
+    own = ["model.vision.pretrained=false", "datasets.coco_caption.build_info.images.storage=images"]
+    for more in (["--allow-downloads"], ["--options", *own]):
+        assert cli.train([*named, *more]) == 0
+    assert server.requests == []
+
+
 @pytest.mark.parametrize(
     ("key", "scheme"), [("language.name", "s3"), ("connector.init", "http"), ("vision.pretrained", "HTTPS")]
 )

@@ -575,16 +575,31 @@ def test_without_the_instruction_it_is_blip2(project, caplog):
 
 def test_a_loss_that_there_is_not_is_refused(project, caplog):
     keys = "arch: liptome_opt, model_type: pretrain_opt2.7b"
-    for beta in ("0.1", "-1", "null"):
+    for beta, problem in (
+        ("0.1", "0.1 would add a contrastive loss"),
+        ("-1", "-1 would add a contrastive loss"),
+        ("null", "is empty"),
+        ("", "is empty"),
+        ("true", "must be a number, not true"),
+    ):
         path = project(f"{{{keys}, beta: {beta}}}")
         with pytest.raises(ConfigError) as error:
             Config.load(path)
-        assert f"model.beta ({path}): {beta} would add a contrastive loss" in str(error.value)
+        assert f"model.beta ({path}): {problem}" in str(error.value)
+        assert str(error.value).endswith("Set it to 0 to train on the texts alone.")
     assert Config.load(path, ["model.beta=0"]).model.arch == "evlgen_opt"
     assert "beta" not in Config.load(project(f"{{{keys}, beta: 0.0}}")).model
     with pytest.raises(ConfigError, match=r"model\.beta \(--options\)"):
         Config.load(path, ["model.beta=0.2"])
     assert not caplog.records
+
+
+@pytest.mark.parametrize("beta", ["0.1", ""])
+def test_a_loss_that_there_is_not_has_no_effect_on_an_evaluation(project, caplog, beta):
+    keys = f"{{arch: liptome_opt, model_type: pretrain_opt2.7b, beta: {beta}}}"
+    path = project(keys, "run: {evaluate: true, test_splits: [test]}\n")
+    assert Config.load(path).model.arch == load_model_file(path).arch == "evlgen_opt"
+    assert [r.getMessage() for r in caplog.records] == ["model.beta: without effect here"] * 2
 
 
 @pytest.mark.parametrize("arch", ["blip2", "blip2_opt"])

@@ -5,7 +5,12 @@ The tiny model has 128 positions, of which soft prompts take 8; OPT reads one to
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from file_server import file_server
+from huggingface_hub import close_session, constants
+from omegaconf import OmegaConf
 
 from evlgen.assemble import check_room, run
 from evlgen.common.errors import ConfigError
@@ -19,6 +24,8 @@ FITS = [
     ["run.max_len=88", "run.task=vqa"],
     ["model.max_txt_len=121", "run.evaluate=true", "run.test_splits=[test]"],  # nothing is learned
     ["model.language.kind=causal", "model.max_txt_len=119"],
+    ["run.task=captioning_scst", "run.valid_splits=[]", "run.max_len=119"],
+    ["run.task=captioning_scst", "model.max_txt_len=121"],  # it learns what it wrote
 ]
 TOO_LONG = [
     (["run.max_len=120"], 129, "run.max_len"),
@@ -27,6 +34,7 @@ TOO_LONG = [
     (["run.max_len=119", "model.prompt=a"], 129, "run.max_len"),
     (["run.max_len=119", "model.connector.r=2"], 131, "run.max_len"),
     (["run.max_len=89", "run.task=vqa"], 129, "run.max_len"),  # questions of any length
+    (["run.task=captioning_scst", "run.valid_splits=[]", "run.max_len=120"], 129, "run.max_len"),
     (["model.max_txt_len=121"], 129, "model.max_txt_len"),
     (["model.language.kind=causal", "model.max_output_txt_len=120"], 129, "model.max_txt_len"),
 ]
@@ -53,6 +61,36 @@ def test_a_run_is_refused_before_it_makes_its_folder_or_a_model(tiny_project, tm
     with pytest.raises(ConfigError, match=r"run\.max_len"):
         run(Config.load(tiny_project(), ["run.max_len=120"]))
     assert not (tmp_path / "output").exists()
+
+
+def test_of_a_model_on_the_hub_only_the_settings_are_fetched_to_know_its_positions(
+    tiny_project, golden, monkeypatch
+):
+    name = OmegaConf.load(golden / "evlgen_opt" / "model.yaml").model.language.name
+    files = {file.name: file.read_bytes() for file in (golden / "evlgen_opt" / name).iterdir()}
+    assert "model.safetensors" in files
+    commit = 40 * "a"
+    with file_server() as server:
+        listed = [{"type": "file", "path": name, "size": len(files[name]), "oid": name} for name in files]
+        info = {"id": "somebody/tiny", "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+        for path in ("", "/revision/main"):
+            server.files[f"/api/models/somebody/tiny{path}"] = json.dumps(info).encode()
+        tree = f"/api/models/somebody/tiny/tree/{commit}?recursive=true&expand=false"
+        server.files[tree] = json.dumps(listed).encode()
+        server.headers = {"X-Repo-Commit": commit}
+        for name, content in files.items():
+            path = f"/somebody/tiny/resolve/{commit}/{name}"
+            server.files[path], server.etags[path] = content, f'"{name}"'
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        close_session()
+        with pytest.raises(ConfigError, match=r"take 129 positions.*run\.max_len"):
+            check(tiny_project(), ["model.language.name=somebody/tiny", "run.max_len=120"])
+        close_session()
+        asked = [path.rpartition("/")[2] for path, _ in server.requests]
+    assert "config.json" in asked and "model.safetensors" not in asked
 
 
 @pytest.mark.parametrize(

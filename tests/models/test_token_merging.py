@@ -104,6 +104,47 @@ def test_the_class_token_never_merges_even_when_it_is_the_most_similar():
     assert token_counts(merge_map, num_out)[0, 0] == 1
 
 
+def chosen(metric, merge_map, num_out) -> torch.Tensor:
+    """The exact similarities of the pairs that a merge map merges, in order, [B, r]."""
+    unit = torch.nn.functional.normalize(metric.double(), dim=-1)
+    kept = num_out - metric.shape[1] // 2  # output tokens that are one of A
+    found = []
+    for tokens, row in zip(unit, merge_map.tolist(), strict=True):
+        pairs = [(a, 1 + 2 * (to - kept)) for a, to in enumerate(row) if a % 2 == 0 and to >= kept]
+        found.append(sorted(float(tokens[a] @ tokens[b]) for a, b in pairs))
+    return torch.tensor(found)
+
+
+def best_possible(metric, r: int) -> torch.Tensor:
+    """The exact similarities of the r best matches, in order, [B, r]; the class token has none."""
+    unit = torch.nn.functional.normalize(metric.double(), dim=-1)
+    best = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).amax(-1)[:, 1:]
+    return best.sort(descending=True).values[:, :r].flip(-1).float()
+
+
+@pytest.mark.parametrize("tokens", [8, 17, 50])
+def test_rounding_decides_nothing_but_which_of_equally_good_pairs_merge(tokens):
+    """Rounding is here noise of its size: what merges is as alike, and the same where similarities differ."""
+    generator = torch.Generator().manual_seed(tokens)
+    colours = torch.randn(3, 8, generator=generator)
+    tied = colours[torch.randint(3, (4, tokens), generator=generator)]  # many similarities of 1
+    clear = torch.randn(4, tokens, 8, generator=generator)
+    r = tokens // 4
+    for metric in (tied, clear):
+        first = match_tokens(metric, r)
+        for _ in range(50):
+            noise = 1e-7 * torch.randn(metric.shape, generator=generator)
+            found = match_tokens(metric * (1 + noise), r)
+            torch.testing.assert_close(chosen(metric, *found), best_possible(metric, r), atol=1e-6, rtol=0)
+            assert metric is tied or torch.equal(found[0], first[0])
+
+
+def test_of_equal_similarities_the_first_decides():
+    merge_map, num_out = match_tokens(torch.ones(1, 9, 4), 2)  # every similarity is exactly 1
+    # A is 0, 2, 4, 6, 8 and B is 1, 3, 5, 7: tokens 2 and 4 merge into 1; 0, 6 and 8 stay
+    assert (num_out, merge_map.tolist()) == (7, [[0, 3, 3, 4, 3, 5, 1, 6, 2]])
+
+
 def test_two_maps_in_a_row_are_one():
     x = torch.randn(2, 21, 6, generator=torch.Generator().manual_seed(3))
     first, middle = match_tokens(x, 5)

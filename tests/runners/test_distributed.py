@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from omegaconf import OmegaConf
-from runners.processes import alone, logged, read_lines, torchrun
+from runners.processes import alone, logged, read_lines, two_processes
 from safetensors.torch import load_file
 
 from evlgen.common.errors import ConfigError
@@ -116,7 +116,7 @@ def t5(golden, tmp_path_factory):
 
 @pytest.mark.parametrize("case", ["frozen", "trained", "t5 with adapters"])
 def test_a_spread_language_model_trains_like_a_whole_one_from_and_to_its_checkpoints(
-    write_pair_project, tmp_path, t5, case
+    forks, write_pair_project, tmp_path, t5, case
 ):
     project, freeze = write_pair_project(tmp_path), case != "trained"
     if case.startswith("t5"):
@@ -130,7 +130,8 @@ def test_a_spread_language_model_trains_like_a_whole_one_from_and_to_its_checkpo
     expected = train_lines(whole / "latest")
 
     shutil.copytree(whole / "latest", spread / "run", symlinks=True)
-    ended = torchrun(
+    ended = two_processes(
+        forks,
         project,
         f"model.language.freeze={freeze}",
         "run.shard_language=true",

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runners.forks import ROOT, Forks
+from forks import ROOT, Forks
 from runners.processes import QUICK
 
 KILLER = Path(__file__).with_name("killer.py")
@@ -46,15 +46,17 @@ print(digest.hexdigest())
 
 
 @pytest.fixture(scope="module")
-def forks() -> Iterator[dict[str, Forks]]:
-    """By their hash seeds, which decide the order of sets of strings."""
-    with Forks(**QUICK, PYTHONHASHSEED="0") as one, Forks(**QUICK, PYTHONHASHSEED="1") as other:
-        yield {"0": one, "1": other}
+def seeded_forks(forks) -> Iterator[tuple[Forks, Forks]]:
+    """With two hash seeds, which decide the order of sets of strings."""
+    with Forks(PYTHONHASHSEED="1") as other:
+        yield forks, other
 
 
 def train(forks: Forks, project: Path, *options: str, **environment: str) -> tuple[int, str]:
     arguments = ("--cfg-path", str(project), "--plugins", str(KILLER), "--options", *options)
-    return forks.run(ROOT / "train.py", *arguments, shown=project.with_name("shown.txt"), **environment)
+    return forks.run(
+        ROOT / "train.py", *arguments, shown=project.with_name("shown.txt"), **QUICK, **environment
+    )
 
 
 def outcome(folder: Path) -> dict[str, object]:
@@ -79,7 +81,7 @@ def outcome(folder: Path) -> dict[str, object]:
     return {"records": records, "files": files, "links": links}
 
 
-def test_a_run_killed_at_any_moment_ends_as_one_never_interrupted(forks, tiny_project, tmp_path):
+def test_a_run_killed_at_any_moment_ends_as_one_never_interrupted(seeded_forks, tiny_project, tmp_path):
     settings = {
         "task": "killable",
         "max_epoch": 6,
@@ -94,10 +96,10 @@ def test_a_run_killed_at_any_moment_ends_as_one_never_interrupted(forks, tiny_pr
         datasets={"shapes_caption": {"train_size": 40}},
         run=settings,
     )
-    seeds = itertools.cycle(forks)
+    forks = itertools.cycle(seeded_forks)
 
     def launch(*options: str, kill_at: str = "nowhere:0") -> tuple[int, str]:
-        return train(forks[next(seeds)], project, *options, KILL_AT=kill_at)
+        return train(next(forks), project, *options, KILL_AT=kill_at)
 
     code, shown = launch(f"run.output_dir={tmp_path / 'whole'}")
     assert code == 0, shown
@@ -127,14 +129,16 @@ def test_a_run_killed_at_any_moment_ends_as_one_never_interrupted(forks, tiny_pr
     assert not [name for name in checkpoints if name.startswith(".step")]
 
 
-def test_texts_are_the_same_whatever_the_interpreters_hash_seed_is(forks, tmp_path):
+def test_texts_are_the_same_whatever_the_interpreters_hash_seed_is(seeded_forks, tmp_path):
     program = tmp_path / "texts.py"
     program.write_text(TEXTS)
-    one, other = (fork.run(program, shown=tmp_path / "shown.txt") for fork in forks.values())
+    one, other = (fork.run(program, shown=tmp_path / "shown.txt") for fork in seeded_forks)
     assert one == other and one[0] == 0
 
 
-def test_a_run_goes_on_bit_for_bit_whatever_the_interpreters_hash_seed_is(forks, tiny_project, tmp_path):
+def test_a_run_goes_on_bit_for_bit_whatever_the_interpreters_hash_seed_is(
+    seeded_forks, tiny_project, tmp_path
+):
     project = tiny_project(
         datasets={"shapes_caption": {"train_size": 512}},
         run={
@@ -143,9 +147,10 @@ def test_a_run_goes_on_bit_for_bit_whatever_the_interpreters_hash_seed_is(forks,
         },
     )
     whole = tmp_path / "whole"
-    code, shown = train(forks["0"], project, f"run.output_dir={whole}")
+    one, other = seeded_forks
+    code, shown = train(one, project, f"run.output_dir={whole}")
     assert code == 0, shown
     expected = outcome(whole / "latest")
-    code, shown = train(forks["1"], project, f"run.resume={whole}/latest/checkpoints/step_00000004")
+    code, shown = train(other, project, f"run.resume={whole}/latest/checkpoints/step_00000004")
     assert code == 0, shown
     assert outcome(whole / "latest") == expected

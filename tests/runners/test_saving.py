@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from faults import deaths
+from forks import ROOT, TIMEOUT, Forks
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
@@ -28,7 +29,7 @@ from evlgen.runners.optimizer import build_optimizer
 from evlgen.runners.training_state import TrainingState
 from evlgen.weights import checkpoints
 
-ROOT = Path(__file__).resolve().parents[2]
+RECORDING = ROOT / "tests" / "comparison" / "recording.py"
 SHORT = {"valid_splits": [], "max_epoch": 3, "precision": "fp32"}
 
 
@@ -208,7 +209,7 @@ def test_saving_a_step_again_may_be_killed_at_any_system_call(training, monkeypa
     assert resumed(training).iteration == 2
 
 
-def in_process(training_folder: Path, lines: str, **popen) -> subprocess.CompletedProcess:
+def in_process(forks: Forks, training_folder: Path, lines: str) -> tuple[int, str]:
     """Saves twice in a process of its own, with something in the way of the second save."""
     program = f"""
 import os, resource, sys
@@ -234,9 +235,9 @@ print("latest", checkpointer.latest().name)
 print([p.name for p in checkpointer.folder.iterdir()])
 checkpointer.raise_problem()
 """
-    return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, **popen
-    )
+    file = training_folder / "program.py"
+    file.write_text(program)
+    return forks.run(file, shown=training_folder / "shown.txt")
 
 
 OBSTACLES = {
@@ -250,17 +251,17 @@ OBSTACLES = {
 
 
 @pytest.mark.parametrize("obstacle", OBSTACLES)
-def test_a_save_that_fails_leaves_the_one_before_whole_and_names_it(tiny_project, tmp_path, obstacle):
+def test_a_save_that_fails_leaves_the_one_before_whole_and_names_it(forks, tiny_project, tmp_path, obstacle):
     tiny_project()
     for folder in (tmp_path, *tmp_path.parents):  # another user may look in
         if folder.owner() == tmp_path.owner() and folder != Path("/") and os.geteuid() == 0:
             folder.chmod(folder.stat().st_mode | 0o055)
     lines, cause = OBSTACLES[obstacle]
-    done = in_process(tmp_path, lines)
-    assert "latest step_00000001\n" in done.stdout, done.stderr
-    assert ".step" not in done.stdout
-    assert done.returncode != 0
-    message = done.stderr.splitlines()[-1]
+    code, shown = in_process(forks, tmp_path, lines)
+    assert "latest step_00000001\n" in shown, shown
+    assert ".step" not in next(line for line in shown.splitlines() if line.startswith("["))
+    assert code != 0
+    message = shown.splitlines()[-1]
     assert "step_00000002 could not be saved" in message and cause in message, message
     assert "The last whole checkpoint is" in message and "step_00000001" in message
     load_file(tmp_path / "checkpoints" / "step_00000001" / "model.safetensors")
@@ -288,9 +289,10 @@ def test_resume_auto_passes_over_a_damaged_checkpoint_to_the_newest_good_one(tin
 def test_a_second_resume_of_a_run_folder_is_refused_while_the_first_is_at_work(tiny_project):
     path = tiny_project(run={**SHORT, "max_epoch": 1})
     folder = train(path)
-    lines = "import sys, time; from pathlib import Path; from evlgen.files.locks import sole_writer"
-    lines += "\nwith sole_writer(Path(sys.argv[1])): print('at work', flush=True); time.sleep(60)"
-    first = subprocess.Popen([sys.executable, "-c", lines, str(folder)], stdout=subprocess.PIPE, text=True)
+    lines = "import sys; from pathlib import Path; from evlgen.files.locks import sole_writer"
+    lines += "\nwith sole_writer(Path(sys.argv[1])): print('at work', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", lines, str(folder)]
+    first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "at work\n"
     before = (folder / "log.jsonl").read_bytes()
     for source in ("auto", folder / "checkpoints" / "latest"):
@@ -377,34 +379,31 @@ def test_settings_that_changed_since_the_checkpoint_are_reported_key_by_key(tiny
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(tiny_project, tmp_path, name):
-    path = tiny_project(run={**SHORT, "max_epoch": 60, "num_workers": 2, "save_every": None})
-    command = [sys.executable, str(ROOT / "train.py"), "--cfg-path", str(path)]
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    log = tmp_path / "output" / "latest" / "log.jsonl"
-    for _ in range(600):
-        if log.is_file() and len(log.read_text().splitlines()) >= 3:
-            break
+def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(forks, tiny_project, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("RECORDS", str(tmp_path))
+    settings = {**SHORT, "task": "recording", "num_workers": 2, "save_every": None}
+    path = tiny_project(run=settings, plugins=[str(RECORDING)])
+    arguments = (ROOT / "train.py", "--cfg-path", path)
+    started = forks.start(*arguments, shown=tmp_path / "shown.txt", PAUSE_AT="4")
+    (process,) = started.pids
+    seen = tmp_path / "0.001.jsonl"  # a line for each step
+    end = time.time() + TIMEOUT
+    while time.time() < end and not (seen.is_file() and len(seen.read_text().splitlines()) == 4):
         time.sleep(0.1)
     # as a terminal does it: to the data-loading processes as well
-    os.killpg(process.pid, getattr(signal, name)) if name == "SIGINT" else process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    (os.killpg if name == "SIGINT" else os.kill)(process, getattr(signal, name))
+    code, errors = started.wait()
     last = errors.splitlines()[-1]
     shown = "Ctrl-C" if name == "SIGINT" else name
     assert last.startswith(f"stopped by {shown} after iteration "), errors[-2000:]
     assert "run.resume=auto" in last and "Traceback" not in errors
-    assert process.returncode == 128 + getattr(signal, name)
+    assert code == 128 + getattr(signal, name)
     folder = (tmp_path / "output" / "latest").resolve()
     trained = [r["iteration"] for r in records(folder) if r["type"] == "train"]
-    assert (folder / "checkpoints" / f"step_{trained[-1]:08d}" / "config.yaml").is_file()
-    assert train(path, "run.resume=auto", "run.max_epoch=60") == folder
-    assert [r["iteration"] for r in records(folder)] == list(range(1, 361))
+    assert trained == [1, 2, 3, 4]
+    assert (folder / "checkpoints" / "step_00000004" / "config.yaml").is_file()
+    assert train(path, "run.resume=auto") == folder
+    assert [r["iteration"] for r in records(folder)] == list(range(1, 19))
 
 
 def test_a_deterministic_run_gives_equal_results_run_after_run(tiny_project):

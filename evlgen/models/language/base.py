@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from evlgen.common.turns import Turn
 from evlgen.models.language.segments import Part, Row, SoftPrompts
+from evlgen.processors.turns import Turn
 
 
 class LanguageModel(nn.Module):

@@ -22,7 +22,6 @@ from transformers.models.auto.modeling_auto import (
 
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
-from evlgen.common.turns import Turn
 from evlgen.models.language.chat import ChatTemplate, read_template
 from evlgen.models.language.generation import Decoding, can_read_trees, decode, decode_stepwise
 from evlgen.models.language.hugging_face import (
@@ -51,6 +50,7 @@ from evlgen.models.language.segments import (
     segments,
 )
 from evlgen.models.language.text_trees import TextTrees, text_trees
+from evlgen.processors.turns import Turn
 
 
 @registry.register_language_model("causal")

@@ -14,10 +14,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from evlgen.common.errors import ConfigError, DataError, did_you_mean
-from evlgen.common.turns import Turn
 from evlgen.files.io import PACKAGE_ROOT
 from evlgen.models.language.plain_text import PlainText
 from evlgen.models.language.segments import VISUAL, Segment
+from evlgen.processors.turns import Turn
 
 #: Stands for the picture in a message: the character Unicode has for what is not text.
 PICTURE = "\ufffc"

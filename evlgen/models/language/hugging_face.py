@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from evlgen.common.errors import CheckpointError, ConfigError
-from evlgen.common.turns import Turn
 from evlgen.config.model_config import LoraConfig
 from evlgen.models.language.adapters import adapter_modules, add_adapters
 from evlgen.models.language.base import LanguageModel
@@ -29,6 +28,9 @@ from evlgen.models.language.plain_text import PlainText
 from evlgen.models.language.quantization import quantization_options
 from evlgen.models.language.ranking import Reader, RepeatingReader, log_likelihoods
 from evlgen.models.language.segments import Part, Row, Segment, SoftPrompts, Tokens
+from evlgen.models.language.token_loss import token_losses
+from evlgen.models.ops import Linear
+from evlgen.processors.turns import Turn
 
 _EMBEDDED_AT_ONCE = 8192
 
@@ -37,14 +39,26 @@ class Predictions(NamedTuple):
     """The n tokens of a batch that are learned, those of one sample in a row.
 
     Attributes:
-        logits: [n, vocabulary], float32.
+        scores: [n, vocabulary]: logits; or [n, C], what ``head`` makes logits of.
+        head: the output layer where it is frozen and the last that a model does; else None.
         targets: [n], the tokens.
         rows: [n], the text each belongs to.
     """
 
-    logits: Tensor
+    scores: Tensor
+    head: nn.Linear | None
     targets: Tensor
     rows: Tensor
+
+    def logits(self) -> Tensor:
+        """[n, vocabulary], float32."""
+        return (self.scores if self.head is None else self.head(self.scores)).float()
+
+    def losses(self) -> Tensor:
+        """[n], float32: the negated log-likelihood of each token."""
+        if self.head is None:
+            return F.cross_entropy(self.logits(), self.targets, reduction="none")
+        return token_losses(self.scores, self.head.weight, self.head.bias, self.targets)
 
 
 class HuggingFaceLanguageModel(LanguageModel):
@@ -76,6 +90,7 @@ class HuggingFaceLanguageModel(LanguageModel):
 
     KIND: ClassVar[str]  # its registered name
     AUTO_CLASS: ClassVar[Any]
+    _ends_with_head: bool | None = None  # whether its output layer's are the logits; None: not known yet
 
     def __init__(
         self,
@@ -303,7 +318,7 @@ class HuggingFaceLanguageModel(LanguageModel):
             return self.token_losses(soft_prompts[rows], [prompts[row] for row in rows], texts)[0]
 
         any_token = [[self.pad_token_id]] * len(prompts)  # what is predicted first does not depend on it
-        return RepeatingReader(self._predictions_of_tokens(soft_prompts, prompts, any_token).logits, losses)
+        return RepeatingReader(self._predictions_of_tokens(soft_prompts, prompts, any_token).logits(), losses)
 
     def _gap_after(self, prompt: str) -> str:
         """What stands between a prompt and the text after it."""
@@ -321,29 +336,41 @@ class HuggingFaceLanguageModel(LanguageModel):
         waits for nothing. Logits are computed there alone."""
         device = inputs["inputs_embeds"].device
         rows = rows.to(device)
-        logits = self._logits_at(rows, columns.to(device), inputs).float()
-        return Predictions(logits, targets.to(device), rows if texts is None else texts.to(device))
+        scores, head = self._scores_at(rows, columns.to(device), inputs)
+        return Predictions(scores, head, targets.to(device), rows if texts is None else texts.to(device))
 
-    def _logits_at(self, rows: Tensor, columns: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    def _scores_at(
+        self, rows: Tensor, columns: Tensor, inputs: Mapping[str, Any]
+    ) -> tuple[Tensor, nn.Linear | None]:
         """What the model's own forward does before and after its output layer (a scale, a cap) stays in
-        force: the layer is given the hidden states [1, n, C] of those positions only."""
+        force: the layer is given the hidden states [1, n, C] of those positions only. Where the layer is
+        frozen and nothing comes after it, the hidden states are returned with it."""
         head = self.model.get_output_embeddings()
-        picked = False
+        if head is None or self.model._compiled_call_impl is not None:
+            # a compiled forward would go on with the hooks it was compiled with
+            return self.model(**inputs, use_cache=False).logits[rows, columns], None
+        hidden, given = rows, rows  # until the hooks run
+        is_enough = self._ends_with_head and _is_plain(head)  # the hidden states, without logits
 
         def pick(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            nonlocal picked
-            picked = True
-            return (args[0][rows, columns][None], *args[1:])
+            nonlocal hidden
+            hidden = args[0][rows, columns]
+            return (hidden[:1][None] if is_enough else hidden[None], *args[1:])
 
-        # a compiled forward would go on with the hook it was compiled with
-        hooked = head is not None and self.model._compiled_call_impl is None
-        handle = head.register_forward_pre_hook(pick) if hooked else None
+        def see(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+            nonlocal given
+            given = output
+
+        handles = [head.register_forward_pre_hook(pick), head.register_forward_hook(see)]
         try:
             logits = self.model(**inputs, use_cache=False).logits
         finally:
-            if handle is not None:
+            for handle in handles:
                 handle.remove()
-        return logits[0] if picked else logits[rows, columns]
+        if self._ends_with_head is None:
+            self._ends_with_head = logits is given
+            is_enough = self._ends_with_head and _is_plain(head)
+        return (hidden, head) if is_enough else (logits[0], None)
 
     def _check_something_is_learned(self, count: int) -> None:
         if not count:
@@ -392,12 +419,21 @@ def for_each_text(soft_prompts: Tensor, num_texts: list[int] | None) -> Tensor:
 
 def _mean(predictions: Predictions) -> tuple[Tensor, int]:
     """The mean loss of the tokens, and how many those are."""
-    logits, targets, rows = predictions
-    return F.cross_entropy(logits, targets), len(rows)
+    return predictions.losses().mean(), len(predictions.rows)
 
 
 def _by_sample(predictions: Predictions, count: int) -> tuple[Tensor, Tensor]:
     """The sum of the losses of each text's tokens, [count], and how many those are, [count]."""
-    logits, targets, rows = predictions
-    losses = F.cross_entropy(logits, targets, reduction="none")  # [n]
+    losses, rows = predictions.losses(), predictions.rows  # [n]
     return losses.new_zeros(count).index_add(0, rows, losses), torch.bincount(rows, minlength=count)
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether an output layer is a frozen linear layer and no more: without adapters, whole in this process,
+    with weights that are not quantised."""
+    return (
+        type(head) in (nn.Linear, Linear)
+        and type(head.weight.data) is Tensor
+        and head.weight.is_floating_point()
+        and not any(p.requires_grad for p in head.parameters())
+    )

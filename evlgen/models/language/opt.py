@@ -11,9 +11,9 @@ from typing import Any
 
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
-from evlgen.common.turns import Turn
 from evlgen.models.language.causal import CausalLanguageModel
 from evlgen.models.language.segments import Segment, Tokens
+from evlgen.processors.turns import Turn
 
 
 @registry.register_language_model("opt")

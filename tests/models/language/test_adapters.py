@@ -29,7 +29,7 @@ def awaken(model) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_alone_are_trained_and_in_float32(model_folder, soft_prompts, family, dtype):
     folder = str(model_folder(family))
-    plain = CausalLanguageModel(folder, dtype=dtype)
+    plain = CausalLanguageModel(folder, dtype=dtype).requires_grad_(False)
     model = CausalLanguageModel(folder, dtype=dtype, lora=LoraConfig(r=2))
     soft = soft_prompts(model)
     with torch.no_grad():

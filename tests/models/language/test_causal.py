@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from evlgen.common.errors import CheckpointError, ConfigError
 from evlgen.common.registry import registry
@@ -27,6 +28,7 @@ FAMILIES = (
     "bloom",
     "mamba",
 )
+CHANGES_LOGITS = ("gemma2", "gemma3", "cohere", "granite")  # by a cap, a scale, after the output layer
 QUESTIONS = ["what color is the circle?", "", "how many stars are there on the hill?"]
 ANSWERS = ["red", "two blue stars and a small cat", "no"]
 
@@ -99,7 +101,7 @@ def test_the_loss_of_captions_is_over_all_but_the_prompt(language, soft_prompts)
 @torch.no_grad()
 def test_logits_where_a_label_is_are_those_of_the_whole_forward(language, soft_prompts, family):
     """Capped, scaled and shifted logits included."""
-    model = language(family)
+    model = language(family).requires_grad_(False)
     embeds = torch.cat([soft_prompts(model), soft_prompts(model).flip(0)], dim=1)
     rows, columns = torch.tensor([0, 0, 2]), torch.tensor([1, 4, 5])
     whole = model.model(inputs_embeds=embeds).logits
@@ -107,10 +109,15 @@ def test_logits_where_a_label_is_are_those_of_the_whole_forward(language, soft_p
     handle = model.model.get_output_embeddings().register_forward_hook(
         lambda *args: seen.append(args[2].shape)
     )
-    picked = model._logits_at(rows, columns, {"inputs_embeds": embeds})
+    targets = torch.tensor([7, 3, 5])
+    right = F.cross_entropy(whole[rows, columns], targets, reduction="none")
+    for _ in range(2):  # the first tells whether anything comes after the output layer
+        found = model._predictions_at(rows, columns, targets, inputs_embeds=embeds)
+        assert torch.allclose(found.logits(), whole[rows, columns], atol=1e-5)
+        assert torch.allclose(found.losses(), right, atol=1e-5)
     handle.remove()
-    assert torch.allclose(picked, whole[rows, columns], atol=1e-5)
-    assert [shape[:2].numel() for shape in seen] == [3], "the output layer reads three positions only"
+    assert max(shape[:-1].numel() for shape in seen) == 3, "the output layer reads three positions at most"
+    assert model._ends_with_head is (family not in CHANGES_LOGITS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 
 from evlgen.common.errors import ConfigError, DataError
-from evlgen.common.turns import read_turns
 from evlgen.models.language.chat import ChatTemplate, read_template
+from evlgen.processors.turns import read_turns
 
 ALTERNATE = (
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"

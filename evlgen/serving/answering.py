@@ -1,0 +1,188 @@
+"""From requests to texts: the one place of the server that knows the model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from evlgen.common.errors import ConfigError, DataError
+from evlgen.media.video import Pictures
+from evlgen.models.base_model import BaseModel
+from evlgen.models.language.generation import Decoding
+from evlgen.models.prompts import SLOT, ask, check_slots
+from evlgen.models.vlm import VLM
+from evlgen.models.zoo import load_preprocess
+
+#: What the text of a request is put into, unless the model has a chat template of its own.
+QUESTION = "Question: {} Short answer:"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request, ready for the model.
+
+    Attributes:
+        pixels: [3, H, W], or [3, T, H, W] where the model reads videos.
+        text: of the user; None: a caption is wanted.
+        decoding: how its texts are chosen.
+        seed: of sampling; None: as it comes.
+    """
+
+    pixels: Tensor
+    text: str | None
+    decoding: Decoding
+    seed: int | None = None
+
+    @property
+    def kind(self) -> tuple:
+        """Requests of one kind may be answered in one batch; one with a seed is answered alone, as its
+        texts must not depend on others."""
+        shape = tuple(self.pixels.shape)
+        return (shape, self.decoding, None if self.seed is None else id(self))
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text of an answer; ``is_cut`` where it has reached the number of tokens asked for."""
+
+    text: str
+    num_tokens: int
+    is_cut: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The texts of a request, and how many tokens were read for each."""
+
+    texts: list[Text]
+    prompt_tokens: int
+
+
+class Stopped(Exception):
+    """Nobody waits for the texts any more."""
+
+
+class Answerer:
+    """Answers requests by a model.
+
+    Args:
+        model: in eval mode, on its device.
+        question: a format with one slot for the text of a request; ``{}``: the text is continued as it is.
+            None: `QUESTION`, or ``{}`` where the model has a chat template.
+
+    Raises:
+        ConfigError: a model that writes no texts, or a format without a slot.
+    """
+
+    def __init__(self, model: BaseModel, question: str | None = None) -> None:
+        if not isinstance(model, VLM):
+            raise ConfigError(f"{type(model).__name__} writes no texts, so it cannot be served.")
+        if question is None:
+            question = SLOT if getattr(model.language, "_chat", None) is not None else QUESTION
+        if question.count(SLOT) != 1:
+            raise ConfigError(
+                f"the prompt {question!r} must have one slot {SLOT}, for the text of a request."
+            )
+        check_slots(question)
+        self.model = model
+        self.question = question
+        self._reads_videos = getattr(model, "temporal", None) is not None
+        self._process = load_preprocess(model, num_frames=None)[0]["eval"]
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """An image as the model reads it; see `Ask`."""
+        return self._process(Pictures([image]) if self._reads_videos else image)
+
+    def decoding(self, has_text: bool, **options) -> Decoding:
+        """How texts are chosen: ``options``, without those that are None, over what the model's own
+        configuration says."""
+        given = {key: value for key, value in options.items() if value is not None}
+        length = "answer_length_penalty" if has_text else "length_penalty"
+        own = {"length_penalty": self._own(length), "repetition_penalty": self._own("repetition_penalty")}
+        return Decoding(**{**own, **given})
+
+    def answer(self, requests: Sequence[Ask], is_wanted: Callable[[], bool] = lambda: True) -> list[Answer]:
+        """The answers to requests of one `Ask.kind`.
+
+        Args:
+            is_wanted: called before every token; false ends the work.
+
+        Raises:
+            Stopped: ``is_wanted`` said no.
+            EVLGenError: one of them cannot be answered, such as one with too long a text.
+        """
+        model, first = self.model, requests[0]
+        prompts = [self._prompt(request.text) for request in requests]
+        images = torch.stack([request.pixels for request in requests]).to(model.device)
+        with self._as_long_as(is_wanted), self._seeded(first.seed), torch.no_grad():
+            tokens = model.generate_tokens(
+                {"image": images, "prompt": prompts}, **dataclasses.asdict(first.decoding)
+            )
+        ends = set(getattr(model.language, "end_token_ids", ()))
+        texts = [
+            Text(text, len(ids), len(ids) >= first.decoding.max_length and ids[-1] not in ends)
+            for text, ids in zip(model.texts(tokens), tokens, strict=True)
+        ]
+        each = first.decoding.num_captions
+        return [
+            Answer(texts[place * each : (place + 1) * each], self._num_read(prompt))
+            for place, prompt in enumerate(prompts)
+        ]
+
+    def _own(self, key: str) -> float:
+        """A setting of generation as the model's configuration says, else as its architecture does."""
+        value = getattr(self.model.generation, key)
+        return getattr(self.model.GENERATION, key) if value is None else value
+
+    def _prompt(self, text: str | None) -> str:
+        """What is read before the answer. Raises `DataError` for a text that would be cut."""
+        if text is None:
+            return self.model.prompt
+        (prompt,) = ask(self.question, {"text_input": [text]}, 1)
+        language = self.model.language
+        limit = getattr(language, "max_txt_len", None)
+        if limit is not None and hasattr(language, "tokenizer"):
+            count = len(language.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids)
+            if count > limit:
+                raise DataError(f"the text takes {count} tokens, and the model reads {limit}: shorten it.")
+        return prompt
+
+    def _num_read(self, prompt: str) -> int:
+        """Soft prompts and text tokens read before an answer."""
+        soft = self.model.connector.num_soft_prompts(self.model.vision.num_tokens)
+        if not hasattr(self.model.language, "to_read"):
+            return soft
+        (tokens,) = self.model.language.to_read([prompt])
+        return soft + len(tokens.before) + len(tokens.read)
+
+    @contextlib.contextmanager
+    def _as_long_as(self, is_wanted: Callable[[], bool]) -> Iterator[None]:
+        def check(*_) -> None:
+            if not is_wanted():
+                raise Stopped
+
+        inner = next((m for m in self.model.language.modules() if isinstance(m, PreTrainedModel)), None)
+        handle = None if inner is None else inner.register_forward_pre_hook(check)
+        try:
+            yield
+        finally:
+            if handle is not None:
+                handle.remove()
+
+    @contextlib.contextmanager
+    def _seeded(self, seed: int | None) -> Iterator[None]:
+        """The same numbers for the same seed, and those of before afterwards."""
+        if seed is None:
+            yield
+            return
+        device = self.model.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield

@@ -1,0 +1,263 @@
+"""OpenAI's chat completions: what a request asks for, and the form of a response."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from evlgen.common.errors import did_you_mean
+from evlgen.serving.answering import Text
+from evlgen.serving.errors import Refusal
+from evlgen.serving.limits import Limits
+
+_MOST_ERRORS = 3  # of a request that are named
+_INT64 = 2**63
+
+Zero = Annotated[float, Field(ge=0, le=0)]  # a setting of OpenAI's of which only the default is understood
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class ImageAddress(_Model):
+    """``image_url`` of a content part."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(_Model):
+    """A content part that is an image."""
+
+    type: Literal["image_url"]
+    image_url: ImageAddress
+
+
+class TextPart(_Model):
+    """A content part that is text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Model):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: list[Annotated[ImagePart | TextPart, Field(discriminator="type")]]
+    name: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text_as_part(cls, content: Any) -> Any:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+class StreamOptions(_Model):
+    """``stream_options``."""
+
+    include_usage: bool = False
+
+
+class TextFormat(_Model):
+    """``response_format``, of which plain text is understood."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(_Model):
+    """The body of a request to ``/v1/chat/completions``. Beside OpenAI's settings: ``num_beams``,
+    ``repetition_penalty`` and ``length_penalty``."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
+
+    model: str
+    messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    num_beams: Annotated[int, Field(ge=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
+    # understood where they change nothing
+    frequency_penalty: Zero | None = None
+    presence_penalty: Zero | None = None
+    logprobs: Literal[False] | None = None
+    response_format: TextFormat | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        """The texts at which an answer ends."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [text for text in given if text]
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """New tokens at most, by either of the names."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+def read_request(body: bytes, limits: Limits) -> ChatRequest:
+    """The request in a body.
+
+    Raises:
+        Refusal: it is not JSON, or not such a request; names the field.
+    """
+    try:
+        request = ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise _refusal_of(error) from None
+    for name, value, limit in (
+        ("max_tokens", request.max_new_tokens, limits.max_tokens),
+        ("n", request.n, limits.texts),
+        ("num_beams", request.num_beams, limits.texts),
+    ):
+        if value is not None and value > limit:
+            raise Refusal(400, f"{name} is {value}, and this server allows {limit}.", "too_large", name)
+    return request
+
+
+def _refusal_of(error: ValidationError) -> Refusal:
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    lines, fields = [], [".".join(map(str, item["loc"])) for item in found]
+    for item, field in list(zip(found, fields, strict=True))[:_MOST_ERRORS]:
+        if item["type"] == "extra_forbidden":
+            near = did_you_mean(field, ChatRequest.model_fields)
+            lines.append(f"'{field[:80]}' is not supported here: leave it out.{near}")
+        elif item["type"] == "json_invalid":
+            return Refusal(400, f"the body is not JSON: {item['msg']}.", "invalid_json")
+        else:
+            lines.append(f"{field[:120] or 'the body'}: {item['msg']}.")
+    more = f" And {len(found) - _MOST_ERRORS} more." if len(found) > _MOST_ERRORS else ""
+    return Refusal(400, " ".join(lines) + more, "invalid_request", fields[0] or None)
+
+
+def image_and_text(request: ChatRequest, limits: Limits) -> tuple[str, str | None]:
+    """The address of the image of a request, and its text, None where it has none.
+
+    Raises:
+        Refusal: the conversation has several turns or images, or a message that is not a user's: models here
+            read one image and one text.
+    """
+    roles = [message.role for message in request.messages]
+    if roles != ["user"]:
+        what = "one message" if len(roles) == 1 else f"{len(roles)} messages"
+        raise Refusal(
+            400,
+            f"messages: this model reads one message of role 'user', and there are {what} "
+            f"({', '.join(roles[:4])}{', ...' if len(roles) > 4 else ''}). Send the question alone.",
+            "unsupported_conversation",
+            "messages",
+        )
+    parts = request.messages[0].content
+    images = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+    if len(images) != 1:
+        found = "none" if not images else len(images)
+        raise Refusal(
+            400,
+            f"messages: this model reads one image with each request, and there are {found}. Send one "
+            'content part {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,..."}}.',
+            "missing_image" if not images else "several_images",
+            "messages",
+        )
+    text = "\n".join(part.text for part in parts if isinstance(part, TextPart)).strip()
+    if len(text) > limits.text_chars:
+        raise Refusal(
+            400, f"the text has {len(text)} characters; at most {limits.text_chars}.", "too_large", "messages"
+        )
+    return images[0], text or None
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """A text up to the first of ``stops`` in it."""
+    return text[: min([place for stop in stops if (place := text.find(stop)) >= 0], default=len(text))]
+
+
+def _choices(texts: Sequence[Text], stops: Sequence[str]) -> list[tuple[str, str]]:
+    """(text, why it ended) of each."""
+    found = []
+    for text in texts:
+        shown = _cut(text.text, stops)
+        cut_short = text.is_cut and shown == text.text
+        found.append((shown, "length" if cut_short else "stop"))
+    return found
+
+
+def _usage(prompt_tokens: int, texts: Sequence[Text]) -> dict[str, int]:
+    written = sum(text.num_tokens for text in texts)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": written,
+        "total_tokens": prompt_tokens + written,
+    }
+
+
+def completion(
+    name: str, model: str, prompt_tokens: int, texts: Sequence[Text], stops: Sequence[str]
+) -> dict[str, Any]:
+    """The response, whole."""
+    return {
+        **_head(name, "chat.completion", model),
+        "choices": [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": reason,
+            }
+            for index, (text, reason) in enumerate(_choices(texts, stops))
+        ],
+        "usage": _usage(prompt_tokens, texts),
+    }
+
+
+def chunks(
+    name: str,
+    model: str,
+    prompt_tokens: int,
+    texts: Sequence[Text],
+    stops: Sequence[str],
+    with_usage: bool,
+) -> Iterator[dict[str, Any]]:
+    """The response, in the pieces of a stream: its words."""
+    head = _head(name, "chat.completion.chunk", model)
+    if with_usage:
+        head["usage"] = None
+
+    def piece(index: int, delta: dict[str, str], reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+        return {**head, "choices": [choice]}
+
+    for index, (text, reason) in enumerate(_choices(texts, stops)):
+        yield piece(index, {"role": "assistant", "content": ""})
+        for word in _words(text):
+            yield piece(index, {"content": word})
+        yield piece(index, {}, reason)
+    if with_usage:
+        yield {**head, "choices": [], "usage": _usage(prompt_tokens, texts)}
+
+
+def _words(text: str) -> list[str]:
+    """A text in pieces that joined give it again."""
+    words = text.split(" ")
+    return [word if place == 0 else f" {word}" for place, word in enumerate(words)] if text else []
+
+
+def _head(name: str, kind: str, model: str) -> dict[str, Any]:
+    return {"id": name, "object": kind, "created": int(time.time()), "model": model}

@@ -1,0 +1,300 @@
+"""The server as its clients see it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+from serving_requests import answer_of, data_url, encoded, picture, question
+
+from evlgen.common.errors import ConfigError
+from evlgen.serving import server
+from evlgen.serving.answering import Answer, Answerer, Ask, Stopped, Text
+from evlgen.serving.limits import Limits
+
+
+def _client(running, key="anything", **options):
+    return openai.OpenAI(base_url=f"{running.address}/v1", api_key=key, max_retries=0, **options)
+
+
+def _ask(client, number, text=None, **settings):
+    body = question(data_url(encoded(picture(number))), text)
+    return client.chat.completions.create(**body, **settings)
+
+
+def test_openais_client_gets_what_the_model_writes(running, model):
+    client = _client(running)
+    assert [found.id for found in client.models.list()] == ["shapes"]
+    assert client.models.retrieve("shapes").owned_by == "evlgen"
+    (caption,) = model.generate(picture(1), num_beams=1)
+    answer = _ask(client, 1)
+    assert answer.choices[0].message.content == caption
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens == len(model.generate_tokens(_pixels(model, 1), num_beams=1)[0])
+    (number,) = model.predict_answers(
+        {"image": picture(1), "text_input": "how many shapes are there?"},
+        num_beams=1,
+        prompt="Question: {} Short answer:",
+    )
+    assert _ask(client, 1, "how many shapes are there?").choices[0].message.content == number == "two"
+
+
+def _pixels(model, number):
+    from evlgen.models.pixels import pixels_of
+
+    return {"image": pixels_of(model, picture(number))}
+
+
+def test_settings_of_decoding_are_heeded(running, model):
+    client = _client(running)
+    caption = _ask(client, 1).choices[0].message.content
+    short = _ask(client, 1, max_tokens=3).choices[0]
+    assert (short.message.content, short.finish_reason) == (" ".join(caption.split()[:3]), "length")
+    ended = _ask(client, 1, stop=["nowhere", " square"]).choices[0]
+    assert (ended.message.content, ended.finish_reason) == (caption.partition(" square")[0], "stop")
+    one, two = (_ask(client, 1, n=3, temperature=1.5, seed=7).choices for _ in range(2))
+    assert [c.message.content for c in one] == [c.message.content for c in two]
+    assert len({c.message.content for c in one}) > 1 and [c.index for c in one] == [0, 1, 2]
+    beams = model.generate(picture(1), num_beams=3, num_captions=3)
+    several = _ask(client, 1, n=3, temperature=0).choices
+    assert [c.message.content for c in several] == beams
+
+
+def test_a_stream_carries_the_same_text_and_its_usage(running):
+    client = _client(running)
+    whole = _ask(client, 2, n=2)
+    options = {"include_usage": True}
+    pieces = list(_ask(client, 2, n=2, stream=True, stream_options=options))
+    texts = {0: "", 1: ""}
+    for piece in pieces:
+        for choice in piece.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert list(texts.values()) == [choice.message.content for choice in whole.choices]
+    assert pieces[-1].usage == whole.usage and pieces[-1].choices == []
+    assert len({piece.id for piece in pieces}) == 1
+
+
+def test_many_clients_at_once_each_get_their_own_answer_in_batches(start, model):
+    captions = model.generate([picture(number) for number in range(24)], num_beams=1)
+    assert len(set(captions)) > 15
+    with start(Limits(max_batch=8, max_wait=0.05)) as running, ThreadPoolExecutor(24) as pool:
+        client = _client(running)
+        answers = list(pool.map(lambda number: _ask(client, number % 24), range(48)))
+        assert [a.choices[0].message.content for a in answers] == captions * 2
+        assert len({a.id for a in answers}) == 48
+        page = urllib.request.urlopen(f"{running.address}/metrics").read().decode()
+        assert re.search(r'^evlgen_requests_total\{status="200"\} 48', page, re.M)
+        batches = int(float(re.search(r"^evlgen_batch_size_count (\S+)", page, re.M)[1]))
+        assert 6 <= batches < 40
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "code"),
+    [
+        ({"model": "gpt-4o"}, 404, "model_not_found"),
+        ({"messages": []}, 400, "invalid_request"),
+        ({"messages": [{"role": "user", "content": "no image"}]}, 400, "missing_image"),
+        ({"tools": []}, 400, "invalid_request"),
+        ({"n": 0}, 400, "invalid_request"),
+        ({"n": 1.5}, 400, "invalid_request"),
+        ({"n": 9}, 400, "too_large"),
+        ({"max_tokens": 257}, 400, "too_large"),
+        ({"temperature": -1}, 400, "invalid_request"),
+        ({"temperature": "hot"}, 400, "invalid_request"),
+        ({"top_p": 0}, 400, "invalid_request"),
+        ({"seed": 2**63}, 400, "invalid_request"),
+        ({"stop": ["a"] * 5}, 400, "invalid_request"),
+        ({"frequency_penalty": 0.5}, 400, "invalid_request"),
+        ({"response_format": {"type": "json_object"}}, 400, "invalid_request"),
+        ({"max_tokens": None, "stop": None, "user": "me", "frequency_penalty": 0}, 200, None),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_said(running, change, status, code):
+    found, body = running.post({**question(data_url(encoded(picture()))), **change})
+    assert (found, body.get("error", {}).get("code")) == (status, code)
+    if code == "invalid_request":
+        assert body["error"]["param"].split(".")[0] == next(iter(change))
+
+
+def test_several_turns_or_images_are_refused_with_what_to_do(running):
+    one = question(data_url(encoded(picture())))["messages"][0]
+    for messages in (
+        [one, {"role": "assistant", "content": "two"}, {"role": "user", "content": "why?"}],
+        [{"role": "system", "content": "be kind"}, one],
+    ):
+        status, body = running.post({"model": "shapes", "messages": messages})
+        assert (status, body["error"]["code"]) == (400, "unsupported_conversation")
+    twice = {"role": "user", "content": one["content"] * 2}
+    status, body = running.post({"model": "shapes", "messages": [twice]})
+    assert (status, body["error"]["code"]) == (400, "several_images")
+
+
+def test_a_text_the_model_would_cut_is_refused_and_spoils_no_other_answer(start):
+    limits = Limits(max_batch=4, max_wait=0.3)
+    texts = ["how many shapes are there?", "why " * 60, "is there a circle?"]
+    with start(limits) as running, ThreadPoolExecutor(3) as pool:
+        bodies = [question(data_url(encoded(picture())), text) for text in texts]
+        answers = list(pool.map(running.post, bodies))
+    assert [status for status, _ in answers] == [200, 400, 200]
+    assert "tokens" in answers[1][1]["error"]["message"]
+    assert running.post  # the server has stopped without trouble
+
+
+class SlowAnswerer(Answerer):
+    """Answers when it may, and notes what it was asked."""
+
+    def __init__(self, model) -> None:
+        super().__init__(model)
+        self.may_answer = threading.Event()
+        self.batches: list[int] = []
+        self.stopped = 0
+
+    def answer(self, requests: list[Ask], is_wanted=lambda: True) -> list[Answer]:
+        self.batches.append(len(requests))
+        while not self.may_answer.wait(0.01):
+            if not is_wanted():
+                self.stopped += 1
+                raise Stopped
+        return [Answer([Text("done", 1, False)], 1) for _ in requests]
+
+
+def _until(condition, seconds=10.0):
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+
+
+def test_a_full_queue_refuses_and_openais_client_tries_again(start, model):
+    answerer = SlowAnswerer(model)
+    with start(Limits(max_batch=1, queue=2), answerer) as running, ThreadPoolExecutor(4) as pool:
+        client = _client(running)
+        waiting = [pool.submit(_ask, client, number) for number in range(3)]
+        _until(lambda: running.service._admitted == 3)
+        with pytest.raises(openai.RateLimitError) as refused:
+            _ask(client, 3)
+        assert refused.value.response.headers["retry-after"] == "1"
+        patient = pool.submit(_ask, client.with_options(max_retries=5), 3)
+        time.sleep(0.1)
+        answerer.may_answer.set()
+        assert {f.result().choices[0].message.content for f in [*waiting, patient]} == {"done"}
+
+
+def test_who_leaves_or_waits_too_long_is_not_computed(start, model):
+    answerer = SlowAnswerer(model)
+    with start(Limits(max_batch=1, seconds=0.6), answerer) as running:
+        body = json.dumps(question(data_url(encoded(picture())))).encode()
+        head = "POST /v1/chat/completions HTTP/1.1\nHost: localhost\nContent-Type: application/json\n"
+        head += f"Content-Length: {len(body)}\nConnection: close\n"
+        first, second = running.send(head, body), running.send(head, body)
+        _until(lambda: running.service.batcher.num_waiting == 1)
+        second.close()
+        first.close()
+        _until(lambda: answerer.stopped == 1 and running.service._admitted == 0)
+        with running.send(head, body) as third:
+            status, answer = answer_of(third)
+        assert (status, answer["error"]["code"]) == (504, "timeout")
+        _until(lambda: answerer.stopped == 2)
+        assert answerer.batches == [1, 1]
+        page = urllib.request.urlopen(f"{running.address}/metrics").read().decode()
+        assert 'evlgen_requests_total{status="499"} 2.0' in page and 'status="504"} 1.0' in page
+
+
+def test_generation_stops_when_nobody_waits(model):
+    answerer = Answerer(model)
+    asked = Ask(answerer.pixels(picture()), None, answerer.decoding(False, num_beams=1, max_length=30))
+    (whole,) = answerer.answer([asked])
+    counted = []
+
+    def is_wanted():
+        counted.append(1)
+        return len(counted) < 4
+
+    with pytest.raises(Stopped):
+        answerer.answer([asked], is_wanted)
+    assert len(counted) == 4 < whole.texts[0].num_tokens
+    assert answerer.answer([asked]) == [whole]
+
+
+def test_a_seed_gives_the_same_texts_in_any_company(model):
+    answerer = Answerer(model)
+    how = answerer.decoding(False, num_beams=1, max_length=30, use_nucleus_sampling=True, top_p=1.0)
+    asked = Ask(answerer.pixels(picture()), None, how, 5)
+    assert asked.kind != Ask(asked.pixels, None, how, 5).kind
+    assert answerer.answer([asked]) == answerer.answer([asked])
+
+
+def test_a_key_is_asked_for_and_health_is_open(start):
+    with start(api_key="sesame") as running:
+        with pytest.raises(openai.AuthenticationError):
+            _client(running, "open").models.list()
+        assert _client(running, "sesame").models.list().data[0].id == "shapes"
+        status, body = running.post(question("data:,"), "Authorization: Bearer café\n")
+        assert (status, body["error"]["code"]) == (401, "invalid_api_key")
+        assert urllib.request.urlopen(f"{running.address}/health").status == 200
+        with running.send("GET /metrics HTTP/1.1\nHost: localhost\nConnection: close\n") as connection:
+            assert answer_of(connection)[0] == 401
+
+
+def test_a_web_page_cannot_reach_a_local_server_under_its_own_name(start):
+    with start(local_only=True) as running:
+        for host, status in (("evil.example:80", 403), ("localhost:8000", 200), ("127.0.0.1", 200)):
+            with running.send(f"GET /v1/models HTTP/1.1\nHost: {host}\nConnection: close\n") as connection:
+                assert answer_of(connection)[0] == status
+
+
+def test_other_paths_and_methods_answer_in_openais_form(running):
+    status, body = running.post({}, path="/v1/completions")
+    assert (status, body["error"]["code"]) == (404, "not_found")
+    with running.send(
+        "GET /v1/chat/completions HTTP/1.1\nHost: localhost\nConnection: close\n"
+    ) as connection:
+        assert answer_of(connection)[0] == 405
+
+
+def test_a_taken_port_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ConfigError, match="port"):
+            server.bind("127.0.0.1", taken.getsockname()[1])
+
+
+def test_the_command_serves_the_bundled_model_and_drains_on_sigterm(tmp_path):
+    command = [sys.executable, "-m", "evlgen", "serve", "--port", "0", "--max-wait", "1500"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "EVLGEN_API_KEY": "k"}
+    log = open(tmp_path / "log", "w")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True)
+    try:
+        line = process.stdout.readline()
+        address = re.fullmatch(r"serving shapes at (http://127\.0\.0\.1:\d+/v1)\n", line)[1]
+        client = openai.OpenAI(base_url=address, api_key="k", max_retries=0)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(_ask, client, 1)
+            _until(lambda: "in_progress 1" in _metrics(address, "k"))
+            process.send_signal(signal.SIGTERM)
+            assert waiting.result().choices[0].message.content
+        assert process.wait(30) == 0
+        with pytest.raises(openai.APIConnectionError):
+            client.models.list()
+        assert "Traceback" not in (tmp_path / "log").read_text()
+    finally:
+        process.kill()
+        log.close()
+
+
+def _metrics(address, key):
+    request = urllib.request.Request(address.replace("/v1", "/metrics"))
+    request.add_header("Authorization", f"Bearer {key}")
+    return urllib.request.urlopen(request).read().decode()

@@ -1,0 +1,101 @@
+"""Captions of folders in a file: each image once, in order, through kills and several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from evlgen.captioning import caption_files
+from evlgen.captions_file import caption_to_file
+from evlgen.common.errors import ConfigError, DataError, TrainingError
+from evlgen.datasets.shapes.world import draw, scene
+
+HOW = {"prompt": None, "num_beams": 1, "max_length": 8, "num_frames": 4}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(40):
+        place = folder / f"{number % 3}" / f"{number:03d}.png"
+        place.parent.mkdir(exist_ok=True)
+        Image.fromarray(draw(scene("test", number))).save(place)
+    (folder / "1" / "broken.png").write_bytes(b"no image")
+    (folder / "2" / "größe\n.png").write_bytes((folder / "0" / "000.png").read_bytes())
+    return folder
+
+
+def _read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_killed_run_goes_on_and_captions_each_image_once(photos, tmp_path):
+    output = tmp_path / "captions.jsonl"
+    command = [sys.executable, "-m", "evlgen", "caption", str(photos), "--output", str(output)]
+    command += ["--num-beams", "1", "--max-length", "8", "--batch-size", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    part = tmp_path / "captions.jsonl.partial" / "rank-00000.jsonl"
+    ends = time.monotonic() + 120
+    while not (part.exists() and part.read_bytes().count(b"\n") >= 6):
+        assert process.poll() is None and time.monotonic() < ends
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not output.exists()
+    before = [line for line in part.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    with open(part, "ab") as file:
+        file.write(b'{"image": "half a li')
+
+    with pytest.raises(ConfigError, match="num_beams=1"):
+        caption_to_file([str(photos)], output, **{**HOW, "num_beams": 2})
+    # one rank of two finds work of the other left, whose turn finishes the file
+    found = [caption_to_file([str(photos)], output, rank=rank, world_size=2, **HOW) for rank in (1, 0)]
+    assert found == [None, (41, 1)]
+    assert not part.parent.exists()
+    expected = dict(caption_files([str(photos)], num_beams=1, max_length=8))
+    lines = _read(output)
+    assert [line["image"] for line in lines] == list(expected)
+    assert {line["image"]: line["caption"] for line in lines} == expected
+    assert all(json.loads(line) in lines or "error" in json.loads(line) for line in before)
+    (failed,) = _read(tmp_path / "captions.jsonl.failed")
+    assert failed["image"] == str(photos / "1" / "broken.png") and failed["cause"] == "not an image"
+
+
+def test_a_finished_file_takes_in_what_is_new(photos, tmp_path):
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for number in (3, 1):
+        os.link(photos / f"{number % 3}" / f"{number:03d}.png", folder / f"{number}.png")
+    output = tmp_path / "out" / "captions.jsonl"
+    assert caption_to_file([str(folder)], output, **HOW) == (2, 0)
+    first = _read(output)
+    os.link(photos / "2" / "002.png", folder / "2.png")
+    (folder / "0.png").write_bytes(b"")
+    assert caption_to_file([str(folder)], output, **HOW) == (3, 1)
+    assert [Path(line["image"]).name for line in _read(output)] == ["1.png", "2.png", "3.png"]
+    assert [_read(output)[0], _read(output)[2]] == first
+    assert caption_to_file([str(folder)], output, **HOW) == (3, 1)  # nothing is left to do
+
+
+def test_nothing_readable_is_an_error_and_a_second_process_of_a_rank_is_refused(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    output = tmp_path / "captions.jsonl"
+    with pytest.raises(DataError, match="none of the 1 files"):
+        caption_to_file([str(tmp_path / "a.png")], output, **HOW)
+    part = tmp_path / "other.jsonl.partial" / "rank-00000.jsonl"
+    part.parent.mkdir()
+    code = "import sys, fcntl; f = open(sys.argv[1], 'ab'); fcntl.flock(f, 2); print(1, flush=True); input()"
+    other = [sys.executable, "-c", code, str(part)]
+    with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with pytest.raises(TrainingError, match="torchrun"):
+            caption_to_file([str(tmp_path / "a.png")], tmp_path / "other.jsonl", **HOW)
+        holder.communicate(b"\n")
