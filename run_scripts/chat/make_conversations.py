@@ -2,9 +2,9 @@
 layouts that ``projects/photos`` names: ``chat/train.jsonl`` and ``chat/val.jsonl``.
 
 A conversation about a photograph of Flickr8k asks for a description and has a caption as answer; in
-validation there is one for each image, whose other captions are right answers too. A conversation about DAQUAR
-asks all questions about an image; in validation each question is one. Validation has Flickr8k's validation
-images, and a tenth of DAQUAR's images.
+validation there is one for each image, whose other captions are right answers too. A conversation about
+DAQUAR asks all questions about an image; in validation each question is one. Validation has Flickr8k's
+validation images, and a tenth of DAQUAR's images.
 """
 
 from __future__ import annotations

@@ -8,13 +8,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from runners.processes import alone, logged, torchrun
+from runners.processes import alone, logged, two_processes
 from safetensors.torch import load_file
 
 from evlgen.loaders.data import BatchPlan
 
 
-def test_batches_without_images_train_on_two_processes_as_on_one(tiny_project, tmp_path):
+def test_batches_without_images_train_on_two_processes_as_on_one(tiny_project, tmp_path, forks):
     plan = BatchPlan([6], batch_size=2, seed=42)
     both, seen, blind = ([i for i, _ in batch] for batch, _ in zip(plan, range(3), strict=False))
     assert sorted([*both, *seen, *blind]) == list(range(6))
@@ -35,7 +35,7 @@ def test_batches_without_images_train_on_two_processes_as_on_one(tiny_project, t
     OmegaConf.save(content, path)
 
     folders = [tmp_path / "two", tmp_path / "one"]
-    ended = torchrun(path, f"run.output_dir={folders[0]}")
+    ended = two_processes(forks, path, f"run.output_dir={folders[0]}")
     assert ended.code == 0, ended.shown
     alone(path, f"run.output_dir={folders[1]}", "run.batch_size_train=2")
     lines = [logged(folder / "latest", "train") for folder in folders]
