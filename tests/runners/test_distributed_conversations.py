@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from runners.processes import alone, logged, two_processes
@@ -42,7 +41,11 @@ def test_batches_without_images_train_on_two_processes_as_on_one(tiny_project, t
     assert len(lines[0]) == 3
     for line, other in zip(*lines, strict=True):
         assert line == pytest.approx(other, rel=2e-5)
-    two, one = (load_file(f / "latest" / "checkpoints" / "latest" / "model.safetensors") for f in folders)
-    assert two.keys() == one.keys()
-    for name, value in two.items():
-        torch.testing.assert_close(value, one[name], rtol=1e-4, atol=1e-6, msg=name)
+    states = [
+        load_file(f / "latest" / "checkpoints" / "latest" / "training_state" / "optimizer.safetensors")
+        for f in folders
+    ]
+    two, one = ({k: v for k, v in state.items() if k.endswith(":exp_avg")} for state in states)
+    assert two.keys() == one.keys() and len(two) > 20
+    for name, value in two.items():  # of the gradients
+        assert (value - one[name]).abs().max() <= 1e-4 * one[name].abs().max() + 1e-6, name
