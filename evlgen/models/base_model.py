@@ -220,6 +220,10 @@ class BaseModel(nn.Module):
         """One short answer for each sample's question."""
         raise NotImplementedError(f"{type(self).__name__} must define predict_answers(samples)")
 
+    def answer_turns(self, samples: dict[str, Any], **options) -> list[str]:
+        """The assistant's next turn of each sample's conversation; see `VLM.answer_turns`."""
+        raise NotImplementedError(f"{type(self).__name__} must define answer_turns(samples)")
+
     def rank_answers(self, samples: dict[str, Any], candidates: Any, **options) -> list[str]:
         """The best of several given answers to each sample's question; see `VLM.rank_answers`."""
         raise NotImplementedError(f"{type(self).__name__} must define rank_answers(samples, candidates)")
