@@ -75,6 +75,10 @@ def test_processors_are_built_from_a_section():
     assert text["train"]("A Dog.") == "a dog" and text["eval"]("A Dog.") == "A Dog."
     with pytest.raises(EVLGenError, match="blip_image_eval"):
         load_preprocess({"vis_processor": {"eval": {"name": "blip_image_evil"}}})
+    with pytest.raises(ConfigError, match="vis_processor: must be a mapping"):
+        load_preprocess({"vis_processor": ["blip_image_eval"]})
+    with pytest.raises(ConfigError, match="load_preprocess takes a model, or a section .* not NoneType"):
+        load_preprocess(None)
 
 
 def test_features_and_matching_under_laviss_names():

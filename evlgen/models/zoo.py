@@ -15,6 +15,7 @@ from evlgen.common.registry import registry
 from evlgen.config.config import Config, load_model_config, load_model_file
 from evlgen.config.consent import Consent, check_project
 from evlgen.config.lavis import own_names
+from evlgen.config.schema import show
 from evlgen.models.base_model import BaseModel, checkpoint_path
 from evlgen.processors import build_processor
 from evlgen.processors.base_processor import BaseProcessor, UnchangedProcessor
@@ -80,6 +81,10 @@ def load_preprocess(
     """
     if isinstance(model, Mapping):
         return _named_processors(model, "vis_processor"), _named_processors(model, "text_processor")
+    if not hasattr(model, "vision"):
+        raise ConfigError(
+            f"load_preprocess takes a model, or a section that names processors, not {type(model).__name__}."
+        )
     vision = model.vision
     pixels = {"image_size": vision.image_size, "mean": list(vision.image_mean), "std": list(vision.image_std)}
     if getattr(model, "temporal", None) is None:
@@ -97,6 +102,8 @@ def load_preprocess(
 
 def _named_processors(config: Mapping[str, Any], key: str) -> Processors:
     sections = config.get(key) or {}
+    if not isinstance(sections, Mapping):
+        raise ConfigError(f"{key}: must be a mapping of train and eval to processors, not {show(sections)}.")
     return {
         role: build_processor(sections[role], f"{key}.{role}") if sections.get(role) else UnchangedProcessor()
         for role in ("train", "eval")

@@ -14,7 +14,7 @@ from typing import Any
 from evlgen.common.errors import CheckpointError
 from evlgen.files.io import PACKAGE_PREFIX, resolve
 from evlgen.files.json_io import read_json
-from evlgen.weights.model_sizes import check_counts, weights_held
+from evlgen.weights.model_sizes import UNKNOWN, check_counts, weights_held
 
 logger = logging.getLogger(__name__)
 
@@ -146,8 +146,7 @@ def check_model_folder(folder: Path) -> None:
     for file in weights:
         if file.suffix == ".safetensors" or file.name.startswith("pytorch_model"):
             check_weights_file(file)
-    if weights:
-        check_counts(folder, config, weights_held(folder))
+    check_counts(folder, config, weights_held(folder) if weights else UNKNOWN)
 
 
 def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

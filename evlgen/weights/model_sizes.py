@@ -30,6 +30,7 @@ _LAYERS, _FEWEST_LAYERS = re.compile(r".*layers?|(.*_)?(blocks?|depth|stages?)")
 _PARTS, _FEWEST_PARTS = re.compile(r".*(expert|head|group).*"), 16_384
 _LABELS, _MOST_LABELS = re.compile(r".*labels?"), 10_000
 _MOST_LAYERS = 10_000
+_MOST_ENTRIES = 10_000  # of a list or mapping, which transformers looks through again and again
 _BUFFER_BYTES = 1 << 30  # of what is no weight, such as masks of attention
 
 
@@ -38,6 +39,10 @@ class Held(NamedTuple):
 
     weights: int
     tensors: int
+
+
+#: Of a model whose weights are still to come: more than any has.
+UNKNOWN = Held(1 << 42, 1000)
 
 
 def weights_held(path: Path) -> Held:
@@ -53,7 +58,12 @@ def weights_held(path: Path) -> Held:
 
 def check_counts(source: str | Path, config: Mapping[str, Any], held: Held) -> None:
     """Raises `CheckpointError` for a configuration in which one number alone is more than the files can have,
-    whatever its name and however deep it stands."""
+    whatever its name and however deep it stands, or that lists more than any model has."""
+    if long := next(_long_lists(config), None):
+        raise CheckpointError(
+            f"{source} cannot be read: its configuration gives {long[0]} with {long[1]} entries, and at most "
+            f"{_MOST_ENTRIES} are read. Get it again."
+        )
     for key, value in _numbers(config):
         name = key.rpartition(".")[2].lower()
         limit = held.weights if _SIZE.search(name) and not _NO_SIZE.search(name) else None
@@ -64,9 +74,11 @@ def check_counts(source: str | Path, config: Mapping[str, Any], held: Held) -> N
         elif limit is not None and _PARTS.fullmatch(name):
             limit = max(_FEWEST_PARTS, held.tensors)
         if limit is not None and value > limit:
+            known = f"and its weight files hold {held.weights} weights in {held.tensors} tensors"
+            if held is UNKNOWN:
+                known = "more than any model has"
             raise CheckpointError(
-                f"{source} cannot be read: its configuration gives {key} as {value:g}, and its weight files "
-                f"hold {held.weights} weights in {held.tensors} tensors. Get it again."
+                f"{source} cannot be read: its configuration gives {key} as {value:g}, {known}. Get it again."
             )
 
 
@@ -84,6 +96,18 @@ def check_model(source: str | Path, model: nn.Module, held: Held) -> None:
             f"{source} cannot be read: its configuration describes tables of {buffers} bytes beside "
             f"{held.weights} weights. Get it again."
         )
+
+
+def _long_lists(config: Any, path: str = "") -> Iterator[tuple[str, int]]:
+    """The paths of lists and mappings that are too long, and how long they are."""
+    if not isinstance(config, Mapping | list):
+        return
+    if len(config) > _MOST_ENTRIES:
+        yield path or "itself", len(config)
+        return
+    items = config.items() if isinstance(config, Mapping) else ((None, value) for value in config)
+    for key, value in items:
+        yield from _long_lists(value, path if key is None else f"{path}.{key}" if path else str(key))
 
 
 def _numbers(config: Any, path: str = "") -> Iterator[tuple[str, float]]:

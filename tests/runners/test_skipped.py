@@ -100,6 +100,7 @@ def questions(tiny_project, tmp_path):
     ("answers", "words"),
     # the tokenizer itself would take the latter for 20 tokens; spelled they are more
     [("sample", "what is this? " * 20), ("all", "what is this? " * 20), ("sample", "</s>" * 20)],
+    ids=["sample", "all", "spelled"],
 )
 def test_questions_too_long_for_an_answer_are_skipped_and_counted(
     questions, tmp_path, caplog, answers, words

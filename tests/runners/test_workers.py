@@ -121,17 +121,22 @@ def test_a_killed_worker_ends_the_run_wherever_its_death_is_learned_of(project, 
 def stopped_when(file):
     """Sends this process SIGTERM soon after a file is there."""
 
+    ended = threading.Event()
+
     def send():
-        for _ in range(3000):
-            time.sleep(0.02)
-            if file.exists():
-                time.sleep(0.5)
-                return os.kill(os.getpid(), signal.SIGTERM)
+        while not file.exists():
+            if ended.wait(0.02):
+                return
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=send)
     thread.start()
-    yield
-    thread.join()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_a_request_to_stop_is_obeyed_while_a_batch_is_awaited(project, tmp_path, monkeypatch):

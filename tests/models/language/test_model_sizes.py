@@ -96,6 +96,25 @@ def test_texts_are_not_measured_by_such_a_folder(folders, tmp_path):
         load(changed(folders("llama"), tmp_path / "m", {"num_hidden_layers": 100_000}), "meta")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("id2label", {str(i): "x" for i in range(200_000)}), ("layer_types", ["full_attention"] * 1_000_000)],
+    ids=["id2label", "layer_types"],
+)
+def test_a_list_longer_than_any_model_has_is_refused_at_once(folders, key, value, tmp_path):
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match=f"its configuration gives {key} with {len(value)} entries"):
+        load(changed(folders("llama"), tmp_path / "model", {key: value}))
+    assert time.process_time() - start < 20
+
+
+def test_sizes_are_looked_at_before_the_weights_are_here(folders, tmp_path):
+    folder = changed(folders("llama"), tmp_path / "model", {"num_hidden_layers": 100_000})
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="num_hidden_layers as 100000"):
+        load(folder, "meta")
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "gemma3", "mamba"])
 def test_models_as_they_are_saved_are_read(folders, kind, tmp_path):
     harmless = {"rope_theta": 10**9, "model_max_length": 10**30, "seed": 10**12, "num_labels": 50}
