@@ -47,20 +47,9 @@ def make_run(tmp_path):
         with open(folder / "log.jsonl", "a") as file:
             file.write('{"type": "train", "iter')  # being written
         Image.new("RGB", (8, 8), "red").save(folder / "samples" / "val_0.png")
-        shown = [
-            [
-                {
-                    "id": 0,
-                    "text": f"written at {e}",
-                    "reference": "a red square",
-                    "score": 0.5,
-                    "image": image,
-                }
-                for image in ("samples/val_0.png",)
-            ]
-            + [{"id": HOSTILE, "text": HOSTILE, "reference": "", "image": "../../secret.png"}]
-            for e in (1, 2)
-        ]
+        first = {"id": 0, "reference": "a red square", "score": 0.5, "image": "samples/val_0.png"}
+        other = {"id": HOSTILE, "text": HOSTILE, "reference": "", "image": "../../secret.png"}
+        shown = [[{**first, "text": f"written at {e}"}, other] for e in (1, 2)]
         lines(
             folder / "samples.jsonl",
             [
