@@ -62,8 +62,9 @@ def load_entry_points() -> list[str]:
     Raises:
         EVLGenError: one of them raised while it was imported.
     """
-    found = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)  # as folders happen to list them
-    found = sorted(found, key=lambda entry: (entry.name, entry.value))
+    # as folders happen to list them
+    unordered = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    found = sorted(unordered, key=lambda entry: (entry.name, entry.value))
     for entry in found:
         package = entry.dist.name if entry.dist else "an installed package"
         with _named(
@@ -89,6 +90,8 @@ def _load_file(name: str, path: Path) -> None:
     if module_name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise EVLGenError(f"plugin '{name}': {path} is not a Python file. Its name has to end in .py.")
     module = importlib.util.module_from_spec(spec)
     with (
         _named(f"plugin '{name}' ({path})", "", path),

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
-from runners.processes import two_processes
+from runners.processes import torchrun
 
 from evlgen.loaders.data import BatchPlan
 
@@ -49,7 +49,7 @@ def write_pair_project(write_project):
 def pair(forks, write_pair_project, tmp_path_factory):
     """The project, the folder of its run on two processes, and how that ended."""
     project = write_pair_project(tmp_path_factory.mktemp("pair"))
-    ended = two_processes(forks, project, "run.test_splits=[damaged]")
+    ended = torchrun(forks, project, "run.test_splits=[damaged]")
     assert ended.code == 0, ended.shown
     return SimpleNamespace(
         project=project, folder=(project.parent / "output" / "latest").resolve(), ended=ended

@@ -1,21 +1,21 @@
-"""Runs of the real ``train.py`` on two processes, and what is left of them."""
+"""Runs of the real ``train.py`` by torchrun on two processes, and what is left of them."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from forks import ROOT, Forks
+from forks import Forks
 
 from evlgen.assemble import run
 from evlgen.config.config import Config
 
+ROOT = Path(__file__).resolve().parents[2]
 RANKS = Path(__file__).with_name("ranks.py")
 QUICK = {"OMP_NUM_THREADS": "1", "PATH": "", "JAVA_HOME": ""}  # scoring without Java: it starts slowly
 TIMES = ("time", "seconds", "trained_seconds", "samples_per_s")  # of a log's lines
@@ -35,25 +35,20 @@ class Ended:
         return read_lines(self.records / f"{kind}{rank}.jsonl")
 
 
-def two_processes(forks: Forks, project: Path, *options: str) -> Ended:
-    """Two processes of this machine with the environment that torchrun gives them."""
-    records, arguments = _arguments(project, options)
-    shown = records / "shown.txt"
-    code, text = forks.run(*arguments, shown=shown, processes=2, **QUICK, RECORDS=str(records))
-    return Ended(code, text, time.time(), records)
-
-
-def torchrun(project: Path, *options: str, launcher: tuple[str, ...] = (), failures: str = "") -> Ended:
-    """The real one, which takes longer.
+def torchrun(
+    forks: Forks, project: Path, *options: str, launcher: tuple[str, ...] = (), failures: str = ""
+) -> Ended:
+    """Two processes on this machine.
 
     Args:
         options: of ``train.py``.
         launcher: options of torchrun.
         failures: see ``ranks.py``.
     """
-    records, arguments = _arguments(project, options)
+    records = project.parent / f"records{len(list(project.parent.glob('records*')))}"
+    records.mkdir()
     command = [
-        sys.executable,
+        forks.python,
         "-m",
         "torch.distributed.run",
         "--standalone",
@@ -61,8 +56,9 @@ def torchrun(project: Path, *options: str, launcher: tuple[str, ...] = (), failu
         "2",
         *launcher,
     ]
+    command += [str(ROOT / "train.py"), "--cfg-path", str(project), "--plugins", str(RANKS)]
     process = subprocess.Popen(
-        [*command, *map(str, arguments)],
+        [*command, *(["--options", *options] if options else [])],
         env={**os.environ, **QUICK, "RECORDS": str(records), "FAILURES": failures},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -75,14 +71,6 @@ def torchrun(project: Path, *options: str, launcher: tuple[str, ...] = (), failu
         shown, _ = process.communicate()
         raise AssertionError(f"no end within {TIMEOUT} s:\n{shown}") from None
     return Ended(process.returncode, shown, time.time(), records)
-
-
-def _arguments(project: Path, options: tuple[str, ...]) -> tuple[Path, list[str | Path]]:
-    """A new folder for what the processes note, and the program with its arguments."""
-    records = project.parent / f"records{len(list(project.parent.glob('records*')))}"
-    records.mkdir()
-    arguments = [ROOT / "train.py", "--cfg-path", project, "--plugins", RANKS]
-    return records, [*arguments, *(["--options", *options] if options else [])]
 
 
 def alone(project: Path, *options: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from omegaconf import OmegaConf
-from runners.processes import alone, logged, read_lines, two_processes
+from runners.processes import alone, logged, read_lines, torchrun
 from safetensors.torch import load_file
 
 from evlgen.common.errors import ConfigError
@@ -130,7 +130,7 @@ def test_a_spread_language_model_trains_like_a_whole_one_from_and_to_its_checkpo
     expected = train_lines(whole / "latest")
 
     shutil.copytree(whole / "latest", spread / "run", symlinks=True)
-    ended = two_processes(
+    ended = torchrun(
         forks,
         project,
         f"model.language.freeze={freeze}",

@@ -30,7 +30,8 @@ PLACES = [
     "before latest",
     "before removing old ones",
 ]
-
+# of a save, of training and of an evaluation
+QUICK_PLACES = ["half a file", "before latest", "before a backward pass", "scoring"]
 
 TEXTS = """
 import hashlib
@@ -81,10 +82,17 @@ def outcome(folder: Path) -> dict[str, object]:
     return {"records": records, "files": files, "links": links}
 
 
-def test_a_run_killed_at_any_moment_ends_as_one_never_interrupted(seeded_forks, tiny_project, tmp_path):
+@pytest.mark.parametrize(
+    ("places", "moments"),
+    [(QUICK_PLACES, 1), pytest.param(PLACES, 3, marks=pytest.mark.slow)],
+    ids=["some places", "every place"],
+)
+def test_a_run_killed_at_any_moment_ends_as_one_never_interrupted(
+    seeded_forks, tiny_project, tmp_path, places, moments
+):
     settings = {
         "task": "killable",
-        "max_epoch": 6,
+        "max_epoch": 3 if places is QUICK_PLACES else 6,
         "accum_grad_iters": 2,
         "num_workers": 2,
         "save_every": 3,
@@ -104,16 +112,16 @@ def test_a_run_killed_at_any_moment_ends_as_one_never_interrupted(seeded_forks, 
     code, shown = launch(f"run.output_dir={tmp_path / 'whole'}")
     assert code == 0, shown
     expected = outcome(tmp_path / "whole" / "latest")
-    assert len([r for r in expected["records"] if r["type"] == "train"]) == 30
+    assert len([r for r in expected["records"] if r["type"] == "train"]) == 5 * settings["max_epoch"]
 
     choice = random.Random(1)
     killed = tmp_path / "killed"
     options = [f"run.output_dir={killed}", "run.resume=auto"]
-    for place in PLACES:
+    for place in places:
         times = choice.randint(2, 6) if place.startswith("before a b") else choice.randint(1, 2)
         code, shown = launch(*options, kill_at=f"{place}:{times}")
         assert code == -signal.SIGKILL, f"{place}:{times}\n{shown}"
-    for _ in range(3):
+    for _ in range(moments):
         code, shown = launch(*options, kill_at=f"seconds:{choice.uniform(0, 0.5)}")
         assert code == -signal.SIGKILL, shown
     code, shown = launch(*options)

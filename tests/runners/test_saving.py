@@ -15,8 +15,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from faults import deaths
-from forks import ROOT, TIMEOUT, Forks
+from forks import ROOT, Forks
 from omegaconf import OmegaConf
+from runners.processes import TIMEOUT
 from safetensors.torch import load_file, save_file
 
 from evlgen.assemble import run
@@ -383,21 +384,22 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(forks, tiny_project, tmp_p
     monkeypatch.setenv("RECORDS", str(tmp_path))
     settings = {**SHORT, "task": "recording", "num_workers": 2, "save_every": None}
     path = tiny_project(run=settings, plugins=[str(RECORDING)])
-    arguments = (ROOT / "train.py", "--cfg-path", path)
-    started = forks.start(*arguments, shown=tmp_path / "shown.txt", PAUSE_AT="4")
-    (process,) = started.pids
+    process = subprocess.Popen(
+        [forks.python, str(ROOT / "train.py"), "--cfg-path", str(path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PAUSE_AT": "4"},
+    )
     seen = tmp_path / "0.001.jsonl"  # a line for each step
-    end = time.time() + TIMEOUT
-    while time.time() < end and not (seen.is_file() and len(seen.read_text().splitlines()) == 4):
+    while process.poll() is None and not (seen.is_file() and len(seen.read_text().splitlines()) == 4):
         time.sleep(0.1)
-    # as a terminal does it: to the data-loading processes as well
-    (os.killpg if name == "SIGINT" else os.kill)(process, getattr(signal, name))
-    code, errors = started.wait()
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=TIMEOUT)
     last = errors.splitlines()[-1]
     shown = "Ctrl-C" if name == "SIGINT" else name
     assert last.startswith(f"stopped by {shown} after iteration "), errors[-2000:]
     assert "run.resume=auto" in last and "Traceback" not in errors
-    assert code == 128 + getattr(signal, name)
+    assert process.returncode == 128 + getattr(signal, name)
     folder = (tmp_path / "output" / "latest").resolve()
     trained = [r["iteration"] for r in records(folder) if r["type"] == "train"]
     assert trained == [1, 2, 3, 4]

@@ -172,9 +172,9 @@ def test_two_processes_fill_and_train_and_leave_the_bytes_of_one(forks, tiny_pro
     OmegaConf.save(project, path)
     options = ["run.cache_vision=true", "run.cache_vision_views=2", "run.valid_splits=[]"]
     code, shown = forks.run(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         *(ROOT / "train.py", "--cfg-path", path, "--options", *options),
         shown=tmp_path / "shown.txt",
-        processes=2,
         EVLGEN_CACHE=str(tmp_path / "two"),
     )
     assert code == 0, shown
