@@ -33,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the text of a request is put into, with a slot (default: 'Question: {} Short answer:'), "
         "{}: texts are continued as they are",
     )
+    parser.add_argument(
+        "--conversations",
+        action="store_true",
+        help="for a model that has learned conversations: a single message with one image is one, too",
+    )
     parser.add_argument("--num-beams", type=positive, default=5, help="where a request does not say")
     parser.add_argument("--max-tokens", type=positive, default=256, help="new tokens of a text at most")
     parser.add_argument("--max-batch", type=positive, default=16, help="requests computed at once at most")
@@ -121,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     )
     name = args.name or _name_of(args)
     service = Service(
-        Answerer(model, args.prompt),
+        Answerer(model, args.prompt, args.conversations),
         name,
         limits,
         api_key,

@@ -640,7 +640,6 @@ class VLM(BaseModel):
             repetition_penalty=self._or_default(repetition_penalty, "repetition_penalty"),
         )
 
-    @torch.no_grad()
     def answer_turns(self, samples: dict[str, Any], **options) -> list[str]:
         """The assistant's next turn of each conversation of a batch.
 
@@ -649,11 +648,17 @@ class VLM(BaseModel):
             options: as of `generate`; ``num_beams`` is 1 unless given, ``max_length`` 256, or what
                 there is room for.
         """
+        return self.texts(self.answer_turns_tokens(samples, **options))
+
+    @torch.no_grad()
+    def answer_turns_tokens(self, samples: dict[str, Any], **options) -> list[list[int]]:
+        """As `answer_turns`, the tokens: the last one of a turn is an end token unless ``max_length`` cut
+        it."""
         room = options.get("max_length") or _LEAST_ROOM
         rows, soft_prompts = self._rows(samples, self.sequence_prompts(samples), room)
         with self._own_precision(self.device):
             options = self._chat_options(options, rows, soft_prompts)
-            return self.language.texts(self.language.continue_rows(soft_prompts, rows, **options))
+            return self.language.continue_rows(soft_prompts, rows, **options)
 
     def chat(
         self, messages: Sequence[Any], stream: bool = False, num_frames: int = 4, **options

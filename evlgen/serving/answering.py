@@ -19,9 +19,11 @@ from evlgen.models.language.generation import Decoding
 from evlgen.models.prompts import SLOT, ask, check_slots
 from evlgen.models.vlm import VLM
 from evlgen.models.zoo import load_preprocess
+from evlgen.processors.turns import Turn
 
 #: What the text of a request is put into, unless the model has a chat template of its own.
 QUESTION = "Question: {} Short answer:"
+_ANSWER_TOKENS = 256  # as `VLM.chat` has them
 
 
 @dataclass(frozen=True)
@@ -29,23 +31,25 @@ class Ask:
     """One request, ready for the model.
 
     Attributes:
-        pixels: [3, H, W], or [3, T, H, W] where the model reads videos.
+        images: each [3, H, W], or [3, T, H, W] where the model reads videos; one, unless there are turns.
         text: of the user; None: a caption is wanted.
         decoding: how its texts are chosen.
         seed: of sampling; None: as it comes.
+        turns: of a conversation, which is answered in place of a text.
     """
 
-    pixels: Tensor
+    images: Sequence[Tensor]
     text: str | None
     decoding: Decoding
     seed: int | None = None
+    turns: Sequence[Turn] | None = None
 
     @property
     def kind(self) -> tuple:
         """Requests of one kind may be answered in one batch; one with a seed is answered alone, as its
         texts must not depend on others."""
-        shape = tuple(self.pixels.shape)
-        return (shape, self.decoding, None if self.seed is None else id(self))
+        what = tuple(self.images[0].shape) if self.turns is None else "turns"
+        return (what, self.decoding, None if self.seed is None else id(self))
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,14 @@ class Answerer:
         model: in eval mode, on its device.
         question: a format with one slot for the text of a request; ``{}``: the text is continued as it is.
             None: `QUESTION`, or ``{}`` where the model has a chat template.
+        only_turns: every request is a conversation, as the model has learned them; otherwise a single message
+            with one image is a question or asks for a caption.
 
     Raises:
         ConfigError: a model that writes no texts, or a format without a slot.
     """
 
-    def __init__(self, model: BaseModel, question: str | None = None) -> None:
+    def __init__(self, model: BaseModel, question: str | None = None, only_turns: bool = False) -> None:
         if not isinstance(model, VLM):
             raise ConfigError(f"{type(model).__name__} writes no texts, so it cannot be served.")
         if question is None:
@@ -93,12 +99,19 @@ class Answerer:
         check_slots(question)
         self.model = model
         self.question = question
+        self.only_turns = only_turns
         self._reads_videos = getattr(model, "temporal", None) is not None
         self._process = load_preprocess(model, num_frames=None)[0]["eval"]
 
     def pixels(self, image: Image.Image) -> Tensor:
         """An image as the model reads it; see `Ask`."""
         return self._process(Pictures([image]) if self._reads_videos else image)
+
+    @property
+    def most_tokens(self) -> int:
+        """New tokens of the answer to a conversation where a request does not say."""
+        positions = self.model.language.max_positions
+        return _ANSWER_TOKENS if positions is None else max(1, min(_ANSWER_TOKENS, positions // 4))
 
     def decoding(self, has_text: bool, **options) -> Decoding:
         """How texts are chosen: ``options``, without those that are None, over what the model's own
@@ -119,12 +132,19 @@ class Answerer:
             EVLGenError: one of them cannot be answered, such as one with too long a text.
         """
         model, first = self.model, requests[0]
-        prompts = [self._prompt(request.text) for request in requests]
-        images = torch.stack([request.pixels for request in requests]).to(model.device)
+        options = dataclasses.asdict(first.decoding)
         with self._as_long_as(is_wanted), self._seeded(first.seed), torch.no_grad():
-            tokens = model.generate_tokens(
-                {"image": images, "prompt": prompts}, **dataclasses.asdict(first.decoding)
-            )
+            if first.turns is None:
+                prompts = [self._prompt(request.text) for request in requests]
+                images = torch.stack([request.images[0] for request in requests]).to(model.device)
+                tokens = model.generate_tokens({"image": images, "prompt": prompts}, **options)
+            else:
+                prompts = ["".join(turn.text for turn in request.turns) for request in requests]
+                samples = {
+                    "messages": [request.turns for request in requests],
+                    "images": [list(request.images) for request in requests],
+                }
+                tokens = model.answer_turns_tokens(samples, **options)
         ends = set(getattr(model.language, "end_token_ids", ()))
         texts = [
             Text(text, len(ids), len(ids) >= first.decoding.max_length and ids[-1] not in ends)
@@ -132,8 +152,8 @@ class Answerer:
         ]
         each = first.decoding.num_captions
         return [
-            Answer(texts[place * each : (place + 1) * each], self._num_read(prompt))
-            for place, prompt in enumerate(prompts)
+            Answer(texts[place * each : (place + 1) * each], self._num_read(prompt, len(request.images)))
+            for place, (prompt, request) in enumerate(zip(prompts, requests, strict=True))
         ]
 
     def _own(self, key: str) -> float:
@@ -154,9 +174,9 @@ class Answerer:
                 raise DataError(f"the text takes {count} tokens, and the model reads {limit}: shorten it.")
         return prompt
 
-    def _num_read(self, prompt: str) -> int:
-        """Soft prompts and text tokens read before an answer."""
-        soft = self.model.connector.num_soft_prompts(self.model.vision.num_tokens)
+    def _num_read(self, prompt: str, num_images: int) -> int:
+        """Soft prompts and text tokens read before an answer; without those of a conversation's template."""
+        soft = num_images * self.model.connector.num_soft_prompts(self.model.vision.num_tokens)
         if not hasattr(self.model.language, "to_read"):
             return soft
         (tokens,) = self.model.language.to_read([prompt])

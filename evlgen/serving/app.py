@@ -135,17 +135,16 @@ class Service:
         with self.bodies.holding() as held:
             asked = protocol.read_request(await held.read(request), self.limits)
             self.check_name(asked.model)
-            url, text = protocol.image_and_text(asked, self.limits)
+            what = protocol.what_is_asked(asked.messages, self.limits, self.answerer.only_turns)
             asked.messages.clear()
-            decoding, seed = self._how(asked, text is not None)
-            data, media_type = await self._bytes_of(request, url)
+            decoding, seed = self._how(asked, what)
             loop = asyncio.get_running_loop()
-            pixels = await self._while_there(
-                request,
-                loop.run_in_executor(self._decoders, self._pixels, data, media_type),
-                self.limits.seconds,
-            )
-        return asked, Ask(pixels, text, decoding, seed)
+            images = []
+            for url in what.images:
+                data, media_type = await self._bytes_of(request, url)
+                decoding_it = loop.run_in_executor(self._decoders, self._pixels, data, media_type)
+                images.append(await self._while_there(request, decoding_it, self.limits.seconds))
+        return asked, Ask(images, what.text, decoding, seed, what.turns)
 
     def _pixels(self, data: bytes, media_type: str):
         return self.answerer.pixels(decode(data, media_type, self.limits.image_pixels))
@@ -166,12 +165,15 @@ class Service:
             400, "image_url.url must be a data URL or an http(s) address.", "invalid_image_url", "messages"
         )
 
-    def _how(self, asked: protocol.ChatRequest, has_text: bool):
+    def _how(self, asked: protocol.ChatRequest, what: protocol.Asked):
         """How the texts are chosen, and the seed: by search, or by sampling where a request sets a
         temperature above 0 (or ``top_p`` and no temperature)."""
         count = asked.n or 1
         samples = asked.temperature > 0 if asked.temperature is not None else asked.top_p is not None
-        options: dict[str, Any] = {"num_captions": count, "max_length": asked.max_new_tokens or self._most()}
+        options: dict[str, Any] = {
+            "num_captions": count,
+            "max_length": asked.max_new_tokens or self._most(what),
+        }
         if samples:
             options |= {
                 "use_nucleus_sampling": True,
@@ -182,15 +184,17 @@ class Service:
         else:
             options["num_beams"] = max(asked.num_beams or self.num_beams, count)
         decoding = self.answerer.decoding(
-            has_text,
+            what.text is not None,
             repetition_penalty=asked.repetition_penalty,
             length_penalty=asked.length_penalty if options["num_beams"] > 1 else 1.0,
             **options,
         )
         return decoding, asked.seed if samples else None
 
-    def _most(self) -> int:
-        return min(DEFAULT_TOKENS, self.limits.max_tokens)
+    def _most(self, what: protocol.Asked) -> int:
+        """New tokens at most, where a request does not say."""
+        most = DEFAULT_TOKENS if what.turns is None else self.answerer.most_tokens
+        return min(most, self.limits.max_tokens)
 
     async def _while_there(self, request: Request, work: Awaitable[T], seconds: float) -> T:
         """The result of ``work``, which is cancelled when the client leaves or the time is over.

@@ -16,7 +16,8 @@ class Limits:
         seconds: from the arrival of a whole request to its answer.
         max_tokens: new tokens of a text.
         texts: texts of a request (``n``), and beams.
-        text_chars: characters of a question.
+        images: of a conversation.
+        text_chars: characters of a question or a conversation.
         body_bytes: of one request.
         body_seconds: in which a request has to arrive.
         bodies_bytes: of all requests that are arriving or being decoded.
@@ -33,7 +34,8 @@ class Limits:
     seconds: float = 60.0
     max_tokens: int = 256
     texts: int = 8
-    text_chars: int = 8000
+    images: int = 8
+    text_chars: int = 32_000
     body_bytes: int = 20 << 20
     body_seconds: float = 30.0
     bodies_bytes: int = 256 << 20

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from evlgen.common.errors import did_you_mean
+from evlgen.common.errors import DataError, did_you_mean
+from evlgen.processors.turns import Turn, VisualPart, check_turns, role_of_turn
 from evlgen.serving.answering import Text
 from evlgen.serving.errors import Refusal
 from evlgen.serving.limits import Limits
@@ -148,40 +150,66 @@ def _refusal_of(error: ValidationError) -> Refusal:
     return Refusal(400, " ".join(lines) + more, "invalid_request", fields[0] or None)
 
 
-def image_and_text(request: ChatRequest, limits: Limits) -> tuple[str, str | None]:
-    """The address of the image of a request, and its text, None where it has none.
+@dataclass(frozen=True)
+class Asked:
+    """What the messages of a request ask.
+
+    Attributes:
+        images: their addresses.
+        text: of the only message; None where it has none.
+        turns: of a conversation; None where there is one message with one image.
+    """
+
+    images: list[str]
+    text: str | None
+    turns: list[Turn] | None
+
+
+def what_is_asked(messages: Sequence[Message], limits: Limits, only_turns: bool = False) -> Asked:
+    """The question, or the conversation, in the messages of a request.
+
+    Args:
+        only_turns: one message with one image is a conversation as well.
 
     Raises:
-        Refusal: the conversation has several turns or images, or a message that is not a user's: models here
-            read one image and one text.
+        Refusal: too many images or too much text; no image, where the model answers questions about images.
+        DataError: a conversation that does not end with a user's turn, or with turns that say nothing.
     """
-    roles = [message.role for message in request.messages]
-    if roles != ["user"]:
-        what = "one message" if len(roles) == 1 else f"{len(roles)} messages"
-        raise Refusal(
-            400,
-            f"messages: this model reads one message of role 'user', and there are {what} "
-            f"({', '.join(roles[:4])}{', ...' if len(roles) > 4 else ''}). Send the question alone.",
-            "unsupported_conversation",
-            "messages",
-        )
-    parts = request.messages[0].content
+    parts = [part for message in messages for part in message.content]
     images = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
-    if len(images) != 1:
-        found = "none" if not images else len(images)
+    texts = [part.text for part in parts if isinstance(part, TextPart)]
+    if sum(map(len, texts)) > limits.text_chars:
+        raise Refusal(
+            400, f"the texts have more than {limits.text_chars} characters.", "too_large", "messages"
+        )
+    if len(images) > limits.images:
         raise Refusal(
             400,
-            f"messages: this model reads one image with each request, and there are {found}. Send one "
-            'content part {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,..."}}.',
-            "missing_image" if not images else "several_images",
+            f"there are {len(images)} images, and at most {limits.images} are read.",
+            "too_large",
             "messages",
         )
-    text = "\n".join(part.text for part in parts if isinstance(part, TextPart)).strip()
-    if len(text) > limits.text_chars:
+    if not images and not only_turns:
         raise Refusal(
-            400, f"the text has {len(text)} characters; at most {limits.text_chars}.", "too_large", "messages"
+            400,
+            "messages: there is no image. Send a content part "
+            '{"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,..."}}.',
+            "missing_image",
+            "messages",
         )
-    return images[0], text or None
+    if len(messages) == len(images) == 1 and messages[0].role == "user" and not only_turns:
+        return Asked(images, "\n".join(texts).strip() or None, None)
+    turns = [Turn(role_of_turn(m.role, n), _parts_of(m)) for n, m in enumerate(messages, 1)]
+    check_turns(turns, learns=False)
+    if turns[-1].role != "user":
+        raise DataError(f"messages: the last one is the {turns[-1].role}'s, and must be the user's.")
+    return Asked(images, None, turns)
+
+
+def _parts_of(message: Message) -> tuple[str | VisualPart, ...]:
+    return tuple(
+        VisualPart("image") if isinstance(part, ImagePart) else part.text for part in message.content
+    )
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:

@@ -127,17 +127,63 @@ def test_what_is_wrong_with_a_request_is_said(running, change, status, code):
         assert body["error"]["param"].split(".")[0] == next(iter(change))
 
 
-def test_several_turns_or_images_are_refused_with_what_to_do(running):
-    one = question(data_url(encoded(picture())))["messages"][0]
-    for messages in (
-        [one, {"role": "assistant", "content": "two"}, {"role": "user", "content": "why?"}],
-        [{"role": "system", "content": "be kind"}, one],
+def _said(role, *parts):
+    kinds = {str: lambda p: {"type": "text", "text": p}, int: lambda p: _image_part(p)}
+    return {"role": role, "content": [kinds[type(part)](part) for part in parts]}
+
+
+def _image_part(number):
+    return {"type": "image_url", "image_url": {"url": data_url(encoded(picture(number)))}}
+
+
+def test_conversations_of_several_turns_and_images_are_answered_as_by_chat(running, model):
+    def for_chat(message):
+        parts = [
+            {"type": "image", "image": picture(part)}
+            if isinstance(part, int)
+            else {"type": "text", "text": part}
+            for part in message[1:]
+        ]
+        return {"role": message[0], "content": parts}
+
+    talks = [
+        [("user", 1, "how many shapes?"), ("assistant", "two"), ("user", "is there a circle?")],
+        [("user", 1, 2, "which is red?")],
+        [("system", "be short"), ("user", "what is it?", 3)],
+    ]
+    client = _client(running)
+    with ThreadPoolExecutor(3) as pool:
+        answers = pool.map(
+            lambda talk: client.chat.completions.create(
+                model="shapes", messages=[_said(*message) for message in talk], max_tokens=6
+            ),
+            talks,
+        )
+    found = [answer.choices[0].message.content for answer in answers]
+    assert found == [model.chat([for_chat(m) for m in talk], max_length=6) for talk in talks]
+
+
+def test_conversations_that_cannot_be_answered_are_refused(running):
+    one = _said("user", 1, "what?")
+    for messages, words in (
+        ([one, _said("assistant", "two")], "must be the user's"),
+        ([one, _said("system", "late"), one], "only the first turn"),
+        ([one, _said("user", "")], "empty"),
+        ([_said("user", "hello")], "no image"),
+        ([_said("user", *[1] * 9)], "at most 8"),
+        ([_said("user", "x" * 40_000, 1)], "32000 characters"),
+        ([{"role": "tool", "content": "x"}, one], "role"),
     ):
         status, body = running.post({"model": "shapes", "messages": messages})
-        assert (status, body["error"]["code"]) == (400, "unsupported_conversation")
-    twice = {"role": "user", "content": one["content"] * 2}
-    status, body = running.post({"model": "shapes", "messages": [twice]})
-    assert (status, body["error"]["code"]) == (400, "several_images")
+        assert status == 400 and words in body["error"]["message"]
+
+
+def test_a_model_of_conversations_reads_single_messages_as_such(start, model):
+    talk = [{"role": "user", "content": "hello"}]
+    with start(answerer=Answerer(model, only_turns=True)) as running:
+        status, body = running.post({"model": "shapes", "messages": talk, "max_tokens": 4})
+    assert status == 200
+    assert body["choices"][0]["message"]["content"] == model.chat(talk, max_length=4)
 
 
 def test_a_text_the_model_would_cut_is_refused_and_spoils_no_other_answer(start):
@@ -193,7 +239,7 @@ def test_a_full_queue_refuses_and_openais_client_tries_again(start, model):
 
 def test_who_leaves_or_waits_too_long_is_not_computed(start, model):
     answerer = SlowAnswerer(model)
-    with start(Limits(max_batch=1, seconds=0.6), answerer) as running:
+    with start(Limits(max_batch=1, seconds=1.5), answerer) as running:
         body = json.dumps(question(data_url(encoded(picture())))).encode()
         head = "POST /v1/chat/completions HTTP/1.1\nHost: localhost\nContent-Type: application/json\n"
         head += f"Content-Length: {len(body)}\nConnection: close\n"
@@ -213,7 +259,7 @@ def test_who_leaves_or_waits_too_long_is_not_computed(start, model):
 
 def test_generation_stops_when_nobody_waits(model):
     answerer = Answerer(model)
-    asked = Ask(answerer.pixels(picture()), None, answerer.decoding(False, num_beams=1, max_length=30))
+    asked = Ask([answerer.pixels(picture())], None, answerer.decoding(False, num_beams=1, max_length=30))
     (whole,) = answerer.answer([asked])
     counted = []
 
@@ -230,8 +276,8 @@ def test_generation_stops_when_nobody_waits(model):
 def test_a_seed_gives_the_same_texts_in_any_company(model):
     answerer = Answerer(model)
     how = answerer.decoding(False, num_beams=1, max_length=30, use_nucleus_sampling=True, top_p=1.0)
-    asked = Ask(answerer.pixels(picture()), None, how, 5)
-    assert asked.kind != Ask(asked.pixels, None, how, 5).kind
+    asked = Ask([answerer.pixels(picture())], None, how, 5)
+    assert asked.kind != Ask(asked.images, None, how, 5).kind
     assert answerer.answer([asked]) == answerer.answer([asked])
 
 
