@@ -8,9 +8,11 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forks import Forks
 
 ROOT = Path(__file__).resolve().parent.parent
 JAVA_HOME = os.environ.get("JAVA_HOME", "")
@@ -51,10 +53,11 @@ _CACHES = {
 
 
 def pytest_configure(config):
-    """Tests write into folders of their own: nothing of the user's home is read or changed. The processes of
-    pytest-xdist, and those that tests start, share the folder of the first one."""
+    """Tests write into folders of their own, and need no network: nothing of the user's home is read or
+    changed. The processes of pytest-xdist, and those that tests start, share the folder of the first one."""
     if hasattr(config, "workerinput"):
         return
+    os.environ["HF_HUB_OFFLINE"] = "1"
     folder = Path(tempfile.mkdtemp(prefix="evlgen-tests-"))
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     for name, part in _CACHES.items():
@@ -75,6 +78,13 @@ def logging_as_before():
 
 def _is_ours(handler: logging.Handler) -> bool:
     return type(handler).__module__.startswith("evlgen")
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs programs in processes of their own that need not import everything again."""
+    with Forks(PYTHONHASHSEED="0") as forks:
+        yield forks
 
 
 @pytest.fixture(scope="session")

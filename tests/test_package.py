@@ -88,18 +88,7 @@ def test_bundled_weights_stay_small(wheel):
 
 def test_the_installed_wheel_imports_without_unix_modules_captions_and_finds_its_projects(wheel, tmp_path):
     target = tmp_path / "site"
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        str(target),
-        str(wheel),
-    ]
-    subprocess.run(install, check=True)
+    zipfile.ZipFile(wheel).extractall(target)
     environment = {**os.environ, "PYTHONPATH": str(target), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", USE, str(target)],

@@ -7,6 +7,7 @@ Importing them costs nothing heavy: what a command needs it imports when it runs
 COMMANDS = (
     "models",
     "caption",
+    "chat",
     "serve",
     "visualize",
     "push",
@@ -14,6 +15,7 @@ COMMANDS = (
     "estimate",
     "compare",
     "sweep",
+    "report",
     "data",
     "download",
 )

@@ -8,23 +8,18 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
-import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from evlgen.common.errors import EVLGenError
-from evlgen.common.safe_text import shown_name
 
 logger = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "evlgen.plugins"
-_NAMING_KEYS = ("name", "arch", "kind", "builder", "task", "runner", "lr_sched")
-_CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\.[A-Z]\w*")
 
 
 def load_plugins(names: Sequence[str], base: Path | None = None) -> list[str]:
@@ -61,44 +56,15 @@ def is_imported(name: str) -> bool:
     return any(file and os.path.basename(file) == os.path.basename(name) for file in files)
 
 
-def check_named(plugins: Iterable[str], what: str) -> None:
-    """Raises `EVLGenError` where a file from the hub needs plugins that the user has not named: they are
-    code, and nothing of what was fetched is run.
-
-    Args:
-        what: needs them, for the message.
-    """
-    wanted = [plugin for plugin in plugins if not is_imported(plugin)]
-    if wanted:
-        raise EVLGenError(
-            f"{shown_name(what)} needs plugins: {', '.join(map(shown_name, wanted[:5]))}. Nothing that comes "
-            "with weights is run. Get that code, read it, and name it yourself: --plugins ./my_part.py (in "
-            "Python: import it first)."
-        )
-
-
-def modules_of_paths(config: Any) -> list[str]:
-    """The modules of the classes that a configuration names by dotted path, such as
-    ``connector: {name: my_package.my_module.MyConnector}``: they are plugins as those under ``plugins:`` are.
-    """
-    found: list[str] = []
-    entries = config.items() if isinstance(config, Mapping) else [(None, item) for item in config]
-    for key, value in entries:
-        if key in _NAMING_KEYS and isinstance(value, str) and _CLASS_PATH.fullmatch(value):
-            found.append(value.rpartition(".")[0])
-        elif isinstance(value, Mapping | list):
-            found += modules_of_paths(value)
-    return found
-
-
 def load_entry_points() -> list[str]:
     """Imports what installed packages declare as entry points ``evlgen.plugins``; returns their names.
 
     Raises:
         EVLGenError: one of them raised while it was imported.
     """
-    found = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)  # as folders happen to list them
-    found = sorted(found, key=lambda entry: (entry.name, entry.value))
+    # as folders happen to list them
+    unordered = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    found = sorted(unordered, key=lambda entry: (entry.name, entry.value))
     for entry in found:
         package = entry.dist.name if entry.dist else "an installed package"
         with _named(
@@ -124,6 +90,8 @@ def _load_file(name: str, path: Path) -> None:
     if module_name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise EVLGenError(f"plugin '{name}': {path} is not a Python file. Its name has to end in .py.")
     module = importlib.util.module_from_spec(spec)
     with (
         _named(f"plugin '{name}' ({path})", "", path),

@@ -73,7 +73,8 @@ def write_report(
     write_atomically(folder / f"{name}.json", json.dumps(report, indent=1, default=str))
     write_atomically(folder / f"{name}.html", page(report, runs, swept))
     if swept:
-        from evlgen.comparison.plots import as_png, sweep_figure
+        from evlgen.comparison.plots import sweep_figure
+        from evlgen.report.plots import as_png
 
         figure = sweep_figure(report, swept)
         if figure is not None:

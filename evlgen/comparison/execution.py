@@ -20,6 +20,7 @@ from evlgen.common.safe_text import message, message_lines
 from evlgen.comparison.live_table import Board
 from evlgen.comparison.plan import Settings
 from evlgen.comparison.stages import OUTPUT_FILE, Run, StageRun
+from evlgen.files.locks import try_lock_file
 from evlgen.loaders.interruption import StopRequest
 
 _POLL = 0.2  # seconds between two looks at a child and its log
@@ -147,19 +148,12 @@ class Execution:
 def _alone(root: Path) -> Iterator[int | None]:
     """Holds the folder's lock, which child processes inherit: one that outlives a killed parent holds it
     too."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: nobody is kept out
-        yield None
-        return
     with open(root / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not try_lock_file(file):
             raise TrainingError(
                 f"another process works in {_shown(root)}: wait for it, or name another --output."
-            ) from error
-        yield file.fileno()
+            )
+        yield file.fileno() if os.name == "posix" else None  # Windows's child processes inherit no lock
 
 
 def _reason(output: Path, start: int, code: int) -> str:

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from evlgen.common.safe_text import printable
-from evlgen.comparison.metrics import main_metric, shown_value
 from evlgen.comparison.plan import Settings
 from evlgen.comparison.stages import Run
+from evlgen.report.metrics import main_metric, shown_value
 
 
 class Board:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,31 +9,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from evlgen.common.safe_text import printable
 from evlgen.comparison.results import mean_curve
-
-# Okabe and Ito's colours, which all kinds of sight tell apart, but for the yellow, which is faint on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_MARKERS = "osD^vPX"
-_DASHES = ("-", "--", ":")
-_GREY = "0.35"
-_LONGEST_LABEL = 100  # characters
-_STYLE = {
-    "font.size": 10.5,
-    "axes.titlesize": 11.5,
-    "axes.labelsize": 10.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "0.9",
-    "axes.axisbelow": True,
-    "svg.fonttype": "path",
-    # names and values of users are no formulas
-    "text.parse_math": False,
-    "text.usetex": False,
-}
+from evlgen.report.plots import COLOURS, GREY, grid, log_scale, look, printable_label, smoothed, styled, thin
 
 Report = Mapping[str, Any]
 
@@ -52,7 +28,7 @@ def quality_figure(report: Report) -> Figure | None:
     metrics = plotted_metrics(report)
     if not metrics or max(len(run["curve"]) for c in report["configurations"] for run in c["runs"]) < 2:
         return None
-    with _styled():
+    with styled():
         figure, axes = _grid(len(metrics), 2, report)
         for row, metric in zip(axes, metrics, strict=True):
             for axis, over, label in zip(
@@ -74,13 +50,13 @@ def image_use_figure(report: Report) -> Figure | None:
     runs = [run for c in report["configurations"] for run in c["runs"]]
     if not any(sum("image_worth" in point for point in run["curve"]) > 1 for run in runs):
         return None
-    with _styled():
+    with styled():
         figure, axes = _grid(1, 2, report)
         for axis, (name, label) in zip(axes[0], names.items(), strict=True):
             _draw_curves(axis, report, name, "seconds")
             axis.set_xlabel("training time, s")
             axis.set_ylabel(label)
-            axis.axhline(0.0 if name == "image_worth" else 1.0, color=_GREY, lw=0.8, ls=":")
+            axis.axhline(0.0 if name == "image_worth" else 1.0, color=GREY, lw=0.8, ls=":")
         return figure
 
 
@@ -89,7 +65,7 @@ def loss_figure(report: Report) -> Figure | None:
     runs = [run for c in report["configurations"] for run in c["runs"]]
     if not any(run["loss"] for run in runs):
         return None
-    with _styled():
+    with styled():
         figure, axes = _grid(1, 2, report)
         for axis, over, label in zip(
             axes[0], ("seconds", "samples"), ("training time, s", "samples seen"), strict=True
@@ -99,19 +75,16 @@ def loss_figure(report: Report) -> Figure | None:
                 for seed, run in enumerate(configuration["runs"]):
                     # of a run in stages the last one: the loss of another stage is another loss
                     last = [p for p in run["loss"] if p["stage"] == len(run["stage_seconds"])]
-                    x, y = _smoothed([p[over] for p in last], [p["loss"] for p in last])
-                    colour, _, dashes = _look(number)
+                    x, y = smoothed([p[over] for p in last], [p["loss"] for p in last])
+                    colour, _, dashes = look(number)
                     axis.plot(x, y, dashes, color=colour, lw=1.6, alpha=1.0 if seed == 0 else 0.45)
                     lowest, highest = min([lowest, *y]), max([highest, *y])
             if highest > 5 * max(lowest, 1e-9):
-                axis.set_yscale("log")
-                axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-                axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axis.yaxis.set_minor_formatter(NullFormatter())
+                log_scale(axis)
             axis.set_xlim(left=0)
             axis.set_xlabel(label)
             axis.set_ylabel("training loss")
-            _thin(axis)
+            thin(axis)
         return figure
 
 
@@ -121,11 +94,11 @@ def sweep_figure(report: Report, key: str) -> Figure | None:
     done = [c for c in report["configurations"] if c["summary"]["finished"]]
     if not done:
         return None
-    values = [printable(c["value"], _LONGEST_LABEL) for c in done]
+    values = [printable_label(c["value"]) for c in done]
     numeric = all(_is_number(value) for value in values)
     x = [float(value) for value in values] if numeric else list(range(len(values)))
     metrics = plotted_metrics(report)
-    with _styled():
+    with styled():
         figure = Figure(figsize=(5.4 * (len(metrics) + 1), 3.9), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, len(metrics) + 1, squeeze=False)[0]
@@ -135,7 +108,7 @@ def sweep_figure(report: Report, key: str) -> Figure | None:
             axis.set_title("quality at the end", loc="left")
         _draw_time(axes[-1], x, report, done)
         for axis in axes:
-            axis.set_xlabel(printable(key, _LONGEST_LABEL))
+            axis.set_xlabel(printable_label(key))
             axis.set_xticks(x, values)
         return figure
 
@@ -163,7 +136,7 @@ def _draw_time(axis: Axes, x: Sequence[float], report: Report, done: Sequence[Ma
                 textcoords="offset points",
                 ha="center",
                 fontsize=9,
-                color=_GREY,
+                color=GREY,
             )
 
 
@@ -188,7 +161,7 @@ def _draw_curves(axis: Axes, report: Report, metric: str, over: str) -> None:
         points = mean_curve(configuration["runs"], metric, over)
         if not points:
             continue
-        colour, marker, dashes = _look(number)
+        colour, marker, dashes = look(number)
         x, y = [p["x"] for p in points], [p["mean"] for p in points]
         axis.plot(x, y, dashes, color=colour, marker=marker, lw=2, ms=5)
         if len(configuration["runs"]) > 1:
@@ -196,42 +169,11 @@ def _draw_curves(axis: Axes, report: Report, metric: str, over: str) -> None:
             axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
     axis.set_xlim(left=0)
     axis.margins(y=0.08)
-    _thin(axis)
+    thin(axis)
 
 
 def _grid(rows: int, columns: int, report: Report) -> tuple[Figure, Any]:
-    """A figure with a legend of all configurations above its axes."""
-    labels = [printable(c["label"], _LONGEST_LABEL) for c in report["configurations"]]
-    per_row = max(1, min(len(labels), 120 // (max(map(len, labels)) + 8)))
-    legend_rows = -(-len(labels) // per_row)
-    figure = Figure(figsize=(10.6, 3.5 * rows + 0.3 * legend_rows + 0.2), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.03)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    handles = []
-    for number in range(len(labels)):
-        colour, marker, dashes = _look(number)
-        handles += axes[0][0].plot([], [], dashes, color=colour, marker=marker, lw=2, ms=5)
-    figure.legend(handles, labels, loc="outside upper left", ncols=per_row, frameon=False)
-    return figure, axes
-
-
-def _look(number: int) -> tuple[str, str, str]:
-    """Colour, marker and dashes of the n-th configuration."""
-    turn = number // len(COLOURS)
-    return COLOURS[number % len(COLOURS)], _MARKERS[number % len(_MARKERS)], _DASHES[turn % len(_DASHES)]
-
-
-def _thin(axis: Axes) -> None:
-    axis.xaxis.set_major_locator(MaxNLocator(6))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.10g}"))
-
-
-def _smoothed(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
-    """Means over at most some hundred groups of neighbours: a loss of single batches is mostly noise."""
-    size = max(1, len(y) // 60)
-    groups = [slice(i, i + size) for i in range(0, len(y), size)]
-    return [x[g][-1] for g in groups], [math.fsum(y[g]) / len(y[g]) for g in groups]
+    return grid(rows, columns, [c["label"] for c in report["configurations"]])
 
 
 def _is_number(text: str) -> bool:
@@ -239,25 +181,3 @@ def _is_number(text: str) -> bool:
         return math.isfinite(float(text))
     except ValueError:
         return False
-
-
-def _styled() -> Any:
-    from matplotlib import rc_context
-
-    return rc_context(_STYLE)
-
-
-def as_png(figure: Figure, dpi: int = 130) -> bytes:
-    """The bytes of a PNG file."""
-    buffer = io.BytesIO()
-    with _styled():
-        figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
-
-
-def as_data_address(figure: Figure) -> str:
-    """The figure as an SVG inside of an address, for an ``img`` element."""
-    buffer = io.BytesIO()
-    with _styled():
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

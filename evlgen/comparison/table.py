@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evlgen.common.safe_text import Lines, message_lines, printable
-from evlgen.comparison.metrics import shown_value, table_metrics
+from evlgen.report.metrics import shown_value, table_metrics
 
 Report = Mapping[str, Any]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from evlgen.common.errors import did_you_mean
 from evlgen.config.schema import (
@@ -66,6 +66,8 @@ class RunConfig:
     batch_size_train: PositiveInt = 32
     #: Samples per batch and process in evaluation.
     batch_size_eval: PositiveInt = 32
+    #: Whether a batch has conversations of similar length, so that little of it is padding.
+    group_by_length: bool = False
     #: Batches whose gradients are summed before one optimizer step.
     accum_grad_iters: PositiveInt = 1
     #: Worker processes per data loader; 0 loads in the main process.
@@ -157,6 +159,10 @@ class RunConfig:
     log_freq: PositiveInt = 50
     #: Whether to write TensorBoard files.
     tensorboard: bool = True
+    #: Where numbers and captions go besides the run's folder. A resumed run goes on with the same run there.
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml"]] = field(default_factory=list)
+    #: Registered listeners, called as the run goes on: a name, or a mapping of ``name`` and its settings.
+    listeners: list[Annotated[str, Registered("listener")] | dict[str, Any]] = field(default_factory=list)
     #: Share of broken samples (of those seen) above which the run stops.
     max_skipped_share: Share = 0.05
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -37,23 +37,24 @@ _NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 class _PlainLoader(yaml.SafeLoader):
     _depth = 0
 
-    def compose_document(self) -> yaml.Node:
+    def compose_document(self) -> yaml.Node | None:
         root = super().compose_document()
+        assert root is not None  # only called where there is a document
         _Sizes().of(root)
         return root
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self._depth += 1
         if self._depth > MAX_DEPTH:
             _object_to(self.peek_event(), f"it nests more than {MAX_DEPTH} deep")
         node = super().compose_node(parent, index)
         self._depth -= 1
-        if node.tag not in _TAGS:
+        if node is not None and node.tag not in _TAGS:
             name = node.tag.replace(_PREFIX, "!!")
             _object_to(node, f"'{name}' is refused: configurations are plain YAML and construct no objects")
         return node
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
@@ -78,7 +79,7 @@ class _PlainLoader(yaml.SafeLoader):
         return value
 
 
-def _object_to(place: Any, problem: str, cause: Exception | None = None) -> None:
+def _object_to(place: Any, problem: str, cause: Exception | None = None) -> NoReturn:
     raise yaml.constructor.ConstructorError(None, None, problem, place.start_mark) from cause
 
 

@@ -35,7 +35,7 @@ def open_annotation(path: str | os.PathLike) -> Any:
     """As `read_annotation`, but a list comes as an iterator over its items, each parsed when it is asked for:
     the records of a large file are not all there at once."""
     text = _read_text(path)
-    return _list_items(path, text) if _SPACE.match(text).end() == text.find("[") else _parsed(path, text)
+    return _list_items(path, text) if _after_space(text, 0) == text.find("[") else _parsed(path, text)
 
 
 def text_problem(text: str) -> str | None:
@@ -155,20 +155,25 @@ def _parsed(path: str | os.PathLike, text: str) -> Any:
 def _list_items(path: str | os.PathLike, text: str) -> Iterator[Any]:
     parse = json.JSONDecoder().raw_decode
     with json_errors(path, DataError, _WHAT), _utf8_errors(text):
-        start = _SPACE.match(text, text.index("[") + 1).end()
+        start = _after_space(text, text.index("[") + 1)
         end = start if text.startswith("]", start) else None
         while end is None:
             item, at = parse(text, start)
             yield item
-            at = _SPACE.match(text, at).end()
+            at = _after_space(text, at)
             if text.startswith(",", at):
-                start = _SPACE.match(text, at + 1).end()
+                start = _after_space(text, at + 1)
             elif text.startswith("]", at):
                 end = at
             else:
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-        if (rest := _SPACE.match(text, end + 1).end()) < len(text):
+        if (rest := _after_space(text, end + 1)) < len(text):
             raise json.JSONDecodeError("Extra data", text, rest)
+
+
+def _after_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
 
 
 @contextlib.contextmanager

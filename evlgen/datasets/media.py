@@ -19,7 +19,7 @@ from evlgen.common.errors import DataError
 from evlgen.datasets.archive_media import Container, Place, open_container, split_cell, split_place
 from evlgen.files.io import NamedBytes, read_bytes, resolve, scheme_of
 from evlgen.media.images import open_image
-from evlgen.media.video import Video
+from evlgen.media.video import Reader, Video
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ class VideoFiles(Media):
 
     what = "video"
 
-    def __init__(self, root: str | os.PathLike, reader: str = "auto") -> None:
+    def __init__(self, root: str | os.PathLike, reader: Reader = "auto") -> None:
         super().__init__(root)
         self.reader = reader
 

@@ -22,7 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO
+from typing import IO, Any
 
 from evlgen.common.errors import DataError
 from evlgen.files.io import download, download_target
@@ -214,7 +214,7 @@ def _opened(archive: Path) -> Iterator[zipfile.ZipFile | IO[bytes]]:
     else:
         with open(archive, "rb") as file:
             start = file.read(6)
-        unpack = next((unpack for magic, unpack in _PACKED.items() if start.startswith(magic)), open)
+        unpack: Any = next((unpack for magic, unpack in _PACKED.items() if start.startswith(magic)), open)
         with unpack(archive, "rb") as opened:
             yield opened
 
@@ -293,8 +293,10 @@ def _write(opened: zipfile.ZipFile | IO[bytes], members: list[_Member], folder: 
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             if isinstance(opened, zipfile.ZipFile):
+                assert isinstance(member.content, zipfile.ZipInfo)
                 source = stack.enter_context(opened.open(member.content))
             else:
+                assert isinstance(member.content, TarMember)
                 source = opened
                 source.seek(member.content.offset)
             _copy(source, stack.enter_context(open(path, "xb")), member)

@@ -82,7 +82,7 @@ def _read(folder: Path) -> dict[str, list[str]]:
     for line in lines:
         found = _LINE.fullmatch(line)
         path = PurePosixPath(found[2]) if found else PurePosixPath("..")
-        if path.is_absolute() or ".." in path.parts:
+        if found is None or path.is_absolute() or ".." in path.parts:
             raise CheckpointError(f"its {DIGESTS_FILE} is damaged. Without that file it is read unchecked")
         known.setdefault(found[2], []).append(found[1])
     if not known:

@@ -126,7 +126,8 @@ def download_target(url: str) -> Path:
     folder = re.sub(r"[^A-Za-z0-9.-]", "_", host) + (f"_{port}" if port else "")
     last = unquote(parsed.path.rstrip("/").rpartition("/")[2])
     name = re.sub(r"[\x00-\x1f\x7f/\\\ud800-\udfff]|\.\.", "_", last) or "index"
-    suffix = _SUFFIX.search(name).group()  # stays at the end: readers go by it
+    found = _SUFFIX.search(name)
+    suffix = found.group() if found else ""  # stays at the end: readers go by it
     stem = name.removesuffix(suffix).encode()[:_LONGEST_STEM].decode(errors="ignore")
     # without who asks for it: the file is the same, and a password is nobody's business
     whole = parsed._replace(netloc=f"{host}:{port}", fragment="").geturl()
@@ -189,8 +190,8 @@ def atomic_file(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         # half a surrogate pair, as in the name of a file that is not UTF-8, becomes \udc80, which JSON reads
-        text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
-        with os.fdopen(handle, mode, **text) as file:
+        encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
+        with os.fdopen(handle, mode, encoding=encoding, errors=errors) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -33,7 +33,7 @@ class StopRequest:
         self.received: signal.Signals | None = None
         self.distributed = distributed
         self._is_waiting = False
-        self._before: dict[signal.Signals, object] = {}
+        self._before: dict[signal.Signals, Any] = {}
         self._timer: threading.Timer | None = None
 
     def __enter__(self) -> StopRequest:

@@ -110,7 +110,7 @@ def _check_memory(image: Image.Image) -> None:
         return
     pixels = image.width * image.height
     stored = 2 if image.mode.startswith("I;16") else _SMALLER_MODES.get(image.mode, 4)
-    decoding = _DECODER_BYTES.get(image.format, 0) * pixels + _tiff_buffer(image)
+    decoding = _DECODER_BYTES.get(image.format or "", 0) * pixels + _tiff_buffer(image)
     converting = 2 * _RGB_BYTES * pixels  # to RGB, and upright
     needed = stored * pixels + max(decoding, converting)
     limit = _BYTES_OF_MAX_PIXELS * Image.MAX_IMAGE_PIXELS
@@ -160,7 +160,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise DataError(f"the image has no pixels (size {image.size[0]} x {image.size[1]}).")
     with decoding(getattr(image, "filename", "") or "in memory"):
         image.load()
-    turn = _UPRIGHT.get(_orientation(image))
+    turn = _UPRIGHT.get(_orientation(image) or 1)
     rgb = _as_rgb(image)
     if turn is not None:
         rgb = rgb.transpose(turn)

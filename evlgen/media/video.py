@@ -35,7 +35,7 @@ from evlgen.common.safe_text import shown_name
 from evlgen.files.io import resolve
 
 Reader = Literal["auto", "decord", "pyav"]
-_MODULES = {"pyav": "av", "decord": "decord"}
+_MODULES: dict[Reader, str] = {"pyav": "av", "decord": "decord"}
 Box = tuple[float, float, float, float]  # left, top, right, bottom, as shares of a frame's width and height
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 #: How video files are called; where a sample has several, the first is taken. A GIF is a picture, too.
@@ -139,7 +139,7 @@ class Video(Clip):
             self._opened = None
             file.close()
 
-    def _other_readers(self) -> list[str]:
+    def _other_readers(self) -> list[Reader]:
         if _is_gif(resolve(self.path)):
             return []
         used = installed_reader(self.reader)
@@ -162,7 +162,8 @@ class _WrongFrames(DataError):
 def _checked(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     first = None
     for frame in frames:
-        shape, dtype = getattr(frame, "shape", ()), getattr(frame, "dtype", type(frame).__name__)
+        shape: tuple[int, ...] = getattr(frame, "shape", ())
+        dtype = getattr(frame, "dtype", type(frame).__name__)
         if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
             raise _WrongFrames(f"a frame is {dtype} {list(shape)} instead of uint8 [height, width, 3].")
         first = first or shape
@@ -205,13 +206,13 @@ def _is_gif(file: str) -> bool:
         return opened.read(6) in (b"GIF87a", b"GIF89a")
 
 
-def installed_reader(reader: Reader) -> str:
+def installed_reader(reader: Reader) -> Reader:
     """``decord`` or ``pyav``: what ``reader`` stands for on this machine.
 
     Raises:
         DataError: it is not installed.
     """
-    candidates = list(_MODULES) if reader == "auto" else [reader]
+    candidates: list[Reader] = list(_MODULES) if reader == "auto" else [reader]
     for name in candidates:
         if importlib.util.find_spec(_MODULES[name]) is not None:
             return name

@@ -108,6 +108,7 @@ class _Opener:
                 start_new_session=True,  # Ctrl-C is for those it serves
             )
         try:
+            assert self._process.stdin and self._process.stdout
             self._process.stdin.write(os.fsencode(os.path.abspath(file)).hex().encode() + b"\n")
             self._process.stdin.flush()
             is_alive = bool(self._process.stdout.readline())

@@ -19,7 +19,7 @@ class File:
         with decoding(file):
             self._image = Image.open(file, formats=["GIF"])
             self._whole = (0, 0, *self._image.size)
-            self.num_frames = self._image.n_frames
+            self.num_frames: int = getattr(self._image, "n_frames", 1)
 
     def frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         for index in indices:

@@ -16,14 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from evlgen.common.errors import CheckpointError, ConfigError, EVLGenError, did_you_mean
-from evlgen.common.plugins import check_named
 from evlgen.common.registry import registry
 from evlgen.config.config import load_model_config, load_model_file
 from evlgen.config.consent import Consent, check_addresses
 from evlgen.config.lavis import own_names
 from evlgen.config.model_config import ModelConfig
+from evlgen.config.named_code import check_plugins
 from evlgen.config.schema import build_dataclass
-from evlgen.config.yaml_io import read_yaml
 from evlgen.files.digests import DIGESTS_FILE, check_digests
 from evlgen.files.io import make_readable, resolve, write_atomically
 from evlgen.models.published.checkpoints import is_published, to_own_names
@@ -529,8 +528,7 @@ def _own_folder(folder: Path, from_hub: str | None = None) -> Path:
     """
     if os.path.isfile(folder / CONFIG_FILE):
         if from_hub is not None:
-            plugins = read_yaml(folder / CONFIG_FILE).get("plugins") or []
-            check_named(map(str, plugins if isinstance(plugins, list) else [plugins]), from_hub)
+            check_plugins(folder / CONFIG_FILE, from_hub)
         return folder
     if not os.path.isfile(folder / "config.json"):
         return folder

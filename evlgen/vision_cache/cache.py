@@ -29,7 +29,7 @@ from evlgen.common.errors import ConfigError, DataError, EVLGenError, TrainingEr
 from evlgen.config.run_config import RunConfig
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.files.io import cache_root
-from evlgen.files.locks import try_lock
+from evlgen.files.locks import lock_at, try_lock
 from evlgen.loaders.data import eval_loader, mix_seed
 from evlgen.loaders.interruption import StopNow, StopRequest
 from evlgen.models.base_model import BaseModel
@@ -219,7 +219,8 @@ class _Cache:
         """Keeps other runs from filling the same store meanwhile; waits for one that does."""
         with contextlib.ExitStack() as held:
             if self.accelerator.is_local_main_process:
-                lock = held.enter_context(open(folder / "lock", "a"))
+                lock = lock_at(folder / "lock")
+                held.callback(lock.release)
                 if not try_lock(lock):
                     logger.info("another run is filling %s: waiting for it", folder)
                 while not try_lock(lock):

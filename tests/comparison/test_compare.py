@@ -17,14 +17,17 @@ import pytest
 import torch
 
 from evlgen import cli
+from evlgen.common.errors import TrainingError
 from evlgen.common.registry import registry
 from evlgen.comparison import worker
+from evlgen.comparison.execution import _alone
 from evlgen.config.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDING = Path(__file__).with_name("recording.py")
 RATES = ("0.001", "0.002")
 BUDGET = 2.0
+WAIT = [sys.executable, "-c", "import time; time.sleep(60)"]
 
 
 def command(project: Path, folder: Path, *words: str) -> list[str]:
@@ -181,6 +184,20 @@ def test_runs_that_take_turns_give_what_they_give_alone(environment, write_proje
     assert other["starts"] == 1 and len(other["loss"]) == 4
     assert [point["loss"] for point in run["loss"]] == [point["loss"] for point in other["loss"]]
     assert run["final"] == other["final"]
+
+
+def test_a_second_comparison_in_the_same_folder_is_refused(tmp_path):
+    with _alone(tmp_path) as lock, subprocess.Popen(WAIT, pass_fds=(lock,)) as child:
+        with pytest.raises(TrainingError, match="another process works in"), _alone(tmp_path):
+            pass
+        with open(os.devnull) as nothing:
+            os.dup2(nothing.fileno(), lock)  # this process lets go, as where it dies
+        with pytest.raises(TrainingError, match="another process works in"), _alone(tmp_path):
+            pass  # the child works on
+        child.kill()
+        child.wait()
+        with _alone(tmp_path):
+            pass
 
 
 class InProcess:

@@ -10,10 +10,11 @@ import pytest
 
 from evlgen.common.safe_text import printable
 from evlgen.comparison.html_report import page
-from evlgen.comparison.metrics import image_use_of, metric_names, metrics_of, table_metrics
-from evlgen.comparison.plots import as_png, image_use_figure, loss_figure, quality_figure, sweep_figure
+from evlgen.comparison.plots import image_use_figure, loss_figure, quality_figure, sweep_figure
 from evlgen.comparison.results import mean_and_deviation, mean_curve, summary
 from evlgen.comparison.table import as_text, best_rows, cost_table, image_use_table, quality_table
+from evlgen.report.metrics import image_use_of, metric_names, metrics_of, table_metrics
+from evlgen.report.plots import as_png
 
 
 def run_of(seed: int, values: list[float], status: str = "finished") -> dict:
@@ -166,9 +167,9 @@ def test_figures_are_drawn_of_whatever_is_there(report):
 
 
 def test_many_configurations_all_look_different(report):
-    from evlgen.comparison.plots import _look
+    from evlgen.report.plots import look
 
-    looks = [_look(number) for number in range(21)]
+    looks = [look(number) for number in range(21)]
     assert len({(colour, dashes) for colour, _, dashes in looks}) == 21
     wide = report_of(*((f"configuration {i} with a long name", [run_of(1, [i, i + 1])]) for i in range(12)))
     figure = quality_figure(wide)

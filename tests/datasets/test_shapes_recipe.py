@@ -7,10 +7,10 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import Forks
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,12 +19,12 @@ WEIGHTS = ("vision.safetensors", "language/model.safetensors")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("backbones")
     script = ROOT / "run_scripts" / "make_shapes_backbones.sh"
     result = subprocess.run(
         ["bash", str(script), str(output), "12"],
-        env={**os.environ, "PYTHON": sys.executable},
+        env={**os.environ, "PYTHON": forks.python},
         cwd=output,
         capture_output=True,
         text=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -43,11 +42,16 @@ print(json.dumps({"growth": peak[0] - start, "weights": weights}))
 """
 
 
-def measure(kind, path, dtype):
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, kind, str(path), dtype], check=True, capture_output=True, text=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture
+def measure(forks, tmp_path):
+    def measure(kind, path, dtype):
+        program = tmp_path / "measure.py"
+        program.write_text(MEASURE)
+        code, shown = forks.run(program, kind, path, dtype, shown=tmp_path / "shown.txt")
+        assert code == 0, shown
+        return json.loads(shown.splitlines()[-1])
+
+    return measure
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +82,14 @@ def opt_folder(tmp_path_factory, request):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_the_language_model_stands_in_ram_once(opt_folder, dtype):
+def test_the_language_model_stands_in_ram_once(measure, opt_folder, dtype):
     found = measure("language", opt_folder, dtype)
     assert found["weights"] > 180
     assert found["growth"] < 1.3 * found["weights"] + 60
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_the_vision_encoder_stands_in_ram_once(tmp_path, dtype):
+def test_the_vision_encoder_stands_in_ram_once(measure, tmp_path, dtype):
     import timm
 
     state = timm.create_model("vit_base_patch16_224", img_size=32, num_classes=0).half().state_dict()

@@ -143,12 +143,24 @@ def test_frozen_weights_get_no_gradient_and_trained_ones_do(asked_of_onednn):
     torch.testing.assert_close(layer.bias.grad, torch.full((4,), 3.0))
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on CPUs")
-def test_compiled_for_real_the_forms_are_the_compilers(asked_of_onednn):
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",  # all but the compiler itself
+        pytest.param(
+            "inductor",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler on CPUs"),
+            ],
+        ),
+    ],
+)
+def test_compiled_for_real_the_forms_are_the_compilers(asked_of_onednn, backend):
     layer = torch.nn.Sequential(torch.nn.Linear(6, 9), Dropout(0.5))
     quicken(layer)
     x = torch.randn(2, 4, 6, requires_grad=True)
-    compiled = torch.compile(lambda x: self_attention(layer(x), 1))
+    compiled = torch.compile(lambda x: self_attention(layer(x), 1), backend=backend)
     assert compiled(x).shape == (2, 4, 3)
     layer.eval()
     torch.testing.assert_close(compiled(x), self_attention(layer(x), 1))

@@ -46,10 +46,10 @@ def write_pair_project(write_project):
 
 
 @pytest.fixture(scope="session")
-def pair(write_pair_project, tmp_path_factory):
+def pair(forks, write_pair_project, tmp_path_factory):
     """The project, the folder of its run on two processes, and how that ended."""
     project = write_pair_project(tmp_path_factory.mktemp("pair"))
-    ended = torchrun(project, "run.test_splits=[damaged]")
+    ended = torchrun(forks, project, "run.test_splits=[damaged]")
     assert ended.code == 0, ended.shown
     return SimpleNamespace(
         project=project, folder=(project.parent / "output" / "latest").resolve(), ended=ended

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from forks import Forks
 
 from evlgen.assemble import run
 from evlgen.config.config import Config
@@ -35,7 +35,9 @@ class Ended:
         return read_lines(self.records / f"{kind}{rank}.jsonl")
 
 
-def torchrun(project: Path, *options: str, launcher: tuple[str, ...] = (), failures: str = "") -> Ended:
+def torchrun(
+    forks: Forks, project: Path, *options: str, launcher: tuple[str, ...] = (), failures: str = ""
+) -> Ended:
     """Two processes on this machine.
 
     Args:
@@ -46,7 +48,7 @@ def torchrun(project: Path, *options: str, launcher: tuple[str, ...] = (), failu
     records = project.parent / f"records{len(list(project.parent.glob('records*')))}"
     records.mkdir()
     command = [
-        sys.executable,
+        forks.python,
         "-m",
         "torch.distributed.run",
         "--standalone",

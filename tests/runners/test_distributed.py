@@ -116,7 +116,7 @@ def t5(golden, tmp_path_factory):
 
 @pytest.mark.parametrize("case", ["frozen", "trained", "t5 with adapters"])
 def test_a_spread_language_model_trains_like_a_whole_one_from_and_to_its_checkpoints(
-    write_pair_project, tmp_path, t5, case
+    forks, write_pair_project, tmp_path, t5, case
 ):
     project, freeze = write_pair_project(tmp_path), case != "trained"
     if case.startswith("t5"):
@@ -131,6 +131,7 @@ def test_a_spread_language_model_trains_like_a_whole_one_from_and_to_its_checkpo
 
     shutil.copytree(whole / "latest", spread / "run", symlinks=True)
     ended = torchrun(
+        forks,
         project,
         f"model.language.freeze={freeze}",
         "run.shard_language=true",

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from runners.processes import TIMEOUT
 from safetensors.torch import load_file
 
 from evlgen.assemble import run, writing_named
@@ -22,11 +19,18 @@ from evlgen.weights.checkpoints import found_checkpoints
 SHORT = {"valid_splits": [], "precision": "fp32", "max_epoch": 1}
 # every file may have no byte: what a full disk says of a file that is there is said of all
 FULL = """
-import resource, sys, tempfile
+import contextlib, io, resource, sys, tempfile
 from evlgen import cli
 tempfile.gettempdir()
-resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-sys.exit(cli.train(sys.argv[1:]))
+before = resource.getrlimit(resource.RLIMIT_FSIZE)
+shown = io.StringIO()
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+    code = cli.train(sys.argv[1:])
+resource.setrlimit(resource.RLIMIT_FSIZE, before)
+print(shown.getvalue(), end="", flush=True)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+sys.exit(code)
 """
 
 
@@ -59,18 +63,16 @@ def test_a_log_that_cannot_grow_ends_the_run_with_its_checkpoints_whole(tiny_pro
     assert saved.name == "step_00000002" and load_file(saved / "model.safetensors")
 
 
-def test_resuming_without_a_byte_left_is_an_error_of_ours(tiny_project):
+def test_resuming_without_a_byte_left_is_an_error_of_ours(forks, tiny_project, tmp_path):
     path = tiny_project(run={**SHORT, "resume": "auto"})
     run(Config.load(path))
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, "--cfg-path", str(path), "--options", "run.max_epoch=2"],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "cannot be written: File too large. Make room" in done.stderr.splitlines()[-1]
-    assert "run.resume=auto goes on" in done.stderr
+    program = tmp_path / "full.py"
+    program.write_text(FULL)
+    arguments = ("--cfg-path", path, "--options", "run.max_epoch=2")
+    code, shown = forks.run(program, *arguments, shown=tmp_path / "shown.txt")
+    assert code == 1 and "Traceback" not in shown, shown
+    assert "cannot be written: File too large. Make room" in shown.splitlines()[-1]
+    assert "run.resume=auto goes on" in shown
 
 
 def test_a_disk_too_full_for_any_temporary_file_is_named(tmp_path):

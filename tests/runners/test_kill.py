@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runners.forks import ROOT, Forks
+from forks import ROOT, Forks
 from runners.processes import QUICK
 
 KILLER = Path(__file__).with_name("killer.py")
@@ -30,7 +30,8 @@ PLACES = [
     "before latest",
     "before removing old ones",
 ]
-
+# of a save, of training and of an evaluation
+QUICK_PLACES = ["half a file", "before latest", "before a backward pass", "scoring"]
 
 TEXTS = """
 import hashlib
@@ -46,15 +47,17 @@ print(digest.hexdigest())
 
 
 @pytest.fixture(scope="module")
-def forks() -> Iterator[dict[str, Forks]]:
-    """By their hash seeds, which decide the order of sets of strings."""
-    with Forks(**QUICK, PYTHONHASHSEED="0") as one, Forks(**QUICK, PYTHONHASHSEED="1") as other:
-        yield {"0": one, "1": other}
+def seeded_forks(forks) -> Iterator[tuple[Forks, Forks]]:
+    """With two hash seeds, which decide the order of sets of strings."""
+    with Forks(PYTHONHASHSEED="1") as other:
+        yield forks, other
 
 
 def train(forks: Forks, project: Path, *options: str, **environment: str) -> tuple[int, str]:
     arguments = ("--cfg-path", str(project), "--plugins", str(KILLER), "--options", *options)
-    return forks.run(ROOT / "train.py", *arguments, shown=project.with_name("shown.txt"), **environment)
+    return forks.run(
+        ROOT / "train.py", *arguments, shown=project.with_name("shown.txt"), **QUICK, **environment
+    )
 
 
 def outcome(folder: Path) -> dict[str, object]:
@@ -79,10 +82,17 @@ def outcome(folder: Path) -> dict[str, object]:
     return {"records": records, "files": files, "links": links}
 
 
-def test_a_run_killed_at_any_moment_ends_as_one_never_interrupted(forks, tiny_project, tmp_path):
+@pytest.mark.parametrize(
+    ("places", "moments"),
+    [(QUICK_PLACES, 1), pytest.param(PLACES, 3, marks=pytest.mark.slow)],
+    ids=["some places", "every place"],
+)
+def test_a_run_killed_at_any_moment_ends_as_one_never_interrupted(
+    seeded_forks, tiny_project, tmp_path, places, moments
+):
     settings = {
         "task": "killable",
-        "max_epoch": 6,
+        "max_epoch": 3 if places is QUICK_PLACES else 6,
         "accum_grad_iters": 2,
         "num_workers": 2,
         "save_every": 3,
@@ -94,24 +104,24 @@ def test_a_run_killed_at_any_moment_ends_as_one_never_interrupted(forks, tiny_pr
         datasets={"shapes_caption": {"train_size": 40}},
         run=settings,
     )
-    seeds = itertools.cycle(forks)
+    forks = itertools.cycle(seeded_forks)
 
     def launch(*options: str, kill_at: str = "nowhere:0") -> tuple[int, str]:
-        return train(forks[next(seeds)], project, *options, KILL_AT=kill_at)
+        return train(next(forks), project, *options, KILL_AT=kill_at)
 
     code, shown = launch(f"run.output_dir={tmp_path / 'whole'}")
     assert code == 0, shown
     expected = outcome(tmp_path / "whole" / "latest")
-    assert len([r for r in expected["records"] if r["type"] == "train"]) == 30
+    assert len([r for r in expected["records"] if r["type"] == "train"]) == 5 * settings["max_epoch"]
 
     choice = random.Random(1)
     killed = tmp_path / "killed"
     options = [f"run.output_dir={killed}", "run.resume=auto"]
-    for place in PLACES:
+    for place in places:
         times = choice.randint(2, 6) if place.startswith("before a b") else choice.randint(1, 2)
         code, shown = launch(*options, kill_at=f"{place}:{times}")
         assert code == -signal.SIGKILL, f"{place}:{times}\n{shown}"
-    for _ in range(3):
+    for _ in range(moments):
         code, shown = launch(*options, kill_at=f"seconds:{choice.uniform(0, 0.5)}")
         assert code == -signal.SIGKILL, shown
     code, shown = launch(*options)
@@ -127,14 +137,16 @@ def test_a_run_killed_at_any_moment_ends_as_one_never_interrupted(forks, tiny_pr
     assert not [name for name in checkpoints if name.startswith(".step")]
 
 
-def test_texts_are_the_same_whatever_the_interpreters_hash_seed_is(forks, tmp_path):
+def test_texts_are_the_same_whatever_the_interpreters_hash_seed_is(seeded_forks, tmp_path):
     program = tmp_path / "texts.py"
     program.write_text(TEXTS)
-    one, other = (fork.run(program, shown=tmp_path / "shown.txt") for fork in forks.values())
+    one, other = (fork.run(program, shown=tmp_path / "shown.txt") for fork in seeded_forks)
     assert one == other and one[0] == 0
 
 
-def test_a_run_goes_on_bit_for_bit_whatever_the_interpreters_hash_seed_is(forks, tiny_project, tmp_path):
+def test_a_run_goes_on_bit_for_bit_whatever_the_interpreters_hash_seed_is(
+    seeded_forks, tiny_project, tmp_path
+):
     project = tiny_project(
         datasets={"shapes_caption": {"train_size": 512}},
         run={
@@ -143,9 +155,10 @@ def test_a_run_goes_on_bit_for_bit_whatever_the_interpreters_hash_seed_is(forks,
         },
     )
     whole = tmp_path / "whole"
-    code, shown = train(forks["0"], project, f"run.output_dir={whole}")
+    one, other = seeded_forks
+    code, shown = train(one, project, f"run.output_dir={whole}")
     assert code == 0, shown
     expected = outcome(whole / "latest")
-    code, shown = train(forks["1"], project, f"run.resume={whole}/latest/checkpoints/step_00000004")
+    code, shown = train(other, project, f"run.resume={whole}/latest/checkpoints/step_00000004")
     assert code == 0, shown
     assert outcome(whole / "latest") == expected

@@ -13,10 +13,11 @@ SECONDS = 10  # from a failure to the other process's end: exchanges would wait 
 
 
 @pytest.fixture(scope="module")
-def restarted(write_pair_project, tmp_path_factory):
+def restarted(forks, write_pair_project, tmp_path_factory):
     """A run that fails twice: in the second batch of the second step, and while an epoch is scored."""
     project = write_pair_project(tmp_path_factory.mktemp("restarted"))
     ended = torchrun(
+        forks,
         project,
         "run.test_splits=[damaged]",
         launcher=("--max-restarts", "2"),
@@ -28,10 +29,11 @@ def restarted(write_pair_project, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def failed(write_pair_project, tmp_path_factory):
+def failed(forks, write_pair_project, tmp_path_factory):
     """A run that fails while it validates, is started again, and is killed in the second batch of a step."""
     project = write_pair_project(tmp_path_factory.mktemp("failed"))
     return torchrun(
+        forks,
         project,
         "run.test_splits=[damaged]",
         launcher=("--max-restarts", "1"),

@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from faults import deaths
+from forks import ROOT, Forks
 from omegaconf import OmegaConf
 from runners.processes import TIMEOUT
 from safetensors.torch import load_file, save_file
@@ -29,7 +30,6 @@ from evlgen.runners.optimizer import build_optimizer
 from evlgen.runners.training_state import TrainingState
 from evlgen.weights import checkpoints
 
-ROOT = Path(__file__).resolve().parents[2]
 RECORDING = ROOT / "tests" / "comparison" / "recording.py"
 SHORT = {"valid_splits": [], "max_epoch": 3, "precision": "fp32"}
 
@@ -210,7 +210,7 @@ def test_saving_a_step_again_may_be_killed_at_any_system_call(training, monkeypa
     assert resumed(training).iteration == 2
 
 
-def in_process(training_folder: Path, lines: str, **popen) -> subprocess.CompletedProcess:
+def in_process(forks: Forks, training_folder: Path, lines: str) -> tuple[int, str]:
     """Saves twice in a process of its own, with something in the way of the second save."""
     program = f"""
 import os, resource, sys
@@ -236,9 +236,9 @@ print("latest", checkpointer.latest().name)
 print([p.name for p in checkpointer.folder.iterdir()])
 checkpointer.raise_problem()
 """
-    return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT, **popen
-    )
+    file = training_folder / "program.py"
+    file.write_text(program)
+    return forks.run(file, shown=training_folder / "shown.txt")
 
 
 OBSTACLES = {
@@ -252,17 +252,17 @@ OBSTACLES = {
 
 
 @pytest.mark.parametrize("obstacle", OBSTACLES)
-def test_a_save_that_fails_leaves_the_one_before_whole_and_names_it(tiny_project, tmp_path, obstacle):
+def test_a_save_that_fails_leaves_the_one_before_whole_and_names_it(forks, tiny_project, tmp_path, obstacle):
     tiny_project()
     for folder in (tmp_path, *tmp_path.parents):  # another user may look in
         if folder.owner() == tmp_path.owner() and folder != Path("/") and os.geteuid() == 0:
             folder.chmod(folder.stat().st_mode | 0o055)
     lines, cause = OBSTACLES[obstacle]
-    done = in_process(tmp_path, lines)
-    assert "latest step_00000001\n" in done.stdout, done.stderr
-    assert ".step" not in done.stdout
-    assert done.returncode != 0
-    message = done.stderr.splitlines()[-1]
+    code, shown = in_process(forks, tmp_path, lines)
+    assert "latest step_00000001\n" in shown, shown
+    assert ".step" not in next(line for line in shown.splitlines() if line.startswith("["))
+    assert code != 0
+    message = shown.splitlines()[-1]
     assert "step_00000002 could not be saved" in message and cause in message, message
     assert "The last whole checkpoint is" in message and "step_00000001" in message
     load_file(tmp_path / "checkpoints" / "step_00000001" / "model.safetensors")
@@ -380,23 +380,20 @@ def test_settings_that_changed_since_the_checkpoint_are_reported_key_by_key(tiny
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(tiny_project, tmp_path, monkeypatch, name):
+def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(forks, tiny_project, tmp_path, monkeypatch, name):
     monkeypatch.setenv("RECORDS", str(tmp_path))
     settings = {**SHORT, "task": "recording", "num_workers": 2, "save_every": None}
     path = tiny_project(run=settings, plugins=[str(RECORDING)])
-    command = [sys.executable, str(ROOT / "train.py"), "--cfg-path", str(path)]
     process = subprocess.Popen(
-        command,
+        [forks.python, str(ROOT / "train.py"), "--cfg-path", str(path)],
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PAUSE_AT": "4"},
     )
     seen = tmp_path / "0.001.jsonl"  # a line for each step
     while process.poll() is None and not (seen.is_file() and len(seen.read_text().splitlines()) == 4):
         time.sleep(0.1)
-    # as a terminal does it: to the data-loading processes as well
-    os.killpg(process.pid, getattr(signal, name)) if name == "SIGINT" else process.send_signal(signal.SIGTERM)
+    process.send_signal(getattr(signal, name))
     _, errors = process.communicate(timeout=TIMEOUT)
     last = errors.splitlines()[-1]
     shown = "Ctrl-C" if name == "SIGINT" else name

@@ -7,8 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -18,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 from PIL import Image
-from runners.processes import TIMEOUT
 
 from evlgen.assemble import run as run_project
 from evlgen.common.errors import ConfigError, DataError, Interrupted, TrainingError
@@ -161,7 +158,7 @@ def test_a_resumed_run_gives_the_losses_of_one_never_interrupted(tiny_project, t
     assert train(path, f"run.resume={checkpoint.resolve()}") == whole
 
 
-def test_two_processes_fill_and_train_and_leave_the_bytes_of_one(tiny_project, tmp_path, monkeypatch):
+def test_two_processes_fill_and_train_and_leave_the_bytes_of_one(forks, tiny_project, tmp_path, monkeypatch):
     for name in ("two", "one"):
         root = tmp_path / name / "coco"
         records = photographs(root / "images")
@@ -174,13 +171,13 @@ def test_two_processes_fill_and_train_and_leave_the_bytes_of_one(tiny_project, t
     project.datasets = {"coco_caption": {}}
     OmegaConf.save(project, path)
     options = ["run.cache_vision=true", "run.cache_vision_views=2", "run.valid_splits=[]"]
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = [sys.executable, *torchrun, ROOT / "train.py", "--cfg-path", path, "--options", *options]
-    environment = {**os.environ, "EVLGEN_CACHE": str(tmp_path / "two"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=TIMEOUT
+    code, shown = forks.run(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(ROOT / "train.py", "--cfg-path", path, "--options", *options),
+        shown=tmp_path / "shown.txt",
+        EVLGEN_CACHE=str(tmp_path / "two"),
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert code == 0, shown
     listed = (tmp_path / "output" / "latest" / "skipped.jsonl").read_text().splitlines()
 
     monkeypatch.setenv("EVLGEN_CACHE", str(tmp_path / "one"))
@@ -346,7 +343,7 @@ def test_a_changed_key_gives_another_cache_and_the_first_one_is_left_alone(tiny_
 # ---- interruptions and damage ----
 
 
-def test_a_killed_fill_goes_on_and_computes_nothing_twice(tiny_project, tmp_path, data_root, encoded):
+def test_a_killed_fill_goes_on_and_computes_nothing_twice(forks, tiny_project, tmp_path, data_root, encoded):
     plugin = tmp_path / "kill.py"
     plugin.write_text(
         "import os, signal\n"
@@ -362,9 +359,9 @@ def test_a_killed_fill_goes_on_and_computes_nothing_twice(tiny_project, tmp_path
         "TimmEncoder.forward = killing\n"
     )
     path = tiny_project(run={"cache_vision": True, "max_epoch": 1})
-    command = [sys.executable, ROOT / "train.py", "--cfg-path", path, "--plugins", plugin]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=TIMEOUT)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    command = [ROOT / "train.py", "--cfg-path", path, "--plugins", plugin]
+    code, shown = forks.run(*command, shown=tmp_path / "shown.txt")
+    assert code == -signal.SIGKILL, shown
     (store,) = stores(data_root)
     assert list((store / "status").read_bytes()) == [DONE] * 12 + [TO_DO] * 12
     losses = train(path)

@@ -18,6 +18,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -148,9 +149,9 @@ def _random_motion(rng: random.Random, lane: int, sideways: bool) -> tuple[Shape
 def _lasting(scene: MovingScene) -> Scene:
     """The places that shapes keep. One that moves is put in the middle of its lane: the lane is then all that
     captions say of its place."""
-    axis = "column" if scene.sideways else "row"
+    middle: dict[str, Any] = {"column" if scene.sideways else "row": "middle"}
     pairs = zip(scene.first.shapes, scene.last.shapes, strict=True)
-    shapes = (a if a == b else dataclasses.replace(a, **{axis: "middle"}) for a, b in pairs)
+    shapes = (a if a == b else dataclasses.replace(a, **middle) for a, b in pairs)
     return dataclasses.replace(scene.first, shapes=tuple(shapes))
 
 

@@ -135,18 +135,19 @@ def read(caption: str) -> Reading:
 
 def _scan(caption: str, reading: Reading) -> list[_Item]:
     text = _IN_PICTURE.sub(" ", _LEADS.sub(" ", caption.lower().strip().rstrip(".!")))
-    items, at = [], 0
+    items: list[_Item] = []
+    at = 0
     while at < len(text):
         if text[at].isspace():
             at += 1
             continue
         found = _SCANNER.match(text, at)
         if not found:
-            word = re.compile(r"\S+").match(text, at).group()
+            word = text[at:].split(maxsplit=1)[0]
             reading.unknown.append(word)
             at += len(word)
             continue
-        name = found.lastgroup
+        name = found.lastgroup or ""
         if found.group() == "one" and items and items[-1].name in ("size", "colour"):
             name = "noun"  # a big one
         items.append(_Item(name, found.group()))

@@ -151,6 +151,7 @@ def _random_shapes(rng: random.Random) -> tuple[Shape, ...]:
 def random_shape(rng: random.Random, kind: str, colour: str, row: int, column: int) -> Shape:
     """A shape of any size, shade and radius in a cell of the grid (0 is the top row, the left column)."""
     size = rng.choice(SIZES)
+    red, green, blue = COLOURS[colour]
     return Shape(
         kind,
         colour,
@@ -160,8 +161,12 @@ def random_shape(rng: random.Random, kind: str, colour: str, row: int, column: i
         x=_CELL_CENTRES[column] + rng.randint(-_JITTER, _JITTER),
         y=_CELL_CENTRES[row] + rng.randint(-_JITTER, _JITTER),
         radius=rng.choice(_RADII[size]),
-        rgb=tuple(min(255, max(0, channel + rng.randint(-_SHADE, _SHADE))) for channel in COLOURS[colour]),
+        rgb=(_shaded(rng, red), _shaded(rng, green), _shaded(rng, blue)),
     )
+
+
+def _shaded(rng: random.Random, channel: int) -> int:
+    return min(255, max(0, channel + rng.randint(-_SHADE, _SHADE)))
 
 
 def _window(shape: Shape, mask: np.ndarray) -> tuple[slice, slice]:

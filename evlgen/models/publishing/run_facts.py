@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from evlgen.common.errors import CheckpointError
-from evlgen.common.machine import MACHINE_FILE
+from evlgen.config.machine import MACHINE_FILE
 from evlgen.files.io import read_bytes
 from evlgen.files.json_io import read_json
 from evlgen.weights.checkpoints import PROGRESS_FILE, STATE_FOLDER
@@ -27,7 +27,7 @@ class RunFacts:
         iteration: trained so far; None where it is not known.
         samples, seconds: seen, and trained, so far.
         evaluations: of this checkpoint, as `log.jsonl` has them: validation at its iteration, and tests.
-        machine: as `evlgen.common.machine.machine` gives it, with ``device`` and ``processes``.
+        machine: as `evlgen.config.machine.machine` gives it, with ``device`` and ``processes``.
     """
 
     #: Numbers of an evaluation that are no scores.
