@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evlgen import __version__
 from evlgen.common.errors import (
     CheckpointError,
     ConfigError,
@@ -82,7 +83,7 @@ def run(cfg: Config, listeners: Sequence[Listener] = ()) -> dict[str, dict[str, 
         if accelerator.is_main_process:
             logger.info("this run writes to %s", folder)
             write_atomically(folder / "config.yaml", cfg.to_yaml())
-            facts = machine_of_run(accelerator.device, accelerator.num_processes)
+            facts = {"evlgen": __version__, **machine_of_run(accelerator.device, accelerator.num_processes)}
             write_atomically(folder / MACHINE_FILE, json.dumps(facts, indent=1))
         datasets = build_datasets(cfg, builders)
         check_training_data(cfg.run, datasets)

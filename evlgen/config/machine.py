@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def machine_of_run(device: Any, processes: int) -> dict[str, Any]:
     import torch
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {**machine(), "evlgen": sys.modules["evlgen"].__version__, "device": name, "processes": processes}
+    return {**machine(), "device": name, "processes": processes}
 
 
 def cpu_model() -> str:

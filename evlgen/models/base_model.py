@@ -21,8 +21,9 @@ from evlgen.config.config import load_model_config, load_model_file
 from evlgen.config.consent import Consent, check_addresses
 from evlgen.config.lavis import own_names
 from evlgen.config.model_config import ModelConfig
-from evlgen.config.named_code import check_plugins
+from evlgen.config.named_code import check_named
 from evlgen.config.schema import build_dataclass
+from evlgen.config.yaml_io import read_yaml
 from evlgen.files.digests import DIGESTS_FILE, check_digests
 from evlgen.files.io import make_readable, resolve, write_atomically
 from evlgen.models.published.checkpoints import is_published, to_own_names
@@ -218,6 +219,10 @@ class BaseModel(nn.Module):
     def predict_answers(self, samples: dict[str, Any], **options) -> list[str]:
         """One short answer for each sample's question."""
         raise NotImplementedError(f"{type(self).__name__} must define predict_answers(samples)")
+
+    def answer_turns(self, samples: dict[str, Any], **options) -> list[str]:
+        """The assistant's next turn of each sample's conversation; see `VLM.answer_turns`."""
+        raise NotImplementedError(f"{type(self).__name__} must define answer_turns(samples)")
 
     def rank_answers(self, samples: dict[str, Any], candidates: Any, **options) -> list[str]:
         """The best of several given answers to each sample's question; see `VLM.rank_answers`."""
@@ -528,7 +533,8 @@ def _own_folder(folder: Path, from_hub: str | None = None) -> Path:
     """
     if os.path.isfile(folder / CONFIG_FILE):
         if from_hub is not None:
-            check_plugins(folder / CONFIG_FILE, from_hub)
+            plugins = read_yaml(folder / CONFIG_FILE).get("plugins") or []
+            check_named(map(str, plugins if isinstance(plugins, list) else [plugins]), from_hub)
         return folder
     if not os.path.isfile(folder / "config.json"):
         return folder

@@ -220,6 +220,12 @@ def files_on_hub(name: str) -> list[str]:
     return [file.rfilename for file in answer.siblings or []]
 
 
+def model_files(names: Iterable[str]) -> list[str]:
+    """What is fetched of a model in transformers' format, of whose files these are the names."""
+    weights = "*.safetensors" if any(name.endswith(".safetensors") for name in names) else "*.bin"
+    return [*_TEXT_FILES, weights]
+
+
 def with_settings(name: str) -> str | None:
     """A name under which a model's configuration and tokenizer can be read: its own where it is on this
     machine; of a hub id, a folder of these files alone, fetched now; None where they cannot be had."""
@@ -236,12 +242,6 @@ def with_settings(name: str) -> str | None:
         logger.debug("the settings of %s cannot be had: %s", name, error)
         return None
     return str(folder) if (folder / "config.json").is_file() else None
-
-
-def model_files(names: Iterable[str]) -> list[str]:
-    """What is fetched of a model in transformers' format, of whose files these are the names."""
-    weights = "*.safetensors" if any(name.endswith(".safetensors") for name in names) else "*.bin"
-    return [*_TEXT_FILES, weights]
 
 
 def _download(name: str, reason: str) -> Path:
