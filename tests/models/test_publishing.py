@@ -100,7 +100,7 @@ def test_a_run_is_pushed_with_its_card_and_read_back(ada, trained, tmp_path, cap
     assert {"Bleu_4", "CIDEr", "eval_loss", "image_worth"} <= set(scores)
     for text in (
         "the Shapes world",
-        "hours of training",
+        "minutes of training",
         "`tomeformer`",
         "24 samples seen",
         "@inproceedings",

@@ -25,6 +25,7 @@ from evlgen import registry
 from evlgen.cli import main
 from evlgen.common.errors import CheckpointError
 from evlgen.config.config import load_model_file
+from evlgen.models.connectors.base import ConnectorInputs
 from evlgen.models.published.conversion import convert
 from evlgen.models.published.transformers_format import write_transformers
 
@@ -239,7 +240,7 @@ def test_what_has_no_equal_says_so(theirs, tmp_path, capsys):
     )
 
     model = registry.get_model_class("evlgen_opt").from_pretrained("shapes")
-    model.connector = registry.get_connector_class("mlp")(128, 128)
+    model.connector = registry.get_connector_class("mlp")(ConnectorInputs(128, 128))
     with pytest.raises(CheckpointError, match="no LayerNorm between .* model.vision.norm_eps: null"):
         write_transformers(model, tmp_path)
     folder, _ = theirs("llama", True, vision_feature_layer=[-2, -1])

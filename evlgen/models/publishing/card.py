@@ -272,7 +272,9 @@ def _training(run: Mapping[str, Any], facts: RunFacts) -> Iterator[tuple[str, st
         cores = f", {machine.get('cores')} cores" if machine.get("device") == "cpu" else ""
         yield "hardware", _plain(f"{f'{count} x ' if count != 1 else ''}{device}{cores}")
     if facts.seconds:
-        yield "time", f"{facts.seconds / 3600:.2f} hours of training, without evaluation"
+        hours = facts.seconds / 3600
+        taken = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+        yield "time", f"{taken} of training, without evaluation"
     versions = [f"{key} {machine[key]}" for key in ("evlgen", "torch", "python") if machine.get(key)]
     if versions:
         yield "versions", _plain(", ".join(versions))
