@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import time
@@ -22,6 +23,7 @@ from evlgen.common.errors import (
 from evlgen.common.registry import registry
 from evlgen.common.safe_text import message_lines
 from evlgen.config.config import Config
+from evlgen.config.machine import MACHINE_FILE, machine_of_run
 from evlgen.config.schema import build_dataclass, parameters_of
 from evlgen.files.io import cache_root, write_atomically
 from evlgen.files.locks import sole_writer
@@ -74,6 +76,8 @@ def run(cfg: Config, runner_class: type | None = None) -> dict[str, dict[str, fl
         if accelerator.is_main_process:
             logger.info("this run writes to %s", folder)
             write_atomically(folder / "config.yaml", cfg.to_yaml())
+            facts = machine_of_run(accelerator.device, accelerator.num_processes)
+            write_atomically(folder / MACHINE_FILE, json.dumps(facts, indent=1))
         datasets = build_datasets(cfg, builders)
         check_training_data(cfg.run, datasets)
         set_seed(cfg.run.seed)  # before the model draws its first weights

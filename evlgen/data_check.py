@@ -23,7 +23,8 @@ from evlgen.models.text_lengths import TextLength
 
 SHOWN = 16  # pictures on a contact sheet
 TEXT_KEYS = ("text_input", "text_output")
-_MEASURED_KEYS = (*TEXT_KEYS, "answers", "weights", "choices", "ocr_tokens")  # what texts are made of
+# what texts are made of
+_MEASURED_KEYS = (*TEXT_KEYS, "answers", "weights", "choices", "ocr_tokens", "messages")
 
 
 class _Walked(NamedTuple):
@@ -46,6 +47,8 @@ class SplitReport:
         lengths: of each text, as the model is given it.
         error: why the split could not be looked at, or not to its end; None otherwise.
         shared: pictures or clips that are in another checked split too, by that split's name.
+        turns: how many each conversation has.
+        images: how many images and videos each conversation has.
     """
 
     name: str
@@ -56,6 +59,8 @@ class SplitReport:
     lengths: list[TextLength] = field(default_factory=list)
     error: str | None = None
     shared: dict[str, int] = field(default_factory=dict)
+    turns: list[int] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
     visuals: set[Hashable] = field(default_factory=set, repr=False)
     readable: list[int] = field(default_factory=list, repr=False)
 
@@ -63,6 +68,11 @@ class SplitReport:
     def causes(self) -> Counter[str]:
         """How many samples are broken, by cause."""
         return Counter(sample.cause for sample in self.skipped)
+
+    @property
+    def images_by_number(self) -> dict[int, int]:
+        """How many conversations have no image, one, two, and so on."""
+        return dict(sorted(Counter(self.images).items()))
 
     @property
     def broken_share(self) -> float:
@@ -105,6 +115,7 @@ class SplitReport:
             "texts": len(self.lengths),
             unit: {key: _lengths(counts) for key, counts in self.counts.items()},
             **(cut if limits else {}),
+            **({"turns": _lengths(self.turns), "images": self.images_by_number} if self.turns else {}),
         }
 
 
@@ -159,6 +170,10 @@ def told(report: SplitReport, limits: Mapping[str, int], unit: str) -> Iterator[
         yield f"  broken: {len(report.skipped)} ({report.broken_share:.1%}): {causes}"
     else:
         yield "  broken: none"
+    if report.turns:
+        found = _lengths(report.turns)
+        images = ", ".join(f"{count} with {number}" for number, count in report.images_by_number.items())
+        yield f"  turns: {found['median']} in the middle, {found['longest']} at most; images: {images}"
     for key, counts in report.counts.items():
         found = _lengths(counts)
         yield (
@@ -216,7 +231,10 @@ class _Summaries(Dataset):
         sample = self.dataset[index]
         if isinstance(sample, Skipped):
             return sample
-        return _Walked(index, {key: sample[key] for key in _MEASURED_KEYS if key in sample})
+        texts = {key: sample[key] for key in _MEASURED_KEYS if key in sample}
+        if "messages" in sample and "images" in sample:
+            texts["image_shapes"] = [tuple(image.shape) for image in sample["images"]]
+        return _Walked(index, texts)
 
     def collater(self, found: list[_Walked | Skipped]) -> list[_Walked | Skipped]:
         return found
@@ -230,8 +248,15 @@ def _note(
     if isinstance(found, Skipped):
         report.skipped.append(found)
         return
+    try:
+        report.lengths += measure(found.texts) if found.texts else []
+    except DataError as error:  # the model's chat template does not take the conversation
+        report.skipped.append(Skipped(found.index, str(found.index), str(error), error.cause))
+        return
     report.readable.append(found.index)
-    report.lengths += measure(found.texts) if found.texts else []
+    if "messages" in found.texts:
+        report.turns.append(len(found.texts["messages"]))
+        report.images.append(len(found.texts.get("image_shapes", [])))
 
 
 def _visuals(dataset: BaseDataset) -> set[Hashable]:

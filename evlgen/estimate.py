@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from evlgen.models.language import build_language_model
 from evlgen.models.soft_prompts import SoftPromptHead
 from evlgen.models.vision import build_vision_encoder
 from evlgen.models.vlm import VLM
-from evlgen.weights.hub import missing_model
+from evlgen.weights.hub import with_settings
 
 PARTS = ("vision", "connector", "language")
 #: Of the rate of large matrix products, what whole training steps reach: 0.37 to 0.59 on an H200, a Xeon with
@@ -235,6 +234,8 @@ def _without_weights(cfg: ModelConfig, precision: str) -> VLM:
             *(vision, connector, language, cfg.prompt, cfg.vision.freeze, cfg.language.freeze, temporal),
             **({} if head is None else {"prompt_head": head}),
         )
+        if cfg.vision.norm_eps is None:
+            model.ln_vision = nn.Identity()
     if cfg.language.freeze:  # transformers makes it in the type that its configuration names
         for weight in language.parameters():
             if not weight.requires_grad:
@@ -243,19 +244,14 @@ def _without_weights(cfg: ModelConfig, precision: str) -> VLM:
 
 
 def _described(name: str) -> str:
-    """Where the configuration and the tokenizer of a language model are: fetched where the model is not here,
-    without its weights."""
-    if not missing_model(name) or Path(name).exists():
-        return name
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model"])
-    except Exception as error:
+    """Where the configuration and the tokenizer of a language model are."""
+    found = with_settings(name)
+    if found is None:
         raise ConfigError(
             f"model.language.name '{name}' is not on this machine, and its configuration could not be "
-            f"fetched ({type(error).__name__}). Name a folder with its config.json and tokenizer."
-        ) from error
+            "fetched. Name a folder with its config.json and tokenizer."
+        )
+    return found
 
 
 @contextlib.contextmanager

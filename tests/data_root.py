@@ -32,10 +32,29 @@ def make_data_root(root: Path, real: Path | None) -> Path:
     if real is not None:
         for folder in real.iterdir():
             os.symlink(folder, root / folder.name)
-    made = (_flickr8k, _flickr30k, _daquar)
+    made = (_flickr8k, _flickr30k, _daquar, _conversations)
     for make in (_coco, _gqa, _nocaps, _okvqa, _videos, _shards, _visual_genome, _own, *made):
         make(root)
     return root
+
+
+def _conversations(root: Path) -> None:
+    places = {
+        "chat": ("", ["train.jsonl", "val.jsonl"]),
+        "llava_pretrain": ("images/", ["blip_laion_cc_sbu_558k.json"]),
+        "llava_instruct": ("", ["llava_v1_5_mix665k.json"]),
+    }
+    for folder, (images, files) in places.items():
+        (root / folder / images).mkdir(parents=True)
+        records = []
+        for index in range(COUNT):
+            picture(index).save(root / folder / images / f"{index}.png")
+            turns = [("human", "<image>\nWhat is it?"), ("gpt", captions(scene("train", index))[0])]
+            turns = [{"from": who, "value": text} for who, text in turns]
+            records.append({"id": index, "image": f"{index}.png", "conversations": turns})
+        for name in files:
+            lines = "\n".join(map(json.dumps, records))
+            (root / folder / name).write_text(lines if name.endswith("l") else json.dumps(records))
 
 
 def picture(index: int) -> Image.Image:

@@ -154,8 +154,22 @@ PAPER = {
     },
 }
 
+LLAVA = {
+    **{"model.vision.name": "vit_large_patch14_clip_quickgelu_336.openai", "model.vision.image_size": 336},
+    **{"model.connector.name": "mlp", "model.language.name": "lmsys/vicuna-7b-v1.5"},
+    **{"model.language.chat_template": "vicuna_v1", "model.max_sequence_len": 2048},
+    **{"run.max_epoch": 1, "run.weight_decay": 0, "run.min_lr": 0},
+}
+
 EVLGEN_COCO = model("evlgen_opt", 224, prompt="a photo of")
 PUBLISHED = {
+    "chat/llava15_pretrain": {
+        **{**LLAVA, "run.init_lr": 1e-3, "run.batch_size_train": 256 // 8, "model.language.freeze": True},
+    },
+    "chat/llava15_finetune": {
+        **{**LLAVA, "run.init_lr": 2e-5, "run.batch_size_train": 128 // 8, "model.language.freeze": False},
+        "run.group_by_length": True,
+    },
     "evlgen/pretrain_opt2.7b": {**OPT_PRETRAINING, "model.language.name": "facebook/opt-2.7b"},
     "evlgen/pretrain_opt6.7b": {**OPT_PRETRAINING, "model.language.name": "facebook/opt-6.7b"},
     "evlgen/pretrain_vicuna7b": {
@@ -219,7 +233,8 @@ def plain(value: Any) -> Any:
 
 
 def test_every_project_of_a_published_setting_is_in_the_table():
-    own = {"evlgen/own_images"}
+    own = {"evlgen/own_images", "chat/flickr8k_daquar_lite"}
+    own |= {"chat/tomeformer_pretrain", "chat/tomeformer_finetune"}  # our connector in a published recipe
     named = {p.removeprefix("projects/").removesuffix(".yaml") for p in PROJECTS}
     assert {name for name in named if "shapes" not in name and "photos" not in name} == set(PUBLISHED) | own
 

@@ -7,8 +7,10 @@ Importing them costs nothing heavy: what a command needs it imports when it runs
 COMMANDS = (
     "models",
     "caption",
+    "chat",
     "serve",
     "visualize",
+    "push",
     "convert",
     "estimate",
     "compare",

@@ -6,13 +6,19 @@ import argparse
 
 from evlgen.commands.arguments import add_common, add_options
 
-HELP = "turn a published checkpoint (.pth) into a folder of this project, or back"
+HELP = "turn a published checkpoint (.pth), or a BLIP-2 or LLaVA folder of transformers, into ours, or back"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="IN", help="a published .pth, or a folder of this project")
+    parser.add_argument(
+        "source",
+        metavar="IN",
+        help="a published .pth, a folder or hub id in transformers' format, or a folder of this project",
+    )
     parser.add_argument("target", metavar="OUT", help="the folder, or the .pth, to write")
-    parser.add_argument("--to", choices=("own", "published"), required=True, help="the layout of OUT")
+    parser.add_argument(
+        "--to", choices=("own", "published", "transformers"), required=True, help="the layout of OUT"
+    )
     parser.add_argument(
         "--cfg-path", help="YAML with the model section; without it the one that comes with IN is taken"
     )

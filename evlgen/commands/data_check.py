@@ -53,13 +53,13 @@ def run(args: argparse.Namespace) -> int:
         measure = partial(_measured, lengths, task, split)
         report, sheet = _look_at(builders[name], split, measure, workers, cfg.run.seed, folder)
         reports.append(report)
-        print("\n".join(told(report, lengths.limits, lengths.UNIT)), flush=True)
+        print("\n".join(told(report, _limits(lengths, report), lengths.UNIT)), flush=True)
         if sheet is not None:
             print(printable(f"  some of them: {sheet}"), flush=True)
     for line in find_shared(reports):
         print(line)
     write_skipped(reports, folder / "skipped.jsonl")
-    content = {report.name: report.to_json(lengths.limits, lengths.UNIT) for report in reports}
+    content = {report.name: report.to_json(_limits(lengths, report), lengths.UNIT) for report in reports}
     write_atomically(folder / "report.json", json.dumps(content, indent=1))
     print(printable(f"report: {folder / 'report.json'}; broken samples: {folder / 'skipped.jsonl'}"))
     too_many = [r for r in reports if r.error is None and r.broken_share > cfg.run.max_skipped_share]
@@ -69,6 +69,11 @@ def run(args: argparse.Namespace) -> int:
             f"run.max_skipped_share ({cfg.run.max_skipped_share:.1%}) allows: a run would stop"
         )
     return 1 if too_many or any(report.error is not None for report in reports) else 0
+
+
+def _limits(lengths: TextLengths | WordLengths, report: SplitReport) -> dict[str, int]:
+    """The model's limits on the texts of a split."""
+    return lengths.turn_limits if report.turns else lengths.limits
 
 
 def _look_at(
@@ -155,6 +160,9 @@ def _measured(
     """How long a sample's texts are as the task gives them to the model."""
     from evlgen.datasets.base_builder import role_of
 
+    if "messages" in texts:
+        learns = role_of(split) == "train"
+        return [lengths.of_turns(texts["messages"], texts.get("image_shapes", []), learns)]
     if "text_input" not in texts:
         return []
     batch = {key: [value] for key, value in texts.items()}

@@ -8,22 +8,18 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
-import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from evlgen.common.errors import EVLGenError
 
 logger = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "evlgen.plugins"
-_NAMING_KEYS = ("name", "arch", "kind", "builder", "task", "runner", "lr_sched")
-_CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\.[A-Z]\w*")
 
 
 def load_plugins(names: Sequence[str], base: Path | None = None) -> list[str]:
@@ -51,18 +47,13 @@ def load_plugins(names: Sequence[str], base: Path | None = None) -> list[str]:
     return list(dict.fromkeys(loaded))
 
 
-def modules_of_paths(config: Any) -> list[str]:
-    """The modules of the classes that a configuration names by dotted path, such as
-    ``connector: {name: my_package.my_module.MyConnector}``: they are plugins as those under ``plugins:`` are.
-    """
-    found: list[str] = []
-    entries = config.items() if isinstance(config, Mapping) else [(None, item) for item in config]
-    for key, value in entries:
-        if key in _NAMING_KEYS and isinstance(value, str) and _CLASS_PATH.fullmatch(value):
-            found.append(value.rpartition(".")[0])
-        elif isinstance(value, Mapping | list):
-            found += modules_of_paths(value)
-    return found
+def is_imported(name: str) -> bool:
+    """Whether the module that a plugin's name stands for is imported already; a file is known by its own
+    name, wherever it lies. Imports nothing."""
+    if not name.endswith(".py"):
+        return name in sys.modules
+    files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    return any(file and os.path.basename(file) == os.path.basename(name) for file in files)
 
 
 def load_entry_points() -> list[str]:

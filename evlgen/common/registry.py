@@ -11,6 +11,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partialmethod
 from typing import Any, TypeVar
 
 from evlgen.common.errors import RegistryError, did_you_mean
@@ -135,95 +136,38 @@ class Registry:
             )
 
     # LAVIS's names: register_<kind>, get_<kind>_class, list_<kinds>.
-    def register_model(self, name: str):
-        return self.register("model", name)
+    register_model = partialmethod(register, "model")
+    register_vision_encoder = partialmethod(register, "vision_encoder")
+    register_connector = partialmethod(register, "connector")
+    register_language_model = partialmethod(register, "language_model")
+    register_builder = partialmethod(register, "builder")
+    register_processor = partialmethod(register, "processor")
+    register_task = partialmethod(register, "task")
+    register_runner = partialmethod(register, "runner")
+    register_lr_scheduler = partialmethod(register, "lr_scheduler")
+    register_metric = partialmethod(register, "metric")
 
-    def register_vision_encoder(self, name: str):
-        return self.register("vision_encoder", name)
+    get_model_class = partialmethod(get, "model")
+    get_vision_encoder_class = partialmethod(get, "vision_encoder")
+    get_connector_class = partialmethod(get, "connector")
+    get_language_model_class = partialmethod(get, "language_model")
+    get_builder_class = partialmethod(get, "builder")
+    get_processor_class = partialmethod(get, "processor")
+    get_task_class = partialmethod(get, "task")
+    get_runner_class = partialmethod(get, "runner")
+    get_lr_scheduler_class = partialmethod(get, "lr_scheduler")
+    get_metric_class = partialmethod(get, "metric")
 
-    def register_connector(self, name: str):
-        return self.register("connector", name)
-
-    def register_language_model(self, name: str):
-        return self.register("language_model", name)
-
-    def register_builder(self, name: str):
-        return self.register("builder", name)
-
-    def register_processor(self, name: str):
-        return self.register("processor", name)
-
-    def register_task(self, name: str):
-        return self.register("task", name)
-
-    def register_runner(self, name: str):
-        return self.register("runner", name)
-
-    def register_lr_scheduler(self, name: str):
-        return self.register("lr_scheduler", name)
-
-    def register_metric(self, name: str):
-        return self.register("metric", name)
-
-    def get_model_class(self, name: str):
-        return self.get("model", name)
-
-    def get_vision_encoder_class(self, name: str):
-        return self.get("vision_encoder", name)
-
-    def get_connector_class(self, name: str):
-        return self.get("connector", name)
-
-    def get_language_model_class(self, name: str):
-        return self.get("language_model", name)
-
-    def get_builder_class(self, name: str):
-        return self.get("builder", name)
-
-    def get_processor_class(self, name: str):
-        return self.get("processor", name)
-
-    def get_task_class(self, name: str):
-        return self.get("task", name)
-
-    def get_runner_class(self, name: str):
-        return self.get("runner", name)
-
-    def get_lr_scheduler_class(self, name: str):
-        return self.get("lr_scheduler", name)
-
-    def get_metric_class(self, name: str):
-        return self.get("metric", name)
-
-    def list_models(self) -> list[str]:
-        return self.names("model")
-
-    def list_vision_encoders(self) -> list[str]:
-        return self.names("vision_encoder")
-
-    def list_connectors(self) -> list[str]:
-        return self.names("connector")
-
-    def list_language_models(self) -> list[str]:
-        return self.names("language_model")
-
-    def list_datasets(self) -> list[str]:
-        return self.names("builder")
-
-    def list_processors(self) -> list[str]:
-        return self.names("processor")
-
-    def list_tasks(self) -> list[str]:
-        return self.names("task")
-
-    def list_runners(self) -> list[str]:
-        return self.names("runner")
-
-    def list_lr_schedulers(self) -> list[str]:
-        return self.names("lr_scheduler")
-
-    def list_metrics(self) -> list[str]:
-        return self.names("metric")
+    list_models = partialmethod(names, "model")
+    list_vision_encoders = partialmethod(names, "vision_encoder")
+    list_connectors = partialmethod(names, "connector")
+    list_language_models = partialmethod(names, "language_model")
+    list_datasets = partialmethod(names, "builder")
+    list_processors = partialmethod(names, "processor")
+    list_tasks = partialmethod(names, "task")
+    list_runners = partialmethod(names, "runner")
+    list_lr_schedulers = partialmethod(names, "lr_scheduler")
+    list_metrics = partialmethod(names, "metric")
 
 
 def _same_source(first: Any, second: Any) -> bool:

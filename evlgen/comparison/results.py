@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evlgen.comparison.machine import machine, without_folders
 from evlgen.comparison.plan import Configuration, Settings, differing_keys
 from evlgen.comparison.stages import Run, StageRun
+from evlgen.config.machine import machine, without_folders
 from evlgen.report.metrics import image_use_of, metric_names, metrics_of
 from evlgen.runners.log_fields import IMAGE_USE
 

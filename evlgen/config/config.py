@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from evlgen.common.errors import ConfigError, did_you_mean
-from evlgen.common.plugins import load_entry_points, load_plugins, modules_of_paths
+from evlgen.common.plugins import load_entry_points, load_plugins
 from evlgen.common.registry import registry
 from evlgen.config.checks import (
     check_datasets,
@@ -44,10 +44,12 @@ from evlgen.config.layers import (
     options_layer,
     read_layer,
 )
+from evlgen.config.named_code import check_plugins, modules_of_paths
 from evlgen.config.run_config import RunConfig
 from evlgen.config.schema import Problems, Registered
 from evlgen.config.yaml_io import dump_yaml
 from evlgen.files.io import PACKAGE_ROOT, write_atomically
+from evlgen.weights.hub_checkpoints import is_from_hub
 
 logger = logging.getLogger(__name__)
 
@@ -110,12 +112,12 @@ class Config:
             early.raise_any()
 
         load_entry_points()
-        names = [
-            *(layers.get("plugins") or []),
-            *plugins,
-            *modules_of_paths([layer.content for layer in own.layers]),
-        ]
-        loaded = load_plugins(names, path.parent if path else None)
+        names = [*(layers.get("plugins") or []), *modules_of_paths([layer.content for layer in own.layers])]
+        if path is not None and is_from_hub(path.parent):  # then only what the user names is imported
+            names = []
+            load_plugins(plugins)
+            check_plugins(path, str(cfg_path))
+        loaded = load_plugins([*names, *plugins], path.parent if path else None)
 
         arch, beta_problem = own.get("model.arch"), left_out_beta(own.layers)
         translated, ignored = from_published(own.layers)

@@ -345,4 +345,6 @@ def _resolve_dotted(value: Any, folder: Path) -> Any:
 def _beside(folder: Path, text: str) -> str:
     if not text or os.path.isabs(text) or "://" in text or not os.path.exists(folder / text):
         return text
-    return str((folder / text).resolve())
+    path = folder / text
+    # a file keeps its name, whose end says what it is: in the cache of the hub's client it is a link
+    return str(path.resolve() if path.is_dir() else path.parent.resolve() / path.name)

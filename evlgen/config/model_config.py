@@ -50,6 +50,8 @@ class VisionConfig:
         drop_path_rate: stochastic depth while training (for ``freeze: false``).
         temporal: for clips; null for a model of images.
         tome_r: pairs of tokens that merge in each block of a frozen encoder; 0 is off.
+        norm_eps: epsilon of the trained LayerNorm between the encoder and the connector; null leaves that
+            norm out, as LLaVA does.
         kwargs: handed to ``timm.create_model``.
     """
 
@@ -62,6 +64,7 @@ class VisionConfig:
     drop_path_rate: Share = 0.0
     temporal: TemporalConfig | None = None
     tome_r: NonNegativeInt = 0
+    norm_eps: PositiveFloat | None = 1e-5
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -94,8 +97,12 @@ class LanguageConfig:
         precision: type frozen weights are kept and computed in (trained ones: float32); ``auto`` is bf16
             where the device has it.
         quantization: keep frozen weights in 8 or 4 bits (bitsandbytes, a GPU).
-        chat_template: put prompts into the tokenizer's own chat template.
+        chat_template: put prompts into the tokenizer's own chat template; or the name of one of this package
+            (``vicuna_v1``, ``chatml``, ``question_answer``), or a Jinja file. Conversations always have one:
+            this, else the tokenizer's own, else ``question_answer``.
         lora: adapters that are trained; null for none.
+        pack: put short conversations of a batch one behind the other into rows as long as its longest, each
+            without a view of the others: the same losses with less padding.
     """
 
     name: str = "facebook/opt-2.7b"
@@ -103,8 +110,9 @@ class LanguageConfig:
     freeze: bool = True
     precision: Precision = "auto"
     quantization: Literal["none", "8bit", "4bit"] = "none"
-    chat_template: bool = False
+    chat_template: bool | str = False
     lora: LoraConfig | None = None
+    pack: bool = False
 
 
 @dataclasses.dataclass
@@ -149,6 +157,8 @@ class ModelConfig:
         max_txt_len: text tokens read at most.
         max_output_txt_len: tokens of ``text_output`` learned at most, where a model reads input and output
             apart (Vicuna, T5); null: as many as ``max_txt_len``.
+        max_sequence_len: positions of a conversation that is learned, at most, those of its soft prompts
+            included (and no more than the language model has).
         generation: defaults of generation.
     """
 
@@ -162,4 +172,5 @@ class ModelConfig:
     prompt: str = ""
     max_txt_len: PositiveInt = 32
     max_output_txt_len: PositiveInt | None = None
+    max_sequence_len: PositiveInt = 2048
     generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)

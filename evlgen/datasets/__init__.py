@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from evlgen.datasets import (  # noqa: F401 (registers)
     caption_builders,
+    conversation_dataset,
     flickr8k,
     question_builders,
     shapes_dataset,

@@ -30,7 +30,7 @@ T = TypeVar("T")
 MAX_MEMBER_BYTES = 256 << 20  # no picture is larger; what claims to be would fill the memory
 _TABLES = (".parquet", ".arrow")
 _ARCHIVE = re.compile(r"\.(zip|tar|tar\.gz|tgz|tar\.bz2|tar\.xz)(?=/|$)", re.IGNORECASE)
-_CELL_END = re.compile(r"(?P<row>[0-9]{1,18})(=(?P<digest>[0-9a-f]+))?")
+_CELL_END = re.compile(r"(?P<row>[0-9]{1,18}(\.[0-9]{1,9})?)(=(?P<digest>[0-9a-f]+))?")
 _LONGEST_PATH = 4096  # of a file; what lies in it may have a longer name
 # What zipfile raises on damaged members besides OSError.
 _DAMAGED = (
@@ -49,7 +49,7 @@ class Place(NamedTuple):
 
     file: Path
     column: str | None  # of a table; None for archives
-    member: str  # of an archive; of a table the number of the row
+    member: str  # of an archive; of a table the number of the row, and in a list of images ``.`` and its own
 
 
 class Cell(NamedTuple):
@@ -66,8 +66,9 @@ class Cell(NamedTuple):
         return f"{self.file}#{self.column}:{self.row}"
 
 
-def cell_name(file: str | os.PathLike, column: str, row: int, content: Any = b"") -> str:
-    """The name by which `split_place` finds a cell of a table, and `split_cell` the digest of its bytes."""
+def cell_name(file: str | os.PathLike, column: str, row: int | str, content: Any = b"") -> str:
+    """The name by which `split_place` finds a cell of a table, and `split_cell` the digest of its bytes. In a
+    cell of several images ``row`` is ``17.0``, ``17.1``, and so on."""
     place = f"{file}#{column}:{row}"
     return f"{place}={hashlib.blake2b(content, digest_size=12).hexdigest()}" if len(content) else place
 
@@ -266,15 +267,17 @@ class TableColumn(Container):
         return range(self._ends[-1] if self._ends else 0)
 
     def has(self, member: str) -> bool:
-        return int(member) in self.names()
+        return int(member.partition(".")[0]) in self.names()
 
     def read(self, member: str) -> bytes:
-        row = int(member)
+        number, _, place = member.partition(".")
+        row = int(number)
         which = bisect.bisect_right(self._ends, row)
         if which == len(self._ends):
             raise DataError(f"{self.file} has no row {row}.", "missing file")
         chunk = self._chunks.get()[which]
-        value = chunk[row - (self._ends[which - 1] if which else 0)].as_py()
+        value = chunk[row - (self._ends[which - 1] if which else 0)]
+        value = value[int(place)].as_py() if place else value.as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes) or not content:
             raise DataError(f"row {row} of {self.file} has no bytes in '{self.column}'.", "empty file")

@@ -194,6 +194,8 @@ class _ColumnarTable(Table):
         kind = self._schema.field(column).type
         if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
             return self._cells(column, values, first)
+        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            return self._lists(column, values, first, kind.value_type)
         if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
             return values.to_pylist()
         parts = dict(
@@ -202,6 +204,27 @@ class _ColumnarTable(Table):
         cells = self._cells(column, parts["bytes"], first)
         paths = parts["path"].to_pylist() if "path" in parts else [None] * len(cells)
         return [path if cell is None else cell for cell, path in zip(cells, paths, strict=True)]
+
+    def _lists(self, column: str, values: Any, first: int, kind: Any) -> list[Any]:
+        """As `_values`, of lists; those of images, bytes or ``{bytes, path}``, become lists of names."""
+        import pyarrow as pa
+
+        is_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        if not (is_struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+            return values.to_pylist()
+        lists = []
+        for row, cell in enumerate(values, start=first):
+            names = []
+            for place, item in enumerate(cell.values if cell.is_valid else ()):
+                content = item["bytes"] if is_struct and item.is_valid else item
+                if content.is_valid:
+                    names.append(cell_name(self.path, column, f"{row}.{place}", content.as_buffer()))
+                elif is_struct and item.is_valid and "path" in item:
+                    names.append(item["path"].as_py())
+                else:
+                    names.append(None)
+            lists.append(names)
+        return lists
 
     def _cells(self, column: str, values: Any, first: int) -> list[str | None]:
         """The names of the cells of an array of bytes; None for those that are null."""

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SHARED_MEMORY = "/dev/shm"
+_GROUPED = 50  # batches whose samples are sorted by size together
 
 
 @contextlib.contextmanager
@@ -76,6 +77,7 @@ class BatchPlan:
         ratios: weight of each dataset, or None for all samples once.
         batch_size: samples per rank.
         start: batches to leave out, of those already trained on.
+        sizes: of each sample, so that a global batch has samples of similar sizes; None: any samples.
     """
 
     def __init__(
@@ -87,7 +89,9 @@ class BatchPlan:
         rank: int = 0,
         world_size: int = 1,
         start: int = 0,
+        sizes: Sequence[int] | None = None,
     ) -> None:
+        self.sizes = sizes
         self.lengths, self.ratios, self.seed = list(lengths), ratios, seed
         self.batch_size, self.rank, self.world_size, self.start = batch_size, rank, world_size, start
         self.batches_per_epoch = max(1, sum(self.lengths) // (batch_size * world_size))
@@ -114,7 +118,9 @@ class BatchPlan:
         shortage = self.batch_size * self.world_size - total
         if shortage > 0:
             order = order.repeat(1 + shortage // total + 1)[: self.batch_size * self.world_size]
-        return order.tolist()
+        if self.sizes is None:
+            return order.tolist()
+        return group_by_size(order.tolist(), self.sizes, self.batch_size * self.world_size, generator)
 
     def _drawn_by_ratio(self, total: int, generator: torch.Generator) -> torch.Tensor:
         weights = torch.tensor(self.ratios, dtype=torch.float64)
@@ -129,6 +135,20 @@ class BatchPlan:
                 order[places] = first + torch.cat(rounds)[:wanted]
             first += length
         return order
+
+
+def group_by_size(
+    order: Sequence[int], sizes: Sequence[int], batch_size: int, generator: torch.Generator
+) -> list[int]:
+    """An order whose batches have samples of similar sizes: each `_GROUPED` batches of the given order are
+    sorted by size, and all batches shuffled. The last incomplete batch stays the last."""
+    end = len(order) // batch_size * batch_size
+    batches = []
+    for first in range(0, end, _GROUPED * batch_size):
+        group = sorted(order[first : min(first + _GROUPED * batch_size, end)], key=lambda i: sizes[i])
+        batches += [group[start : start + batch_size] for start in range(0, len(group), batch_size)]
+    shuffled = torch.randperm(len(batches), generator=generator).tolist()
+    return [index for batch in shuffled for index in batches[batch]] + list(order[end:])
 
 
 class _SeededDataset(Dataset):

@@ -153,10 +153,18 @@ def make_plan(
     rank: int = 0,
     world_size: int = 1,
     has_epochs: bool = True,
+    group_by_length: bool = False,
 ) -> BatchPlan | MixedPlan:
     """The plan that training on these datasets takes. Where it needs no epochs (``has_epochs``), and ratios
-    say how to mix, the samples of streams are not counted."""
+    say how to mix, the samples of streams are not counted. ``group_by_length``: batches have samples of
+    similar sizes, by the datasets' ``size(index)``.
+
+    Raises:
+        ConfigError: a dataset does not tell how long its samples are.
+    """
     streams = [isinstance(dataset, StreamDataset) for dataset in datasets]
+    if any(streams) and group_by_length:
+        _check_sizes(datasets)
     if any(streams):
         is_counted = has_epochs or (len(streams) > 1 and not ratios)
         lengths = [
@@ -164,7 +172,21 @@ def make_plan(
             for dataset, is_stream in zip(datasets, streams, strict=True)
         ]
         return MixedPlan(lengths, streams, batch_size, seed, ratios, rank, world_size)
-    return BatchPlan([len(d) for d in datasets], batch_size, seed, ratios, rank, world_size)
+    lengths = [len(d) for d in datasets]
+    sizes = None
+    if group_by_length:
+        _check_sizes(datasets)
+        sizes = [d.size(i) for d, length in zip(datasets, lengths, strict=True) for i in range(length)]
+    return BatchPlan(lengths, batch_size, seed, ratios, rank, world_size, sizes=sizes)
+
+
+def _check_sizes(datasets: Iterable[Dataset]) -> None:
+    for dataset in datasets:
+        if not hasattr(dataset, "size"):
+            raise ConfigError(
+                f"run.group_by_length: {type(dataset).__name__} does not tell how long its samples are. Give "
+                "it a method size(index), as datasets of conversations have, or set it to false."
+            )
 
 
 def told_length(dataset: Dataset) -> str:

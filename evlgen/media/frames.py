@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -102,3 +104,19 @@ def read_frames(path: str | Path, num_frames: int) -> list[Image.Image]:
             num_frames,
         )
     return [Image.fromarray(frame) for frame in clip.read(spread(count, min(count, num_frames)))]
+
+
+def is_data_address(name: str) -> bool:
+    """Whether a name is the image itself, ``data:image/png;base64,..``."""
+    return name.startswith("data:")
+
+
+def decode_address(address: str) -> io.BytesIO:
+    """The bytes in a data address. Raises `DataError` where there are none."""
+    head, found, content = address.partition(",")
+    try:
+        if not found or not head.endswith(";base64"):
+            raise ValueError("it is not base64")
+        return io.BytesIO(base64.b64decode(content, validate=True))
+    except ValueError as error:
+        raise DataError(f"the address {address:.40} holds no image: {error}.", "not an image") from error

@@ -15,18 +15,21 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from evlgen.common.errors import CheckpointError, ConfigError, EVLGenError
+from evlgen.common.errors import CheckpointError, ConfigError, EVLGenError, did_you_mean
 from evlgen.common.registry import registry
 from evlgen.config.config import load_model_config, load_model_file
 from evlgen.config.consent import Consent, check_addresses
 from evlgen.config.lavis import own_names
 from evlgen.config.model_config import ModelConfig
+from evlgen.config.named_code import check_plugins
 from evlgen.config.schema import build_dataclass
 from evlgen.files.digests import DIGESTS_FILE, check_digests
 from evlgen.files.io import make_readable, resolve, write_atomically
 from evlgen.models.published.checkpoints import is_published, to_own_names
 from evlgen.models.text_lengths import TextLengths
 from evlgen.weights.checkpoints import CONFIG_FILE, WEIGHTS_FILE, write_folder
+from evlgen.weights.hub import looks_like_path
+from evlgen.weights.hub_checkpoints import HUB_PREFIX, fetch_checkpoint, is_hub_id
 from evlgen.weights.weights import read_weights
 
 logger = logging.getLogger(__name__)
@@ -34,13 +37,14 @@ logger = logging.getLogger(__name__)
 _ADAPTER, _TEMPORAL = ".lora_", ".temporal_merge."  # in the names of weights
 _WITHOUT = "model.checkpoint: null starts without it."
 _SAYS = "the config.yaml beside the weights says"
-_HEAD = "prompt_head."
+_HEAD, _NORM = "prompt_head.", "ln_vision."
 # What gives learned weights a place that have none.
 _PLACES = {
     _ADAPTER: "it is of adapters in the language model. Set model.language.lora to what they were trained "
     f"with (r, alpha, target_modules: {_SAYS})",
     _TEMPORAL: "it is of attention over the frames. Set model.vision.temporal.form to what it was trained "
     f"with ({_SAYS}; published weights: residual), and model.vision to the same encoder",
+    _NORM: f"it is of the LayerNorm after the vision encoder. Set model.vision.norm_eps to what {_SAYS}",
     _HEAD: f"it is of what stands around the soft prompts. Set model.soft_prompts to what {_SAYS}",
 }
 _READS_TEXT = (
@@ -127,22 +131,30 @@ class BaseModel(nn.Module):
         name: str | Path,
         device: str | torch.device = "cpu",
         allow_downloads: bool | Consent = False,
+        revision: str | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
     ):
         """Loads a model from a folder made by `save_pretrained`, a hub id of such a folder, or a model type's
-        name.
+        name. A folder or hub id may also be of BLIP-2 or LLaVA in transformers' format, which is converted
+        once.
 
         Args:
             allow_downloads: whether addresses in the folder's ``config.yaml`` may be fetched, or a function
                 that is asked. Hub ids in it, and the published weights of a named encoder, are named in a
                 warning before they are fetched.
+            revision: of a hub id: a branch, tag or commit.
+            token: for a private repository on the hub; None: the one of ``hf auth login`` or ``HF_TOKEN``.
+            local_files_only: of a hub id: take what was fetched earlier, without asking the hub.
 
         Raises:
-            CheckpointError: no such folder; an address that may not be fetched; and see `from_config`.
+            CheckpointError: no such folder; an address that may not be fetched; a repository on the hub that
+                may not be read, or that needs plugins; and see `from_config`.
         """
         if str(name) in cls.MODEL_TYPES:
             arch = next(arch for arch in _names_of(cls))
             return cls.from_config(load_model_config(arch, str(name)), device)
-        folder = _pretrained_folder(str(name), cls)
+        folder = _pretrained_folder(str(name), cls, revision, token, local_files_only)
         try:
             check_digests(folder, [CONFIG_FILE])
         except CheckpointError as error:  # weights are refused, but people do edit this file
@@ -259,8 +271,8 @@ class BaseModel(nn.Module):
         return state
 
     def load_checkpoint(self, path: str | Path) -> LoadReport:
-        """Loads weights over the parts: an own folder or file, or a published ``.pth``; local, URL or
-        ``evlgen://``.
+        """Loads weights over the parts: an own folder or file, or a published ``.pth``; local, URL,
+        ``evlgen://``, or ``hf://user/name`` on the hub.
 
         Says in the log what was loaded, missing and unexpected. Weights that the connector names in its class
         attribute ``SPARE_WEIGHTS`` (prefixes) are those of an earlier stage, and left out; those of
@@ -270,7 +282,7 @@ class BaseModel(nn.Module):
             CheckpointError: nothing there, damaged, refused, another shape, or another architecture's
                 weights; another temporal form; adapters or temporal weights without a place.
         """
-        file = resolve(path)
+        file = checkpoint_path(path) if str(path).startswith(HUB_PREFIX) else resolve(path)
         state = read_weights(file)
         self._check_temporal_form(path, file, state)
         state = to_own_names(state)
@@ -293,6 +305,11 @@ class BaseModel(nn.Module):
             raise CheckpointError(
                 f"{path} was trained without {_some(missing)}, and gives other texts with it. Set "
                 f"model.soft_prompts: null and model.connector.residual: false; {_WITHOUT}"
+            )
+        if missing and all(name.startswith(_NORM) for name in missing):
+            raise CheckpointError(
+                f"{path} was trained without {_some(missing)}, and gives other texts with it. Set "
+                f"model.vision.norm_eps: null; {_WITHOUT}"
             )
         self.load_state_dict({k: state[k] for k in loaded}, strict=False)
         logger.info("%s: %d weights loaded", path, len(loaded))
@@ -381,6 +398,49 @@ class BaseModel(nn.Module):
                 os.replace(Path(temporary) / name, folder / name)
         return folder
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Checkpoint of evlgen",
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        create_pr: bool = False,
+        **prepare: Any,
+    ) -> str:
+        """Puts the trained weights, the config and a card on the Hugging Face hub, where `from_pretrained`
+        finds them. To publish a run with its scores, ``evlgen push`` takes the run's folder.
+
+        Args:
+            repo_id: ``user/name``; the repository is made where there is none.
+            private: whether a repository that is made here is private; None: as the user's settings say.
+            token: with the right to write; None: the one of ``hf auth login`` or ``HF_TOKEN``.
+            branch: to push to, made where there is none; None: main.
+            create_pr: open a pull request instead.
+            prepare: ``licence`` and ``text`` of the card; ``with_parts=True`` to copy frozen parts that lie
+                on this machine alone; ``options``, such as ``["model.language.name=facebook/opt-2.7b"]``.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            CheckpointError: a part that only this machine has; no token, no right to write, no connection.
+        """
+        from evlgen.models.publishing.publish import publish
+
+        with tempfile.TemporaryDirectory(prefix="evlgen-push-") as temporary:
+            return publish(
+                self.save_pretrained(Path(temporary) / "checkpoint"),
+                repo_id,
+                message=commit_message,
+                private=private,
+                token=token,
+                branch=branch,
+                create_pr=create_pr,
+                **prepare,
+            )
+
     def save_weights(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
         """Writes ``model.safetensors`` and ``config.yaml`` into an existing folder.
 
@@ -440,31 +500,57 @@ def _names_of(cls: type[BaseModel]) -> list[str]:
     return [name for name in registry.list_models() if registry.get_model_class(name) is cls]
 
 
-def _pretrained_folder(name: str, cls: type[BaseModel]) -> Path:
-    from evlgen.common.errors import did_you_mean
-    from evlgen.weights.hub import files_on_hub, looks_like_path
+def checkpoint_path(name: str | Path) -> Path:
+    """What a user names as a checkpoint, on this machine: fetched where it is ``user/name`` on the hub.
 
-    folder = Path(resolve(name))
+    Raises:
+        CheckpointError: it is neither here nor on the hub, may not be read, or needs plugins.
+    """
+    name = str(name)
+    path = None if name.startswith(HUB_PREFIX) else Path(resolve(name))
+    if path is not None and (os.path.lexists(path) or not is_hub_id(name)):
+        return _own_folder(path)
+    try:
+        folder = fetch_checkpoint(name)
+    except CheckpointError as error:
+        place = "" if path is None else f"there is no checkpoint at {path}, and on the hub: "
+        raise CheckpointError(f"{place}{error}") from error
+    return _own_folder(folder, name)
+
+
+def _own_folder(folder: Path, from_hub: str | None = None) -> Path:
+    """A checkpoint's folder, converted where it is in transformers' format.
+
+    Args:
+        from_hub: its name there, where that is where it is from: then it may ask for no plugins.
+    """
+    if os.path.isfile(folder / CONFIG_FILE):
+        if from_hub is not None:
+            check_plugins(folder / CONFIG_FILE, from_hub)
+        return folder
+    if not os.path.isfile(folder / "config.json"):
+        return folder
+    from evlgen.models.published.transformers_format import own_folder
+
+    return own_folder(folder)
+
+
+def _pretrained_folder(
+    name: str, cls: type[BaseModel], revision: str | None, token: str | None, local_files_only: bool
+) -> Path:
+    folder = _own_folder(Path(resolve(name)))
     if os.path.isfile(folder / CONFIG_FILE):
         return folder
     if os.path.exists(folder) or looks_like_path(name):
         raise CheckpointError(f"{folder} holds no {CONFIG_FILE}: it was not written by save_pretrained.")
     try:
-        from huggingface_hub import snapshot_download
-
-        patterns = [CONFIG_FILE, WEIGHTS_FILE, DIGESTS_FILE]
-        download = functools.partial(snapshot_download, name, allow_patterns=patterns)
-        try:
-            files_on_hub(name)
-        except CheckpointError:  # no connection: what was fetched earlier
-            return Path(download(local_files_only=True))
-        return Path(download())
-    except Exception as error:  # the hub client raises many kinds; all mean: not there
+        folder = fetch_checkpoint(name, revision, token, local_files_only)
+    except CheckpointError as error:
         raise CheckpointError(
-            f"'{name}' is no folder, no model type ({', '.join(cls.MODEL_TYPES)}) and not on the hub from "
-            "here."
+            f"'{name}' is no folder, no model type ({', '.join(cls.MODEL_TYPES)}), and {error}"
             f"{did_you_mean(name, cls.MODEL_TYPES)}"
         ) from error
+    return _own_folder(folder, name)
 
 
 def _check_shapes(path: str | Path, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:

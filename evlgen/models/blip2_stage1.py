@@ -54,6 +54,7 @@ from evlgen.models.text_lengths import TextLengths
 from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.weights.hub import looks_like_path, missing_model, with_settings
+from evlgen.weights.hub_checkpoints import HUB_PREFIX
 
 logger = logging.getLogger(__name__)
 
@@ -177,12 +178,15 @@ class Blip2Stage1(BaseModel):
             )
         if cfg.vision.temporal:
             raise ConfigError("model.vision.temporal: BLIP-2's first stage is of pictures. Leave it out.")
+        if cfg.vision.norm_eps is None:
+            raise ConfigError("model.vision.norm_eps: BLIP-2's first stage has the norm. Leave it out.")
         tokenizer = QFormerTokenizer(cfg.text.tokenizer, cfg.max_txt_len)
         vision = build_vision_encoder(cfg.vision, device)
         connector = connector_class.build(ConnectorInputs.behind(vision), **connector_args)
         num_positions = cfg.text.max_position_embeddings or connector.sizes.max_position_embeddings
         _check_learned(cfg.max_txt_len, num_positions)
         model = cls(vision, connector, tokenizer, num_positions, cfg.embed_dim, cfg.prompt, cfg.vision.freeze)
+        model.ln_vision.eps = cfg.vision.norm_eps
         logger.info(
             "BLIP-2's first stage: %.1f million weights trained, %.1f million frozen",
             sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6,
@@ -199,7 +203,7 @@ class Blip2Stage1(BaseModel):
         named = [(f"tokenizer {tokenizer}", tokenizer)]
         named += [(f"connector start {start}", start)] if start and start != tokenizer else []
         found += [Missing(what, missing_model(name), not looks_like_path(name)) for what, name in named]
-        if cfg.checkpoint and not cfg.checkpoint.startswith(("http://", "https://")):
+        if cfg.checkpoint and not cfg.checkpoint.startswith(("http://", "https://", HUB_PREFIX)):
             if not os.path.exists(resolve(cfg.checkpoint)):
                 why = "there is no such file or folder; see model.checkpoint"
                 found.append(Missing(f"checkpoint {cfg.checkpoint}", why, False))

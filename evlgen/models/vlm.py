@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 from collections import Counter
-from collections.abc import Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -19,9 +21,20 @@ from evlgen.common.registry import registry
 from evlgen.config.model_config import GenerationConfig, ModelConfig
 from evlgen.files.io import resolve
 from evlgen.models.base_model import BaseModel, Missing
+from evlgen.models.chatting import pixels_of_visual
 from evlgen.models.connectors.base import Connector, ConnectorInputs
 from evlgen.models.language import LanguageModel, build_language_model
-from evlgen.models.language.loading import find_model, num_positions, read_config
+from evlgen.models.language.loading import find_model, read_config
+from evlgen.models.language.loading import num_positions as most_positions
+from evlgen.models.language.segments import (
+    Row,
+    SoftPrompts,
+    cut,
+    has_learned,
+    num_positions,
+    num_soft_of,
+    num_visuals,
+)
 from evlgen.models.ops import quicken
 from evlgen.models.pixels import pixels_of, with_pixels
 from evlgen.models.prompts import ask, check_count, fill_ocr_slots
@@ -30,9 +43,14 @@ from evlgen.models.text_lengths import TextLengths
 from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.temporal import pool_frames, temporal_modules
+from evlgen.processors.turns import check_turns, read_turns
 from evlgen.weights.hub import looks_like_path, missing_model, with_settings
+from evlgen.weights.hub_checkpoints import HUB_PREFIX
 
 logger = logging.getLogger(__name__)
+
+_LEAST_ROOM = 64  # positions of an answer that older turns make room for, where nothing is said
+_ANSWER_LEN = 256  # new tokens of an answer in a conversation at most, where nothing is said
 
 
 class VLM(BaseModel):
@@ -75,6 +93,7 @@ class VLM(BaseModel):
         self.language = language
         self.prompt = prompt
         self.generation = GenerationConfig()
+        self.max_sequence_len = ModelConfig.max_sequence_len
         self._frozen = [
             name for name, freeze in (("vision", freeze_vision), ("language", freeze_language)) if freeze
         ]
@@ -104,7 +123,12 @@ class VLM(BaseModel):
             *(vision, connector, language, cfg.prompt, cfg.vision.freeze, cfg.language.freeze, temporal),
             **({} if head is None else {"prompt_head": head}),  # subclasses may not know it
         )
+        if cfg.vision.norm_eps is None:
+            model.ln_vision = nn.Identity()
+        else:
+            model.ln_vision.eps = cfg.vision.norm_eps
         model.generation = cfg.generation
+        model.max_sequence_len = cfg.max_sequence_len
         model._log_parts()
         return model
 
@@ -123,7 +147,7 @@ class VLM(BaseModel):
             found.append(
                 Missing(f"connector start {start}", missing_model(start), not looks_like_path(start))
             )
-        if cfg.checkpoint and not cfg.checkpoint.startswith(("http://", "https://")):
+        if cfg.checkpoint and not cfg.checkpoint.startswith(("http://", "https://", HUB_PREFIX)):
             if not os.path.exists(resolve(cfg.checkpoint)):
                 why = "there is no such file or folder; see model.checkpoint"
                 found.append(Missing(f"checkpoint {cfg.checkpoint}", why, False))
@@ -138,7 +162,16 @@ class VLM(BaseModel):
         if missing_model(cfg.language.name):
             return None
         language = cls._language_without_weights(cfg)
-        return TextLengths(language) if hasattr(language, "to_learn") else None
+        if not hasattr(language, "to_learn"):
+            return None
+        form = cfg.vision.temporal.form if cfg.vision.temporal else cls.TEMPORAL
+        num_soft = cls._num_soft_prompts(cfg, language.embed_dim)
+
+        def num_soft_of_shape(shape: Sequence[int]) -> int:
+            return num_soft * (shape[1] if form == "concat" and len(shape) == 4 else 1)
+
+        limit = min(cfg.max_sequence_len, language.max_positions or cfg.max_sequence_len)
+        return TextLengths(language, num_soft_of_shape, limit)
 
     @classmethod
     def check_room(cls, cfg: ModelConfig, prompt: str | None, num_new: int, learns: bool) -> None:
@@ -146,7 +179,7 @@ class VLM(BaseModel):
         if name is None:
             return
         cfg = dataclasses.replace(cfg, language=dataclasses.replace(cfg.language, name=name))
-        limit = num_positions(read_config(name, find_model(name)))
+        limit = most_positions(read_config(name, find_model(name)))
         # nearly all models have far more room than is needed: seen without building anything
         texts = len((prompt or "").encode()) + cfg.max_txt_len + (cfg.max_output_txt_len or cfg.max_txt_len)
         around = 256 if cfg.language.chat_template else 8  # tokens of a template, of a start
@@ -192,12 +225,22 @@ class VLM(BaseModel):
                 log-likelihoods, by image. ``text_tokens``, N texts of `generate_tokens`, may stand in place
                 of ``text_input``.
 
+                Samples that are sequences have ``segments`` in place of all these, a list of `Read`, `Learn`
+                and `Visual` for each, or ``messages``, a conversation for each (`evlgen.processors.turns`);
+                and ``images``: the images [3, H, W] and videos [3, T, H, W] of each, none, one or several,
+                in the order of their places. Without ``images``, ``image`` has one for each.
+
         Returns:
             ``loss``: scalar, float32; ``num_tokens``: how many tokens it is the mean of, and with
             ``text_weights`` how many pictures.
         """
         if "text_weights" in samples:
             return self._weighted_loss(samples)
+        if is_sequence(samples):
+            rows, soft_prompts = self._rows(samples, self.sequence_prompts(samples))
+            with self._own_precision(self.device):
+                loss, num_tokens = self.language.rows_loss(soft_prompts, rows)
+            return {"loss": loss, "num_tokens": num_tokens}
         soft_prompts = self.soft_prompts(samples)
         counts = self._text_counts(samples, len(soft_prompts))
         with self._own_precision(soft_prompts.device):
@@ -230,6 +273,12 @@ class VLM(BaseModel):
         Raises:
             DataError: the texts are not as many as the pictures, or as ``num_texts`` says.
         """
+        if is_sequence(samples):
+            prompts = self.sequence_prompts(samples) if soft_prompts is None else soft_prompts
+            rows, prompts = self._rows(samples, prompts)
+            with self._own_precision(self.device):
+                found = self.language.rows_losses(prompts, rows)
+            return dict(zip(("losses", "num_tokens"), found, strict=True))
         soft_prompts = self.soft_prompts(samples) if soft_prompts is None else soft_prompts
         counts = self._text_counts(samples, len(soft_prompts))
         with self._own_precision(soft_prompts.device):
@@ -255,7 +304,149 @@ class VLM(BaseModel):
                 _check_length(key, samples[key], sum(counts), "texts, by num_texts or one an image")
         return counts
 
+    def sequence_prompts(self, samples: dict[str, Any]) -> SoftPrompts:
+        """The soft prompts of all images and videos of samples that are sequences, in their order: [K, M,
+        C_language], or K tensors [M, C_language] where the numbers differ.
+
+        Without any image, K is 0, and all that is trained takes part all the same, as DDP and a
+        standardisation over processes want it.
+        """
+        if "images" not in samples and _has_image(samples):
+            return self.soft_prompts(samples)
+        images = [image.to(self.device) for of_one in samples.get("images", []) for image in of_one]
+        if images:
+            return self._connect(self._encode_each(images))
+        size = self.vision.image_size
+        learns = any(p.requires_grad for p in self.vision.parameters())
+        tokens = (
+            self.encode(torch.zeros(1, 3, size, size, device=self.device))
+            if learns
+            else torch.zeros(1, self.vision.num_tokens, self.vision.embed_dim, device=self.device)
+        )
+        return self._with_head(self.connector(self._normed(tokens))[:0])
+
+    def _encode_each(self, images: list[Tensor]) -> list[Tensor]:
+        """The tokens [N, C_vision] of images and videos of any lengths, those of one shape together."""
+        found: dict[int, Tensor] = {}
+        for places in _alike(images):
+            tokens = self.encode(torch.stack([images[place] for place in places]))
+            found.update(zip(places, tokens, strict=True))
+        return [found[place] for place in range(len(images))]
+
+    def _connect(self, tokens: list[Tensor]) -> SoftPrompts:
+        """Soft prompts of the tokens of `_encode_each`."""
+        groups = _alike(tokens)
+        prompts = [self._to_prompts(torch.stack([tokens[place] for place in places])) for places in groups]
+        if len(groups) == 1:
+            return prompts[0]
+        found: dict[int, Tensor] = {}
+        for places, of_group in zip(groups, prompts, strict=True):
+            found.update(zip(places, of_group, strict=True))
+        return [found[place] for place in range(len(tokens))]
+
+    def _to_prompts(self, tokens: Tensor) -> Tensor:
+        """The encoder's tokens [B, N, C_vision] -> [B, M, C_language]."""
+        return self._with_head(self.connector(self._normed(tokens)))
+
+    def _with_head(self, prompts: Tensor) -> Tensor:
+        return prompts if self.prompt_head is None else self.prompt_head(prompts)
+
+    def _rows(
+        self, samples: dict[str, Any], soft_prompts: SoftPrompts, room: int | None = None
+    ) -> tuple[list[Row], SoftPrompts]:
+        """Samples that are sequences as the language model reads them, and the soft prompts that stand in
+        them.
+
+        Args:
+            room: None to learn the samples: they lose what is beyond ``max_sequence_len`` positions. Else
+                the assistant's next turn begins behind them, and conversations lose their oldest turns, so
+                that it has ``room`` positions.
+
+        Raises:
+            DataError: a sample has more places of images than images, or fewer; and see `check_turns`.
+        """
+        num_soft = num_soft_of(soft_prompts)
+        rows, kept, first = [], [], 0
+        for number in range(_num_sequences(samples)):
+            row = self._row(samples, number, answers_next=room is not None)
+            end = first + num_visuals(row)
+            if room is None:
+                row = cut(row, num_soft[first:end], self._most_positions)
+                kept += range(first, first + num_visuals(row))
+            else:
+                row, own = self._recent(samples, number, row, num_soft[first:end], room)
+                kept += [first + place for place in own]
+            rows.append(row)
+            first = end
+        if len(kept) == len(num_soft):
+            return rows, soft_prompts
+        is_stacked = isinstance(soft_prompts, Tensor)
+        return rows, soft_prompts[kept] if is_stacked else [soft_prompts[place] for place in kept]
+
+    def _row(self, samples: dict[str, Any], number: int, answers_next: bool = False) -> Row:
+        """A sample of `_rows`, whole."""
+        if "segments" in samples:
+            row = self.language.row_of_parts(samples["segments"][number])
+        else:
+            turns = read_turns(samples["messages"][number])
+            check_turns(turns, learns=not answers_next)
+            row = self.language.row_of_turns(turns, answers_next)
+        given = len(samples["images"][number]) if "images" in samples else int(_has_image(samples))
+        if (places := num_visuals(row)) != given:
+            raise DataError(
+                f"a sample has {places} places of images and {given} images: there must be one for each.",
+                "images without places" if given > places else "places without images",
+            )
+        return row
+
+    def _recent(
+        self, samples: dict[str, Any], number: int, row: Row, num_soft: list[int], room: int
+    ) -> tuple[Row, list[int]]:
+        """A conversation without so many of its oldest turns, but for the system's, that ``room`` positions
+        are left behind it; and which of its images are in the rest."""
+        most = self.language.max_positions
+        turns = read_turns(samples["messages"][number]) if "messages" in samples else []
+        counts = [len(turn.visuals) for turn in turns]
+        first = start = sum(turn.role == "system" for turn in turns[:1])
+        kept = list(range(len(num_soft)))
+        while most and num_positions(row, [num_soft[i] for i in kept]) + room > most:
+            first = next((i for i in range(first + 1, len(turns)) if turns[i].role == "user"), None)
+            if first is None:
+                break  # the last question alone: generation names what is too long
+            row = self.language.row_of_turns([*turns[:start], *turns[first:]], True)
+            kept = [*range(sum(counts[:start])), *range(sum(counts[:first]), sum(counts))]
+            logger.warning("a conversation is too long: its turns before turn %d are left out", first + 1)
+        return row, kept
+
+    @property
+    def _most_positions(self) -> int:
+        return min(self.max_sequence_len, self.language.max_positions or self.max_sequence_len)
+
+    def _sequences_not_learnable(self, samples: dict[str, Any]) -> dict[int, str]:
+        found = {}
+        for number in range(_num_sequences(samples)):
+            try:
+                row = self._row(samples, number)
+            except DataError as error:
+                found[number] = str(error)
+                continue
+            images = samples.get("images") or [[image] for image in samples.get("image", [])]
+            num_soft = [self._num_soft(image) for image in images[number]] if images else []
+            if not has_learned(cut(row, num_soft, self._most_positions)):
+                found[number] = (
+                    f"nothing of an answer is within the {self._most_positions} positions of "
+                    "model.max_sequence_len"
+                )
+        return found
+
+    def _num_soft(self, image: Tensor) -> int:
+        """The soft prompts of an image [3, H, W] or a video [3, T, H, W]."""
+        frames = image.shape[1] if image.ndim == 4 and self.temporal == "concat" else 1
+        return self.connector.num_soft_prompts(self.vision.num_tokens * frames)
+
     def not_learnable(self, samples: dict[str, Any]) -> dict[int, str]:
+        if is_sequence(samples):
+            return self._sequences_not_learnable(samples)
         if "text_output" not in samples:
             return {}
         lost = self.language.without_answer(samples["text_input"], samples["text_output"])
@@ -270,16 +461,17 @@ class VLM(BaseModel):
 
     def soft_prompts(self, samples: dict[str, Any]) -> Tensor:
         """``image`` [B, 3, H, W] or [B, 3, T, H, W], or in its place ``visual_tokens`` [B, N, C_vision] that
-        `encode` gave earlier -> soft prompts [B, M, C_language]."""
+        `encode` gave earlier -> soft prompts [B, M, C_language]. Of ``images`` see `sequence_prompts`."""
+        if "images" in samples:
+            return self.sequence_prompts(samples)
         tokens = samples.get("visual_tokens")
         tokens = self.encode(samples["image"]) if tokens is None else tokens.to(self.device)
-        prompts = self.connector(self._normed(tokens))
-        return prompts if self.prompt_head is None else self.prompt_head(prompts)
+        return self._to_prompts(tokens)
 
     def encoded(self, samples: dict[str, Any]) -> dict[str, Any]:
         """Samples that are read more than once: ``visual_tokens`` in place of ``image``, so that the encoder
         runs once; as they are where it learns."""
-        if "visual_tokens" in samples or any(p.requires_grad for p in self.vision.parameters()):
+        if "image" not in samples or any(p.requires_grad for p in self.vision.parameters()):
             return samples
         rest = {key: value for key, value in samples.items() if key != "image"}
         return {**rest, "visual_tokens": self.encode(samples["image"])}
@@ -349,7 +541,8 @@ class VLM(BaseModel):
             raise DataError(f"image has shape {shape}: a clip needs at least one frame.")
 
     def _normed(self, tokens: Tensor) -> Tensor:
-        return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
+        weights = self.connector if isinstance(self.ln_vision, nn.Identity) else self.ln_vision
+        return self.ln_vision(tokens.to(next(weights.parameters()).dtype))
 
     @torch.no_grad()
     def generate(
@@ -446,6 +639,82 @@ class VLM(BaseModel):
             length_penalty=self._or_default(length_penalty, "answer_length_penalty"),
             repetition_penalty=self._or_default(repetition_penalty, "repetition_penalty"),
         )
+
+    @torch.no_grad()
+    def answer_turns(self, samples: dict[str, Any], **options) -> list[str]:
+        """The assistant's next turn of each conversation of a batch.
+
+        Args:
+            samples: ``messages`` and ``images`` as in `forward`, up to a user's turn.
+            options: as of `generate`; ``num_beams`` is 1 unless given, ``max_length`` 256, or what
+                there is room for.
+        """
+        room = options.get("max_length") or _LEAST_ROOM
+        rows, soft_prompts = self._rows(samples, self.sequence_prompts(samples), room)
+        with self._own_precision(self.device):
+            options = self._chat_options(options, rows, soft_prompts)
+            return self.language.texts(self.language.continue_rows(soft_prompts, rows, **options))
+
+    def chat(
+        self, messages: Sequence[Any], stream: bool = False, num_frames: int = 4, **options
+    ) -> str | Iterator[str]:
+        """What the assistant says next.
+
+        Args:
+            messages: ``[{"role": "user", "content": ..}, ..]``, up to a user's turn, where ``content`` is a
+                text or a list of ``{"type": "text", "text": ..}``, ``{"type": "image", "image": ..}`` and
+                ``{"type": "video", "video": ..}``: paths, addresses, Pillow images, frames in a list, pixels.
+            stream: give the text piece by piece, as it is written: an iterator, whose pieces together are
+                the text.
+            num_frames: of a video file.
+            options: as of `answer_turns`.
+
+        Raises:
+            DataError: the turns are none, or an image cannot be read.
+            ConfigError: a video for a model of images; a question that the language model has no room for.
+                Older turns are left out where they leave none.
+        """
+        turns = read_turns(messages)
+        check_turns(turns, learns=False)
+        if turns[-1].role != "user":
+            raise DataError(
+                f"the conversation ends with the {turns[-1].role}'s turn: the last one must be the user's."
+            )
+        visuals = [visual for turn in turns for visual in turn.visuals]
+        images = [pixels_of_visual(self, visual, num_frames) for visual in visuals]
+        samples = {"messages": [turns], "images": [images]}
+        return self._streamed(samples, options) if stream else self.answer_turns(samples, **options)[0]
+
+    @torch.no_grad()
+    def _streamed(self, samples: dict[str, Any], options: dict[str, Any]) -> Iterator[str]:
+        room = options.get("max_length") or _LEAST_ROOM
+        (row,), soft_prompts = self._rows(samples, self.sequence_prompts(samples), room)
+        options = self._chat_options(options, [row], soft_prompts)
+        shown = ""
+        with self._own_precision(self.device):
+            for tokens in self.language.stream_row(soft_prompts, row, **options):
+                text = self.language.texts([tokens])[0]
+                is_whole = not text.endswith("\ufffd")  # else half of a character
+                if is_whole and text != shown and text.startswith(shown):
+                    yield text[len(shown) :]
+                    shown = text
+        if text.startswith(shown) and text != shown:
+            yield text[len(shown) :]
+
+    def _chat_options(
+        self, options: dict[str, Any], rows: list[Row], soft_prompts: SoftPrompts
+    ) -> dict[str, Any]:
+        options = dict(options)
+        penalties = {
+            key: self._or_default(options.pop(key, None), key)
+            for key in ("repetition_penalty", "length_penalty")
+        }
+        if options.get("max_length") is None:
+            counts = iter(num_soft_of(soft_prompts))
+            longest = max(num_positions(row, list(islice(counts, num_visuals(row)))) for row in rows)
+            room = (self.language.max_positions or math.inf) - longest
+            options["max_length"] = int(max(1, min(_ANSWER_LEN, room)))
+        return {"num_beams": 1, **penalties, **options}
 
     @torch.no_grad()
     def rank_answers(
@@ -545,6 +814,27 @@ def _check_length(key: str, values: Sized, count: int, what: str) -> None:
     """Raises `DataError` unless a sample's key has ``count`` values."""
     if len(values) != count:
         raise DataError(f"'{key}' has {len(values)} values, and there are {count} {what}.")
+
+
+def is_sequence(samples: dict[str, Any]) -> bool:
+    """Whether samples are sequences of texts and images, or conversations; see `VLM.forward`."""
+    return "messages" in samples or "segments" in samples
+
+
+def _num_sequences(samples: dict[str, Any]) -> int:
+    return len(samples["segments" if "segments" in samples else "messages"])
+
+
+def _has_image(samples: dict[str, Any]) -> bool:
+    return "image" in samples or "visual_tokens" in samples
+
+
+def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The places of tensors of the same shape, those of the first shape first."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        groups.setdefault(tuple(tensor.shape), []).append(place)
+    return list(groups.values())
 
 
 def _several(counts: list[int]) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from evlgen.common.registry import registry
 from evlgen.config.config import Config, load_model_config, load_model_file
 from evlgen.config.consent import Consent, check_project
 from evlgen.config.lavis import own_names
-from evlgen.files.io import resolve
-from evlgen.models.base_model import BaseModel
+from evlgen.models.base_model import BaseModel, checkpoint_path
 from evlgen.processors import build_processor
 from evlgen.processors.base_processor import BaseProcessor, UnchangedProcessor
 from evlgen.weights.checkpoints import CONFIG_FILE
+from evlgen.weights.hub_checkpoints import is_hub_id
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,8 @@ def load_model_of(
     device: str,
     allow_downloads: bool | Consent = False,
 ) -> BaseModel:
-    """The model of a project file, of a checkpoint folder, or the bundled one.
+    """The model of a project file, of a checkpoint (a folder, or ``user/name`` or ``user/name@revision`` on
+    the hub), or the bundled one.
 
     Args:
         allow_downloads: see `BaseModel.from_pretrained`.
@@ -151,13 +152,13 @@ def load_model_of(
         cfg = Config.load(cfg_path, options)
         check_project(cfg, allow_downloads)
         if checkpoint is not None:
-            cfg.model.checkpoint = checkpoint
+            cfg.model.checkpoint = str(checkpoint_path(checkpoint)) if is_hub_id(checkpoint) else checkpoint
         return registry.get_model_class(cfg.model.arch).from_config(cfg.model, device).to(device)
     if options:
         raise ConfigError("--options change a configuration: name one with --cfg-path.")
     if checkpoint is None:
         return load_model("evlgen_opt", device=device)
-    folder = Path(resolve(checkpoint))
+    folder = checkpoint_path(checkpoint)
     best = folder / "checkpoints" / "best"
     file = (best if os.path.isdir(best) else folder) / CONFIG_FILE
     if not os.path.exists(folder):

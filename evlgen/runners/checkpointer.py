@@ -162,8 +162,7 @@ class Checkpointer:
             self.saved_iteration = None
             last = self.latest()
             self._problem = (
-                f"{target} could not be saved ({error}). The last whole checkpoint is "
-                f"{last or 'none yet'}."
+                f"{target} could not be saved ({error}). The last whole checkpoint is {last or 'none yet'}."
             )
             logger.error("%s %s", self._problem, remedy)
 

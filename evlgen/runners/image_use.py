@@ -165,7 +165,7 @@ class ImageUseMeter:
                 learned = held_out(samples)
                 if learned is not None:
                     self.add(model, learned)
-                elif hasattr(model, "sample_losses"):
+                elif hasattr(model, "sample_losses") and "images" not in samples:
                     self.count += batch_size(samples)
                     self._remember(model, model.soft_prompts(samples))
         except EVLGenError as error:  # texts that cannot be learned, such as a question beyond all limits

@@ -140,6 +140,7 @@ class Runner:
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             has_epochs=bool(run.max_epoch),
+            group_by_length=run.group_by_length,
         )
         self.iters_per_epoch, self.total_iters = self.length()
         self.schedule = registry.get_lr_scheduler_class(run.lr_sched)(
@@ -160,6 +161,7 @@ class Runner:
                 "batch_size": run.batch_size_train,
                 "processes": accelerator.num_processes,
                 **recorded(self._trained.values()),
+                **({"grouped": True} if run.group_by_length else {}),
             },
             records={name: digest(getattr(d, "records", ())) for name, d in self._trained.items()},
         )

@@ -3,6 +3,7 @@
 from evlgen.tasks.base_task import BaseTask
 from evlgen.tasks.captioning import CaptioningTask
 from evlgen.tasks.captioning_scst import SelfCriticalCaptioningTask
+from evlgen.tasks.conversation import ConversationTask
 from evlgen.tasks.pretrain import ImageTextPretrainTask
 from evlgen.tasks.question_answering import QuestionAnsweringTask
 from evlgen.tasks.vqa import AOKVQATask, GQATask, VideoQATask, VQATask
@@ -11,6 +12,7 @@ __all__ = [
     "AOKVQATask",
     "BaseTask",
     "CaptioningTask",
+    "ConversationTask",
     "GQATask",
     "ImageTextPretrainTask",
     "QuestionAnsweringTask",

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -230,14 +231,18 @@ def with_settings(name: str) -> str | None:
     return str(folder) if (folder / "config.json").is_file() else None
 
 
+def model_files(names: Iterable[str]) -> list[str]:
+    """What is fetched of a model in transformers' format, of whose files these are the names."""
+    weights = "*.safetensors" if any(name.endswith(".safetensors") for name in names) else "*.bin"
+    return [*_TEXT_FILES, weights]
+
+
 def _download(name: str, reason: str) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     logger.info("%s is not here: fetching it from %s", name, constants.ENDPOINT)
     try:
-        files = files_on_hub(name)
-        weights = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "*.bin"
-        return Path(snapshot_download(name, allow_patterns=[*_TEXT_FILES, weights]))
+        return Path(snapshot_download(name, allow_patterns=model_files(files_on_hub(name))))
     except Exception as error:  # see `files_on_hub`; a connection that breaks off
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"'{name}': {reason}. Downloading it now failed: {cause}") from error

@@ -8,9 +8,9 @@ import pytest
 
 from evlgen.common.errors import ConfigError
 from evlgen.comparison.compare import PLAN_FILE, new_folder, resumed_folder
-from evlgen.comparison.machine import without_folders
 from evlgen.comparison.parsing import Amount, Axis
 from evlgen.comparison.plan import Settings, differing_keys, plan
+from evlgen.config.machine import without_folders
 
 SECONDS = Settings(Amount(30, "s"))
 

@@ -52,6 +52,7 @@ def build_language_model(
         quantization=language.quantization,
         lora=language.lora,
         chat_template=language.chat_template,
+        **({"pack": True} if language.pack else {}),  # a plugin's may not know it
         device=device,
     )
 

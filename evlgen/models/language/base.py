@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+
+from evlgen.models.language.segments import Part, Row, SoftPrompts
+from evlgen.processors.turns import Turn
 
 
 class LanguageModel(nn.Module):
@@ -23,6 +26,11 @@ class LanguageModel(nn.Module):
     def reads(cls, config: Mapping[str, Any]) -> bool:
         """Whether a Hugging Face model with this ``config.json`` can be read by this class."""
         raise NotImplementedError
+
+    @property
+    def max_positions(self) -> int | None:
+        """How many positions it can read; None where it has no limit."""
+        return None
 
     def trained_modules(self) -> list[nn.Module]:
         """Modules inside a frozen language model that are trained nonetheless (adapters)."""
@@ -114,6 +122,43 @@ class LanguageModel(nn.Module):
             B tensors, on the CPU, with as many values as the prompt has texts: the sum of the log-likelihoods
             of a text's tokens and of its end; -inf where only the first token was read.
         """
+        raise NotImplementedError
+
+    def row_of_parts(self, parts: Sequence[Part]) -> Row:
+        """The tokens of a sample that is a sequence of texts and images (`segments`)."""
+        raise NotImplementedError
+
+    def row_of_turns(self, turns: Sequence[Turn], answers_next: bool = False) -> Row:
+        """The tokens of a conversation, of which what the assistant says is learned.
+
+        Args:
+            answers_next: whether the assistant's next turn begins there, to be generated.
+
+        Raises:
+            DataError: the chat template does not take such turns.
+        """
+        raise NotImplementedError
+
+    def rows_loss(self, soft_prompts: SoftPrompts, rows: Sequence[Row]) -> tuple[Tensor, int]:
+        """As `loss`, of samples of any segments.
+
+        Args:
+            soft_prompts: of the images and videos of all rows, in the order in which they stand there:
+                [K, M, C], or K tensors [M, C].
+            rows: as `row_of_parts` and `row_of_turns` give them.
+        """
+        raise NotImplementedError
+
+    def rows_losses(self, soft_prompts: SoftPrompts, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """As `sample_losses`, of samples of any segments; see `rows_loss`."""
+        raise NotImplementedError
+
+    def continue_rows(self, soft_prompts: SoftPrompts, rows: Sequence[Row], **options) -> list[list[int]]:
+        """As `generate_tokens`, after samples of any segments; see `rows_loss`."""
+        raise NotImplementedError
+
+    def stream_row(self, soft_prompts: SoftPrompts, row: Row, **options) -> Iterator[list[int]]:
+        """As `continue_rows`, of one row and without beams: all tokens so far, each time there are more."""
         raise NotImplementedError
 
     def generate(self, soft_prompts: Tensor, prompts: list[str], **options) -> list[str]:

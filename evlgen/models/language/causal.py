@@ -6,7 +6,8 @@ prompts, then the prompt or input, then the text to learn, then the tokenizer's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,18 +22,35 @@ from transformers.models.auto.modeling_auto import (
 
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
-from evlgen.models.language.chat import ChatTemplate
-from evlgen.models.language.generation import Decoding, can_read_trees, decode
+from evlgen.models.language.chat import ChatTemplate, read_template
+from evlgen.models.language.generation import Decoding, can_read_trees, decode, decode_stepwise
 from evlgen.models.language.hugging_face import (
-    IGNORED,
     HuggingFaceLanguageModel,
     Predictions,
-    Tokens,
     for_each_text,
     up_to_end,
 )
 from evlgen.models.language.ranking import Reader, TreeReader
+from evlgen.models.language.segments import (
+    IGNORED,
+    VISUAL,
+    Layout,
+    Part,
+    Read,
+    Row,
+    Segment,
+    SoftPrompts,
+    Tokens,
+    Visual,
+    lay_out,
+    num_positions,
+    num_soft_of,
+    num_visuals,
+    packed,
+    segments,
+)
 from evlgen.models.language.text_trees import TextTrees, text_trees
+from evlgen.processors.turns import Turn
 
 
 @registry.register_language_model("causal")
@@ -42,47 +60,81 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
 
     KIND = "causal"
     AUTO_CLASS = AutoModelForCausalLM
+    START_FIRST = True  # whether the start token stands before a sample's first image, not behind it
     _chat: ChatTemplate | None = None
+    _talk: ChatTemplate | None = None
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
         return is_causal(config)
 
     def _predictions_of(
-        self, soft_prompts: Tensor, samples: list[Tokens], num_texts: list[int] | None = None
+        self, soft_prompts: SoftPrompts, samples: Sequence[Row], num_texts: list[int] | None = None
     ) -> Predictions:
-        num_soft = soft_prompts.shape[1]
         if num_texts is not None:
-            trees = text_trees(samples, num_texts, num_soft)
+            trees = text_trees(samples, num_texts, soft_prompts.shape[1])
             if can_read_trees(self.model, trees.visible.shape[-1]):
                 return self._predictions_of_trees(soft_prompts, trees)
             soft_prompts = for_each_text(soft_prompts, num_texts)
-        labels = [
-            [IGNORED] * (len(s.before) + num_soft + len(s.read)) + s.learned for s in samples
-        ]  # B lists
-        labels = pad_sequence([torch.tensor(row) for row in labels], True, IGNORED)  # [B, L]
-        rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
-        self._check_something_is_learned(len(rows))
-        self._check_length(labels.shape[1], "model.max_txt_len")
+        if self.pack and num_texts is None and len(samples) > 1:
+            found = self._predictions_of_packed(soft_prompts, samples)
+            if found is not None:
+                return found
         # right padding needs no mask: what is causal does not see it
-        embeds, _ = self._embed(soft_prompts, samples, padding_side="right")
+        embeds, layout = self._embed(soft_prompts, samples, padding_side="right")
+        rows, columns = (layout.labels != IGNORED).nonzero(as_tuple=True)
+        self._check_something_is_learned(len(rows))
+        self._check_length(layout.ids.shape[1], "model.max_txt_len")
         # a token is predicted one position before it stands
-        return self._predictions_at(rows, columns - 1, labels[rows, columns], inputs_embeds=embeds)
+        return self._predictions_at(rows, columns - 1, layout.labels[rows, columns], inputs_embeds=embeds)
+
+    def _predictions_of_packed(self, soft_prompts: SoftPrompts, samples: Sequence[Row]) -> Predictions | None:
+        """As `_predictions_of`, with short samples one behind the other; None where that saves no row, or the
+        model cannot read rows that way."""
+        num_soft = iter(enumerate(num_soft_of(soft_prompts)))
+        visuals = [list(islice(num_soft, num_visuals(row))) for row in samples]  # (place, length) of each
+        lengths = [
+            num_positions(row, [length for _, length in of_one])
+            for row, of_one in zip(samples, visuals, strict=True)
+        ]
+        bins = packed(lengths, max(lengths))
+        if len(bins) == len(samples) or not can_read_trees(self.model, max(lengths)):
+            return None
+        order = [place for row in bins for sample in row for place, _ in visuals[sample]]
+        rows = [[segment for sample in row for segment in segments(samples[sample])] for row in bins]
+        is_stacked = isinstance(soft_prompts, Tensor)
+        soft_prompts = soft_prompts[order] if is_stacked else [soft_prompts[place] for place in order]
+        embeds, layout = self._embed(soft_prompts, rows, padding_side="right")
+        self._check_length(layout.ids.shape[1], "model.max_txt_len")
+        places = [torch.cat([torch.arange(lengths[sample]) for sample in row]) for row in bins]
+        owners = [torch.tensor([sample for sample in row for _ in range(lengths[sample])]) for row in bins]
+        positions = pad_sequence(places, True, 0)  # [B, L]
+        owner = pad_sequence(owners, True, -1)
+        visible = (owner[:, :, None] == owner[:, None]).tril()  # [B, L, L]
+        row, column = ((layout.labels != IGNORED) & (positions > 0)).nonzero(as_tuple=True)
+        self._check_something_is_learned(len(row))
+        return self._predictions_at(
+            row,
+            column - 1,
+            layout.labels[row, column],
+            owner[row, column],
+            inputs_embeds=embeds,
+            attention_mask=_additive(visible, embeds),
+            position_ids=positions.to(embeds.device),
+        )
 
     def _predictions_of_trees(self, soft_prompts: Tensor, trees: TextTrees) -> Predictions:
         """As `_predictions_of`, where what the texts of an image share is read once."""
         self._check_something_is_learned(len(trees.targets))
         self._check_length(int(trees.positions.max()) + 1, "model.max_txt_len")
         embeds, _ = self._embed(soft_prompts, trees.rows, padding_side="right")
-        hidden = torch.finfo(embeds.dtype).min
-        mask = torch.zeros_like(trees.visible, dtype=embeds.dtype).masked_fill_(~trees.visible, hidden)
         return self._predictions_at(
             trees.places[0],
             trees.places[1],
             trees.targets,
             trees.texts,
             inputs_embeds=embeds,
-            attention_mask=mask[:, None].to(embeds.device),  # the same for all heads
+            attention_mask=_additive(trees.visible, embeds),
             position_ids=trees.positions.to(embeds.device),
         )
 
@@ -100,12 +152,31 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
             one is an end token unless ``max_length`` cut the text.
         """
         options = Decoding(**options)
-        samples = self.to_read(prompts)
-        # padding stands before everything: a model whose past is a state would carry on what it reads later
-        embeds, mask = self._embed(soft_prompts, samples, padding_side="left")
+        return self._continue(soft_prompts, self.to_read(prompts), options, self.end_token_ids)
+
+    @torch.no_grad()
+    def continue_rows(self, soft_prompts: SoftPrompts, rows: Sequence[Row], **options) -> list[list[int]]:
+        return self._continue(soft_prompts, rows, Decoding(**options), self._conversations().end_token_ids)
+
+    @torch.no_grad()
+    def stream_row(self, soft_prompts: SoftPrompts, row: Row, **options) -> Iterator[list[int]]:
+        options = Decoding(**options)
+        embeds, layout = self._embed(soft_prompts, [row], padding_side="left")
         self._check_length(embeds.shape[1] + options.max_length, "max_length (run.max_len)")
-        ids = decode(self.model, embeds, mask, options, self.end_token_ids, self.pad_token_id)
-        return [up_to_end(row, self.end_token_ids) for row in ids.tolist()]
+        ends = self._conversations().end_token_ids
+        tokens: list[int] = []
+        for (token,) in decode_stepwise(self.model, embeds, layout.mask, options, ends, self.pad_token_id):
+            tokens.append(token)
+            yield tokens
+
+    def _continue(
+        self, soft_prompts: SoftPrompts, rows: Sequence[Row], options: Decoding, ends: list[int]
+    ) -> list[list[int]]:
+        # padding stands before everything: a model whose past is a state would carry on what it reads later
+        embeds, layout = self._embed(soft_prompts, rows, padding_side="left")
+        self._check_length(embeds.shape[1] + options.max_length, "max_length (run.max_len)")
+        ids = decode(self.model, embeds, layout.mask, options, ends, self.pad_token_id)
+        return [up_to_end(row, ends) for row in ids.tolist()]
 
     def check_room(self, num_soft_prompts: int, prompt: str | None, num_new: int, learns: bool) -> None:
         if learns:
@@ -133,6 +204,39 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         """What is written in tokens of `generate_tokens`."""
         return [self._text(ids) for ids in tokens]
 
+    def row_of_parts(self, parts: Sequence[Part]) -> list[Segment]:
+        row: list[Segment] = []
+        is_started, gap = False, ""
+        for part in parts:
+            if not is_started and (self.START_FIRST or not isinstance(part, Visual)):
+                row.append(Segment(self._start))
+                is_started = True
+            if isinstance(part, Visual):
+                row.append(VISUAL)
+                gap = ""
+            elif isinstance(part, Read):
+                row.append(Segment(self._token_ids(part.text)))
+                gap = self._gap_after(part.text)
+            else:
+                ids = self._to_answer([part.text], gap)[0] if part.end else self._token_ids(gap + part.text)
+                row.append(Segment(ids, learned=True))
+                gap = ""
+        return row
+
+    def row_of_turns(self, turns: Sequence[Turn], answers_next: bool = False) -> list[Segment]:
+        return self._conversations().conversation(turns, answers_next)
+
+    def _conversations(self) -> ChatTemplate:
+        """The template of conversations: as ``chat_template`` says, else the tokenizer's, else
+        ``question_answer``."""
+        if self._talk is None:
+            known = self._chat
+            if known is None:
+                own = None if self.tokenizer.chat_template else read_template("question_answer")
+                known = ChatTemplate(self.tokenizer, self.name, self.end_token_ids, own)
+            self._talk = known
+        return self._talk
+
     def _to_learn(self, text_in: list[str], text_out: list[str] | None) -> list[Tokens]:
         """The tokens of a batch to learn from. Input and output are tokenised apart, so that a token belongs
         to one of them."""
@@ -158,11 +262,11 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         ]
 
     def _reader(self, soft_prompts: Tensor, prompts: list[str], width: int, length: int) -> Reader:
-        embeds, mask = self._embed(soft_prompts, self.to_read(prompts), padding_side="left")
+        embeds, layout = self._embed(soft_prompts, self.to_read(prompts), padding_side="left")
         if not can_read_trees(self.model, embeds.shape[1] + length):
             return super()._reader(soft_prompts, prompts, width, length)
         self._check_length(embeds.shape[1] + length, "model.max_txt_len")
-        return TreeReader(self.model, embeds, mask, width, length)
+        return TreeReader(self.model, embeds, layout.mask, width, length)
 
     def _to_continue(self, prompt: str) -> Tokens:
         """The tokens of a prompt to continue."""
@@ -187,8 +291,8 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         # tokenizers that begin a text with a blank (sentencepiece) need none between input and output
         self._gap = " " if self.tokenizer.decode([*alone, *alone]).strip() == "aa" else ""
 
-    def _read_chat_template(self) -> None:
-        self._chat = ChatTemplate(self.tokenizer, self.name, self.end_token_ids)
+    def _read_chat_template(self, template: str | None) -> None:
+        self._chat = ChatTemplate(self.tokenizer, self.name, self.end_token_ids, template)
         self.end_token_ids = self._chat.end_token_ids
 
     def _question(self, text: str) -> tuple[list[int], list[int]]:
@@ -202,25 +306,33 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         before, read = self._question(question)
         return Tokens(before, read, self._chat.answer(answer, self.max_output_txt_len))
 
-    def _embed(self, soft_prompts: Tensor, samples: list[Tokens], padding_side: str) -> tuple[Tensor, Tensor]:
-        """The sequences of a batch: embeddings [B, L, C], and a mask [B, L] on the CPU, 0 for padding."""
-        batch, num_soft, width = soft_prompts.shape
-        places = [self.pad_token_id] * num_soft
-        ids = [torch.tensor([*s.before, *places, *s.read, *s.learned]) for s in samples]
-        starts = torch.tensor([len(s.before) for s in samples])
-        mask = pad_sequence([torch.ones_like(row) for row in ids], True, 0, padding_side)
-        ids = pad_sequence(ids, True, self.pad_token_id, padding_side)  # [B, L]
-        if padding_side == "left":
-            starts = starts + (mask == 0).sum(1)
+    def _embed(
+        self, soft_prompts: SoftPrompts, rows: Sequence[Row], padding_side: str
+    ) -> tuple[Tensor, Layout]:
+        """The sequences of a batch: embeddings [B, L, C], and what stands where in them.
+
+        Args:
+            soft_prompts: of the images of all rows, in their order: [K, M, C], or K tensors [M, C].
+        """
+        layout = lay_out(rows, num_soft_of(soft_prompts), self.pad_token_id, padding_side)
+        is_stacked = isinstance(soft_prompts, Tensor)
+        soft_prompts = soft_prompts.flatten(0, 1) if is_stacked else torch.cat(list(soft_prompts))  # [P, C]
         device = soft_prompts.device
-        embeds = self._embed_words(ids.to(device))
-        rows = torch.arange(batch)[:, None].expand(-1, num_soft).to(device)  # [B, M]
-        columns = (starts[:, None] + torch.arange(num_soft)).to(device)  # [B, M]
-        return embeds.index_put((rows, columns), soft_prompts.to(embeds.dtype)), mask
+        embeds = self._embed_words(layout.ids.to(device))
+        row, column = layout.places.to(device)
+        return embeds.index_put((row, column), soft_prompts.to(embeds.dtype)), layout
 
     def _text(self, ids: list[int]) -> str:
         end = next((place for place, token in enumerate(ids) if token in self.end_token_ids), len(ids))
         return self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+
+
+def _additive(visible: Tensor, embeds: Tensor) -> Tensor:
+    """What a position sees [B, L, L] as a mask that is added to scores, the same for all heads: [B, 1, L,
+    L]."""
+    hidden = torch.finfo(embeds.dtype).min
+    mask = torch.zeros_like(visible, dtype=embeds.dtype).masked_fill_(~visible, hidden)
+    return mask[:, None].to(embeds.device)
 
 
 def is_causal(config: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ does. Results are those of transformers' ``generate``, which serves the models t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -96,6 +96,35 @@ def decode(
     )
 
 
+def decode_stepwise(
+    model: PreTrainedModel,
+    embeds: Tensor,
+    mask: Tensor,
+    options: Decoding,
+    end_tokens: Sequence[int],
+    pad_token: int,
+) -> Iterator[list[int]]:
+    """`decode`, greedily or by sampling, token by token: the next one of each of B x num_captions texts, the
+    end token the last. All at once where a model's past is a state or a window.
+
+    Raises:
+        ConfigError: beams are asked for.
+    """
+    if options.num_beams > 1 and not options.use_nucleus_sampling:
+        raise ConfigError(
+            "num_beams: a text cannot be streamed while beams may still change it; set it to 1."
+        )
+    if not can_read_trees(model, embeds.shape[1] + options.max_length):
+        ids = decode_by_transformers(model, embeds, mask.to(embeds.device), options, end_tokens, pad_token)
+        yield from ids.T.tolist()
+        return
+    ends = torch.tensor(end_tokens, device=embeds.device)
+    branches = options.num_captions if options.use_nucleus_sampling else 1
+    prefix = SharedPrefix(model, embeds, mask, branches, options.max_length)
+    for texts in _extensions(prefix, options, ends, pad_token):
+        yield texts[:, :, -1].flatten().tolist()
+
+
 class Prefix(Protocol):
     """What a search continues: what has been read once, and R branches behind it.
 
@@ -125,12 +154,11 @@ def search(prefix_of: Callable[[int], Prefix], options: Decoding, ends: Tensor, 
         ids of the new tokens, [B x num_captions, T], those of one picture in a row.
     """
     if options.use_nucleus_sampling:
-        prefix = prefix_of(options.num_captions)
-        ids = _extend(prefix, options, ends, pad_token, lambda scores: _sample(scores, options))
+        ids = _extend(prefix_of(options.num_captions), options, ends, pad_token)
     elif options.num_beams > 1:
         ids = _beam_search(prefix_of(options.num_beams), options, ends, pad_token)[:, : options.num_captions]
     else:
-        ids = _extend(prefix_of(1), options, ends, pad_token, lambda scores: scores.argmax(-1))
+        ids = _extend(prefix_of(1), options, ends, pad_token)
     return ids.flatten(0, 1)
 
 
@@ -261,19 +289,26 @@ class SharedPrefix:
         return logits
 
 
-def _extend(prefix: Prefix, options: Decoding, ends: Tensor, pad_token: int, choose: Callable) -> Tensor:
-    """Every branch for itself: ``choose`` takes scores [B, R, vocabulary] and gives tokens [B, R]; ``ends``
-    [E] end a text. Returns [B, R, T]."""
+def _extend(prefix: Prefix, options: Decoding, ends: Tensor, pad_token: int) -> Tensor:
+    """Every branch for itself, sampled or greedy; ``ends`` [E] end a text. Returns [B, R, T]."""
+    *_, texts = _extensions(prefix, options, ends, pad_token)
+    return texts
+
+
+def _extensions(prefix: Prefix, options: Decoding, ends: Tensor, pad_token: int) -> Iterator[Tensor]:
+    """The texts so far, [B, R, T], after each token."""
     texts = prefix.next_position.new_empty(*prefix.next_position.shape, 0)  # [B, R, 0]
     ended = torch.zeros_like(prefix.next_position, dtype=torch.bool)
     logits = prefix.logits
     while True:
-        scores = _adjust(logits.float(), texts, options, ends)
-        tokens = choose(scores.expand(-1, texts.shape[1], -1)).masked_fill(ended, pad_token)
+        scores = _adjust(logits.float(), texts, options, ends).expand(-1, texts.shape[1], -1)
+        tokens = _sample(scores, options) if options.use_nucleus_sampling else scores.argmax(-1)
+        tokens = tokens.masked_fill(ended, pad_token)
         texts = torch.cat([texts, tokens[:, :, None]], dim=2)
         ended = ended | torch.isin(tokens, ends)
+        yield texts
         if texts.shape[2] == options.max_length or ended.all():
-            return texts
+            return
         logits = prefix.read(tokens)
 
 

@@ -14,6 +14,7 @@ from evlgen.common.errors import CheckpointError, ConfigError
 from evlgen.config.model_config import LoraConfig
 from evlgen.models.language.adapters import adapter_modules, add_adapters
 from evlgen.models.language.base import LanguageModel
+from evlgen.models.language.chat import read_template
 from evlgen.models.language.loading import (
     find_model,
     model_without_weights,
@@ -26,20 +27,12 @@ from evlgen.models.language.loading import (
 from evlgen.models.language.plain_text import PlainText
 from evlgen.models.language.quantization import quantization_options
 from evlgen.models.language.ranking import Reader, RepeatingReader, log_likelihoods
+from evlgen.models.language.segments import Part, Row, Segment, SoftPrompts, Tokens
 from evlgen.models.language.token_loss import token_losses
 from evlgen.models.ops import Linear
+from evlgen.processors.turns import Turn
 
-IGNORED = -100  # label of positions that are not learned
 _EMBEDDED_AT_ONCE = 8192
-
-
-class Tokens(NamedTuple):
-    """The tokens of one sample: before the soft prompts, after them, and those that are learned after
-    these."""
-
-    before: list[int]
-    read: list[int]
-    learned: list[int]
 
 
 class Predictions(NamedTuple):
@@ -84,7 +77,9 @@ class HuggingFaceLanguageModel(LanguageModel):
         attention: transformers' name of the attention it computes with (`ops.language_attention`).
         quantization: ``none``, ``8bit`` or ``4bit``.
         lora: adapters that are trained.
-        chat_template: put prompts into the tokenizer's chat template.
+        chat_template: put prompts into the tokenizer's chat template, or into the named one; see
+            `evlgen.models.language.chat.read_template`.
+        pack: see `LanguageConfig`.
         device: where it will run; it matters to ``quantization``, and ``meta`` makes a model without weights,
             that only knows how texts become tokens.
 
@@ -107,10 +102,12 @@ class HuggingFaceLanguageModel(LanguageModel):
         attention: str = "sdpa",
         quantization: str = "none",
         lora: LoraConfig | None = None,
-        chat_template: bool = False,
+        chat_template: bool | str = False,
         device: str | torch.device = "cpu",
+        pack: bool = False,
     ) -> None:
         super().__init__()
+        self.pack = pack
         self.name = name
         self.prompt = prompt
         self.max_txt_len = max_txt_len
@@ -131,7 +128,8 @@ class HuggingFaceLanguageModel(LanguageModel):
             self._prepare_model()
         self.pad_token_id = self._filler()
         if chat_template:
-            self._read_chat_template()
+            named = isinstance(chat_template, str)
+            self._read_chat_template(read_template(chat_template) if named else None)
         if lora is not None:
             add_adapters(self.model, lora)
         self.embed_dim = self.model.get_input_embeddings().embedding_dim
@@ -139,6 +137,10 @@ class HuggingFaceLanguageModel(LanguageModel):
     @property
     def dtype(self) -> torch.dtype:
         return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def max_positions(self) -> int | None:
+        return num_positions(self.model.config)
 
     def trained_modules(self) -> list[nn.Module]:
         """The adapters, if there are any."""
@@ -153,8 +155,15 @@ class HuggingFaceLanguageModel(LanguageModel):
     ) -> tuple[Tensor, int]:
         """The mean next-token loss of the texts after the soft prompts; see `LanguageModel.loss`. A prompt's
         tokens do not count, nor do ``text_in``'s where there is a ``text_out``, nor padding."""
-        found = self._predictions_of(soft_prompts, self.to_learn(text_in, text_out), num_texts)
-        return found.losses().mean(), len(found.rows)
+        return _mean(self._predictions_of(soft_prompts, self.to_learn(text_in, text_out), num_texts))
+
+    def rows_loss(self, soft_prompts: SoftPrompts, rows: Sequence[Row]) -> tuple[Tensor, int]:
+        """As `loss`, of samples that are segments already."""
+        return _mean(self._predictions_of(soft_prompts, rows))
+
+    def rows_losses(self, soft_prompts: SoftPrompts, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """As `sample_losses`, of samples that are segments already."""
+        return _by_sample(self._predictions_of(soft_prompts, rows), len(rows))
 
     def sample_losses(
         self,
@@ -234,7 +243,19 @@ class HuggingFaceLanguageModel(LanguageModel):
     def _prepare_model(self) -> None:
         """Fits the model to the tokenizer."""
 
-    def _read_chat_template(self) -> None:
+    def row_of_parts(self, parts: Sequence[Part]) -> list[Segment]:
+        raise ConfigError(self._no_rows())
+
+    def row_of_turns(self, turns: Sequence[Turn], answers_next: bool = False) -> list[Segment]:
+        raise ConfigError(self._no_rows())
+
+    def _no_rows(self) -> str:
+        return (
+            f"a language model of kind '{self.KIND}' reads one image and one text: conversations, and "
+            "samples of segments, need a decoder. Set model.language.name to one."
+        )
+
+    def _read_chat_template(self, template: str | None) -> None:
         raise ConfigError(
             f"model.language.chat_template: a language model of kind '{self.KIND}' has no place for one. Set "
             "it to false."
@@ -272,7 +293,7 @@ class HuggingFaceLanguageModel(LanguageModel):
         return list(zip(text_in, text_out, strict=True))
 
     def _predictions_of(
-        self, soft_prompts: Tensor, samples: list[Tokens], num_texts: list[int] | None = None
+        self, soft_prompts: SoftPrompts, samples: Sequence[Row], num_texts: list[int] | None = None
     ) -> Predictions:
         """What the model expects where a token is learned; ``num_texts`` as in `loss`."""
         raise NotImplementedError
@@ -394,6 +415,11 @@ def for_each_text(soft_prompts: Tensor, num_texts: list[int] | None) -> Tensor:
     if num_texts is None:
         return soft_prompts
     return soft_prompts.repeat_interleave(torch.tensor(num_texts, device=soft_prompts.device), dim=0)
+
+
+def _mean(predictions: Predictions) -> tuple[Tensor, int]:
+    """The mean loss of the tokens, and how many those are."""
+    return predictions.losses().mean(), len(predictions.rows)
 
 
 def _by_sample(predictions: Predictions, count: int) -> tuple[Tensor, Tensor]:

@@ -6,13 +6,14 @@ Zhang et al., *OPT: Open Pre-trained Transformer Language Models*, 2022. A text 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
 from evlgen.models.language.causal import CausalLanguageModel
-from evlgen.models.language.hugging_face import Tokens
+from evlgen.models.language.segments import Segment, Tokens
+from evlgen.processors.turns import Turn
 
 
 @registry.register_language_model("opt")
@@ -22,6 +23,7 @@ class OPTLanguageModel(CausalLanguageModel):
 
     KIND = "opt"
     END = "\n"
+    START_FIRST = False
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
@@ -33,6 +35,10 @@ class OPTLanguageModel(CausalLanguageModel):
             prompt = self.prompt.rstrip()
             return [self._sample(text, prompt if self._begins_with_prompt(text) else "") for text in text_in]
         return [self._sample(f"{a} {b}".strip(), a) for a, b in zip(text_in, text_out, strict=True)]
+
+    def row_of_turns(self, turns: Sequence[Turn], answers_next: bool = False) -> list[Segment]:
+        """A line break in an answer becomes a blank: it would be the answer's end."""
+        return super().row_of_turns([_on_one_line(turn) for turn in turns], answers_next)
 
     def _most_read(self, prompt: str | None) -> int:
         return self.max_txt_len if prompt is None else super()._most_read(prompt)
@@ -74,3 +80,10 @@ class OPTLanguageModel(CausalLanguageModel):
                 "newline, where generation "
                 "ends; OPT's has. Take an OPT's tokenizer."
             )
+
+
+def _on_one_line(turn: Turn) -> Turn:
+    if turn.role != "assistant":
+        return turn
+    parts = (" ".join(part.splitlines()) if isinstance(part, str) else part for part in turn.parts)
+    return turn._replace(parts=tuple(parts))

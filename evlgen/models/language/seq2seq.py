@@ -20,15 +20,14 @@ from evlgen.common.registry import registry
 from evlgen.models.language.causal import end_tokens, is_encoder_decoder
 from evlgen.models.language.generation import Decoding, decode_by_transformers
 from evlgen.models.language.hugging_face import (
-    IGNORED,
     HuggingFaceLanguageModel,
     Predictions,
-    Tokens,
     for_each_text,
     up_to_end,
 )
 from evlgen.models.language.loading import num_positions
 from evlgen.models.language.ranking import Reader, likelihoods_of
+from evlgen.models.language.segments import IGNORED, Tokens
 
 
 @registry.register_language_model("seq2seq")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from evlgen.models.language.hugging_face import Tokens
+from evlgen.models.language.segments import Tokens
 
 _PADDING = -1
 

@@ -16,7 +16,7 @@ import torch
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
 from evlgen.models.language.causal import CausalLanguageModel
-from evlgen.models.language.hugging_face import Tokens
+from evlgen.models.language.segments import Tokens
 
 
 @registry.register_language_model("vicuna")
@@ -25,6 +25,7 @@ class VicunaLanguageModel(CausalLanguageModel):
 
     KIND = "vicuna"
     END, PAD = "</s>", "[PAD]"
+    START_FIRST = False
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:

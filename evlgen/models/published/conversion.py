@@ -24,7 +24,15 @@ from evlgen.models.published.checkpoints import (
     to_own_names,
     to_published_names,
 )
+from evlgen.models.published.transformers_format import (
+    read_transformers,
+    transformers_type,
+    write_transformers,
+)
+from evlgen.models.vlm import VLM
 from evlgen.weights.checkpoints import CONFIG_FILE, WEIGHTS_FILE, is_checkpoint, write_folder
+from evlgen.weights.hub import local_model_folder
+from evlgen.weights.hub_checkpoints import is_hub_id
 from evlgen.weights.weights import read_pickle, read_weights
 
 
@@ -40,9 +48,9 @@ def convert(
 
     Args:
         source: a published ``.pth``, or a folder with ``model.safetensors`` and ``config.yaml``, a run's
-            checkpoint too.
+            checkpoint too; or a folder or hub id in transformers' format.
         target: the folder or the ``.pth``.
-        layout: of the target, ``own`` or ``published``.
+        layout: of the target, ``own``, ``published`` or ``transformers``.
         cfg_path: YAML file with the model section; None: the one that comes with the source.
         options: ``key=value``, over that section.
         force: whether an existing target of the same kind is replaced.
@@ -55,9 +63,13 @@ def convert(
             config; the target exists or cannot be written.
         ConfigError: problems in the model section.
     """
-    source = Path(resolve(source))
+    named, source = source, Path(resolve(source))
     target = Path(os.path.expanduser(target)).absolute()
     _check_target(target, layout, force)
+    if layout == "own" and (folder := _in_transformers_format(named, source)) is not None:
+        return _from_transformers(folder, target, cfg_path, options)
+    if layout == "transformers":
+        return _to_transformers(source, target, cfg_path, options)
     state = read_weights(source)
     if is_published(state) == (layout == "published"):
         raise CheckpointError(f"{source} has {layout} names already, such as {next(iter(state))}.")
@@ -70,6 +82,39 @@ def convert(
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}.") from error
     return f"{target}: {number} weights of {section['arch']}, from {source}"
+
+
+def _in_transformers_format(named: str | Path, source: Path) -> Path | None:
+    """The folder of a model in transformers' format, fetched where it is one on the hub; None for others."""
+    if os.path.isdir(source):
+        return source if transformers_type(source) else None
+    if os.path.lexists(source) or not is_hub_id(str(named)):
+        return None
+    folder = local_model_folder(str(named))
+    return folder if transformers_type(folder) else None
+
+
+def _from_transformers(source: Path, target: Path, cfg_path: str | None, options: Sequence[str]) -> str:
+    if cfg_path is not None or options:
+        raise CheckpointError(
+            f"{source} says itself of what model it is: leave out --cfg-path and --options."
+        )
+    sections: list[dict[str, Any]] = []
+    write_folder(target, lambda folder: sections.append(read_transformers(source, folder)))
+    return f"{target}: {sections[0]['arch']}, with its frozen parts, from {source}"
+
+
+def _to_transformers(source: Path, target: Path, cfg_path: str | None, options: Sequence[str]) -> str:
+    layer = read_layer(find_config(cfg_path)) if cfg_path is not None else _layer_of(source)
+    section = load_model_layers([layer, options_layer(options)])
+    section.checkpoint = str(source)
+    model_class = registry.get_model_class(section.arch)
+    if not issubclass(model_class, VLM):
+        raise CheckpointError(f"{section.arch} has no language model, and no equal in transformers' format.")
+    model = model_class.from_config(section)
+    names: list[str] = []
+    write_folder(target, lambda folder: names.append(write_transformers(model, folder)))
+    return f"{target}: transformers' {names[0]}, from {source}"
 
 
 def _write_own(state: dict[str, Tensor], section: dict[str, Any], source: Path, target: Path) -> int:
@@ -89,6 +134,8 @@ def _write_published(state: dict[str, Tensor], section: dict[str, Any], source: 
     _check_sizes(state, section, source)
     if (section.get("vision") or {}).get("name") == "clip_L" and any(k.startswith("vision.") for k in state):
         raise CheckpointError(f"{source} holds weights of clip_L, whose published names are not written.")
+    if (section.get("vision") or {}).get("norm_eps", 1) is None:
+        raise CheckpointError(f"{source} has no ln_vision, which the published code computes with.")
     _check_published_place(state, source)
     published = to_published_names(state, _projection(section))
     with atomic_file(target, "wb") as file:
@@ -112,8 +159,12 @@ def _check_target(target: Path, layout: str, force: bool) -> None:
         return
     if not force:
         raise CheckpointError(f"{target} exists. Name another place, or replace it with --force.")
-    if not (is_checkpoint(target) if layout == "own" else target.is_file()):
-        kind = "folder of a checkpoint" if layout == "own" else "file"
+    kind, is_kind = {
+        "own": ("folder of a checkpoint", is_checkpoint(target)),
+        "published": ("file", target.is_file()),
+        "transformers": ("folder of a model", (target / "config.json").is_file()),
+    }[layout]
+    if not is_kind:
         raise CheckpointError(f"{target} exists and is no {kind}: --force does not replace it.")
 
 

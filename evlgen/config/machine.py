@@ -6,8 +6,12 @@ import importlib.metadata
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 from typing import Any
+
+#: In the folder of a run.
+MACHINE_FILE = "machine.json"
 
 # an absolute path of two parts at least, that begins where a word does and is no address; a plus joins stages
 _PART = r"(?:[^\s/:'\"()\[\],=+]|\+(?![/~]))+"
@@ -28,6 +32,19 @@ def machine() -> dict[str, Any]:
         "torch": importlib.metadata.version("torch"),
         "system": platform.system(),
     }
+
+
+def machine_of_run(device: Any, processes: int) -> dict[str, Any]:
+    """What a run notes of its machine: `machine`, the version of this package, the device's name and how many
+    processes train.
+
+    Args:
+        device: a ``torch.device``.
+    """
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {**machine(), "evlgen": sys.modules["evlgen"].__version__, "device": name, "processes": processes}
 
 
 def cpu_model() -> str:

@@ -1,0 +1,200 @@
+"""Conversations with images and videos at their places: to learn the assistant's turns, and to answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from evlgen.common.errors import DataError
+from evlgen.common.registry import registry
+from evlgen.datasets.annotations import check_inside
+from evlgen.datasets.base_builder import role_of
+from evlgen.datasets.base_dataset import BaseDataset
+from evlgen.datasets.conversation_records import read_conversations
+from evlgen.datasets.media import ImageFiles, Media, VideoFiles, is_address
+from evlgen.datasets.records import good
+from evlgen.datasets.table_dataset import ImageTextBuilder, Shares
+from evlgen.datasets.table_records import ImageColumns
+from evlgen.datasets.tables import open_table
+from evlgen.media.frames import decode_address, is_data_address
+from evlgen.media.images import open_image
+from evlgen.media.video import Pictures, Reader
+from evlgen.processors.base_processor import BaseProcessor
+from evlgen.processors.video import VideoProcessor
+
+logger = logging.getLogger(__name__)
+
+_CHARS_PER_TOKEN = 4  # about; an image counts as many tokens as a model commonly has soft prompts for it
+_TOKENS_PER_IMAGE = 64
+
+
+class ConversationDataset(BaseDataset):
+    """One sample per conversation: ``messages`` (a list of ``{"role", "content"}``), ``images`` (a list of
+    its images float32 [3, H, W] and videos [3, T, H, W], in the order of their places), ``instance_id``.
+
+    Args:
+        records: of `read_conversations`.
+        media, videos: where images and videos are read.
+        vis_processor: of images; or one of videos, to which an image is a video of one frame.
+        learned: whether the last answer is in the sample; else it is what an answer is compared with.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Any],
+        media: Media,
+        videos: Media,
+        vis_processor: BaseProcessor,
+        learned: bool,
+    ) -> None:
+        super().__init__(records, vis_processor)
+        self.media, self.videos, self.learned = media, videos, learned
+
+    def load_sample(self, index: int) -> dict[str, Any]:
+        return {**self.load_text(index), "images": self.load_visuals(index)}
+
+    def load_text(self, index: int) -> dict[str, Any]:
+        messages = self.records[index]["messages"]
+        return {"messages": messages if self.learned else messages[:-1], "instance_id": str(index)}
+
+    def load_visuals(self, index: int) -> list[torch.Tensor]:
+        """The pixels of its images and videos; of those in the last answer too. Raises as `load_sample`."""
+        return [self._pixels(kind, name) for kind, name in self.records[index]["visuals"]]
+
+    def sample_id(self, index: int) -> str:
+        record = self.records[index]
+        return record.id if not isinstance(record, dict) else str(record.get("id", record["visual"]))
+
+    def references(self) -> dict[int | str, list[str]]:
+        """The right last answers of each conversation, by index."""
+        found = {}
+        for index, record in enumerate(self.records):
+            if isinstance(record, dict):
+                answer = record["messages"][-1]["content"]
+                if isinstance(answer, str):
+                    found[index] = list(dict.fromkeys([answer, *record.get("references", [])]))
+        return found
+
+    def domains(self) -> dict[int | str, str]:
+        """The records' ``source``, by index."""
+        records = enumerate(self.records)
+        return {i: str(r["source"]) for i, r in records if isinstance(r, dict) and "source" in r}
+
+    def picture(self, index: int) -> Image.Image | None:
+        visuals = self.records[index]["visuals"]
+        if not visuals:
+            return None
+        kind, name = visuals[0]
+        return self._open(name) if kind == "image" else self.videos.picture(name)
+
+    def size(self, index: int) -> int:
+        """About how many positions a sample takes, for batches of samples of similar length."""
+        record = self.records[index]
+        if not isinstance(record, dict):
+            return 0
+        chars = sum(len(str(message["content"])) for message in record["messages"])
+        return chars // _CHARS_PER_TOKEN + _TOKENS_PER_IMAGE * len(record["visuals"])
+
+    def _pixels(self, kind: str, name: str) -> torch.Tensor:
+        reads_videos = isinstance(self.vis_processor, VideoProcessor)
+        if kind == "image":
+            image = self._open(name)
+            return self.vis_processor(Pictures([image]) if reads_videos else image)
+        if not reads_videos:
+            raise DataError(
+                f"{name} is a video, and the model reads images only. Set model.vision.temporal and "
+                "vis_processor: {name: alpro_video_eval}, or leave such conversations out.",
+                "a video for a model of images",
+            )
+        return self.vis_processor(self.videos.open(name))
+
+    def _open(self, name: str) -> Image.Image:
+        if is_data_address(name):
+            return open_image(decode_address(name))
+        return self.media.open(name, getattr(self.vis_processor, "draft_size", None))
+
+
+@registry.register_builder("conversations")
+class ConversationsBuilder(ImageTextBuilder):
+    """Conversations in tables (JSON, JSON lines, Parquet, Arrow), in the layouts of
+    `evlgen.datasets.conversation_records`.
+
+    Args:
+        annotations, root, split: as of `ImageTextBuilder`; a split of held out images takes all
+            conversations about them.
+        split_column: the column that says which rows are of which split; None: ``split``, where there is one.
+        video_reader: see `evlgen.media.video.Video`.
+    """
+
+    DEFAULT_CONFIG = "configs/datasets/conversations.yaml"
+
+    def __init__(
+        self,
+        name: str,
+        cache_root: str | Path,
+        vis_processor: dict,
+        annotations: str | dict[str, str],
+        text_processor: dict | None = None,
+        root: str | dict[str, str] | None = None,
+        split: Shares | None = None,
+        split_column: str | None = None,
+        video_reader: Reader = "auto",
+    ) -> None:
+        columns = ImageColumns(split=split_column)
+        super().__init__(
+            name, cache_root, vis_processor, text_processor or {}, annotations, columns, root, split
+        )
+        self.video_reader = video_reader
+
+    def build_split(self, split: str) -> BaseDataset:
+        if self._held_out.splits and split in ("train", *self._held_out.splits):
+            root, records = self._tables("train").root, self._divided[split]
+        else:
+            root, records = self._read(split, needs_text=True)
+        media = ImageFiles(root)
+        names = [n for r in good(records) for k, n in r["visuals"] if k == "image" and not is_data_address(n)]
+        if names:
+            media.check(names, f"Set {self._key}.root to the folder or archive that the names start from.")
+        return ConversationDataset(
+            records,
+            media,
+            VideoFiles(root, self.video_reader),
+            self.vis_processor(split),
+            learned=role_of(split) == "train",
+        )
+
+    def _read(self, split: str, needs_text: bool) -> tuple[Path, Sequence[Any]]:
+        tables = self._tables(split)
+        opened = [open_table(file) for file in tables.files]
+        of_split, _ = self._rows_of(split, tables, opened)
+        records = read_conversations(opened, of_split, self.columns.split or "split")
+        if is_address(self._table_path(split)):
+            check_inside((name for r in good(records) for _, name in r["visuals"]), self._table_path(split))
+        return tables.root, records
+
+
+@registry.register_builder("llava_pretrain")
+class LlavaPretrainBuilder(ConversationsBuilder):
+    """LLaVA's 558,000 image-text pairs of LAION, CC and SBU (Liu et al., NeurIPS 2023)."""
+
+    DEFAULT_CONFIG = "configs/datasets/llava_pretrain.yaml"
+
+
+@registry.register_builder("llava_instruct")
+class LlavaInstructBuilder(ConversationsBuilder):
+    """LLaVA-1.5's mixture of 665,000 instructions (Liu et al., CVPR 2024)."""
+
+    DEFAULT_CONFIG = "configs/datasets/llava_instruct.yaml"
+
+
+@registry.register_builder("cauldron")
+class CauldronBuilder(ConversationsBuilder):
+    """A part of the Cauldron (Laurençon et al., 2024): a folder of Parquet files with ``images`` and
+    ``texts``."""
+
+    DEFAULT_CONFIG = "configs/datasets/cauldron.yaml"

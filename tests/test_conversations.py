@@ -1,0 +1,113 @@
+"""Conversations from a file to a trained model: training, evaluation, data check, chat in a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+from evlgen import cli
+from evlgen.commands.chat import Chat
+from evlgen.models.zoo import load_model
+
+ROUND = [
+    ("human", "<image>\nWhat is it?"),
+    ("gpt", "a red circle"),
+    ("human", "and now?"),
+    ("gpt", "a blue star"),
+]
+
+
+def llava(number, turns, **keys):
+    return {"id": number, "conversations": [{"from": f, "value": v} for f, v in turns], **keys}
+
+
+RECORDS = [
+    *(llava(i, ROUND, image=f"{i % 3}.png", source="shapes") for i in range(5)),
+    llava(
+        5, [("human", "<image> or <image>, which is red?"), ("gpt", "the first")], image=["0.png", "1.png"]
+    ),
+    llava(6, [("human", "is <image> a tag?"), ("gpt", "yes, <image> is")]),
+    {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]},
+    llava(8, [("human", "<image>\nWhat?"), ("gpt", "x")]),  # its image is missing
+]
+
+
+@pytest.fixture
+def project(tiny_project, tmp_path):
+    draw = random.Random(0)
+    for number in range(3):
+        color = tuple(draw.randrange(256) for _ in range(3))
+        Image.new("RGB", (40, 30), color).save(tmp_path / f"{number}.png")
+    (tmp_path / "talks.json").write_text(json.dumps(RECORDS))
+    (tmp_path / "talks.jsonl").write_text("\n".join(map(json.dumps, RECORDS[2:8])))
+
+    def write(**run):
+        path = tiny_project(run={"task": "conversation", "max_epoch": 1, "max_skipped_share": 0.2, **run})
+        content = OmegaConf.load(path)
+        content.datasets = {
+            "conversations": {
+                "annotations": {"train": str(tmp_path / "talks.json"), "val": str(tmp_path / "talks.jsonl")}
+            }
+        }
+        OmegaConf.save(content, path)
+        return str(path)
+
+    return write
+
+
+def test_a_run_learns_and_scores_conversations(project, tmp_path, capsys, monkeypatch):
+    path = project(valid_splits=["val"], batch_size_train=2)
+    assert cli.train(["--cfg-path", path]) == 0
+    folder = tmp_path / "output" / "latest"
+    metrics = json.loads((folder / "result" / "val_epoch1" / "metrics.json").read_text())
+    assert {"accuracy", "CIDEr", "agg_metrics", "accuracy_shapes"} <= set(metrics)
+    answers = json.loads((folder / "result" / "val_epoch1" / "answers.json").read_text())
+    assert [a["question"] for a in answers] == [
+        *3 * ["and now?"], "or , which is red?", "is <image> a tag?", "hello"
+    ]  # fmt: skip
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert any("image_worth" in record or "eval_loss" in record for record in log)
+    skipped = (folder / "skipped.jsonl").read_text()
+    assert "it has 1 markers (<image>, <video>) and 0 images" in skipped
+
+    # the model that was trained answers in a terminal
+    lines = f"what?\n/image {tmp_path / 'no.png'}\n/exit\nnot asked\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert cli.main(["chat", "--checkpoint", str(folder), "--max-length", "4", str(tmp_path / "0.png")]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("/image PATH shows another image") for line in told) and "no.png" in told[-1]
+
+
+def test_data_check_counts_turns_images_and_lengths(project, tmp_path, capsys):
+    assert cli.main(["data", "check", "--cfg-path", project(), "--to", str(tmp_path / "check")]) == 0
+    told = capsys.readouterr().out
+    assert "turns: 4 in the middle, 4 at most; images: 2 with 0, 5 with 1, 1 with 2" in told
+    assert "1 places without images" in told
+    assert "model.max_sequence_len: " in told
+    report = json.loads((tmp_path / "check" / "report.json").read_text())
+    assert report["conversations/train"]["images"] == {"0": 2, "1": 5, "2": 1}
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    chat = Chat(load_model("evlgen_opt", "shapes"), "be short", {"max_length": 6})
+    written = []
+
+    def write(text):
+        written.append(text)
+        if len(written) == 1:  # in the first answer
+            raise KeyboardInterrupt
+
+    chat.show(str(tmp_path / "red.png"))
+    chat.hold(iter(["what is it?", "", "/help", "and now?"]), write)
+    assert written[1] == " [stopped]\n" and "/clear begins anew" in written[2]
+    assert [m["role"] for m in chat.messages] == ["system", *2 * ["user", "assistant"]]
+    assert written[0] == chat.messages[2]["content"]
+    assert [part["type"] for part in chat.messages[1]["content"]] == ["image", "text"]
+    chat.hold(iter(["/clear", "/image nowhere.png"]), written.append)
+    assert [m["role"] for m in chat.messages] == ["system"] and "nowhere.png" in written[-1]
