@@ -285,7 +285,7 @@ def run_folder(cfg: Config, accelerator: Any, stack: contextlib.ExitStack) -> Pa
     restarted = any(gather_object([was_restarted()]))  # each machine counts its own failures only
     if restarted:
         cfg.run.resume = "auto"
-    chosen = [None, None]
+    chosen: list[str | None] = [None, None]
     if accelerator.is_main_process:
         try:
             with writing_named(cfg.run.output_dir):

@@ -1,5 +1,5 @@
-"""A plugin of mypy. torch declares that any attribute of a module that it does not know is `Tensor | Module`, so
-that neither can be used without a cast; here it has no type, as everything else whose type is not declared."""
+"""A plugin of mypy. torch declares what it does not know of a module as `Tensor | Module`, which can be used
+as neither without a cast; here it has no type, as all else whose type is not declared."""
 
 from __future__ import annotations
 

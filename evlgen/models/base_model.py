@@ -107,7 +107,7 @@ class BaseModel(nn.Module):
         """
         if isinstance(cfg, str | Path):
             cfg = load_model_file(cfg)
-        section = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
+        section: Any = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
         section = section.get("model", section)
         _check_arch(cls, section)
         config = build_dataclass(cls.CONFIG, section, path="model")

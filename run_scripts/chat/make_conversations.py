@@ -1,5 +1,5 @@
-"""Makes conversations of Flickr8k's captions and DAQUAR's questions, both in the data root in the layouts that
-``projects/photos`` names: ``chat/train.jsonl`` and ``chat/val.jsonl``.
+"""Makes conversations of Flickr8k's captions and DAQUAR's questions, both in the data root in the layouts
+that ``projects/photos`` names: ``chat/train.jsonl`` and ``chat/val.jsonl``.
 
 A conversation about a photograph of Flickr8k asks for a description and has one of its captions as answer,
 the others as further right ones; one about DAQUAR asks all questions about an image, in validation one each.
