@@ -30,7 +30,7 @@ from evlgen.files.locks import sole_writer
 from evlgen.weights.checkpoints import STATE_FOLDER, found_checkpoints, point
 
 if TYPE_CHECKING:
-    from torch.utils.data import Dataset
+    from evlgen.datasets.base_dataset import BaseDataset
 
 logger = logging.getLogger(__name__)
 
@@ -254,7 +254,7 @@ def check_room(cfg: Config, task: Any) -> None:
     model_class.check_room(config, prompt, task.max_len if writes else 0, learns)
 
 
-def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str, Dataset]]:
+def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str, BaseDataset]]:
     """Dataset name -> split -> dataset, of the splits the run touches."""
     from evlgen.datasets.overlap import tell_of_overlap
     from evlgen.loaders.mixed_plan import told_length

@@ -131,7 +131,7 @@ def _bring_pictures(item: Item, root: Path) -> None:
     from tqdm import tqdm
 
     folder = root / item.storage
-    failures: list[str] = []
+    failures: list[DataError] = []
 
     def get(named: tuple[str, str]) -> None:
         name, url = named

@@ -211,7 +211,7 @@ class ImageTextBuilder(BaseDatasetBuilder):
         return self.shares
 
     @functools.cached_property
-    def _divided(self) -> dict[str, Sequence[Any]]:
+    def _divided(self) -> Mapping[str, Sequence[Any]]:
         """The training records by split. Read once, for the same pictures to be divided each time."""
         if self.shares is None and len(self._split_counts(self._tables("train"))) > 1:  # of a fetched table
             return {split: self._read(split, split == "train")[1] for split in ("train", "val", "test")}

@@ -181,7 +181,9 @@ class _SeededDataset(Dataset):
         return which, sample
 
     def _in_stream(self, slot: StreamSlot) -> tuple[int, Any]:
-        return slot.dataset, self.datasets[slot.dataset].read(slot.lane, slot.ordinal)
+        dataset = self.datasets[slot.dataset]
+        assert isinstance(dataset, StreamDataset)
+        return slot.dataset, dataset.read(slot.lane, slot.ordinal)
 
 
 def train_loader(

@@ -68,7 +68,7 @@ class Missing(NamedTuple):
     downloaded by itself where there is a connection."""
 
     what: str
-    why: str
+    why: str | None  # None: it is here
     fetchable: bool
 
 
@@ -161,7 +161,7 @@ class BaseModel(nn.Module):
             logger.warning("%s: %s.", folder, error)
         cfg = load_model_file(folder / CONFIG_FILE)
         cfg.checkpoint = str(folder)
-        section = OmegaConf.to_container(cfg, resolve=True)
+        section: Any = OmegaConf.to_container(cfg, resolve=True)
         _check_arch(cls, section)
         check_addresses(section, folder / CONFIG_FILE, allow_downloads)
         for item in cls.missing(build_dataclass(cls.CONFIG, section, path="model")):

@@ -50,9 +50,9 @@ def by_kind(tensors: Sequence[Tensor]) -> list[list[Any]]:
     return [kind for kind in kinds if kind]
 
 
-def total_norm(tensors: list[Tensor]) -> float:
+def total_norm(tensors: Sequence[Tensor]) -> float:
     """The norm of all tensors as one vector."""
-    norms = [torch.nn.utils.get_total_norm(kind) for kind in by_kind(tensors)]
+    norms: list[Any] = [torch.nn.utils.get_total_norm(kind) for kind in by_kind(tensors)]
     return math.hypot(*((n.full_tensor() if is_spread(n) else n).item() for n in norms))
 
 
