@@ -8,10 +8,11 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evlgen import __version__
 from evlgen.common.errors import (
     CheckpointError,
     ConfigError,
@@ -32,14 +33,16 @@ from evlgen.weights.checkpoints import STATE_FOLDER, found_checkpoints, point
 if TYPE_CHECKING:
     from evlgen.datasets.base_dataset import BaseDataset
 
+    from evlgen.runners.listener import Listener
+
 logger = logging.getLogger(__name__)
 
 
-def run(cfg: Config, runner_class: type | None = None) -> dict[str, dict[str, float]]:
+def run(cfg: Config, listeners: Sequence[Listener] = ()) -> dict[str, dict[str, float]]:
     """Trains (or, with ``run.evaluate``, only evaluates) what a configuration describes.
 
     Args:
-        runner_class: in place of the registered ``run.runner``.
+        listeners: besides those of ``run.listeners``.
 
     Returns:
         split name -> metrics of the evaluated splits.
@@ -65,7 +68,11 @@ def run(cfg: Config, runner_class: type | None = None) -> dict[str, dict[str, fl
     from evlgen.common.logs import log_to_file
     from evlgen.loaders.mixed_plan import check_training_data
     from evlgen.runners.distribution import make_accelerator, peers_named
+    from evlgen.runners.listener import make_listeners
+    from evlgen.runners.trackers import check_trackers
 
+    all_listeners = [*make_listeners(cfg.run.listeners), *listeners]
+    check_trackers(cfg.run.trackers)
     accelerator = make_accelerator(cfg.run)
     with contextlib.ExitStack() as stack:
         stack.enter_context(peers_named())
@@ -76,14 +83,14 @@ def run(cfg: Config, runner_class: type | None = None) -> dict[str, dict[str, fl
         if accelerator.is_main_process:
             logger.info("this run writes to %s", folder)
             write_atomically(folder / "config.yaml", cfg.to_yaml())
-            facts = machine_of_run(accelerator.device, accelerator.num_processes)
+            facts = {"evlgen": __version__, **machine_of_run(accelerator.device, accelerator.num_processes)}
             write_atomically(folder / MACHINE_FILE, json.dumps(facts, indent=1))
         datasets = build_datasets(cfg, builders)
         check_training_data(cfg.run, datasets)
         set_seed(cfg.run.seed)  # before the model draws its first weights
         model = registry.get_model_class(cfg.model.arch).from_config(cfg.model, accelerator.device)
-        runner = (runner_class or registry.get_runner_class(cfg.run.runner))(
-            cfg.run, task, model, datasets, folder, config=cfg.to_dict(), accelerator=accelerator
+        runner = registry.get_runner_class(cfg.run.runner)(
+            cfg.run, task, model, datasets, folder, cfg.to_dict(), accelerator, all_listeners
         )
         scores = runner.evaluate(cfg.run.test_splits) if cfg.run.evaluate else runner.train()
         accelerator.end_training()  # takes leave of the other processes

@@ -1,4 +1,4 @@
-"""What pyproject.toml asks of the code as a whole: style, types, and floors: nothing imports upwards."""
+"""What pyproject.toml asks of the code as a whole: style, types, and floors; none imports upwards."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ COMMANDS = (
     "estimate",
     "compare",
     "sweep",
+    "report",
     "data",
     "download",
 )

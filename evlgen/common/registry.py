@@ -29,6 +29,7 @@ KINDS: dict[str, tuple[str, str | None]] = {
     "processor": ("evlgen.processors", "evlgen.processors.base_processor:BaseProcessor"),
     "task": ("evlgen.tasks", "evlgen.tasks.base_task:BaseTask"),
     "runner": ("evlgen.runners.runner", "evlgen.runners.runner:Runner"),
+    "listener": ("evlgen.runners.heartbeat", "evlgen.runners.listener:Listener"),
     "lr_scheduler": ("evlgen.common.lr_schedules", None),
     "metric": ("evlgen.tasks.metrics", None),
 }
@@ -144,6 +145,7 @@ class Registry:
     register_processor = partialmethod(register, "processor")
     register_task = partialmethod(register, "task")
     register_runner = partialmethod(register, "runner")
+    register_listener = partialmethod(register, "listener")
     register_lr_scheduler = partialmethod(register, "lr_scheduler")
     register_metric = partialmethod(register, "metric")
 
@@ -155,6 +157,7 @@ class Registry:
     get_processor_class = partialmethod(get, "processor")
     get_task_class = partialmethod(get, "task")
     get_runner_class = partialmethod(get, "runner")
+    get_listener_class = partialmethod(get, "listener")
     get_lr_scheduler_class = partialmethod(get, "lr_scheduler")
     get_metric_class = partialmethod(get, "metric")
 
@@ -166,6 +169,7 @@ class Registry:
     list_processors = partialmethod(names, "processor")
     list_tasks = partialmethod(names, "task")
     list_runners = partialmethod(names, "runner")
+    list_listeners = partialmethod(names, "listener")
     list_lr_schedulers = partialmethod(names, "lr_scheduler")
     list_metrics = partialmethod(names, "metric")
 

@@ -88,7 +88,7 @@ class StageRun:
         return last["trained_seconds"], last["trained_samples"], last["iteration"]
 
     def facts(self) -> dict[str, Any]:
-        """See `observed.observed`."""
+        """See `run_recorder.RunRecorder`."""
         return read(self.folder / FACTS_FILE)
 
     def shown(self) -> list[dict[str, Any]]:

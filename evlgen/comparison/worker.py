@@ -26,10 +26,9 @@ def _run(args: argparse.Namespace) -> int:
     cfg = Config.load(job["cfg_path"], job["options"], job["plugins"])
     quiet_libraries()
     from evlgen.assemble import run
-    from evlgen.common.registry import registry
-    from evlgen.comparison.run_recorder import observed
+    from evlgen.comparison.run_recorder import RunRecorder
 
-    run(cfg, observed(registry.get_runner_class(cfg.run.runner), args.job.parent))
+    run(cfg, [RunRecorder(args.job.parent)])
     return 0
 
 

@@ -44,7 +44,7 @@ from evlgen.config.layers import (
     options_layer,
     read_layer,
 )
-from evlgen.config.named_code import check_plugins, modules_of_paths
+from evlgen.config.named_code import check_named, modules_of_paths
 from evlgen.config.run_config import RunConfig
 from evlgen.config.schema import Problems, Registered
 from evlgen.config.yaml_io import dump_yaml
@@ -112,12 +112,15 @@ class Config:
             early.raise_any()
 
         load_entry_points()
-        names = [*(layers.get("plugins") or []), *modules_of_paths([layer.content for layer in own.layers])]
-        if path is not None and is_from_hub(path.parent):  # then only what the user names is imported
-            names = []
+        asked_for, in_file = list(plugins), list(layers.get("plugins") or [])
+        modules = [modules_of_paths([layer.content]) for layer in own.layers]
+        asked_for += modules[-1]
+        in_file += [module for found in modules[:-1] for module in found]
+        if path is not None and is_from_hub(path.parent):
             load_plugins(plugins)
-            check_plugins(path, str(cfg_path))
-        loaded = load_plugins([*names, *plugins], path.parent if path else None)
+            check_named(in_file, str(cfg_path))
+            in_file = []
+        loaded = load_plugins([*in_file, *asked_for], path.parent if path else None)
 
         arch, beta_problem = own.get("model.arch"), left_out_beta(own.layers)
         translated, ignored = from_published(own.layers)
@@ -416,6 +419,11 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Iterab
         for path in paths
         if before.get(path, _ABSENT) != now.get(path, _ABSENT)
     ]
+
+
+def flat_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain configuration as key path -> value."""
+    return dict(_leaves(config))
 
 
 _ABSENT = object()

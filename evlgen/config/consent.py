@@ -1,4 +1,4 @@
-"""What files that somebody else wrote ask for: addresses in them are not fetched unless the user agrees."""
+"""Addresses in files that somebody else wrote: nothing is fetched from them unless the user agrees."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,7 @@ def machine() -> dict[str, Any]:
 
 
 def machine_of_run(device: Any, processes: int) -> dict[str, Any]:
-    """What a run notes of its machine: `machine`, the version of this package, the device's name and how many
-    processes train.
+    """What a run notes of its machine: `machine`, the device's name, and how many processes train.
 
     Args:
         device: a ``torch.device``.
@@ -44,7 +42,7 @@ def machine_of_run(device: Any, processes: int) -> dict[str, Any]:
     import torch
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {**machine(), "evlgen": sys.modules["evlgen"].__version__, "device": name, "processes": processes}
+    return {**machine(), "device": name, "processes": processes}
 
 
 def cpu_model() -> str:

@@ -4,14 +4,12 @@ are imported only where the user names them."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from evlgen.common.errors import CheckpointError
+from evlgen.common.errors import EVLGenError
 from evlgen.common.plugins import is_imported
 from evlgen.common.safe_text import shown_name
-from evlgen.config.yaml_io import read_yaml
 
 _NAMING_KEYS = ("name", "arch", "kind", "builder", "task", "runner", "lr_sched")
 _CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\.[A-Z]\w*")
@@ -31,20 +29,17 @@ def modules_of_paths(config: Any) -> list[str]:
     return found
 
 
-def check_plugins(file: Path, name: str) -> None:
-    """Raises `CheckpointError` where a ``config.yaml`` from the hub lists plugins that the user has not
-    named: they are code, and nothing of what was fetched is run.
+def check_named(plugins: Iterable[str], what: str) -> None:
+    """Raises `EVLGenError` where a file from the hub needs plugins that the user has not named: they are
+    code, and nothing of what was fetched is run.
 
     Args:
-        file: the ``config.yaml``.
-        name: what the user asked for.
+        what: needs them, for the message.
     """
-    plugins = read_yaml(file).get("plugins") or []
-    listed = [str(plugin) for plugin in (plugins if isinstance(plugins, list) else [plugins])]
-    wanted = [plugin for plugin in listed if not is_imported(plugin)]
+    wanted = [plugin for plugin in plugins if not is_imported(plugin)]
     if wanted:
-        raise CheckpointError(
-            f"{shown_name(name)} needs plugins: {', '.join(map(shown_name, wanted[:5]))}. Nothing that comes "
+        raise EVLGenError(
+            f"{shown_name(what)} needs plugins: {', '.join(map(shown_name, wanted[:5]))}. Nothing that comes "
             "with weights is run. Get that code, read it, and name it yourself: --plugins ./my_part.py (in "
             "Python: import it first)."
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from evlgen.common.errors import did_you_mean
 from evlgen.config.schema import (
@@ -159,6 +159,10 @@ class RunConfig:
     log_freq: PositiveInt = 50
     #: Whether to write TensorBoard files.
     tensorboard: bool = True
+    #: Where numbers and captions go besides the run's folder. A resumed run goes on with the same run there.
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml"]] = field(default_factory=list)
+    #: Registered listeners, called as the run goes on: a name, or a mapping of ``name`` and its settings.
+    listeners: list[Annotated[str, Registered("listener")] | dict[str, Any]] = field(default_factory=list)
     #: Share of broken samples (of those seen) above which the run stops.
     max_skipped_share: Share = 0.05
 

@@ -59,12 +59,18 @@ class ConversationDataset(BaseDataset):
         return {**self.load_text(index), "images": self.load_visuals(index)}
 
     def load_text(self, index: int) -> dict[str, Any]:
-        messages = self.records[index]["messages"]
-        return {"messages": messages if self.learned else messages[:-1], "instance_id": str(index)}
+        return {"messages": self._messages(index), "instance_id": str(index)}
 
     def load_visuals(self, index: int) -> list[torch.Tensor]:
-        """The pixels of its images and videos; of those in the last answer too. Raises as `load_sample`."""
-        return [self._pixels(kind, name) for kind, name in self.records[index]["visuals"]]
+        """The pixels of its images and videos. Raises as `load_sample`."""
+        contents = [message["content"] for message in self._messages(index)]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        count = sum(part["type"] != "text" for part in parts)
+        return [self._pixels(kind, name) for kind, name in self.records[index]["visuals"][:count]]
+
+    def _messages(self, index: int) -> list[dict[str, Any]]:
+        messages = self.records[index]["messages"]
+        return messages if self.learned else messages[:-1]
 
     def sample_id(self, index: int) -> str:
         record = self.records[index]

@@ -95,6 +95,8 @@ def read_conversation(row: Row) -> dict[str, Any]:
         turns = _cauldron_turns(values["texts"], given)
     else:
         raise DataError(f"it has neither of {', '.join(TURN_KEYS)}.", "no turns")
+    if len(turns) > 1 and turns[0].role == "system" and not (turns[0].text.strip() or turns[0].visuals):
+        turns = turns[1:]  # as some exports write that there is none
     if isinstance(values.get("system"), str) and values["system"].strip() and turns[0].role != "system":
         turns = [Turn("system", (values["system"],)), *turns]
     check_turns(turns, learns=True)

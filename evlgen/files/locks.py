@@ -57,8 +57,8 @@ def sole_writer(folder: Path) -> Iterator[None]:
     if not try_lock(lock):
         owner = "this process" if (named := _owner_named_in(path)) == own else named
         raise TrainingError(
-            f"{path.parent} is in use: {owner} writes its run there. Wait until that has ended, or stop "
-            "it; a second run starts in a folder of its own with run.resume=null."
+            f"{path.parent} is in use: {owner} writes its run there. Wait until that has ended, or stop it; "
+            "a second run starts in a folder of its own with run.resume=null."
         )
     with contextlib.suppress(OSError):  # a full disk; this is for the other's message only
         path.write_text(own, encoding="utf-8")

@@ -35,7 +35,7 @@ def find_files(paths: Sequence[str], clips: bool) -> list[str]:
 
 def without_result(paths: Sequence[str], done: Collection[str], clips: bool) -> list[str]:
     """Those of the paths given to `find_files` of which no file is among ``done``."""
-    return [path for path in paths if not set(done).intersection(find_files([path], clips))]
+    return [path for path in paths if not any(name in done for name in find_files([path], clips))]
 
 
 def _walked(folder: str) -> Iterator[str]:

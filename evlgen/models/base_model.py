@@ -21,8 +21,9 @@ from evlgen.config.config import load_model_config, load_model_file
 from evlgen.config.consent import Consent, check_addresses
 from evlgen.config.lavis import own_names
 from evlgen.config.model_config import ModelConfig
-from evlgen.config.named_code import check_plugins
+from evlgen.config.named_code import check_named
 from evlgen.config.schema import build_dataclass
+from evlgen.config.yaml_io import read_yaml
 from evlgen.files.digests import DIGESTS_FILE, check_digests
 from evlgen.files.io import make_readable, resolve, write_atomically
 from evlgen.models.published.checkpoints import is_published, to_own_names
@@ -149,7 +150,8 @@ class BaseModel(nn.Module):
 
         Raises:
             CheckpointError: no such folder; an address that may not be fetched; a repository on the hub that
-                may not be read, or that needs plugins; and see `from_config`.
+                may not be read; and see `from_config`.
+            EVLGenError: a repository on the hub needs plugins that the user has not named.
         """
         if str(name) in cls.MODEL_TYPES:
             arch = next(arch for arch in _names_of(cls))
@@ -217,6 +219,10 @@ class BaseModel(nn.Module):
     def predict_answers(self, samples: dict[str, Any], **options) -> list[str]:
         """One short answer for each sample's question."""
         raise NotImplementedError(f"{type(self).__name__} must define predict_answers(samples)")
+
+    def answer_turns(self, samples: dict[str, Any], **options) -> list[str]:
+        """The assistant's next turn of each sample's conversation; see `VLM.answer_turns`."""
+        raise NotImplementedError(f"{type(self).__name__} must define answer_turns(samples)")
 
     def rank_answers(self, samples: dict[str, Any], candidates: Any, **options) -> list[str]:
         """The best of several given answers to each sample's question; see `VLM.rank_answers`."""
@@ -504,7 +510,8 @@ def checkpoint_path(name: str | Path) -> Path:
     """What a user names as a checkpoint, on this machine: fetched where it is ``user/name`` on the hub.
 
     Raises:
-        CheckpointError: it is neither here nor on the hub, may not be read, or needs plugins.
+        CheckpointError: it is neither here nor on the hub, or may not be read.
+        EVLGenError: it is from the hub and needs plugins that the user has not named.
     """
     name = str(name)
     path = None if name.startswith(HUB_PREFIX) else Path(resolve(name))
@@ -526,7 +533,8 @@ def _own_folder(folder: Path, from_hub: str | None = None) -> Path:
     """
     if os.path.isfile(folder / CONFIG_FILE):
         if from_hub is not None:
-            check_plugins(folder / CONFIG_FILE, from_hub)
+            plugins = read_yaml(folder / CONFIG_FILE).get("plugins") or []
+            check_named(map(str, plugins if isinstance(plugins, list) else [plugins]), from_hub)
         return folder
     if not os.path.isfile(folder / "config.json"):
         return folder
@@ -540,6 +548,8 @@ def _pretrained_folder(
 ) -> Path:
     folder = _own_folder(Path(resolve(name)))
     if os.path.isfile(folder / CONFIG_FILE):
+        if revision is not None:
+            raise CheckpointError(f"{folder} is a folder here, and a revision is of a repository on the hub.")
         return folder
     if os.path.exists(folder) or looks_like_path(name):
         raise CheckpointError(f"{folder} holds no {CONFIG_FILE}: it was not written by save_pretrained.")

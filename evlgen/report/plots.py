@@ -49,7 +49,7 @@ def grid(rows: int, columns: int, names: Sequence[str]) -> tuple[Figure, Any]:
         the figure, and its axes [rows, columns].
     """
     labels = [printable_label(name) for name in names]
-    per_row = max(1, min(len(labels), 120 // (max(map(len, labels)) + 8)))
+    per_row = max(1, min(len(labels), 120 // (max(map(len, labels), default=0) + 8)))
     legend_rows = -(-len(labels) // per_row)
     figure = Figure(figsize=(10.6, 3.5 * rows + 0.3 * legend_rows + 0.2), layout="constrained")
     engine: Any = figure.get_layout_engine()
@@ -60,7 +60,8 @@ def grid(rows: int, columns: int, names: Sequence[str]) -> tuple[Figure, Any]:
     for number in range(len(labels)):
         colour, marker, dashes = look(number)
         handles += axes[0][0].plot([], [], dashes, color=colour, marker=marker, lw=2, ms=5)
-    figure.legend(handles, labels, loc="outside upper left", ncols=per_row, frameon=False)
+    if labels:
+        figure.legend(handles, labels, loc="outside upper left", ncols=per_row, frameon=False)
     return figure, axes
 
 

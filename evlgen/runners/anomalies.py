@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -15,7 +15,11 @@ from torch import Tensor
 
 from evlgen.common.errors import TrainingError
 from evlgen.config.run_config import RunConfig
+from evlgen.runners.listener import Listener, Step
 from evlgen.runners.training_state import TrainingState
+
+if TYPE_CHECKING:
+    from evlgen.runners.runner import Runner
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +28,7 @@ _LEARNING = 100  # optimizer steps before jumps are judged
 _SHOWN = 16  # sample ids in a message; the files list all
 
 
-class LossWatch:
+class LossWatch(Listener):
     """Compares every optimizer step's loss with the recent ones. All processes call it with the same numbers.
 
     Args:
@@ -37,6 +41,34 @@ class LossWatch:
         self.folder, self.run, self.accelerator = folder, run, accelerator
         # without the short range or resolution of half precision there is no innocent way to such a number
         self.tolerant = accelerator.mixed_precision != "no"
+        self._trained, self._left_out = 0, 0  # steps of this process's life
+
+    def after_step(self, runner: Runner, step: Step) -> None:
+        if step.is_finite:
+            self._trained += 1
+            self.finite(runner.state, step.losses["loss"], step.seen)
+        elif step.losses:
+            self._left_out += 1
+            last_good = runner.checkpointer.latest()
+            self.not_finite(runner.state, step.losses["loss"], step.grad_norm, step.seen, last_good)
+
+    def after_epoch(self, runner: Runner) -> None:
+        """Raises `TrainingError` where the run ends, there were iterations, and not one of them changed the
+        weights."""
+        state, start = runner.state, runner.plan.start
+        if self._trained or state.iteration == start or not runner.length.is_trained(state):
+            return
+        runner.skipped.check()
+        cause = (
+            f"the loss or the gradient of all {self._left_out} steps was not finite (not_finite.jsonl in "
+            f"{self.folder} lists their samples). Lower run.init_lr, or start from other weights"
+            if self._left_out
+            else f"no training sample could be read; see skipped.jsonl in {self.folder}"
+        )
+        raise TrainingError(
+            f"nothing was trained between iterations {start} and {state.iteration}: {cause}. "
+            f"The last checkpoint: {runner.checkpointer.latest() or 'none yet'}."
+        )
 
     def finite(self, state: TrainingState, loss: float, seen: list[tuple[Tensor, list[str]]]) -> None:
         """Remembers a step's loss, and notes one far above the recent ones.

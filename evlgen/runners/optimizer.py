@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from evlgen.common.errors import ConfigError, did_you_mean
-from evlgen.runners.dtensor import by_kind
+from evlgen.runners.dtensor import by_kind, multiply, total_norm
+
+if TYPE_CHECKING:
+    from evlgen.runners.runner import Runner
 
 
 def build_optimizer(
@@ -52,6 +57,38 @@ def build_optimizer(
         if params
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Sets the learning rate of the next step, of each group times its ``lr_scale``."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+
+
+def update_weights(runner: Runner, scale: float, loss: float) -> float:
+    """Scales and clips the gradient and moves the weights, unless a number is not finite.
+
+    Args:
+        scale: of the gradient.
+        loss: of the step.
+
+    Returns:
+        the gradient's norm before clipping.
+    """
+    accelerator, max_norm = runner.accelerator, runner.run.max_grad_norm
+    accelerator.unscale_gradients()
+    gradients = [p.grad for p in runner.model.parameters() if p.grad is not None]
+    norm = scale * total_norm(gradients)
+    factor = scale
+    if max_norm and norm > max_norm:
+        factor *= max_norm / (norm + 1e-6)
+    if factor != 1.0:
+        multiply(gradients, factor)
+    runner.notify("before_update")
+    # fp16's scaler leaves such a step out itself, and learns from it
+    if (math.isfinite(norm) and math.isfinite(loss)) or accelerator.scaler is not None:
+        runner.optimizer.step()
+    return norm
 
 
 def _starts(name: str, prefix: str) -> bool:

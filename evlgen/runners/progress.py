@@ -6,22 +6,26 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from evlgen.config.run_config import RunConfig
 from evlgen.files.io import write_atomically
-from evlgen.runners.image_use import ImageUse
+from evlgen.runners.listener import Evaluation, Listener, Step
+from evlgen.runners.sample_captions import SAMPLES_FILE
 from evlgen.runners.skipped import told
 from evlgen.runners.training_state import TrainingState
+
+if TYPE_CHECKING:
+    from evlgen.runners.runner import Runner
 
 logger = logging.getLogger(__name__)
 
 
-class RunLog:
+class RunLog(Listener):
     """Writes a run's numbers; does nothing on processes other than the first.
 
     Args:
@@ -39,72 +43,61 @@ class RunLog:
         if enabled:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def start_training(self, total_iters: int | None, state: TrainingState) -> None:
-        """Begins the bar and the clock. What the log says of later than ``state`` is taken out of it: that is
-        trained again.
-
-        Args:
-            total_iters: None where iterations do not say how long training takes.
-        """
+    def before_training(self, runner: Runner) -> None:
+        """Begins the bar and the clock. What the log says of later than now is taken out of it: that is
+        trained again."""
         if not self.enabled:
             return
-        self._total = total_iters
+        state, self._total = runner.state, runner.length.shown_total
         if self.run.resume:
-            for name in ("log.jsonl", "skipped.jsonl", "spikes.jsonl", "not_finite.jsonl"):
+            for name in (*("log.jsonl", "skipped.jsonl", "spikes.jsonl", "not_finite.jsonl"), SAMPLES_FILE):
                 _forget_later(self.folder / name, state)
         self._open_board(state.iteration + 1)
-        self.resume_clock(state)
+        self._resume_clock(state)
         if self.terminal:
             self._bar = tqdm(
-                total=total_iters, initial=state.iteration, desc="training", unit="it", dynamic_ncols=True
+                total=self._total, initial=state.iteration, desc="training", unit="it", dynamic_ncols=True
             )
 
-    def resume_clock(self, state: TrainingState) -> None:
+    def before_epoch(self, runner: Runner) -> None:
+        self._resume_clock(runner.state)
+
+    def _resume_clock(self, state: TrainingState) -> None:
         """Leaves what happened since the last line (a validation) out of the next one's speed."""
         self._last, self._samples, self._from = time.perf_counter(), 0, state.iteration
 
-    def train_step(
-        self,
-        state: TrainingState,
-        losses: dict[str, float],
-        numbers: dict[str, float],
-        samples: int,
-        iterations: int,
-    ) -> None:
-        """Notes an optimizer step of some iterations; every ``log_freq`` of them writes the mean loss since
-        the last line.
-
-        Args:
-            losses: ``loss`` and whatever else the task gives.
-            numbers: what else is worth a line (learning rate, norm of the gradient).
-            samples: how many were trained on, on all processes.
-        """
-        if not self.enabled:
+    def after_step(self, runner: Runner, step: Step) -> None:
+        """Every ``log_freq`` iterations writes the mean loss since the last line."""
+        if not self.enabled or not step.is_finite:
             return
-        state.logged_sum += losses["loss"]
+        state = runner.state
+        state.logged_sum += step.losses["loss"]
         state.logged_steps += 1
-        self._samples += samples
+        self._samples += step.samples
         if self._bar is not None:
             self._bar.update(state.iteration - self._bar.n)
-        if state.iteration % self.run.log_freq >= iterations and state.iteration != self._total:
+        if state.iteration % self.run.log_freq >= step.iterations and state.iteration != self._total:
             return
         seconds = time.perf_counter() - self._last
+        others = {name: value for name, value in step.losses.items() if name != "loss"}
         record = {
             "type": "train",
             "iteration": state.iteration,
             "epoch": state.epoch,
             "loss": state.logged_sum / state.logged_steps,
-            **{name: value for name, value in losses.items() if name != "loss"},
-            **numbers,
+            **others,
+            "lr": step.learning_rate,
+            "grad_norm": step.grad_norm,
             "samples_per_s": self._samples / seconds,
             **_effort(state),
         }
         self._write(record)
-        self._show_step(record, [name for name in losses if name != "loss"], seconds)
+        self._show_step(record, list(others), seconds)
         state.logged_sum, state.logged_steps = 0.0, 0
-        self.resume_clock(state)
+        self._resume_clock(state)
+        runner.notify("after_record", record)
 
-    def end_training(self) -> None:
+    def after_training(self, runner: Runner) -> None:
         """Closes the bar."""
         if self._bar is not None:
             self._bar.close()
@@ -112,52 +105,37 @@ class RunLog:
         if self._board is not None:
             self._board.flush()
 
-    def evaluation(
-        self,
-        key: str,
-        state: TrainingState | None,
-        metrics: dict[str, float],
-        count: int,
-        causes: Mapping[str, int],
-        seconds: float,
-        use: ImageUse | None = None,
-    ) -> None:
+    def after_evaluation(self, runner: Runner, evaluation: Evaluation) -> None:
         """Notes the metrics of an evaluated split, the samples scored and those that could not be read, and
-        how much the images are used; warns where they are not.
-
-        Args:
-            state: of the run that is being validated; None for a test.
-            causes: how many samples were skipped, by cause.
-            use: None where it could not be measured.
-        """
+        how much the images are used; warns where they are not."""
         if not self.enabled:
             return
-        label = validation_label(state)
+        state, use = evaluation.state, evaluation.image_use
         train_loss = state.loss_mean if state is not None and state.loss_steps else None
-        self._write(
-            {
-                "type": "evaluation",
-                "split": key,
-                "label": label,
-                "iteration": None if state is None else state.iteration,
-                "samples": count,
-                "skipped": sum(causes.values()),
-                "skipped_by_cause": dict(causes),
-                "seconds": seconds,
-                **({} if state is None else _effort(state)),
-                **({} if use is None else use.fields(train_loss)),
-                **metrics,
-            }
-        )
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        left_out = f", {told(causes)} skipped," if causes else ""
-        title = " ".join(x for x in (key, label) if x)
-        self._say(f"{title}: {count} samples{left_out} in {seconds:.1f} s  {shown}")
+        record = {
+            "type": "evaluation",
+            "split": evaluation.key,
+            "label": evaluation.label,
+            "iteration": None if state is None else state.iteration,
+            "samples": len(evaluation.results),
+            "skipped": evaluation.skipped.total(),
+            "skipped_by_cause": dict(evaluation.skipped),
+            "seconds": evaluation.seconds,
+            **({} if state is None else _effort(state)),
+            **({} if use is None else use.fields(train_loss)),
+            **evaluation.metrics,
+        }
+        self._write(record)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
+        left_out = f", {told(evaluation.skipped)} skipped," if evaluation.skipped else ""
+        counts = f"{len(evaluation.results)} samples{left_out} in {evaluation.seconds:.1f} s"
+        self._say(f"{evaluation.title}: {counts}  {shown}")
         if use is not None:
-            self._say(f"{title}: {use.line(train_loss)}")
+            self._say(f"{evaluation.title}: {use.line(train_loss)}")
             is_warming_up = state is not None and state.iteration <= self.run.warmup_steps
             if (warning := use.warning()) and not is_warming_up:
                 logger.warning("%s", warning)
+        runner.notify("after_record", record)
 
     def progress(self, batches: Iterable[Any], label: str) -> Iterable[Any]:
         """A bar over an evaluation's batches, on a terminal."""
@@ -188,7 +166,7 @@ class RunLog:
         logger.info(line)
 
     def _open_board(self, first_step: int) -> None:
-        if self.run.tensorboard:
+        if self.run.tensorboard and "tensorboard" not in self.run.trackers:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)
@@ -206,11 +184,6 @@ class RunLog:
 
 def _effort(state: TrainingState) -> dict[str, float]:
     return {"trained_seconds": state.effort.seconds, "trained_samples": state.effort.samples}
-
-
-def validation_label(state: TrainingState | None) -> str:
-    """What the validation after an epoch is called in folders and logs; empty for a test."""
-    return "" if state is None else f"epoch{state.epoch + 1}"
 
 
 def _forget_later(path: Path, state: TrainingState) -> None:

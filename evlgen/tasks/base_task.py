@@ -42,6 +42,8 @@ class BaseTask:
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
+        #: Of the latest evaluation: a metric, and each sample's value by its image's (question's) id.
+        self.sample_scores: tuple[str, Mapping[Any, float]] = ("", {})
         self._referenced: BaseDataset | None = None
         self._references: Mapping[int | str, list[str]] = {}
         self.max_len = run.max_len or self.MAX_LEN

@@ -54,6 +54,7 @@ class CaptioningTask(BaseTask):
         self.tell_if_incomplete(rows, dataset, folder / "captions.json")
         references = self.references_of(dataset)
         self._show(results, references, dataset, folder)
+        self.sample_scores = ("", {})
         if not self.run.report_metric or not rows:
             return {}
         if not references:
@@ -61,6 +62,8 @@ class CaptioningTask(BaseTask):
             return {}
         captions = {r["image_id"]: r["caption"] for r in rows}
         scores = score_captions({i: references[i] for i in captions}, captions, self.run.metrics)
+        metric = next((name for name in ("CIDEr", "ROUGE_L") if name in scores.per_image), "")
+        self.sample_scores = (metric, scores.per_image.get(metric, {}))
         metrics = {**scores.values, **dataset.extra_metrics(captions)}
         if "CIDEr" in metrics:
             metrics.update(domain_scores(references, captions, dataset.domains()))

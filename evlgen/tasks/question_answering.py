@@ -147,6 +147,7 @@ class QuestionAnsweringTask(BaseTask):
         _write(folder / "answers.json", self.upload(results), indent=0)
         self.tell_if_incomplete(results, dataset, folder / "answers.json")
         self._show(results, dataset, folder)
+        self.sample_scores = ("", {})
         if not self.run.report_metric or not results:
             return {}
         metrics, details = self.score(results, dataset)

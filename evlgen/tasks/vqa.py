@@ -24,7 +24,9 @@ class VQATask(QuestionAnsweringTask):
     ) -> tuple[dict[str, float], dict[str, Any]]:
         truths = dataset.answers()
         given = {r["question_id"]: r["answer"] for r in results if r["question_id"] in truths}
-        return accuracies({i: vqa_accuracy(answer, truths[i]) for i, answer in given.items()}, dataset)
+        values = {i: vqa_accuracy(answer, truths[i]) for i, answer in given.items()}
+        self.sample_scores = ("accuracy", values)
+        return accuracies(values, dataset)
 
 
 class ExactMatchTask(QuestionAnsweringTask):
@@ -35,7 +37,9 @@ class ExactMatchTask(QuestionAnsweringTask):
     ) -> tuple[dict[str, float], dict[str, Any]]:
         truths = dataset.answers()
         given = {r["question_id"]: r["answer"] for r in results if r["question_id"] in truths}
-        return accuracies({i: float(self.is_met(a, truths[i])) for i, a in given.items()}, dataset)
+        values = {i: float(self.is_met(a, truths[i])) for i, a in given.items()}
+        self.sample_scores = ("accuracy", values)
+        return accuracies(values, dataset)
 
     def is_met(self, answer: str, truths: Sequence[str]) -> bool:
         """Whether an answer is a right one."""

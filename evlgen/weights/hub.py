@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +121,12 @@ def check_model_folder(folder: Path) -> None:
     from evlgen.weights.weights import check_weights_file, shards_of
 
     config = read_model_config(folder)
-    for key in _REFUSED_KEYS:
-        if config.get(key) not in (None, "eager", "sdpa"):
+    for key, value in _settings(config):
+        if key in _REFUSED_KEYS and value not in (None, "eager", "sdpa"):
             raise CheckpointError(
                 f"{folder} is refused: its config.json sets {key}, which could load code or files from "
                 "elsewhere. Delete the key where you trust the folder."
             )
-    for key, value in config.items():
         if ("dropout" in key or key == "layerdrop") and value is not None and not _is_share(value):
             raise CheckpointError(
                 f"{folder} cannot be read: its config.json gives {key} as {value!r:.60}, and a rate is "
@@ -149,6 +148,14 @@ def check_model_folder(folder: Path) -> None:
             check_weights_file(file)
     if weights:
         check_counts(folder, config, weights_held(folder))
+
+
+def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The keys and values of a ``config.json``, and of the models in it (``text_config``)."""
+    for key, value in config.items():
+        yield key, value
+        if isinstance(value, Mapping):
+            yield from _settings(value)
 
 
 def _is_share(value: Any) -> bool:
@@ -213,6 +220,12 @@ def files_on_hub(name: str) -> list[str]:
     return [file.rfilename for file in answer.siblings or []]
 
 
+def model_files(names: Iterable[str]) -> list[str]:
+    """What is fetched of a model in transformers' format, of whose files these are the names."""
+    weights = "*.safetensors" if any(name.endswith(".safetensors") for name in names) else "*.bin"
+    return [*_TEXT_FILES, weights]
+
+
 def with_settings(name: str) -> str | None:
     """A name under which a model's configuration and tokenizer can be read: its own where it is on this
     machine; of a hub id, a folder of these files alone, fetched now; None where they cannot be had."""
@@ -229,12 +242,6 @@ def with_settings(name: str) -> str | None:
         logger.debug("the settings of %s cannot be had: %s", name, error)
         return None
     return str(folder) if (folder / "config.json").is_file() else None
-
-
-def model_files(names: Iterable[str]) -> list[str]:
-    """What is fetched of a model in transformers' format, of whose files these are the names."""
-    weights = "*.safetensors" if any(name.endswith(".safetensors") for name in names) else "*.bin"
-    return [*_TEXT_FILES, weights]
 
 
 def _download(name: str, reason: str) -> Path:

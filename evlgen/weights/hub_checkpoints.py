@@ -177,7 +177,7 @@ def explain(error: BaseException, name: str, revision: str | None, token: str | 
     page = f"{constants.ENDPOINT}/{name}"
     has_token = (token or get_token()) is not None
     if any(isinstance(e, errors.OfflineModeIsEnabled) for e in _causes(error)):
-        return "HF_HUB_OFFLINE is set and it was not fetched earlier. Unset it where there is a connection."
+        return "HF_HUB_OFFLINE is set, so the hub is not asked. Unset it where there is a connection."
     if isinstance(known, errors.GatedRepoError):
         why = (
             "the account of this token has not been granted access yet"

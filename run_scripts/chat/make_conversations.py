@@ -1,9 +1,10 @@
-"""Makes conversations of Flickr8k's captions and DAQUAR's questions, both in the data root in the layouts
-that ``projects/photos`` names: ``chat/train.jsonl`` and ``chat/val.jsonl``.
+"""Makes conversations of Flickr8k's captions and DAQUAR's questions in the data root, where both are in the
+layouts that ``projects/photos`` names: ``chat/train.jsonl`` and ``chat/val.jsonl``.
 
-A conversation about a photograph of Flickr8k asks for a description and has one of its captions as answer,
-the others as further right ones; one about DAQUAR asks all questions about an image, in validation one each.
-Validation: Flickr8k's validation images, and a tenth of DAQUAR's images.
+A conversation about a photograph of Flickr8k asks for a description and has a caption as answer; in
+validation there is one for each image, whose other captions are right answers too. A conversation about
+DAQUAR asks all questions about an image; in validation each question is one. Validation has Flickr8k's
+validation images, and a tenth of DAQUAR's images.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SHORT = "Answer in a few words."
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--root", type=Path, default=cache_root(), help="the data root")
-    parser.add_argument("--seed", type=int, default=42, help="of the choice of captions and questions")
+    parser.add_argument("--seed", type=int, default=42, help="of the order and of how captions are asked for")
     args = parser.parse_args()
     draw = random.Random(args.seed)
     questions = _daquar(args.root)
@@ -50,12 +51,10 @@ def _captions(root: Path, split: str, draw: random.Random) -> list[dict[str, Any
         captions[row["image"]].append(" ".join(row["caption"].split()))
     records = []
     for image, texts in captions.items():
-        answer = draw.choice(texts)
-        turns = _turns([(draw.choice(ASKED), answer)])
-        place = f"../flickr8k/{split}.zip/{image}"
-        records.append(
-            {"id": image, "source": "flickr8k", "image": place, "conversations": turns, "references": texts}
-        )
+        known = {"id": image, "source": "flickr8k", "image": f"../flickr8k/{split}.zip/{image}"}
+        for text in texts if split == "train" else texts[:1]:
+            record = {**known, "conversations": _turns([(draw.choice(ASKED), text)])}
+            records.append(record if split == "train" else {**record, "references": texts[1:]})
     return records
 
 

@@ -101,6 +101,7 @@ def builder(cls=ConversationsBuilder, cache="/nowhere", **settings):
             ["[1][2]\na", "b", "c", "d"],
         ),
         (llava("a", "b", system="be short"), ["be short", "a", "b"]),
+        ({"messages": [{"role": "system", "content": ""}, QUESTION, ANSWER]}, ["hello", "hi"]),
     ],
 )
 def test_layouts_give_the_same_turns(values, expected):
@@ -172,6 +173,12 @@ def test_samples_of_a_file_with_images_in_a_folder(tmp_path):
     assert [tuple(image.shape) for image in train[0]["images"]] == [(3, 16, 16)] * 2
     assert train[1] == {"messages": read(**records[1])["messages"], "instance_id": "1", "images": []}
     assert len(val[0]["messages"]) == 3 and val.references()[0] == ["b"]
+    drawn = {"messages": [QUESTION, {"role": "assistant", "content": [{"type": "image", "path": "a/1.png"}]}]}
+    drawn["messages"][1]["content"].append({"type": "text", "text": "here"})
+    (tmp_path / "drawn.jsonl").write_text(json.dumps(drawn))
+    path = str(tmp_path / "drawn.jsonl")
+    splits = builder(annotations={"train": path, "val": path}).build_datasets()
+    assert [len(splits[split][0]["images"]) for split in ("train", "val")] == [1, 0]
     batch = train.collater([train[0], train[1], train[2]])
     assert [len(images) for images in batch["images"]] == [2, 0] and len(batch["skipped"]) == 1
     reasons = {i: train[i].reason for i in (2, 3, 4)}

@@ -14,7 +14,7 @@ from PIL import Image
 from evlgen import registry
 from evlgen.assemble import run
 from evlgen.cli import main
-from evlgen.common.errors import CheckpointError, ConfigError
+from evlgen.common.errors import CheckpointError, ConfigError, EVLGenError
 from evlgen.config.config import Config
 from evlgen.models.publishing.card import Sample, write_card
 from evlgen.models.publishing.folder import copy_for_others
@@ -106,7 +106,7 @@ def test_a_run_is_pushed_with_its_card_and_read_back(ada, trained, tmp_path, cap
         "@inproceedings",
     ):
         assert text in card.text
-    assert "model.checkpoint=hf://ada/model run.test_splits=[val]" in card.text
+    assert "--cfg-path model/config.yaml --options model.checkpoint=model run.test_splits=[val]" in card.text
     samples = re.findall(r"!\[\]\((samples/\d\.png)\) \| .* \| drawn by EVLGen", card.text)
     assert len(samples) == 6 and set(samples) <= set(files)
 
@@ -231,7 +231,7 @@ def test_plugins_of_a_repository_are_refused_unless_the_user_names_them(hub, pla
     config = yaml.safe_load(plain_files["config.yaml"])
     config = yaml.safe_dump({**config, "plugins": ["./hub_part.py"]}).encode()
     put(hub, {**plain_files, "config.yaml": config, "hub_part.py": code.encode()})
-    with pytest.raises(CheckpointError, match=r"ada/model needs plugins: ./hub_part.py. Nothing .* is run"):
+    with pytest.raises(EVLGenError, match=r"ada/model needs plugins: ./hub_part.py. Nothing .* is run"):
         MODEL.from_pretrained("ada/model")
     folder = fetch_checkpoint("ada/model")
     assert not (folder / "hub_part.py").exists()
@@ -242,7 +242,7 @@ def test_plugins_of_a_repository_are_refused_unless_the_user_names_them(hub, pla
     (whole / "config.yaml").write_bytes(config)
     (whole / "hub_part.py").write_text(code)
     for path in (folder, whole):
-        with pytest.raises(CheckpointError, match="needs plugins: ./hub_part.py"):
+        with pytest.raises(EVLGenError, match="needs plugins: ./hub_part.py"):
             Config.load(path / "config.yaml")
     assert not mark.exists()
 

@@ -3,6 +3,9 @@ transformers' own classes."""
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 from transformers import (
@@ -243,5 +246,12 @@ def test_what_has_no_equal_says_so(theirs, tmp_path, capsys):
     with pytest.raises(CheckpointError, match="reads several layers of its vision encoder"):
         convert(folder, tmp_path / "own", "own")
     folder, _ = theirs("opt", use_qformer_text_input=True)
+    config = json.loads((folder / "config.json").read_text())
+    hostile = tmp_path / "hostile"
+    shutil.copytree(folder, hostile)
+    config["text_config"]["_attn_implementation"] = "somebody/kernels"
+    (hostile / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="config.json sets _attn_implementation, which could load code"):
+        convert(hostile, tmp_path / "own", "own")
     with pytest.raises(CheckpointError, match="use_qformer_text_input is True, and only False has an equal"):
         convert(folder, tmp_path / "own", "own")

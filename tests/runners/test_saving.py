@@ -15,8 +15,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from faults import deaths
-from forks import ROOT, TIMEOUT, Forks
+from forks import ROOT, Forks
 from omegaconf import OmegaConf
+from runners.processes import TIMEOUT
 from safetensors.torch import load_file, save_file
 
 from evlgen.assemble import run

@@ -82,8 +82,8 @@ def test_the_report_tells_of_lost_shards(tmp_path, caplog):
 def questions(tiny_project, tmp_path):
     """Writes a project with a table of eight questions, batches of two; some are longer than is read."""
 
-    def write(long, **sections):
-        rows = [f"a.png,{'what is this? ' * 20 if i in long else 'what is this?'},red\n" for i in range(8)]
+    def write(long, words="what is this? " * 20, **sections):
+        rows = [f"a.png,{words if i in long else 'what is this?'},red\n" for i in range(8)]
         (tmp_path / "my.csv").write_text("".join(["image,question,answer\n", *rows]))
         Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
         settings = {"task": "vqa", "valid_splits": [], "precision": "fp32", "max_epoch": 1}
@@ -96,11 +96,17 @@ def questions(tiny_project, tmp_path):
     return write
 
 
-@pytest.mark.parametrize("answers", ["sample", "all"])
-def test_questions_too_long_for_an_answer_are_skipped_and_counted(questions, tmp_path, caplog, answers):
+@pytest.mark.parametrize(
+    ("answers", "words"),
+    # the tokenizer itself would take the latter for 20 tokens; spelled they are more
+    [("sample", "what is this? " * 20), ("all", "what is this? " * 20), ("sample", "</s>" * 20)],
+)
+def test_questions_too_long_for_an_answer_are_skipped_and_counted(
+    questions, tmp_path, caplog, answers, words
+):
     """A whole batch of them, and one beside a good one."""
     order = BatchPlan([8], 2, seed=42).order(0)
-    path = questions(long=order[2:5], max_skipped_share=0.5)
+    path = questions(long=order[2:5], words=words, max_skipped_share=0.5)
     content = OmegaConf.load(path)
     content.datasets.image_text.train_answers = answers
     OmegaConf.save(content, path)

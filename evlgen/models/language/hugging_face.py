@@ -216,8 +216,9 @@ class HuggingFaceLanguageModel(LanguageModel):
         raise NotImplementedError
 
     def without_answer(self, text_in: list[str], text_out: list[str]) -> list[int]:
-        lengths = map(len, self.tokenizer(text_in).input_ids)
-        places = [place for place, length in enumerate(lengths) if length >= self.max_txt_len]
+        lengths = map(len, self._plain_text.batch(text_in))  # a control token that is spelled is several
+        start = len(self._plain_text.before)
+        places = [place for place, length in enumerate(lengths) if start + length >= self.max_txt_len]
         if not places:
             return []
         found = self.to_learn(*([texts[place] for place in places] for texts in (text_in, text_out)))

@@ -42,8 +42,8 @@ CLASSES = {"blip-2": "Blip2ForConditionalGeneration", "llava": "LlavaForConditio
 _IMAGE_TOKEN = "<image>"
 _EVA_EPS, _CLIP_EPS = 1e-6, 1e-5  # of the norms in timm's blocks
 _OTHER_WAYS = (
-    "To share it as it is, push it to the hub: evlgen push CHECKPOINT user/name, which evlgen reads by that "
-    "name."
+    "As it is, it can be shared with `evlgen push CHECKPOINT user/name`, and used by other programs through "
+    "`evlgen serve CHECKPOINT`."
 )
 
 # Names in transformers' BLIP-2 and in LAVIS's, which `to_own_names` knows. {} is the number of a layer.
@@ -376,6 +376,18 @@ def _write_blip2(model: VLM) -> tuple[Any, Any]:
         raise CheckpointError(
             f"transformers' BLIP-2 has the vision encoder eva_clip_g, and this model has "
             f"{model.cfg.vision.name}. {_OTHER_WAYS}"
+        )
+    if isinstance(model.ln_vision, nn.Identity):
+        raise CheckpointError(
+            "transformers' BLIP-2 has a LayerNorm after the vision encoder, which this model was trained "
+            f"without (model.vision.norm_eps: null). {_OTHER_WAYS}"
+        )
+    if model.ln_vision.eps != _EVA_EPS:
+        logger.warning(
+            "the LayerNorm after the encoder has an epsilon of %g here and of %g in transformers: outputs "
+            "differ where tokens are small",
+            model.ln_vision.eps,
+            _EVA_EPS,
         )
     block = trunk.blocks[0]
     vision = Blip2VisionConfig(

@@ -290,9 +290,9 @@ def _scores(name: str, facts: RunFacts) -> str:
         blocks.append(f"Split `{_code(split)}`, {count} samples:\n\n" + _table(header, [values]))
     splits = ",".join(dict.fromkeys(_code(record["split"]) for record in facts.evaluations))
     command = (
-        f"The command, with this repository's `config.yaml` and the data in place:\n\n```\n"
-        f"hf download {name} config.yaml --local-dir .\n"
-        f"evlgen evaluate --cfg-path config.yaml --options model.checkpoint=hf://{name} "
+        f"The command, with the data in place:\n\n```\n"
+        f"hf download {name} --local-dir model\n"
+        f"evlgen evaluate --cfg-path model/config.yaml --options model.checkpoint=model "
         f"run.test_splits=[{splits}]\n```"
     )
     return "\n\n".join([*blocks, command])

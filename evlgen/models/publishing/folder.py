@@ -32,7 +32,8 @@ _PARTS = {
     ("language", "name"): "language",
     ("text", "tokenizer"): "tokenizer",
 }
-_LANGUAGE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors", ".bin")
+_TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _OF_THIS_MACHINE = ("output_dir", "resume")  # keys of the run section
 
 
@@ -129,8 +130,9 @@ def _copy_part(value: str, target: Path, name: str) -> str:
         return f"./{place.as_posix()}"
     folder = target / PARTS_FOLDER / name
     folder.mkdir(parents=True)
+    suffixes = _TEXT_SUFFIXES if name == "tokenizer" else (*_TEXT_SUFFIXES, *_WEIGHT_SUFFIXES)
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in _LANGUAGE_SUFFIXES:
+        if file.is_file() and file.suffix in suffixes:
             shutil.copyfile(file, folder / file.name)
     return f"./{PARTS_FOLDER}/{name}"
 

@@ -1,0 +1,78 @@
+"""Evaluating a split: every sample to the task, whose results are scored."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from accelerate.utils import gather_object
+
+from evlgen.loaders.data import eval_loader, to_device
+from evlgen.loaders.interruption import StopNow
+from evlgen.runners.listener import Evaluation
+
+if TYPE_CHECKING:
+    from evlgen.runners.runner import Runner
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_split(runner: Runner, evaluation: Evaluation) -> None:
+    """Generates for every sample of a split and scores: fills in ``evaluation``, on all processes.
+
+    Raises:
+        Interrupted: a stop was requested.
+        TrainingError: too many samples cannot be read.
+    """
+    run, accelerator, task = runner.run, runner.accelerator, runner.task
+    dataset = evaluation.dataset
+    on_gpu = accelerator.device.type == "cuda"
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    loader = eval_loader(
+        dataset, run.batch_size_eval, run.num_workers, on_gpu, rank, processes, run.max_eval_samples
+    )
+    task.before_evaluation(dataset, evaluation.split)
+    was_training = runner.model.training
+    runner.model.eval()
+    started, skipped = time.perf_counter(), runner.skipped.anew()
+    runner.notify("before_evaluation", evaluation)
+    batches = runner.log.progress(loader, f"evaluating {evaluation.key}")
+    with runner.distribution.generating(), contextlib.suppress(StopNow):
+        for batch in runner.stop.heeding(batches, loader.num_workers > 0):
+            if runner.stop.requested:
+                break
+            samples = skipped.take_out(batch, None)
+            if samples is None:
+                continue
+            with accelerator.autocast():
+                samples = to_device(samples, accelerator.device)
+                for listener in runner.listeners:
+                    samples = listener.before_answers(runner, evaluation, samples) or samples
+                evaluation.results += task.valid_step(runner.model, samples)
+    if runner.stop.requested:  # what was trained is saved
+        where = f"while evaluating {evaluation.key}; saved in {runner.checkpointer.folder}"
+        raise runner.stop.interrupted(where)
+    skipped.add_up()
+    skipped.check()
+    evaluation.skipped = skipped.causes
+    evaluation.results = gather_object(evaluation.results)
+    runner.model.train(was_training)
+    if accelerator.is_main_process:
+        folder = runner.folder / "result" / evaluation.name
+        evaluation.metrics = task.after_evaluation(evaluation.results, dataset, evaluation.split, folder)
+    evaluation.metrics = gather_object([evaluation.metrics])[0]
+    evaluation.seconds = time.perf_counter() - started
+    runner.notify("after_evaluation", evaluation)
+
+
+def deciding_metric(scores: Mapping[str, Mapping[str, float]], split: str) -> float | None:
+    """What the best checkpoint is chosen by: ``agg_metrics`` of a split, of several datasets that have it
+    their mean; None where it was not computed."""
+    deciding = [metrics for key, metrics in scores.items() if key.rpartition("/")[2] == split]
+    if not all("agg_metrics" in metrics for metrics in deciding):
+        logger.warning("no best checkpoint is chosen: that takes `agg_metrics` (of captions: cider and bleu)")
+        return None
+    return sum(metrics["agg_metrics"] for metrics in deciding) / len(deciding)
