@@ -32,7 +32,6 @@ from evlgen.weights.checkpoints import STATE_FOLDER, found_checkpoints, point
 
 if TYPE_CHECKING:
     from evlgen.datasets.base_dataset import BaseDataset
-
     from evlgen.runners.listener import Listener
 
 logger = logging.getLogger(__name__)
