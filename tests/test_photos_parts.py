@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
 from evlgen.common.errors import CheckpointError, DataError
-from evlgen.models.connectors.tomeformer import TomeFormer
+from evlgen.models.connectors import ConnectorInputs, TomeFormer
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "run_scripts" / "photos"
 
@@ -53,7 +53,7 @@ def test_a_berts_files_are_taken_out_and_no_code(get_parts, tmp_path):
     )
     get_parts.make_bert(found, tmp_path / "out", tmp_path)
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(get_parts.BERT_FILES)
-    TomeFormer(24, 8, num_layers=2, r=2, init=str(tmp_path / "out"))
+    TomeFormer(ConnectorInputs(24, 8), num_layers=2, r=2, init=str(tmp_path / "out"))
 
 
 def test_weights_in_a_pickle_become_safetensors_and_a_pickle_that_runs_code_is_refused(get_parts, tmp_path):

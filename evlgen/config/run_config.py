@@ -118,6 +118,8 @@ class RunConfig:
     train_dataset_ratios: dict[str, PositiveFloat] | None = None
     #: Evaluate on so many samples of each split, spread evenly over it; None: all.
     max_eval_samples: PositiveInt | None = None
+    #: The same for the validations of a training run alone; None: ``max_eval_samples``.
+    max_valid_samples: PositiveInt | None = None
     #: Validate every so many (inner) epochs.
     valid_freq: PositiveInt = 1
     #: Registered metrics to score with; None: all that the task offers.

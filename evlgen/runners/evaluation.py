@@ -31,9 +31,10 @@ def evaluate_split(runner: Runner, evaluation: Evaluation) -> None:
     dataset = evaluation.dataset
     on_gpu = accelerator.device.type == "cuda"
     rank, processes = accelerator.process_index, accelerator.num_processes
-    loader = eval_loader(
-        dataset, run.batch_size_eval, run.num_workers, on_gpu, rank, processes, run.max_eval_samples
-    )
+    limit = run.max_eval_samples
+    if evaluation.state is not None:  # a validation
+        limit = run.max_valid_samples or limit
+    loader = eval_loader(dataset, run.batch_size_eval, run.num_workers, on_gpu, rank, processes, limit)
     task.before_evaluation(dataset, evaluation.split)
     was_training = runner.model.training
     runner.model.eval()

@@ -17,7 +17,7 @@ from evlgen.common.registry import registry
 from evlgen.config.config import Config, load_model_file
 from evlgen.config.model_config import VisionConfig
 from evlgen.files.io import PACKAGE_ROOT
-from evlgen.models.connectors.tomeformer import TomeFormer
+from evlgen.models.connectors import ConnectorInputs, TomeFormer
 from evlgen.models.language.opt import OPTLanguageModel
 from evlgen.models.vision import build_vision_encoder
 from evlgen.weights.weights import read_weights
@@ -129,7 +129,7 @@ def test_the_bert_that_a_connector_starts_from(tmp_path, hostile) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     (tmp_path / "bert" / "config.json").write_text(json.dumps({**sizes, "model_type": "bert"}))
     with pytest.raises(CheckpointError, match=r"model\.connector\.init .* is refused"):
-        TomeFormer(24, 16, num_layers=2, r=1, init=str(tmp_path / "bert"))
+        TomeFormer(ConnectorInputs(24, 16), num_layers=2, r=1, init=str(tmp_path / "bert"))
 
 
 def test_a_vision_encoders_own_file(tmp_path, hostile) -> None:

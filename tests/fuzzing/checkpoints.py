@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from evlgen.common.registry import registry
 from evlgen.files.digests import DIGESTS_FILE
-from evlgen.models.connectors.tomeformer import TomeFormer
+from evlgen.models.connectors import ConnectorInputs, TomeFormer
 from evlgen.models.language.opt import OPTLanguageModel
 from evlgen.runners.checkpointer import Checkpointer
 from evlgen.runners.optimizer import build_optimizer
@@ -96,7 +96,7 @@ def _language(path: Path) -> None:
 
 
 def _connector(path: Path) -> None:
-    TomeFormer(24, 16, num_layers=2, r=1, init=str(path))
+    TomeFormer(ConnectorInputs(24, 16), num_layers=2, r=1, init=str(path))
 
 
 def _vision(path: Path) -> None:

@@ -143,3 +143,10 @@ def test_evaluation_on_a_part_takes_samples_evenly_from_the_whole(tiny_project):
     captions = json.loads((folder / "result" / "val_epoch1" / "captions.json").read_text())
     assert [c["image_id"] for c in captions] == [0, 2, 4]
     assert scores[0]["samples"] == 3
+
+
+def test_validations_alone_can_take_fewer_samples(tiny_project):
+    settings = {"max_valid_samples": 2, "max_eval_samples": 4, "max_epoch": 1, "test_splits": ["val"]}
+    folder, _, _ = train(tiny_project(run=settings))
+    counts = [len(json.loads(p.read_text())) for p in sorted((folder / "result").glob("*/captions.json"))]
+    assert sorted(counts) == [2, 4]

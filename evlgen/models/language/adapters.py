@@ -22,7 +22,7 @@ def add_adapters(model: nn.Module, cfg: LoraConfig) -> None:
     if importlib.util.find_spec("peft") is None:
         raise ConfigError(
             "model.language.lora needs peft, which is not installed. Install it with "
-            '`pip install "evlgen[lora]"`, or set model.language.lora: null.'
+            "`pip install peft`, or set model.language.lora: null."
         )
     import peft
 
