@@ -31,8 +31,7 @@ from evlgen.files.locks import sole_writer
 from evlgen.weights.checkpoints import STATE_FOLDER, found_checkpoints, point
 
 if TYPE_CHECKING:
-    from torch.utils.data import Dataset
-
+    from evlgen.datasets.base_dataset import BaseDataset
     from evlgen.runners.listener import Listener
 
 logger = logging.getLogger(__name__)
@@ -261,7 +260,7 @@ def check_room(cfg: Config, task: Any) -> None:
     model_class.check_room(config, prompt, task.max_len if writes else 0, learns)
 
 
-def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str, Dataset]]:
+def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str, BaseDataset]]:
     """Dataset name -> split -> dataset, of the splits the run touches."""
     from evlgen.datasets.overlap import tell_of_overlap
     from evlgen.loaders.mixed_plan import told_length
@@ -292,7 +291,7 @@ def run_folder(cfg: Config, accelerator: Any, stack: contextlib.ExitStack) -> Pa
     restarted = any(gather_object([was_restarted()]))  # each machine counts its own failures only
     if restarted:
         cfg.run.resume = "auto"
-    chosen = [None, None]
+    chosen: list[str | None] = [None, None]
     if accelerator.is_main_process:
         try:
             with writing_named(cfg.run.output_dir):

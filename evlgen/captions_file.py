@@ -22,7 +22,7 @@ from evlgen.captioning import default_device, reads_videos, write_captions
 from evlgen.common.errors import ConfigError, DataError, TrainingError
 from evlgen.config.consent import Consent
 from evlgen.files.io import atomic_file, write_atomically
-from evlgen.files.locks import alone_at, try_lock
+from evlgen.files.locks import alone_at, try_lock_file
 from evlgen.media.frames import find_files
 from evlgen.models.zoo import load_model_of
 
@@ -114,7 +114,7 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 def _own_part(path: Path) -> Iterator[BinaryIO]:
     """The file of this process, open for appending: a line that a killed process left unfinished is cut."""
     with open(path, "ab+") as file:
-        if not try_lock(file):
+        if not try_lock_file(file):
             raise TrainingError(
                 f"{path} is being written by another process: to share the work of one output, start the "
                 "processes with torchrun."

@@ -30,7 +30,7 @@ _MEASURED_KEYS = (*TEXT_KEYS, "answers", "weights", "choices", "ocr_tokens", "me
 class _Walked(NamedTuple):
     """What a walk keeps of a sample that could be read."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # not that of tuples
     texts: dict[str, Any]  # by key of the sample
 
 

@@ -212,7 +212,9 @@ def _without_weights(cfg: ModelConfig, precision: str) -> VLM:
             "a step of it costs is not known beforehand."
         )
     meta = torch.device("meta")
-    own = {part: precision for part in ("vision", "language") if getattr(cfg, part).precision == "auto"}
+    own: dict[str, Any] = {
+        part: precision for part in ("vision", "language") if getattr(cfg, part).precision == "auto"
+    }
     vision_cfg = dataclasses.replace(cfg.vision, pretrained=False, grad_checkpoint=False)
     language_cfg = dataclasses.replace(cfg.language, name=_described(cfg.language.name), quantization="none")
     vision_cfg = dataclasses.replace(vision_cfg, precision=own.get("vision", vision_cfg.precision))

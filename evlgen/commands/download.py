@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     return _download([find_entry(name) for name in dict.fromkeys(args.names)], root, args)
 
 
-def _print_catalogue(entries: dict[str, Entry], root: Path) -> None:
+def _print_catalogue(entries: Mapping[str, Entry], root: Path) -> None:
     from evlgen.config.catalogue import items_of
 
     print(f"in {root}\n")

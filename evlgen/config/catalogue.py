@@ -68,6 +68,12 @@ class Item:
         return self.storage, self.url
 
     @property
+    def address(self) -> str:
+        """``url`` of an item that has one."""
+        assert self.url is not None
+        return self.url
+
+    @property
     def can_be_fetched(self) -> bool:
         """Else it has to be put at its place by hand."""
         return bool(self.url or self.pictures)
@@ -147,7 +153,7 @@ def _items(section: Mapping[str, Any], entry: Entry) -> Iterator[Item]:
                 continue
             item = Item("shards" if "{" in storage else kind, storage.rstrip("/"), url, md5)
             name = item.file_name or item.storage
-            facts = {"size": entry.sizes.get(name), "strip": entry.strip.get(name)}
+            facts: dict[str, Any] = {"size": entry.sizes.get(name), "strip": entry.strip.get(name)}
             if kind in _MEDIA and url is None:
                 facts.update(pictures=entry.pictures, lists=named)
             yield replace(item, **facts)

@@ -79,7 +79,7 @@ def check_run(
 def check_model(section: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
     """The ``model`` section: the architecture's own dataclass, its type, and the connector's parameters."""
     arch, model_type = section.get("arch"), section.get("model_type")
-    if not registry.has("model", arch):
+    if not isinstance(arch, str) or not registry.has("model", arch):
         # What else the section may say depends on the architecture.
         check_section({"arch": arch} if "arch" in section else {}, ModelConfig, "model", problems=problems)
         return dict(section)

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -141,6 +141,7 @@ class Config:
         if beta_problem:
             problems.add("model.beta", beta_problem)
         problems.raise_any()
+        assert run is not None  # else there is a problem
         _warn_of(ignored)
         sections = (OmegaConf.create(model), OmegaConf.create(datasets), run, OmegaConf.create(env))
         return cls(*sections, plugins=loaded, cfg_path=path, layers=layers)
@@ -159,11 +160,11 @@ class Config:
 
     def model_plain(self) -> dict[str, Any]:
         """The ``model`` section as plain dicts and lists."""
-        return OmegaConf.to_container(self.model, resolve=True)
+        return cast(dict[str, Any], OmegaConf.to_container(self.model, resolve=True))
 
     def datasets_plain(self) -> dict[str, dict[str, Any]]:
         """The ``datasets`` section as plain dicts and lists."""
-        return OmegaConf.to_container(self.datasets, resolve=True)
+        return cast(dict[str, dict[str, Any]], OmegaConf.to_container(self.datasets, resolve=True))
 
     def to_dict(self) -> dict[str, Any]:
         """The whole configuration as plain dicts and lists."""
@@ -257,7 +258,8 @@ def load_dataset_config(
         ConfigError: no such file, no such section, or problems in it.
     """
     load_entry_points()
-    layer, section = Layer("", {}), {}
+    layer = Layer("", {})
+    section: dict[str, Any] = {}
     if path is not None:
         layer = read_layer(find_config(path))
         sections = layer.content.get("datasets")
@@ -368,7 +370,7 @@ def _with_model_type(layers: Layers) -> Layers:
     return Layers([layer, *layers.layers], layers.resolvers)
 
 
-def _model_type(layers: Layers, cls: type) -> str | None:
+def _model_type(layers: Layers, cls: Any) -> str | None:
     """The named type, else the default type; none where the section names all its parts and stands alone."""
     if layers.has("model.model_type"):
         return layers.get("model.model_type")

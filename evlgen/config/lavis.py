@@ -89,7 +89,8 @@ _TYPE_FILES: dict[tuple[str, str], tuple[str, str]] = {
     ("blip2_t5", "pretrain_flant5xxl"): ("", "blip2_pretrained_flant5xxl.pth"),
     ("blip2_t5", "caption_coco_flant5xl"): ("blip2_caption_flant5xl.pth", "blip2_pretrained_flant5xl.pth"),
 }
-for _table in (_TYPES, _TYPE_FILES):  # the first stage, used for matching alone
+_tables: tuple[dict[tuple[str, str], Any], ...] = (_TYPES, _TYPE_FILES)
+for _table in _tables:  # the first stage, used for matching alone
     _first_stage = {kind: entry for (arch, kind), entry in _table.items() if arch == "blip2"}
     _table.update({("blip2_image_text_matching", kind): entry for kind, entry in _first_stage.items()})
 
@@ -309,7 +310,7 @@ def _with_testdev_as_val(dataset: Mapping[str, Any]) -> dict[str, Any]:
 
 def _without_augmentation(dataset: Mapping[str, Any]) -> dict[str, Any]:
     """A dataset's section as EVLGen's lavis/processors/alpro_processors.py reads it."""
-    visual = dataset.get("vis_processor")
+    visual: Any = dataset.get("vis_processor")
     train = visual.get("train") if isinstance(visual, Mapping) else None
     if not isinstance(train, Mapping) or train.get("name") != "alpro_video_train":
         return dict(dataset)
@@ -348,7 +349,8 @@ class _Translation:
     def _names(self, section: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The section with this project's ``arch`` and ``model_type``, and flat keys the published ones stand
         for."""
-        out, implied = dict(section), {}
+        out = dict(section)
+        implied: dict[str, Any] = {}
         if section.get("arch") in _VIDEO:
             _put(out, ("vision", "temporal", "form"), "residual")  # what the published code computes
         if "arch" in out:
@@ -503,7 +505,7 @@ def _own_keys(arch: Any) -> Collection[str]:
 def _strongest(layers: Iterable[Layer], key: str, name: str = "model") -> tuple[Any, str | None]:
     """The value of a key of a section in the strongest layer that has it, and that layer's source; None where
     no layer has it."""
-    found = (None, None)
+    found: tuple[Any, str | None] = (None, None)
     for layer in layers:
         section = layer.content.get(name)
         if isinstance(section, Mapping) and key in section:

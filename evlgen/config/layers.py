@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -124,7 +124,7 @@ class Layers:
         with self._named_errors():
             content = OmegaConf.to_container(self._merge(), resolve=True, throw_on_missing=True)
         check_resolved(content)
-        return content
+        return cast(dict[str, Any], content)
 
     def has(self, key_path: str) -> bool:
         """Whether any layer has the key, be it null."""

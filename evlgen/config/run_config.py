@@ -199,8 +199,8 @@ class RunConfig:
             found.append(("scst_samples", problem))
         if self.cache_vision_views > 1 and not self.cache_vision:
             found.append(("cache_vision_views", "has a meaning with cache_vision: true only"))
-        for name in self.train_dataset_ratios or () if datasets is not None else ():
-            if name not in datasets:
+        for name in self.train_dataset_ratios or ():
+            if datasets is not None and name not in datasets:
                 hint = did_you_mean(name, datasets)
                 found.append((f"train_dataset_ratios.{name}", f"no such dataset in this run.{hint}"))
         return found

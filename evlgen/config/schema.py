@@ -420,7 +420,7 @@ def _convert_dict(value: Any, annotation: Any, path: str, problems: Problems) ->
     return out
 
 
-def _dataclass_in(annotation: Any) -> type | None:
+def _dataclass_in(annotation: Any) -> Any:
     """The dataclass an annotation is, or is an alternative of."""
     if dataclasses.is_dataclass(annotation):
         return annotation

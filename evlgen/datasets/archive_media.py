@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
 from evlgen.common.errors import DataError, did_you_mean
 from evlgen.files.io import atomic_file, cache_root
@@ -207,7 +207,7 @@ class TarArchive(Container):
         super().__init__(file)
         self._places: dict[str, tuple[int, int]] = {}
         self._end = self._read_headers()
-        self._opened: PerProcess[IO[bytes]] = PerProcess(functools.partial(open, file, "rb"))
+        self._opened: PerProcess[Any] = PerProcess(functools.partial(open, file, "rb"))
 
     def names(self) -> Collection[str]:
         return self._places.keys()

@@ -80,7 +80,7 @@ class BaseDataset(Dataset):
             raise DataError(f"{type(self).__name__} has no records: it can be neither trained on nor scored.")
         self.records = records
         self.vis_processor = vis_processor
-        self.text_processor = text_processor
+        self.text_processor: Any = text_processor  # None only where a dataset has no texts
 
     def __len__(self) -> int:
         return len(self.records)

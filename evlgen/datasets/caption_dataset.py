@@ -167,7 +167,8 @@ def _parse(item: Any, place: str, captioned: bool) -> Iterator[dict[str, Any] | 
         raise DataError(f"it must be a mapping with 'image' and 'caption', not {describe(item)}.", _BAD)
     key = "video" if "video" in item else "image"
     has_keys(item, (key, "caption") if captioned else (key,))
-    record = {"visual": _file_name(item[key], key), "caption": []}
+    captions: list[str] = []
+    record: dict[str, Any] = {"visual": _file_name(item[key], key), "caption": captions}
     image_id = item.get("image_id", item.get("img_id"))
     if image_id is not None:
         if not is_id(image_id):
@@ -176,7 +177,7 @@ def _parse(item: Any, place: str, captioned: bool) -> Iterator[dict[str, Any] | 
     problems = []
     for text in _texts(item):
         if (problem := _caption_problem(text)) is None:
-            record["caption"].append(text)
+            captions.append(text)
         else:
             problems.append(BadRecord(place, *problem))
     if record["caption"] or not (captioned or problems):
@@ -216,7 +217,8 @@ def read_ground_truth(path: str | os.PathLike) -> References:
     bad = []
     for annotation in annotations if isinstance(annotations, list) else []:
         given = annotation if isinstance(annotation, Mapping) else {}
-        image_id, caption = given.get("image_id"), given.get("caption")
+        image_id: Any = given.get("image_id")
+        caption = given.get("caption")
         if is_id(image_id) and isinstance(caption, str) and not text_problem(caption):
             found.setdefault(image_id, []).append(caption)
         else:

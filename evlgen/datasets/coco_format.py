@@ -42,11 +42,11 @@ def coco_items(content: Mapping[str, Any], path: str | os.PathLike, root: Path |
         if not isinstance(image, Mapping) or not isinstance(image.get("file_name"), str):
             yield image
             continue
-        item = {"image": folders.place(image["file_name"])}
+        item: dict[str, Any] = {"image": folders.place(image["file_name"])}
         if is_id(image.get("id")):
             item["image_id"] = image["id"]
         if annotations:
-            item["caption"] = captions[image.get("id")] if is_id(image.get("id")) else []
+            item["caption"] = captions[image["id"]] if is_id(image.get("id")) else []
         yield item
     yield from strays
 
@@ -59,9 +59,9 @@ def _captions(
     captions: Mapping[int | str, list[Any]] = defaultdict(list)
     strays = []
     for index, annotation in enumerate(annotations):
-        image_id = annotation.get("image_id") if isinstance(annotation, Mapping) else None
+        image_id: Any = annotation.get("image_id") if isinstance(annotation, Mapping) else None
         own = known_as(image_id, known) if is_id(image_id) else None
-        if own in known:
+        if own is not None and own in known:
             captions[own].append(annotation.get("caption"))
         else:
             reason = f"it belongs to none of the file's images: {describe(annotation)}."
@@ -88,10 +88,10 @@ class Folders:
 
     def place(self, name: str) -> str:
         """The file name relative to ``root``."""
-        folder = _FOLDER.search(name) or self._default
-        if "/" in name or folder is None or self._root is None or not self._root.is_dir():
+        found = _FOLDER.search(name) or self._default
+        if "/" in name or found is None or self._root is None or not self._root.is_dir():
             return name
-        folder = folder.group()
+        folder = found.group()
         if folder not in self._inside:
             self._inside[folder] = not any((self._root / n).is_file() for n in self._probes(folder))
         return f"{folder}/{name}" if self._inside[folder] else name

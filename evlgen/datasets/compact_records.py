@@ -45,12 +45,12 @@ class PackedRecords(Sequence):
             raise IndexError(f"record {index} of {len(self)}")
         index %= len(self)
         start, end = self._ends[index : index + 2].tolist()
-        return pickle.loads(self._data[start:end].numpy())
+        return pickle.loads(self._data[start:end].numpy().data)
 
     def digest(self) -> str:
         """See `evlgen.datasets.records.digest`; at the speed of memory."""
-        digest = hashlib.blake2b(self._data.numpy(), digest_size=16)
-        digest.update(self._ends.numpy())
+        digest = hashlib.blake2b(self._data.numpy().data, digest_size=16)
+        digest.update(self._ends.numpy().data)
         return digest.hexdigest()
 
     def __iter__(self) -> Iterator[Any]:
@@ -58,4 +58,4 @@ class PackedRecords(Sequence):
             ends = self._ends[first : first + _CHUNK + 1].tolist()
             data = self._data[ends[0] : ends[-1]].numpy()
             for start, end in itertools.pairwise(ends):
-                yield pickle.loads(data[start - ends[0] : end - ends[0]])
+                yield pickle.loads(data[start - ends[0] : end - ends[0]].data)

@@ -71,7 +71,7 @@ def _records(
         for row in table.rows(wanted):
             if isinstance(row, BadRecord):
                 yield row
-            elif split is None or split_named(row.values.get(split_column)) == split:
+            elif split is None or split_named(row.values.get(split_column or "")) == split:
                 try:
                     yield read_conversation(row)
                 except DataError as error:

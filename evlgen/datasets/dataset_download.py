@@ -60,7 +60,7 @@ def bring(item: Item, root: Path, keep_archive: bool = False) -> None:
     elif item.is_archive:
         _bring_archive(item, root / item.storage, keep_archive)
     elif not (root / item.storage).is_file():
-        fetch(item.url, root / item.storage, item.md5)
+        fetch(item.address, root / item.storage, item.md5)
 
 
 def is_as_published(item: Item, root: Path) -> bool:
@@ -114,7 +114,7 @@ def _bring_archive(item: Item, folder: Path, keep_archive: bool) -> None:
         if _is_done(item, folder):
             return
         if not archive.is_file():
-            fetch(item.url, archive, item.md5)
+            fetch(item.address, archive, item.md5)
         elif item.md5 is not None and (found := file_md5(archive)) != item.md5.strip().lower():
             raise DataError(
                 f"{archive} is there already, with the md5 {found} where {item.md5} was published: move it "
@@ -130,7 +130,8 @@ def _bring_archive(item: Item, folder: Path, keep_archive: bool) -> None:
 def _bring_pictures(item: Item, root: Path) -> None:
     from tqdm import tqdm
 
-    folder, failures = root / item.storage, []
+    folder = root / item.storage
+    failures: list[DataError] = []
 
     def get(named: tuple[str, str]) -> None:
         name, url = named

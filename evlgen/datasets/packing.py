@@ -183,7 +183,8 @@ def _suffix(name: str, content: bytes, data_type: str) -> str:
         return suffix
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            return _SUFFIX_OF.get(image.format, image.format.lower())
+            kind = image.format or ""
+            return _SUFFIX_OF.get(kind, kind.lower())
     except (UnidentifiedImageError, OSError) as error:
         raise DataError(
             f"neither its name nor its content is that of {data_type}.", "not an image"

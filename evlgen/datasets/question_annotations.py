@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,7 +109,7 @@ def _open(path: str | os.PathLike) -> tuple[str, Any]:
     content = open_annotation(path)
     if isinstance(content, Iterator):
         first = next(content, None)
-        rows = itertools.chain([] if first is None else [first], content)
+        rows: Iterable[Any] = itertools.chain([] if first is None else [first], content)
         if not isinstance(first, str):
             return "questions", rows
         rows = list(rows)
@@ -133,12 +133,12 @@ def _read_files(files: Mapping[str, Sequence[tuple[Any, Any]]], rows: _Rows, nam
     """The questions of all files, one after the other. ``names``: of the files, for messages."""
     found = [sift(content, path, rows.parse) for path, content in files.get("questions", ())]
     for path, content in files.get("GQA's questions", ()):
-        items = ({"question_id": key, **row} for key, row in content.items())
+        items: Iterable[Any] = ({"question_id": key, **row} for key, row in content.items())
         found.append(sift(items, path, rows.parse, "question"))
     for path, content in files.get("official questions", ()):
         # LAVIS names them beside its own list of the same questions, for the scorer
-        items = [row for row in _official_rows(content) if not rows.know(row)]
-        if items or not rows.seen:
+        items = new = [row for row in _official_rows(content) if not rows.know(row)]
+        if new or not rows.seen:
             found.append(sift(items, path, rows.parse, "question"))
     if not found:
         raise DataError(f"{names}: no questions are in there, only answers.")
@@ -150,8 +150,8 @@ def _official_rows(content: Mapping[str, Any]) -> Iterator[Any]:
     subtype = content.get("data_subtype")
     for row in content["questions"]:
         number = number_of(row.get("image_id")) if isinstance(row, Mapping) else None
-        named = number is None or "image" in row or "video" in row
-        if subtype and isinstance(subtype, str) and not named:
+        named = "image" in row or "video" in row
+        if subtype and isinstance(subtype, str) and number is not None and not named:
             row = {**row, "image": coco_2014_name(subtype, number)}
         yield row
 
@@ -173,7 +173,7 @@ class _Rows:
 
     def know(self, row: Any) -> bool:
         """Whether the question of a row has been read already."""
-        key = row.get("question_id") if isinstance(row, Mapping) else None
+        key: Any = row.get("question_id") if isinstance(row, Mapping) else None
         return is_id(key) and known_as(key, self.seen) in self.seen
 
     def parse(self, row: Any, place: str) -> Iterator[Record]:
@@ -242,7 +242,7 @@ def _given(row: Any) -> tuple[Id, list[str]]:
 
 
 def _answer_list(content: Sequence[str] | Mapping[str, int]) -> list[str]:
-    return sorted(content, key=content.get) if isinstance(content, Mapping) else list(content)
+    return sorted(content, key=content.__getitem__) if isinstance(content, Mapping) else list(content)
 
 
 def coco_2014_name(subtype: str, image_id: int) -> str:
@@ -309,7 +309,7 @@ def _question_of(row: Mapping[str, Any]) -> str:
 def _answers_of(row: Mapping[str, Any]) -> list[str]:
     """Texts, of one text or number, a list of them, or a list of ``{"answer": text}``; none where there are
     none."""
-    given = next((row[key] for key in _ANSWERS if row.get(key) is not None), [])
+    given: Any = next((row[key] for key in _ANSWERS if row.get(key) is not None), [])
     given = given if isinstance(given, list) else [given]
     answers = [as_text(item.get("answer") if isinstance(item, Mapping) else item) for item in given]
     for answer in answers:

@@ -31,7 +31,7 @@ from evlgen.datasets.stream import Lane, StreamDataset
 from evlgen.files.io import NamedBytes, resolve
 from evlgen.files.tar_headers import tar_members
 from evlgen.media.images import PICTURE_SUFFIXES, open_image
-from evlgen.media.video import VIDEO_SUFFIXES, Video
+from evlgen.media.video import VIDEO_SUFFIXES, Reader, Video
 from evlgen.processors.base_processor import BaseProcessor
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class ShardDataset(StreamDataset):
         caption: str = "caption",
         shuffle_buffer: int = 1000,
         num_samples: int | Callable[[], int | None] | None = None,
-        reader: str = "auto",
+        reader: Reader = "auto",
     ) -> None:
         super().__init__(list(shards), vis_processor, text_processor)
         self.data_type, self.caption, self.shuffle_buffer = data_type, caption, shuffle_buffer

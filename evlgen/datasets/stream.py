@@ -24,8 +24,8 @@ class Lane(NamedTuple):
     """One of ``count`` lanes of all processes together, whose order follows from ``seed``."""
 
     seed: int
-    index: int
-    count: int
+    index: int  # type: ignore[assignment]  # not that of tuples
+    count: int  # type: ignore[assignment]
 
 
 class StreamDataset(BaseDataset):

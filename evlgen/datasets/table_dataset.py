@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from evlgen.common.errors import ConfigError, DataError, did_you_mean
 from evlgen.common.registry import registry
@@ -211,7 +211,7 @@ class ImageTextBuilder(BaseDatasetBuilder):
         return self.shares
 
     @functools.cached_property
-    def _divided(self) -> dict[str, list[Any]]:
+    def _divided(self) -> Mapping[str, Sequence[Any]]:
         """The training records by split. Read once, for the same pictures to be divided each time."""
         if self.shares is None and len(self._split_counts(self._tables("train"))) > 1:  # of a fetched table
             return {split: self._read(split, split == "train")[1] for split in ("train", "val", "test")}
@@ -413,4 +413,4 @@ def _digest(name: str, seed: int) -> bytes:
 
 
 def _made(cls: type[T], given: T | Mapping[str, Any], path: str) -> T:
-    return given if isinstance(given, cls) else build_dataclass(cls, given, path)
+    return given if isinstance(given, cls) else build_dataclass(cls, cast(Mapping[str, Any], given), path)

@@ -200,7 +200,7 @@ def count_splits(tables: Sequence[Table], columns: Columns, key: str) -> dict[st
     for table in tables:
         column = _split_column(table, columns, key)
         for row in table.rows([column]) if column else ():
-            value = row.values.get(column) if isinstance(row, Row) else None
+            value = row.values.get(column) if column and isinstance(row, Row) else None
             split = split_named(value)
             found[split] += 1
             if split is None and isinstance(row, Row) and len(others) < 5:
@@ -315,7 +315,7 @@ def _of_split(
 ) -> Iterator[Row | BadRecord]:
     """The rows of a split; a `BadRecord` stands for one that is in none."""
     for row in rows:
-        value = row.values.get(column) if isinstance(row, Row) else None
+        value = row.values.get(column) if column and isinstance(row, Row) else None
         own = split_named(value)
         if own == split:
             yield row

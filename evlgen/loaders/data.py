@@ -28,7 +28,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from evlgen.common.errors import EVLGenError, TrainingError
-from evlgen.datasets.base_dataset import Skipped
+from evlgen.datasets.base_dataset import BaseDataset, Skipped
 from evlgen.datasets.stream import StreamDataset
 from evlgen.loaders.interruption import leave_to_parent
 
@@ -156,7 +156,7 @@ class _SeededDataset(Dataset):
     to call the sample in messages, ``sample_id``, and which ``dataset`` it is of. A place is an index in all
     map-style datasets one after the other, or a `StreamSlot`."""
 
-    def __init__(self, datasets: Mapping[str, Dataset]) -> None:
+    def __init__(self, datasets: Mapping[str, BaseDataset]) -> None:
         self.datasets, self.names = list(datasets.values()), list(datasets)
         self._ends = list(accumulate(0 if isinstance(d, StreamDataset) else len(d) for d in self.datasets))
 
@@ -181,11 +181,13 @@ class _SeededDataset(Dataset):
         return which, sample
 
     def _in_stream(self, slot: StreamSlot) -> tuple[int, Any]:
-        return slot.dataset, self.datasets[slot.dataset].read(slot.lane, slot.ordinal)
+        dataset = self.datasets[slot.dataset]
+        assert isinstance(dataset, StreamDataset)
+        return slot.dataset, dataset.read(slot.lane, slot.ordinal)
 
 
 def train_loader(
-    datasets: Mapping[str, Dataset], plan: BatchPlan | MixedPlan, num_workers: int, pin_memory: bool
+    datasets: Mapping[str, BaseDataset], plan: BatchPlan | MixedPlan, num_workers: int, pin_memory: bool
 ) -> DataLoader:
     """An endless loader over the datasets, by name, in the plan's order."""
     return DataLoader(
@@ -200,7 +202,7 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: Dataset,
+    dataset: BaseDataset,
     batch_size: int,
     num_workers: int,
     pin_memory: bool,

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from evlgen.common.errors import ConfigError, did_you_mean
 from evlgen.config.run_config import RunConfig
+from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.datasets.stream import Lane, StreamDataset
 from evlgen.loaders.data import BatchPlan, mix_seed
 
@@ -70,9 +70,10 @@ class MixedPlan:
     @property
     def batches_per_epoch(self) -> int | None:
         """So many batches as hold as many samples as there are; None where nobody knows how many."""
-        if None in self.lengths:
+        lengths = [length for length in self.lengths if length is not None]
+        if len(lengths) < len(self.lengths):
             return None
-        return max(1, sum(self.lengths) // (self.batch_size * self.world_size))
+        return max(1, sum(lengths) // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[tuple[int | StreamSlot, int]]]:
         """Batches of (place, seed) pairs, from batch ``start`` on, for ever. A place is the index in all
@@ -107,10 +108,12 @@ class MixedPlan:
         return StreamSlot(dataset, of_all, ordinal), mix_seed(self.seed, dataset, index, ordinal)
 
     def _in_map(self, dataset: int, ordinal: int) -> tuple[int, int]:
-        turn, position = divmod(ordinal, self.lengths[dataset])
+        length = self.lengths[dataset]
+        assert length is not None  # that of a stream alone is not known
+        turn, position = divmod(ordinal, length)
         if self._orders.get(dataset, (-1,))[0] != turn:
             generator = torch.Generator().manual_seed(mix_seed(self.seed, dataset, turn))
-            self._orders[dataset] = turn, torch.randperm(self.lengths[dataset], generator=generator).numpy()
+            self._orders[dataset] = turn, torch.randperm(length, generator=generator).numpy()
         index = int(self._first[dataset] + self._orders[dataset][1][position])
         return index, mix_seed(self.seed, dataset, turn, index)
 
@@ -146,7 +149,7 @@ class MixedPlan:
 
 
 def make_plan(
-    datasets: Sequence[Dataset],
+    datasets: Sequence[BaseDataset],
     batch_size: int,
     seed: int,
     ratios: Sequence[float] | None = None,
@@ -180,7 +183,7 @@ def make_plan(
     return BatchPlan(lengths, batch_size, seed, ratios, rank, world_size, sizes=sizes)
 
 
-def _check_sizes(datasets: Iterable[Dataset]) -> None:
+def _check_sizes(datasets: Iterable[BaseDataset]) -> None:
     for dataset in datasets:
         if not hasattr(dataset, "size"):
             raise ConfigError(
@@ -189,20 +192,20 @@ def _check_sizes(datasets: Iterable[Dataset]) -> None:
             )
 
 
-def told_length(dataset: Dataset) -> str:
+def told_length(dataset: BaseDataset) -> str:
     """The size of a dataset for people, as far as it is known without counting."""
     if isinstance(dataset, StreamDataset):
         return f"{len(dataset.records)} shards"
     return f"{len(dataset)} samples"
 
 
-def known_length(dataset: Dataset) -> int | None:
+def known_length(dataset: BaseDataset) -> int | None:
     """The number of samples; None for a stream of which nobody knows it."""
     return dataset.num_samples if isinstance(dataset, StreamDataset) else len(dataset)
 
 
 def split_ratios(
-    ratios: Mapping[str, float] | None, named: Sequence[tuple[str, Dataset]]
+    ratios: Mapping[str, float] | None, named: Sequence[tuple[str, BaseDataset]]
 ) -> list[float] | None:
     """The weight of each training split: its dataset's ratio, shared by size among its splits.
 
@@ -234,20 +237,20 @@ def split_ratios(
     return [ratios[name] * length / sizes[name] for (name, _), length in zip(named, lengths, strict=True)]
 
 
-def recorded(datasets: Iterable[Dataset]) -> dict[str, Any]:
+def recorded(datasets: Iterable[BaseDataset]) -> dict[str, Any]:
     """What a checkpoint notes of streams besides their lengths, as the order depends on it."""
     shards = [len(d.records) for d in datasets if isinstance(d, StreamDataset)]
     return {"shards": shards, "lanes": LANES} if shards else {}
 
 
-def one_by_one(dataset: Dataset) -> Iterator[Any]:
+def one_by_one(dataset: BaseDataset) -> Iterator[Any]:
     """The samples of a dataset as they lie, each once."""
     if isinstance(dataset, StreamDataset):
         return map(dataset.read_place, dataset.places(None))
     return (dataset[index] for index in range(len(dataset)))
 
 
-def check_training_data(run: RunConfig, datasets: Mapping[str, Mapping[str, Dataset]]) -> None:
+def check_training_data(run: RunConfig, datasets: Mapping[str, Mapping[str, BaseDataset]]) -> None:
     """Whether a run's training data can be mixed as it says, and give what it asks, of streams too.
 
     Args:

@@ -69,7 +69,7 @@ class Missing(NamedTuple):
     downloaded by itself where there is a connection."""
 
     what: str
-    why: str
+    why: str | None  # None: it is here
     fetchable: bool
 
 
@@ -108,7 +108,7 @@ class BaseModel(nn.Module):
         """
         if isinstance(cfg, str | Path):
             cfg = load_model_file(cfg)
-        section = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
+        section: Any = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
         section = section.get("model", section)
         _check_arch(cls, section)
         config = build_dataclass(cls.CONFIG, section, path="model")
@@ -163,7 +163,7 @@ class BaseModel(nn.Module):
             logger.warning("%s: %s.", folder, error)
         cfg = load_model_file(folder / CONFIG_FILE)
         cfg.checkpoint = str(folder)
-        section = OmegaConf.to_container(cfg, resolve=True)
+        section: Any = OmegaConf.to_container(cfg, resolve=True)
         _check_arch(cls, section)
         check_addresses(section, folder / CONFIG_FILE, allow_downloads)
         for item in cls.missing(build_dataclass(cls.CONFIG, section, path="model")):

@@ -53,10 +53,10 @@ class Normalisation:
     def __init__(self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> None:
         # For pixels of 0..255: one subtraction and one product instead of a scaling and a normalisation.
         self._mean = _per_channel("mean", CLIP_MEAN if mean is None else mean) * 255
-        std = _per_channel("std", CLIP_STD if std is None else std)
-        if not (std > 0).all():
-            raise ConfigError(f"std must be positive in every channel, got {std.tolist()}.")
-        self._scale = 1 / (std * 255)
+        deviation = _per_channel("std", CLIP_STD if std is None else std)
+        if not (deviation > 0).all():
+            raise ConfigError(f"std must be positive in every channel, got {deviation.tolist()}.")
+        self._scale = 1 / (deviation * 255)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         per_channel = (3,) + (1,) * (pixels.dim() - 1)

@@ -128,7 +128,7 @@ def _parts(content: Any, number: int) -> Iterator[str | VisualPart]:
 
 
 def _part(part: Any, number: int) -> str | VisualPart:
-    kind = part.get("type") if isinstance(part, Mapping) else None
+    kind: Any = part.get("type") if isinstance(part, Mapping) else None
     kind = {"image_url": "image", "video_url": "video", "input_text": "text", "input_image": "image"}.get(
         kind, kind
     )

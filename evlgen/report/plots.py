@@ -52,7 +52,8 @@ def grid(rows: int, columns: int, names: Sequence[str]) -> tuple[Figure, Any]:
     per_row = max(1, min(len(labels), 120 // (max(map(len, labels), default=0) + 8)))
     legend_rows = -(-len(labels) // per_row)
     figure = Figure(figsize=(10.6, 3.5 * rows + 0.3 * legend_rows + 0.2), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.03)
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.03)
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
     handles = []

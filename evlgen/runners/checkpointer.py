@@ -338,8 +338,8 @@ class _Saved:
             config = read_yaml(folder / CONFIG_FILE)
         except ConfigError as error:
             raise CheckpointError(str(error)) from error
-        tensors = (read_weights(state / name) for name in (OPTIMIZER_FILE, RANDOM_FILE))
-        return cls(config, progress, *tensors, Effort.read(state / EFFORT_FILE))
+        moments, generators = (read_weights(state / name) for name in (OPTIMIZER_FILE, RANDOM_FILE))
+        return cls(config, progress, moments, generators, Effort.read(state / EFFORT_FILE))
 
 
 def _check_counters(progress: dict[str, Any]) -> None:

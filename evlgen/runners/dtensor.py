@@ -7,6 +7,8 @@ imports `torch.distributed.tensor` before it meets one: that takes most of a sec
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ def is_spread(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def gathered(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+def gathered(tensors: Mapping[str, Any], keep: bool) -> dict[str, Tensor]:
     """The same with whole tensors, the spread ones on the CPU. All processes call it together.
 
     Args:
@@ -33,7 +35,7 @@ def gathered(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
     return out
 
 
-def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+def part_of(tensor: Tensor, like: Any) -> Tensor:
     """A whole tensor, spread as ``like`` is: each process takes its part and nothing is sent."""
     if not is_spread(like) or is_spread(tensor) or tensor.shape != like.shape:
         return tensor
@@ -42,15 +44,15 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def by_kind(tensors: list[Tensor]) -> list[list[Tensor]]:
+def by_kind(tensors: Sequence[Tensor]) -> list[list[Any]]:
     """Whole tensors and spread ones apart: no operation takes them together."""
     kinds = [[t for t in tensors if is_spread(t) == spread] for spread in (False, True)]
     return [kind for kind in kinds if kind]
 
 
-def total_norm(tensors: list[Tensor]) -> float:
+def total_norm(tensors: Sequence[Tensor]) -> float:
     """The norm of all tensors as one vector."""
-    norms = [torch.nn.utils.get_total_norm(kind) for kind in by_kind(tensors)]
+    norms: list[Any] = [torch.nn.utils.get_total_norm(kind) for kind in by_kind(tensors)]
     return math.hypot(*((n.full_tensor() if is_spread(n) else n).item() for n in norms))
 
 

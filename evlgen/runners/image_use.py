@@ -254,7 +254,7 @@ class ImageUseMeter:
         left_out = len(measured) - len(rows)
         if not len(rows):
             is_nothing_known = common is None and not left_out
-            return None if is_nothing_known else ImageUse(*[math.nan] * 3, common, 0, left_out)
+            return None if is_nothing_known else ImageUse(math.nan, math.nan, math.nan, common, 0, left_out)
         right, exchanged, tokens = rows.T
         num_tokens = tokens.sum()
         worth = (exchanged - right).sum() / num_tokens

@@ -38,7 +38,7 @@ class RunLog(Listener):
         self.folder, self.run, self.enabled = folder, run, enabled
         self.terminal = enabled and sys.stderr.isatty()
         self._bar: tqdm | None = None
-        self._board = None
+        self._board: Any = None
         self._step = 0  # the last iteration on the board: a test is of no iteration
         if enabled:
             folder.mkdir(parents=True, exist_ok=True)

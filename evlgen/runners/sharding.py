@@ -147,7 +147,7 @@ def _stacks(language: nn.Module) -> dict[nn.Module, list[nn.Module]]:
             "be spread over the processes. Set run.shard_language: false."
         )
     kept = [lists for lists, size in sizes.items() if size >= max(sizes.values()) / 10]
-    kept.sort(key=sizes.get)  # of two lists of one module the larger is its layers
+    kept.sort(key=sizes.__getitem__)  # of two lists of one module the larger is its layers
     owners = {lists: owner for owner in language.modules() for lists in owner.children() if lists in sizes}
     return {owners[lists]: list(lists) for lists in kept}
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from evlgen.serving.answering import Answer, Ask, Stopped
 
@@ -133,7 +134,8 @@ class Batcher:
                 if count >= self.max_batch or left <= 0:
                     break
                 self._changed.wait(left)
-            batch, rest = [], []
+            batch: list[Any] = []
+            rest: list[Any] = []
             for item in self._queue:
                 fits = item.request.kind == kind and len(batch) < self.max_batch
                 (batch if fits else rest).append(item)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from evlgen.common.errors import DataError
 from evlgen.config.run_config import CAPTION_LEN, RunConfig
@@ -89,15 +88,15 @@ class BaseTask:
         """The samples' own texts that the model is given to continue; empty where it is given none."""
         return []
 
-    def before_evaluation(self, dataset: Dataset, split: str) -> None:
+    def before_evaluation(self, dataset: BaseDataset, split: str) -> None:
         """Called before the first `valid_step` of a split, on every process."""
 
     def held_out(self, samples: dict[str, Any], dataset: BaseDataset) -> dict[str, Any] | None:
         """Those samples of an evaluation to which people wrote a text, with it, as `to_learn` gives those of
         training: what `evlgen.runners.image_use` measures. None where there are none."""
         known = self.references_of(dataset)
-        texts = {i: known.get(image_id) for i, image_id in enumerate(samples.get("image_id", []))}
-        texts = {i: of_one[0] for i, of_one in texts.items() if of_one}
+        written = {i: known.get(image_id) for i, image_id in enumerate(samples.get("image_id", []))}
+        texts = {i: of_one[0] for i, of_one in written.items() if of_one}
         if not texts:
             return None
         process = getattr(dataset, "text_processor", None) or (lambda text: text)
@@ -116,7 +115,7 @@ class BaseTask:
         raise NotImplementedError(f"{type(self).__name__} must define valid_step(model, samples)")
 
     def after_evaluation(
-        self, results: list[dict[str, Any]], dataset: Dataset, split: str, folder: Path
+        self, results: list[dict[str, Any]], dataset: BaseDataset, split: str, folder: Path
     ) -> dict[str, float]:
         """Writes the results of a split into ``folder`` and scores them.
 

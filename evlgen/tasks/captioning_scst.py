@@ -97,7 +97,7 @@ class SelfCriticalCaptioningTask(CaptioningTask):
 
     def _read(self, samples: dict[str, Any]) -> dict[str, Any]:
         """What a caption is written from."""
-        read = {key: samples[key] for key in ("image", "visual_tokens") if key in samples}
+        read: dict[str, Any] = {key: samples[key] for key in ("image", "visual_tokens") if key in samples}
         return read if self.run.prompt is None else {**read, "prompt": self.run.prompt}
 
     def _pictures(self, samples: dict[str, Any]) -> list[Hashable]:
@@ -108,8 +108,8 @@ class SelfCriticalCaptioningTask(CaptioningTask):
                 "are found. Train on a captioning dataset."
             )
         names = samples["dataset"] if len(self._names) > 1 else self._names * len(samples["image_id"])
-        pictures = list(zip(names, samples["image_id"], strict=True))
-        for name, image in pictures:
+        pictures: list[Hashable] = list(zip(names, samples["image_id"], strict=True))
+        for name, image in zip(names, samples["image_id"], strict=True):
             if (name, image) not in self._reward:
                 raise DataError(
                     f"run.task captioning_scst: '{name}' has no captions of image_id {image!r} among its "

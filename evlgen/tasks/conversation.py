@@ -107,7 +107,8 @@ class ConversationTask(BaseTask):
         folder: Path,
     ) -> None:
         shown = results[:: max(1, len(results) // SHOWN)][:SHOWN]
-        pictures, lines = [], []
+        pictures: list[Any] = []
+        lines: list[tuple[str, str]] = []
         for row in shown:
             index = int(row["instance_id"])
             right = references.get(index, [""])[0]
@@ -121,7 +122,7 @@ class ConversationTask(BaseTask):
             caption_sheet(pictures, lines, folder / "answers.png")
 
 
-def _scores(answers: Mapping[int, str], references: Mapping[Any, list[str]]) -> dict[str, float]:
+def _scores(answers: Mapping[int | str, str], references: Mapping[Any, list[str]]) -> dict[str, float]:
     met = [normalized(answer) in map(normalized, references[index]) for index, answer in answers.items()]
     own = {index: references[index] for index in answers}
     return {"accuracy": percent(met), "CIDEr": score_captions(own, answers, ["cider"]).values["CIDEr"]}

@@ -175,7 +175,7 @@ def _stamp(source: Any, root: str) -> str:
 
 
 def _encoder_settings(model: BaseModel) -> dict[str, Any]:
-    cfg = getattr(getattr(model, "cfg", None), "vision", None)
+    cfg: Any = getattr(getattr(model, "cfg", None), "vision", None)
     fields = asdict(cfg) if is_dataclass(cfg) else {}
     settings = {name: value for name, value in fields.items() if name not in _LEFT_OUT}
     return {"class": _class_name(model.vision), **settings}
@@ -191,7 +191,8 @@ def _class_name(thing: Any) -> str:
 
 def _generators() -> tuple[Any, ...]:
     """The states of the random generators that a dataset may draw from."""
-    name, keys, *rest = np.random.get_state()
+    state: Any = np.random.get_state()
+    name, keys, *rest = state
     return random.getstate(), name, keys.tobytes(), rest, torch.get_rng_state().numpy().tobytes()
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from os import PathLike
-from typing import TypeAlias
+from os import PathLike, fspath
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ def draw_found(found: Mapping[str, Sequence[Sequence[Merging]]], names: Sequence
             "these models merge in other layers or to other numbers of tokens: draw each alone."
         )
     scale = _scale(mergings[0])
-    rows = []
+    rows: list[Any] = []
     for i, name in enumerate(names):
         for title, clips in found.items():
             rows += _rows(clips[i], name, title, scale, opens=title == next(iter(found)))
@@ -104,7 +104,7 @@ def untrained(model: BaseModel, seed: int) -> BaseModel:
 
 def _frames(image: Picture, num_frames: int) -> list[Image.Image]:
     if isinstance(image, str | PathLike):
-        return read_frames(image, num_frames)
+        return read_frames(fspath(image), num_frames)
     return [image] if isinstance(image, Image.Image) else list(image)
 
 

@@ -91,7 +91,7 @@ def local_model_folder(name: str) -> Path:
     reason = missing_model(name)
     if reason is None:
         path = Path(resolve(name)) if looks_like_path(name) else Path(name)
-        folder = path if os.path.isdir(path) else _cached_folder(name)
+        folder = path if os.path.isdir(path) else _cached_folder(name) or path
     elif looks_like_path(name):
         raise CheckpointError(f"'{name}': {reason}.")
     else:

@@ -101,7 +101,7 @@ def _pickle_in_zip(path: Path) -> bytes:
     """
     try:
         _check_zip(path)
-        reader = torch._C.PyTorchFileReader(str(path))
+        reader: Any = torch._C.PyTorchFileReader(str(path))
         if not reader.has_record("data.pkl"):
             raise DamagedPickle("it is a zip file without a pickle")
         return reader.get_record("data.pkl")
@@ -185,7 +185,8 @@ class _Stack(list):
 
 def _walk(stream: io.BytesIO) -> None:
     """Goes over one pickle's instructions up to its end."""
-    stack, memo = _Stack(), {}
+    stack = _Stack()
+    memo: dict[Any, Any] = {}
     try:
         for opcode, argument, _ in pickletools.genops(stream):
             _step(opcode.name, argument, stack, memo)

@@ -65,12 +65,12 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
     def generate_tokens(self, soft_prompts: Tensor, prompts: list[str], **options) -> list[list[int]]:
         """What the decoder writes, up to its end token or ``max_length`` new tokens. See
         `CausalLanguageModel.generate_tokens`."""
-        options = Decoding(**options)
+        decoding = Decoding(**options)
         embeds, mask = self._encoder_inputs(soft_prompts, self.to_read(prompts))
-        self._check_length(1 + options.max_length, "max_length (run.max_len)")
+        self._check_length(1 + decoding.max_length, "max_length (run.max_len)")
         ends = end_tokens(self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id)
         ids = decode_by_transformers(
-            self.model, embeds, mask.to(embeds.device), options, ends, self.pad_token_id
+            self.model, embeds, mask.to(embeds.device), decoding, ends, self.pad_token_id
         )
         return [up_to_end(row, ends) for row in ids[:, 1:].tolist()]  # without the start token
 
@@ -109,11 +109,11 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
 
     def _encoder_inputs(self, soft_prompts: Tensor, samples: list[Tokens]) -> tuple[Tensor, Tensor]:
         """Embeddings [B, M + L, C] and their mask [B, M + L], 0 for padding, on the CPU."""
-        ids = [torch.tensor(s.read) for s in samples]
-        mask = pad_sequence([torch.ones_like(row) for row in ids], True, 0)
+        rows = [torch.tensor(s.read) for s in samples]
+        mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0)
         mask = torch.cat([mask.new_ones(soft_prompts.shape[:2]), mask], dim=1)
         self._check_length(mask.shape[1], "model.max_txt_len")
-        ids = pad_sequence(ids, True, self.pad_token_id).to(soft_prompts.device)  # [B, L]
+        ids = pad_sequence(rows, True, self.pad_token_id).to(soft_prompts.device)  # [B, L]
         embeds = self._embed_words(ids)
         return torch.cat([soft_prompts.to(embeds.dtype), embeds], dim=1), mask
 

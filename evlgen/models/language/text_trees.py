@@ -70,14 +70,14 @@ def text_trees(samples: list[Tokens], num_texts: list[int], num_soft: int) -> Te
         rows.append(Tokens(shared.before, ids, []))
         positions.append(torch.tensor(columns))
         owners.append(torch.tensor(owner))
-    owner = pad_sequence(owners, True, _PADDING)  # [B, L]
-    length = owner.shape[1]
+    owned = pad_sequence(owners, True, _PADDING)  # [B, L]
+    length = owned.shape[1]
     behind = torch.ones(length, length, dtype=torch.bool).tril()
-    same = owner[:, :, None] == owner[:, None]
+    same = owned[:, :, None] == owned[:, None]
     return TextTrees(
         rows,
         pad_sequence(positions, True, 0),
-        behind & (same | (owner == 0)[:, None]),
+        behind & (same | (owned == 0)[:, None]),
         torch.tensor(places, dtype=torch.long).view(-1, 2).T,
         torch.tensor(targets, dtype=torch.long),
         torch.tensor(texts, dtype=torch.long),

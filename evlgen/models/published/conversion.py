@@ -74,7 +74,7 @@ def convert(
     if is_published(state) == (layout == "published"):
         raise CheckpointError(f"{source} has {layout} names already, such as {next(iter(state))}.")
     layer = read_layer(find_config(cfg_path)) if cfg_path is not None else _layer_of(source)
-    section = OmegaConf.to_container(load_model_layers([layer, options_layer(options)]), resolve=True)
+    section: Any = OmegaConf.to_container(load_model_layers([layer, options_layer(options)]), resolve=True)
     section["checkpoint"] = None
     _check_temporal_form(state, section, source)
     try:

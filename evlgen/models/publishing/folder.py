@@ -74,7 +74,7 @@ def copy_for_others(
     read_weights(source)  # memory-mapped: finds out whether it is whole
     config = read_yaml(source / CONFIG_FILE)
     layers = [read_layer(source / CONFIG_FILE), options_layer(options)]
-    section = OmegaConf.to_container(load_model_layers(layers), resolve=True)
+    section: Any = OmegaConf.to_container(load_model_layers(layers), resolve=True)
     section["checkpoint"] = None
     _without_local_start(section)
     local = dict(_local_parts(section, with_parts))
@@ -88,12 +88,12 @@ def copy_for_others(
     for key, value in local.items():
         section[key[0]][key[1]] = _copy_part(value, target, _PARTS[key])
     plugins = [_plugin_name(str(name)) for name in config.get("plugins") or []]
-    content = {"plugins": plugins, "model": section} if plugins else {"model": section}
-    for key in ("datasets", "run"):
-        if isinstance(config.get(key), Mapping):
-            content[key] = _without_folders(config[key])
-    for key in _OF_THIS_MACHINE:
-        content.get("run", {}).pop(key, None)
+    content: dict[str, Any] = {"plugins": plugins, "model": section} if plugins else {"model": section}
+    for name in ("datasets", "run"):
+        if isinstance(config.get(name), Mapping):
+            content[name] = _without_folders(config[name])
+    for name in _OF_THIS_MACHINE:
+        content.get("run", {}).pop(name, None)
     shutil.copyfile(source / WEIGHTS_FILE, target / WEIGHTS_FILE)
     make_readable(target / WEIGHTS_FILE)
     write_atomically(target / CONFIG_FILE, dump_yaml(content))

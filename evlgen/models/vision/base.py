@@ -44,7 +44,7 @@ class VisionEncoder(nn.Module):
 
     def trained_modules(self) -> list[nn.Module]:
         """Modules inside a frozen encoder that are trained nonetheless."""
-        return temporal_modules(self)
+        return [*temporal_modules(self)]
 
     def checkpoint(self, offload: bool) -> None:
         """Has activations computed again in the backward pass. Called where something in the encoder is

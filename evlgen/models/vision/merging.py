@@ -56,6 +56,7 @@ class Merging:
 
     def merge(self, x: Tensor) -> Tensor:
         """[B, N, C] -> [B, N - r, C], by the keys of the attention that ran last."""
+        assert self._keys is not None  # of the attention before
         metric, self._keys = self._keys.mean(1), None
         merge_map, num_out = match_tokens(metric, self.r, self.num_protected)
         if num_out == x.shape[1]:
@@ -108,7 +109,7 @@ def why_not_mergeable(trunk: nn.Module) -> str | None:
     return None
 
 
-class _MergingBlock:
+class _MergingBlock(nn.Module):
     """A block of a vision transformer in which tokens merge between its two sub-layers."""
 
     def forward(self, x: Tensor, **kwargs) -> Tensor:

@@ -101,7 +101,7 @@ def pool_frames(tokens: Tensor, num_frames: int, form: str) -> Tensor:
     return tokens.flatten(1, 2) if form == "concat" else tokens.mean(1)
 
 
-class _ContextualBlock:
+class _ContextualBlock(nn.Module):
     """A block of a vision transformer with attention over the frames between its two sub-layers."""
 
     def forward(self, x: Tensor, **kwargs) -> Tensor:
