@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
+from typing import Any
 
 import torch
 
@@ -76,7 +77,7 @@ def write_captions(
         on_error: called for each file that cannot be read, which is named in a warning and left out.
     """
     processor = load_preprocess(model, num_frames=None)[0]["eval"]
-    samples = {} if prompt is None else {"prompt": prompt}
+    samples: dict[str, Any] = {} if prompt is None else {"prompt": prompt}
     is_of_clips = reads_videos(model)
     read = read_files(paths, num_frames if is_of_clips else None, on_error)
     for _, alike in groupby(read, key=lambda item: len(item[1])):  # a batch has clips of one length

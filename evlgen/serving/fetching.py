@@ -12,6 +12,7 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import Callable
+from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 import h11
@@ -107,11 +108,12 @@ class Fetcher:
         """The content and its type, or where a redirection leads."""
         is_tls = parts.scheme == "https"
         port = parts.port or (443 if is_tls else 80)
-        reader, writer = await self._connect(url, parts.hostname, port, is_tls)
+        name = parts.hostname or ""
+        reader, writer = await self._connect(url, name, port, is_tls)
         try:
             connection = h11.Connection(h11.CLIENT)
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-            host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+            host = f"[{name}]" if ":" in name else name
             headers = [
                 ("Host", host if parts.port is None else f"{host}:{port}"),
                 ("User-Agent", "evlgen"),
@@ -131,7 +133,7 @@ class Fetcher:
     async def _connect(
         self, url: str, host: str, port: int, is_tls: bool
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        settings = {"ssl": self._tls, "server_hostname": host} if is_tls else {}
+        settings: dict[str, Any] = {"ssl": self._tls, "server_hostname": host} if is_tls else {}
         problem: OSError | None = None
         for address in await self._addresses(url, host, port):
             try:
