@@ -98,7 +98,7 @@ class Fetcher:
             found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
             raise _refusal(url, "its host is not known") from None
-        addresses = list(dict.fromkeys(item[4][0] for item in found))
+        addresses = list(dict.fromkeys(str(item[4][0]) for item in found))
         for address in addresses:
             if not self.may_connect(ipaddress.ip_address(address.partition("%")[0])):
                 raise _refusal(url, "its host is not a public address")
