@@ -205,8 +205,9 @@ class Service:
         """
         task = asyncio.ensure_future(work)
         left = asyncio.ensure_future(_leaving(request))
+        both: set[asyncio.Future[Any]] = {task, left}
         try:
-            done, _ = await asyncio.wait({task, left}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if task in done:
                 return task.result()
             if left in done:
