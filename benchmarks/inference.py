@@ -4,7 +4,7 @@
 
 The same sizes of ViT and language model as in `step`, random weights, and as many soft prompts: 29, here
 from a TomeFormer, there from a Q-Former of BERT-base size with cross-attention in every second layer. Both
-write exactly 20 new tokens for each picture, so that none is done early. The two connectors do not cost the
+write exactly 20 new tokens for each image, so that none is done early. The two connectors do not cost the
 same: a TomeFormer reads 257 tokens, a Q-Former 29 queries. So the language model is measured alone as well:
 the same weights, the same soft prompts, and the same texts in the end.
 """
@@ -57,7 +57,7 @@ def blip2(sizes: Sizes, num_soft_prompts: int, dtype: torch.dtype) -> Blip2ForCo
 
 
 def generators(sizes: Sizes, folder: Path, precision: str) -> tuple[Callable, Callable]:
-    """Ours and BLIP-2's: (pictures, beams) -> number of captions."""
+    """Ours and BLIP-2's: (images, beams) -> number of captions."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype_of(precision, device)
     model = our_model(sizes, folder, precision, device).to(device).eval()
@@ -148,7 +148,7 @@ def main() -> None:
         pictures = torch.randn(batch, 3, sizes.image_size, sizes.image_size)
         soft_prompts = torch.randn(batch, 29, sizes.language_dim)
         for beams in args.beams:
-            measure(f"pictures to captions, {args.precision}", whole, pictures, beams, args.rounds)
+            measure(f"images to captions, {args.precision}", whole, pictures, beams, args.rounds)
             measure("soft prompts to captions, fp32", language, soft_prompts, beams, args.rounds)
 
 

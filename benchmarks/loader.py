@@ -1,4 +1,4 @@
-"""From JPEG files to normalised tensors: pictures per second of one core against Pillow alone, and of several
+"""From JPEG files to normalised tensors: images per second of one core against Pillow alone, and of several
 workers.
 
 ``python benchmarks/loader.py [--workers] [--pictures 40] [--rounds 9] [--folder DIR]``
@@ -70,7 +70,7 @@ def compare_processors(name: str, paths: Sequence[Path], rounds: int) -> None:
                 calls[label](path)
             if number:
                 sides[label].seconds.append((time.process_time() - started) / len(paths))
-    print(f"{name}: milliseconds of processor time a picture; pictures per second against Pillow's")
+    print(f"{name}: milliseconds of processor time an image; images per second against Pillow's")
     base = sides["Pillow alone"].seconds
     for label, side in sides.items():
         pairs = sorted(b / s for b, s in zip(base, side.seconds, strict=True))
@@ -114,7 +114,7 @@ class Pictures(BaseDataset):
 
 
 def compare_workers(paths: Sequence[Path], rounds: int, batch: int = 16, batches: int = 16) -> None:
-    """Pictures per second of a loader with several workers, in turn; beyond the number of cores with and
+    """Images per second of a loader with several workers, in turn; beyond the number of cores with and
     without our limit."""
     dataset = Pictures(list(paths), build_processor({"name": "blip2_image_train", "image_size": TARGET}))
     cores = data._workers(64)
@@ -133,7 +133,7 @@ def compare_workers(paths: Sequence[Path], rounds: int, batch: int = 16, batches
             found[label].append(batch * batches / (time.perf_counter() - started))
             del loader
     data._workers = limited
-    print(f"a training loader on {cores} cores: pictures per second, and against one worker")
+    print(f"a training loader on {cores} cores: images per second, and against one worker")
     for label, values in found.items():
         ratio = statistics.median(v / one for v, one in zip(values, found["1 workers"], strict=True))
         print(f"  {label:<15} {statistics.median(values):5.0f}  {ratio:.2f}")

@@ -1,4 +1,4 @@
-"""Pictures of the Shapes world per second on one core, and captioned samples as training reads them.
+"""Images of the Shapes world per second on one core, and captioned samples as training reads them.
 
 python benchmarks/shapes_world.py
 """

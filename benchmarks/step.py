@@ -61,7 +61,7 @@ def write_weights(sizes: Sizes, folder: Path, dtype: torch.dtype = torch.float32
 
 
 def batches(sizes: Sizes, batch: int, device: torch.device, count: int = 8) -> Iterator[dict[str, Any]]:
-    """Pictures of noise and captions of the Shapes world, for ever the same few batches."""
+    """Images of noise and captions of the Shapes world, for ever the same few batches."""
     generator = torch.Generator().manual_seed(1)
     made = []
     for number in range(count):

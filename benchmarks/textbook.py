@@ -113,7 +113,7 @@ class TextbookConnector(nn.Module):
 
 
 class Textbook(nn.Module):
-    """Pictures and captions -> loss, as ``liptome_opt.py``."""
+    """Images and captions -> loss, as ``liptome_opt.py``."""
 
     def __init__(self, sizes: Sizes, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()

@@ -90,7 +90,7 @@ def compare_connectors(values: list[int], rounds: int, batch: int, warm_up: int 
     print(
         f"the published connector, batch {batch}, {device}, {torch.get_num_threads()} threads, "
         f"{rounds} rounds\n\n"
-        "| r | tokens after layers 1 to 12 | GFLOP forward, a picture | of r=0 | both passes | of r=0 |"
+        "| r | tokens after layers 1 to 12 | GFLOP forward, an image | of r=0 | both passes | of r=0 |"
         "\n|---|---|---|---|---|---|"
     )
     whole, base = flops(0), sides[0].seconds
@@ -130,7 +130,7 @@ def tokens_after(r: int) -> list[int]:
 
 
 def flops(r: int) -> int:
-    """Multiplications and additions in the matrix products of a picture's forward pass, matching included."""
+    """Multiplications and additions in the matrix products of an image's forward pass, matching included."""
     total, before = 2 * TOKENS * VISION * WIDTH, TOKENS
     for after in tokens_after(r):
         total += 2 * before * WIDTH * 4 * WIDTH  # queries, keys, values and the output

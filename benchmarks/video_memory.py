@@ -1,4 +1,4 @@
-"""Peak memory of a training step on clips with the encoder's activations recomputed, against kept ones.
+"""Peak memory of a training step on videos with the encoder's activations recomputed, against kept ones.
 
 A frozen ViT of 39 blocks with temporal attention in each, a TomeFormer and an OPT, random weights. Each step
 runs in a process of its own; both must give the same loss and the same gradient norm.
@@ -69,7 +69,7 @@ def main() -> None:
     args = parser.parse_args()
     sizes = {"frames": args.frames, "batch": args.batch}
     for name, how in (("recomputed", True), ("recomputed, offloaded", "offload")):
-        print(f"{args.batch} clips of {args.frames} frames, activations {name}", flush=True)
+        print(f"{args.batch} videos of {args.frames} frames, activations {name}", flush=True)
         ours = InProcess(name, make_step, {"grad_checkpoint": how, **sizes})
         kept = InProcess("kept", make_step, {"grad_checkpoint": False, **sizes})
         compare_processes(ours, kept, args.rounds, warm_up=1).show()

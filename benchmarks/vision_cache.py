@@ -3,7 +3,7 @@
     python benchmarks/vision_cache.py [shapes | textbook] [--precision fp32|bf16] [--rounds 5]
 
 ``shapes``: the bundled model at the Shapes project's batch of 64. ``textbook``: ViT 384 x 12 at 224/14 px
-(257 tokens), BERT-base TomeFormer with r = 19, OPT-125m's shape, batch 4, random weights. The pictures are
+(257 tokens), BERT-base TomeFormer with r = 19, OPT-125m's shape, batch 4, random weights. The images are
 those of the Shapes world, and both ways do the same steps with the same optimizer, in turn. A step is all a
 run does: reading, encoding, loss, backward, optimizer.
 """
@@ -37,8 +37,8 @@ from evlgen.runners.optimizer import build_optimizer
 from evlgen.vision_cache.cache import cached, shown_bytes
 from evlgen.vision_cache.store import store_bytes
 
-EPOCH = 20_000  # pictures of the Shapes project
-# batch, pictures to encode for this benchmark, steps in a round, pixels
+EPOCH = 20_000  # images of the Shapes project
+# batch, images to encode for this benchmark, steps in a round, pixels
 SETTINGS = {"shapes": (64, 2048, 8, 64), "textbook": (4, 64, 2, 224)}
 ALLOWED = 2e-2  # share by which kept tokens may differ: they are rounded to bf16
 
@@ -111,12 +111,12 @@ def measure(what: str, precision: str, rounds: int, folder: Path) -> None:
         optimizer.zero_grad()
 
     check_equal_work(model, next(batches["tokens"]), next(batches["pixels"]))
-    print(f"{what}, {precision}, {torch.get_num_threads()} threads; an epoch is {EPOCH} pictures")
+    print(f"{what}, {precision}, {torch.get_num_threads()} threads; an epoch is {EPOCH} images")
     ways = [partial(several, step, name, steps) for name in ("tokens", "pixels")]
     found = compare(*ways, rounds, 1, tolerance=None, names=("from tokens", "from pixels")).show()
     report(batch * steps, found, filling / pictures)
     size = store_bytes(EPOCH, 1, kept.store.shape)
-    print(f"  {kept.store.shape[0]} tokens x {kept.store.shape[1]}: {shown_bytes(size)} for {EPOCH} pictures")
+    print(f"  {kept.store.shape[0]} tokens x {kept.store.shape[1]}: {shown_bytes(size)} for {EPOCH} images")
 
 
 def pixel_range(model: Any) -> dict[str, list[float]]:
@@ -125,11 +125,11 @@ def pixel_range(model: Any) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def check_equal_work(model: Any, kept: dict[str, Any], pixels: dict[str, Any]) -> None:
-    """Refuses to compare ways whose batches do not hold the same pictures and texts."""
+    """Refuses to compare ways whose batches do not hold the same images and texts."""
     tokens = model.encode(pixels["image"]).float()
     apart = (kept["visual_tokens"].to(tokens) - tokens).norm() / tokens.norm()
     if not apart < ALLOWED or kept["text_input"] != pixels["text_input"]:
-        raise SystemExit(f"the kept tokens are not those of the same pictures ({apart:.3f} apart): no figure")
+        raise SystemExit(f"the kept tokens are not those of the same images ({apart:.3f} apart): no figure")
 
 
 def several(step: Callable[[str], None], name: str, steps: int) -> None:

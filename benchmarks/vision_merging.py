@@ -5,7 +5,7 @@
 Speed: an encoder of a published shape with random weights, with and without merging, in turn. These two do
 not do the same work, which is the point, so what merging changes stands beside it: on the bundled Shapes
 model, how far visual tokens that stayed alone are from those without merging, and how many captions of
-held-out pictures are still true, with the bundled connector, which never saw merged tokens in training. The
+held-out images are still true, with the bundled connector, which never saw merged tokens in training. The
 distance is the cosine after the mean token, which all share, is taken off.
 """
 
@@ -28,7 +28,7 @@ from evlgen.config.model_config import VisionConfig
 from evlgen.datasets.shapes.checker import check
 from evlgen.datasets.shapes.world import Scene, draw, scene
 from evlgen.models.base_model import BaseModel
-from evlgen.models.ops import quicken
+from evlgen.models.ops import use_fast_linear
 from evlgen.models.token_merging import token_counts, unmerge
 from evlgen.models.vision import VisionEncoder, build_vision_encoder
 from evlgen.models.zoo import load_preprocess
@@ -41,7 +41,7 @@ def random_encoder(name: str, r: int) -> VisionEncoder:
     torch.manual_seed(0)
     cfg = VisionConfig(name, pretrained=False, precision="fp32", tome_r=r)
     encoder = build_vision_encoder(cfg).eval().requires_grad_(False)
-    quicken(encoder)  # as a whole model does
+    use_fast_linear(encoder)  # as a whole model does
     return encoder
 
 
@@ -111,7 +111,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     measure_speed(args.model, args.batch, args.r, args.rounds)
     if args.pictures:
-        print(f"bundled Shapes model, {args.pictures} held-out pictures, greedy")
+        print(f"bundled Shapes model, {args.pictures} held-out images, greedy")
         measure_quality(args.pictures)
 
 

@@ -28,7 +28,7 @@ from evlgen.config.machine import MACHINE_FILE, machine_of_run
 from evlgen.config.schema import build_dataclass, parameters_of
 from evlgen.files.io import cache_root, write_atomically
 from evlgen.files.locks import sole_writer
-from evlgen.weights.checkpoints import STATE_FOLDER, found_checkpoints, point
+from evlgen.weights.checkpoints import STATE_FOLDER, found_checkpoints, update_symlink
 
 if TYPE_CHECKING:
     from evlgen.datasets.base_dataset import BaseDataset
@@ -47,7 +47,7 @@ def run(cfg: Config, listeners: Sequence[Listener] = ()) -> dict[str, dict[str, 
         split name -> metrics of the evaluated splits.
 
     Raises:
-        EVLGenError: whatever a user can mend; nothing heavy was loaded where that could be known before.
+        EVLGenError: whatever a user can fix; nothing heavy was loaded where that could be known before.
     """
     if cfg.run.evaluate and not cfg.model.get("checkpoint"):
         raise ConfigError(
@@ -76,7 +76,7 @@ def run(cfg: Config, listeners: Sequence[Listener] = ()) -> dict[str, dict[str, 
     with contextlib.ExitStack() as stack:
         stack.enter_context(peers_named())
         stack.enter_context(writing_named(cfg.run.output_dir))
-        keep_checkpoint(cfg)
+        resolve_checkpoint(cfg)
         folder = run_folder(cfg, accelerator, stack)
         stack.enter_context(log_to_file(folder / "log.txt", enabled=accelerator.is_main_process))
         if accelerator.is_main_process:
@@ -102,14 +102,14 @@ def ready_builders(cfg: Config) -> dict[str, Any]:
     Raises:
         ConfigError: a dataset's section does not fit the model.
     """
-    follow_model(cfg)
+    fill_processor_defaults(cfg)
     drop_foreign_sources(cfg)
     if cfg.env.get("cache_root"):  # downloads and worker processes look there too
         os.environ.setdefault("EVLGEN_CACHE", str(cfg.env.cache_root))
     return make_builders(cfg)
 
 
-def follow_model(cfg: Config) -> None:
+def fill_processor_defaults(cfg: Config) -> None:
     """What the model decides goes into the processors that take it, unless the YAML says otherwise: image
     size, mean and std of the vision encoder, and the prompt before every caption.
 
@@ -137,7 +137,7 @@ def follow_model(cfg: Config) -> None:
                     )
 
 
-def keep_checkpoint(cfg: Config) -> None:
+def resolve_checkpoint(cfg: Config) -> None:
     """The checkpoint where it really is: the link ``latest`` is about to point at this run's own folder."""
     path = cfg.model.get("checkpoint")
     if path and "://" not in path and os.path.exists(os.path.expanduser(path)):
@@ -366,7 +366,7 @@ def _current(folder: Path) -> Path:
     """Points ``latest`` at a run that is continued."""
     if (folder.parent / "latest").is_symlink() and (folder.parent / "latest").resolve() == folder.resolve():
         return folder  # a full disk has no room for another link
-    point(folder.parent / "latest", folder)
+    update_symlink(folder.parent / "latest", folder)
     return folder
 
 
@@ -389,7 +389,7 @@ def new_run_folder(parent: Path, is_latest: bool = True) -> Path:
             except FileExistsError:
                 continue
         if is_latest:
-            point(parent / "latest", folder)
+            update_symlink(parent / "latest", folder)
     except OSError as error:
         raise TrainingError(
             f"run.output_dir {parent} takes no files ({os.strerror(error.errno or 0)}). Name another folder."

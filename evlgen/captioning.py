@@ -1,4 +1,4 @@
-"""Captions for picture files, and for clips by models of clips: what ``python -m evlgen caption`` does."""
+"""Captions for image files, and for videos by models of videos: what ``python -m evlgen caption`` does."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def caption_files(
     left_out: list[str] | None = None,
     allow_downloads: bool | Consent = False,
 ) -> Iterator[tuple[str, str]]:
-    """(path, caption) for each picture; those that cannot be read are named in a warning and left out.
+    """(path, caption) for each image; those that cannot be read are named in a warning and left out.
 
     Args:
-        images: files, addresses, or folders of pictures, which are walked.
+        images: files, addresses, or folders of images, which are walked.
         cfg_path, options: a project file and changes to it: its model writes the captions.
         checkpoint: a folder of `save_pretrained` or of a run; with ``cfg_path``, weights for that model. With
             neither, the bundled model.
-        num_frames: of each clip at most, evenly spaced, where the model is one of clips.
+        num_frames: of each video at most, evenly spaced, where the model is one of videos.
         left_out: a list to which those of ``images`` are added, at the end, that gave no caption.
         allow_downloads: see `BaseModel.from_pretrained`.
 
     Raises:
-        DataError: not one picture could be read.
+        DataError: not one image could be read.
     """
     model = load_model_of(cfg_path, checkpoint, options, default_device(), allow_downloads)
     reads_clips = reads_videos(model)
@@ -55,7 +55,7 @@ def caption_files(
         done.update(path for path, _ in batch)
         yield from batch
     if not done:
-        kind = "picture or clip" if reads_clips else "picture"
+        kind = "image or video" if reads_clips else "picture"
         raise DataError(f"none of the {len(paths)} files could be read as a {kind}.")
     if left_out is not None:
         left_out += without_result(images, done, reads_clips)
@@ -80,7 +80,7 @@ def write_captions(
     samples: dict[str, Any] = {} if prompt is None else {"prompt": prompt}
     is_of_clips = reads_videos(model)
     read = read_files(paths, num_frames if is_of_clips else None, on_error)
-    for _, alike in groupby(read, key=lambda item: len(item[1])):  # a batch has clips of one length
+    for _, alike in groupby(read, key=lambda item: len(item[1])):  # a batch has videos of one length
         while batch := list(islice(alike, batch_size)):
             items = [Pictures(frames) if is_of_clips else frames[0] for _, frames in batch]
             samples["image"] = torch.stack([processor(item) for item in items]).to(model.device)

@@ -22,7 +22,7 @@ from evlgen.captioning import default_device, reads_videos, write_captions
 from evlgen.common.errors import ConfigError, DataError, TrainingError
 from evlgen.config.consent import Consent
 from evlgen.files.io import atomic_file, write_atomically
-from evlgen.files.locks import alone_at, try_lock_file
+from evlgen.files.locks import file_lock, try_lock_file
 from evlgen.media.frames import find_files
 from evlgen.models.zoo import load_model_of
 
@@ -86,7 +86,7 @@ def caption_to_file(
             _append(part, [*({"image": path, "caption": text} for path, text in batch), *failed])
             failed.clear()
         _append(part, failed)
-    with alone_at(folder):  # the last one finds everything done
+    with file_lock(folder):  # the last one finds everything done
         return _join(output, folder, paths)
 
 

@@ -21,7 +21,7 @@ from evlgen.files.io import atomic_file
 from evlgen.loaders.data import eval_loader, evenly_spread, seeded, workers_named
 from evlgen.models.text_lengths import TextLength
 
-SHOWN = 16  # pictures on a contact sheet
+SHOWN = 16  # images on a contact sheet
 TEXT_KEYS = ("text_input", "text_output")
 # what texts are made of
 _MEASURED_KEYS = (*TEXT_KEYS, "answers", "weights", "choices", "ocr_tokens", "messages")
@@ -41,12 +41,12 @@ class SplitReport:
     Attributes:
         name: ``coco_caption/train``.
         num_samples: all samples, broken ones too.
-        num_visuals: distinct pictures or clips among them; None where the dataset does not tell.
-        num_references: texts to score against, of all pictures or questions.
+        num_visuals: distinct images or videos among them; None where the dataset does not tell.
+        num_references: texts to score against, of all images or questions.
         skipped: the broken samples.
         lengths: of each text, as the model is given it.
         error: why the split could not be looked at, or not to its end; None otherwise.
-        shared: pictures or clips that are in another checked split too, by that split's name.
+        shared: images or videos that are in another checked split too, by that split's name.
         turns: how many each conversation has.
         images: how many images and videos each conversation has.
     """
@@ -150,19 +150,19 @@ def check_split(
 
 
 def find_shared(reports: Sequence[SplitReport]) -> Iterator[str]:
-    """Notes in each report how many of its pictures or clips are in the others too; a line for each pair."""
+    """Notes in each report how many of its images or videos are in the others too; a line for each pair."""
     for one, other in itertools.combinations(reports, 2):
         if common := len(one.visuals & other.visuals):
             one.shared[other.name] = other.shared[one.name] = common
-            yield printable(f"{one.name} and {other.name} share {common} pictures or clips")
+            yield printable(f"{one.name} and {other.name} share {common} images or videos")
 
 
-def told(report: SplitReport, limits: Mapping[str, int], unit: str) -> Iterator[str]:
+def format_counts(report: SplitReport, limits: Mapping[str, int], unit: str) -> Iterator[str]:
     """A report in lines. See `SplitReport.to_json`."""
     if report.error is not None:
         yield f"{printable(report.name)}: cannot be looked at: {message(report.error)}"
         return
-    visuals = "" if report.num_visuals is None else f" of {report.num_visuals} pictures or clips"
+    visuals = "" if report.num_visuals is None else f" of {report.num_visuals} images or videos"
     references = f", {report.num_references} texts to score against" if report.num_references else ""
     yield f"{printable(report.name)}: {report.num_samples} samples{visuals}{references}"
     if report.skipped:
@@ -187,7 +187,7 @@ def told(report: SplitReport, limits: Mapping[str, int], unit: str) -> Iterator[
 
 
 def write_sheet(report: SplitReport, dataset: BaseDataset, path: Path) -> bool:
-    """A sheet of some of a split's pictures with their texts, as one PNG. False where none can be shown."""
+    """A sheet of some of a split's images with their texts, as one PNG. False where none can be shown."""
     from evlgen.tasks.caption_sheet import caption_sheet
 
     pictures, captions = [], []
@@ -267,7 +267,7 @@ def _visuals(dataset: BaseDataset) -> set[Hashable]:
 
 
 def _distinct(indices: Sequence[int], dataset: BaseDataset) -> list[int]:
-    """One sample of each picture or clip."""
+    """One sample of each image or video."""
     if not _tells_visuals(dataset):
         return list(indices)
     return list({dataset.visual_source(index): index for index in reversed(indices)}.values())[::-1]

@@ -55,7 +55,7 @@ class GridPool(Connector):
 
 
 class PlainColours(BaseDataset):
-    """Pictures of one colour, ``a large red square``."""
+    """Images of one colour, ``a large red square``."""
 
     def __init__(self, size: int, first: int, vis_processor, text_processor) -> None:
         super().__init__(
@@ -82,7 +82,7 @@ class PlainColoursBuilder(BaseDatasetBuilder):
     """Builds `PlainColours`.
 
     Args:
-        train_size: pictures to train on.
+        train_size: images to train on.
     """
 
     splits = ["train", "test"]

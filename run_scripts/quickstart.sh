@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a trained captioner: makes .venv, installs, trains a TomeFormer between the bundled frozen backbones on
-# the Shapes world, evaluates on held-out pictures and writes captions.png. No download but the packages; no GPU needed.
+# the Shapes world, evaluates on held-out images and writes captions.png. No download but the packages; no GPU needed.
 # Usage: bash run_scripts/quickstart.sh [KEY=VALUE ...]      (changes to the configuration, such as run.max_iters=200)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -95,7 +95,7 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real photographs, clips and broken files beside the checkout; tests that need them skip where they are
+    """Real photographs, videos and broken files beside the checkout; tests that need them skip where they are
     absent."""
     folder = ROOT.parent / "shared"
     if not (folder / "data").is_dir():

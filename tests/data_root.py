@@ -1,7 +1,7 @@
 """A data root in LAVIS's layout with something in every published set that a project file names.
 
 Where the real small data is beside the checkout, it is that; what it lacks, and everything where it is
-absent, are pictures and clips of the Shapes world under the published names.
+absent, are images and videos of the Shapes world under the published names.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def _conversations(root: Path) -> None:
 
 
 def picture(index: int) -> Image.Image:
-    """A picture of the Shapes world, larger than its own 64 pixels."""
+    """An image of the Shapes world, larger than its own 64 pixels."""
     return Image.fromarray(draw(scene("train", index))).resize((96, 72))
 
 
 def write_video(path: Path, frames: int = 6) -> None:
-    """A clip in which one picture becomes another."""
+    """A video in which one image becomes another."""
     import av
 
     first, last = (np.asarray(picture(i)).astype(float) for i in range(2))

@@ -43,7 +43,7 @@ def textbook_matching(metric: Tensor, r: int, class_token: bool = True):
 
 
 def plain_matching(metric: Tensor, r: int, class_token: bool = True) -> list[list[list[int]]]:
-    """The same in plain Python loops: for each picture, the input tokens of each output token, in output
+    """The same in plain Python loops: for each image, the input tokens of each output token, in output
     order."""
     out = []
     for picture in metric.double():

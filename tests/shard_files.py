@@ -14,7 +14,7 @@ from PIL import Image
 
 @functools.cache
 def png(value: int = 0, size: int = 8) -> bytes:
-    """A grey picture."""
+    """A grey image."""
     file = io.BytesIO()
     Image.new("RGB", (size, size), (value, value, value)).save(file, "PNG")
     return file.getvalue()

@@ -164,7 +164,7 @@ def test_an_output_folder_that_cannot_be_written(refused, tmp_path):
 
 @pytest.fixture
 def coco(tmp_path):
-    """A data root in COCO's layout with one picture; returns the options that use it."""
+    """A data root in COCO's layout with one image; returns the options that use it."""
     from PIL import Image
 
     (tmp_path / "coco" / "images" / "val2014").mkdir(parents=True)
@@ -209,7 +209,7 @@ def test_a_damaged_annotation(refused, coco, monkeypatch, content, named):
 
 
 def test_too_many_broken_pictures_stop_the_run_and_are_listed(refused, coco, monkeypatch, tmp_path):
-    (coco / "coco" / "images" / "val2014" / "COCO_val2014_000000000007.jpg").write_bytes(b"not a picture")
+    (coco / "coco" / "images" / "val2014" / "COCO_val2014_000000000007.jpg").write_bytes(b"not an image")
     monkeypatch.setenv("EVLGEN_CACHE", str(coco))
     ratios = "run.train_dataset_ratios={coco_caption: 1, shapes_caption: 0.000001}"
     message = refused("run.max_epoch=1", "run.max_skipped_share=0.1", ratios, **COCO)

@@ -1,4 +1,4 @@
-"""Captions for files: pictures, and clips where the model reads those."""
+"""Captions for files: images, and videos where the model reads those."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_model_of_clips_reads_frames_and_pictures_in_any_order(files, video_pr
     assert together == alone and all(together.values())
     one_frame = captions([files[1]], cfg_path=video_project, num_frames=1)
     picture = captions([files[0]], cfg_path=video_project)
-    assert one_frame[files[1]] == picture[files[0]]  # the first frame is the picture
+    assert one_frame[files[1]] == picture[files[0]]  # the first frame is the image
 
 
 def test_a_clip_of_fewer_frames_than_asked_is_named(files, video_project, caplog):
@@ -56,4 +56,4 @@ def test_a_video_for_a_model_of_images_is_left_out_by_name(files, tmp_path, capl
     with caplog.at_level(logging.WARNING):
         found = captions([files[0], str(tmp_path / "clip.mp4")])
     assert list(found) == [files[0]]
-    assert "clip.mp4 is a video; models of clips read those" in caplog.text
+    assert "clip.mp4 is a video; models of videos read those" in caplog.text

@@ -14,7 +14,7 @@ from shard_files import write_shards
 from evlgen.commands import data_check
 from evlgen.commands.data_check import add_arguments
 from evlgen.common.errors import DataError
-from evlgen.data_check import check_split, find_shared, told, write_sheet, write_skipped
+from evlgen.data_check import check_split, find_shared, format_counts, write_sheet, write_skipped
 from evlgen.datasets.base_dataset import BadRecord, MediaDataset
 from evlgen.datasets.media import ImageFiles
 from evlgen.datasets.shards import ShardDataset
@@ -35,10 +35,10 @@ class Captions(MediaDataset):
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Three pictures, one of them twice; a file that is missing, one that is none, a record without text."""
+    """Three images, one of them twice; a file that is missing, one that is none, a record without text."""
     for name in ("a.png", "b.png", "c.png"):
         Image.new("RGB", (20, 10)).save(tmp_path / name)
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     rows = [("a.png", "one"), ("a.png", "one two"), ("gone.png", "x"), ("text.png", "x"), ("b.png", "")]
     records = [{"visual": name, "caption": text} for name, text in rows]
     records += [BadRecord("record 5", "has no caption."), {"visual": "c.png", "caption": "a b c d"}]
@@ -73,13 +73,13 @@ def test_text_lengths_are_measured_against_what_the_model_reads(dataset):
     found = report.to_json({LIMIT: 3}, "words")
     assert found["words"]["learned"] == {"median": 2, "p90": 4, "longest": 4}
     assert (found["texts"], found["cut_off"], found["nothing_left"]) == (3, 1, 0)
-    lines = list(told(report, {LIMIT: 3}, "words"))
+    lines = list(format_counts(report, {LIMIT: 3}, "words"))
     assert lines[-1] == "  cut off: 1 of 3 texts (model.max_txt_len: 3)"
     report.lengths += [TextLength(1, 10, True, True)]
-    lines = list(told(report, {LIMIT: 3}, "words"))
+    lines = list(format_counts(report, {LIMIT: 3}, "words"))
     assert lines[-1] == "  cut off: 2 of 4 texts (model.max_txt_len: 3); of 1 nothing is left to learn"
     assert "cut_off" not in report.to_json({}, "words") and "cut off" not in "".join(
-        told(report, {}, "words")
+        format_counts(report, {}, "words")
     )
 
 
@@ -88,7 +88,7 @@ def test_pictures_that_two_splits_share_are_counted(dataset, tmp_path):
     records = [{"visual": name, "caption": "x"} for name in ("a.png", "d.png")]
     other = Captions(records, ImageFiles(tmp_path), dataset.vis_processor)
     second = check_split("mine/val", other, words, 0)
-    assert list(find_shared([first, second])) == ["mine/train and mine/val share 1 pictures or clips"]
+    assert list(find_shared([first, second])) == ["mine/train and mine/val share 1 images or videos"]
     assert first.shared == {"mine/val": 1} and second.shared == {"mine/train": 1}
 
 
@@ -154,7 +154,7 @@ def test_a_lost_shard_counts_by_its_share(tmp_path):
     stream = ShardDataset(shards, *map(build_processor, processors))
     report = check_split("web/train", stream.listed(), words, 0)
     assert report.broken_share == pytest.approx(1 / 3)
-    assert "  broken: 1 (33.3%): 1 damaged shard" in list(told(report, {}, "words"))
+    assert "  broken: 1 (33.3%): 1 damaged shard" in list(format_counts(report, {}, "words"))
 
 
 def test_shards_have_a_sheet_and_a_count_of_pictures(dataset, tmp_path):

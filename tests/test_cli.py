@@ -51,7 +51,7 @@ def test_the_zoo_lists_architectures_and_types():
 
 
 def test_caption_names_each_file_and_leaves_out_what_is_no_picture(picture, capsys):
-    (picture.parent / "text.jpg").write_text("not a picture")
+    (picture.parent / "text.jpg").write_text("not an image")
     assert cli.main(["caption", str(picture.parent)]) == 0
     out, err = capsys.readouterr()
     assert out.startswith(f"{picture}: ") and len(out.strip().splitlines()) == 1

@@ -105,7 +105,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(tmp_path):
 
     chat.show(str(tmp_path / "red.png"))
     chat.hold(iter(["what is it?", "", "/help", "and now?"]), write)
-    assert written[1] == " [stopped]\n" and "/clear begins anew" in written[2]
+    assert written[1] == " [stopped]\n" and "/clear begins again" in written[2]
     assert [m["role"] for m in chat.messages] == ["system", *2 * ["user", "assistant"]]
     assert written[0] == chat.messages[2]["content"]
     assert [part["type"] for part in chat.messages[1]["content"]] == ["image", "text"]

@@ -279,7 +279,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(capsys) -> None:
 
 @pytest.fixture
 def birds(server, tmp_path) -> FileServer:
-    """A dataset whose pictures have an address each, as those of nocaps have."""
+    """A dataset whose images have an address each, as those of nocaps have."""
     names = ["val/1.jpg", "val/2 b.jpg", "test/3.jpg"]
     server.files["/birds.json"] = json.dumps(
         [{"image": name, "caption": ["a bird"]} for name in names]
@@ -304,7 +304,7 @@ def test_pictures_with_an_address_each_come_one_by_one_and_once(birds, tmp_path,
     gone = birds.files.pop("/test/3.jpg")
     command = ["download", "birds", "--yes", "--to", str(root)]
     assert cli.main(command) == 1
-    assert re.search(r"1 of 3 pictures did not come. .*/test/3.jpg .*404", capsys.readouterr().err)
+    assert re.search(r"1 of 3 images did not come. .*/test/3.jpg .*404", capsys.readouterr().err)
     birds.files["/test/3.jpg"] = gone
     birds.requests.clear()
     assert cli.main(command) == 0
@@ -330,7 +330,7 @@ def test_a_server_that_has_no_pictures_is_asked_for_a_few(birds, tmp_path, capsy
     names = [f"val/x{i}.jpg" for i in range(300)]
     birds.files["/birds.json"] = json.dumps([{"image": name} for name in names]).encode()
     assert cli.main(["download", "birds", "--yes", "--to", str(tmp_path / "root")]) == 1
-    assert "at least 20 of 300 pictures did not come" in capsys.readouterr().err
+    assert "at least 20 of 300 images did not come" in capsys.readouterr().err
     assert len(birds.requests) < 60
 
 

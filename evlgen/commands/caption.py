@@ -13,7 +13,7 @@ from evlgen.commands.arguments import (
     positive,
 )
 
-HELP = "write a caption for each picture, or clip"
+HELP = "write a caption for each image, or video"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "images",
         nargs="+",
         metavar="IMAGE",
-        help="picture files (or clips, for a model of clips), addresses, or folders, which are walked",
+        help="image files (or videos, for a model of videos), addresses, or folders, which are walked",
     )
     parser.add_argument(
         "--output",
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", help="the text a caption continues")
     parser.add_argument("--num-beams", type=positive, default=5)
     parser.add_argument("--max-length", type=positive, default=30, help="new tokens at most")
-    parser.add_argument("--frames", type=positive, default=4, help="of each clip at most, evenly spaced")
+    parser.add_argument("--frames", type=positive, default=4, help="of each video at most, evenly spaced")
     add_common(parser)
 
 

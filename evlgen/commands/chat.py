@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 HELP = "talk with a model about images"
-_COMMANDS = "/image PATH shows another image or video, /clear begins anew, /exit (or Ctrl-D) leaves"
+_COMMANDS = "/image PATH shows another image or video, /clear begins again, /exit (or Ctrl-D) leaves"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from evlgen.common.safe_text import printable
     from evlgen.config.config import Config
     from evlgen.config.consent import check_project
-    from evlgen.data_check import find_shared, told, write_skipped
+    from evlgen.data_check import find_shared, format_counts, write_skipped
     from evlgen.files.io import write_atomically
 
     cfg = Config.load(args.cfg_path, args.options, args.plugins)
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         measure = partial(_measured, lengths, task, split)
         report, sheet = _look_at(builders[name], split, measure, workers, cfg.run.seed, folder)
         reports.append(report)
-        print("\n".join(told(report, _limits(lengths, report), lengths.UNIT)), flush=True)
+        print("\n".join(format_counts(report, _limits(lengths, report), lengths.UNIT)), flush=True)
         if sheet is not None:
             print(printable(f"  some of them: {sheet}"), flush=True)
     for line in find_shared(reports):

@@ -13,7 +13,7 @@ from evlgen.commands.arguments import add_debug
 if TYPE_CHECKING:
     from evlgen.config.catalogue import Entry, Item
 
-HELP = "get published datasets: annotations, pictures, clips"
+HELP = "get published datasets: annotations, images, videos"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

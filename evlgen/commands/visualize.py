@@ -13,7 +13,7 @@ from evlgen.commands.arguments import (
     positive,
 )
 
-HELP = "draw which patches of each picture become one soft prompt"
+HELP = "draw which patches of each image become one soft prompt"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "images",
         nargs="+",
         metavar="IMAGE",
-        help="picture or video files, addresses, or folders, which are walked",
+        help="image or video files, addresses, or folders, which are walked",
     )
     parser.add_argument("--cfg-path", help="project or model file; its model's merging is drawn")
     parser.add_argument(
@@ -37,15 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         default="merging.png",
         metavar="FILE|FOLDER",
-        help="a picture file for one sheet of all, or a folder for one sheet each (default: merging.png)",
+        help="an image file for one sheet of all, or a folder for one sheet each (default: merging.png)",
     )
     parser.add_argument(
         "--compare-untrained",
         action="store_true",
-        help="below each picture, the same with a connector that has not been trained",
+        help="below each image, the same with a connector that has not been trained",
     )
     parser.add_argument("--seed", type=int, help="of the untrained one (default: the project's run.seed)")
-    parser.add_argument("--frames", type=positive, default=4, help="of each clip at most, evenly spaced")
+    parser.add_argument("--frames", type=positive, default=4, help="of each video at most, evenly spaced")
     add_common(parser)
 
 

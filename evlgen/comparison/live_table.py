@@ -27,7 +27,7 @@ class Board:
         self._said: dict[int, tuple] = {}
 
     def show(self) -> None:
-        """Draws all lines anew; elsewhere than on a terminal, those in which a state or evaluation is new."""
+        """Draws all lines again; outside a terminal, those in which a state or evaluation is new."""
         if self.live:
             width = shutil.get_terminal_size().columns - 1
             up = f"\x1b[{self._drawn}A" if self._drawn else ""

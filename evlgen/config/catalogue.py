@@ -40,17 +40,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Item:
-    """A file, an archive that fills a folder, or a folder of pictures that have an address each.
+    """A file, an archive that fills a folder, or a folder of images that have an address each.
 
     Attributes:
         kind: one of `KINDS`.
-        storage: where it belongs, relative to the data root: the file, or the folder of pictures or clips.
+        storage: where it belongs, relative to the data root: the file, or the folder of images or videos.
         url: where the file or archive comes from.
         md5: its published sum.
         size: about how many bytes; None where the catalogue does not say.
         strip: the folder of the archive whose content is wanted.
-        pictures: the addresses of the pictures, by the folder that their file names begin with.
-        lists: the annotations that name the pictures, relative to the data root.
+        images: the addresses of the images, by the folder that their file names begin with.
+        lists: the annotations that name the images, relative to the data root.
     """
 
     kind: str

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 from evlgen.config.schema import (
     AtLeast,
     AtMost,
+    Fraction,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Registered,
-    Share,
 )
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -20,11 +20,11 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 @dataclasses.dataclass
 class TemporalConfig:
-    """How the frames of a clip become one set of visual tokens (`vision.temporal`).
+    """How the frames of a video become one set of visual tokens (`vision.temporal`).
 
     Args:
         form: ``average``: attention over the frames inside every block of the encoder, as the paper states
-            it (a still clip is exactly the image model); ``residual``: the same as published code and
+            it (a still video is exactly the image model); ``residual``: the same as published code and
             checkpoints compute it; ``mean``: the mean of the frames' tokens; ``concat``: the tokens of all
             frames in a row.
     """
@@ -38,7 +38,7 @@ class VisionConfig:
 
     Args:
         name: a registered vision encoder (``eva_clip_g``) or any timm model name.
-        image_size: side of the square pictures, in pixels; a multiple of the patch size.
+        image_size: side of the square images, in pixels; a multiple of the patch size.
         pretrained: true for the published weights, a path or URL of weights, false for random ones.
         freeze: no gradients, eval mode, not in checkpoints.
         precision: type frozen weights are kept and computed in (trained ones: float32); ``auto`` is bf16
@@ -48,7 +48,7 @@ class VisionConfig:
             ``fairscale`` and ``fairscale_offload``, by fairscale's ``checkpoint_wrapper`` as in LAVIS (not
             under autocast).
         drop_path_rate: stochastic depth while training (for ``freeze: false``).
-        temporal: for clips; null for a model of images.
+        temporal: for videos; null for a model of images.
         tome_r: pairs of tokens that merge in each block of a frozen encoder; 0 is off.
         norm_eps: epsilon of the trained LayerNorm between the encoder and the connector; null leaves that
             norm out, as LLaVA does.
@@ -61,7 +61,7 @@ class VisionConfig:
     freeze: bool = True
     precision: Precision = "auto"
     grad_checkpoint: bool | Literal["offload", "fairscale", "fairscale_offload"] = False
-    drop_path_rate: Share = 0.0
+    drop_path_rate: Fraction = 0.0
     temporal: TemporalConfig | None = None
     tome_r: NonNegativeInt = 0
     norm_eps: PositiveFloat | None = 1e-5
@@ -81,7 +81,7 @@ class LoraConfig:
 
     r: PositiveInt = 8
     alpha: PositiveFloat = 16.0
-    dropout: Share = 0.0
+    dropout: Fraction = 0.0
     target_modules: list[str] | None = None
 
 

@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 
 from evlgen.common.errors import did_you_mean
 from evlgen.config.schema import (
+    Fraction,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Registered,
-    Share,
 )
 
 CAPTION_LEN, ANSWER_LEN = 30, 10  # what `RunConfig.max_len` is where it is not set, as in LAVIS
@@ -51,14 +51,14 @@ class RunConfig:
     #: Iterations of linear warm-up.
     warmup_steps: NonNegativeInt = 0
     #: Factor per epoch of the step schedule, which needs it.
-    lr_decay_rate: Share | None = None
+    lr_decay_rate: Fraction | None = None
     #: Part of the model -> factor on the learning rate of its weights, ``{language: 0.1}``; a part is what
     #: their names start with.
     lr_scale: dict[str, PositiveFloat] | None = None
     #: AdamW's decay of weights; biases and norms have none.
     weight_decay: NonNegativeFloat = 0.05
     #: AdamW's second moment decay.
-    beta2: Share = 0.999
+    beta2: Fraction = 0.999
     #: Norm that gradients are clipped to; None: no clipping.
     max_grad_norm: PositiveFloat | None = None
 
@@ -97,9 +97,9 @@ class RunConfig:
     apply_lemmatizer: bool = False
 
     #: What a sampled caption's CIDEr is compared with in self-critical training (task ``captioning_scst``):
-    #: that of the picture's other samples, or of the caption a greedy search writes.
+    #: that of the image's other samples, or of the caption a greedy search writes.
     scst_baseline: Literal["mean", "greedy"] = "mean"
-    #: Captions sampled of each picture in self-critical training.
+    #: Captions sampled of each image in self-critical training.
     scst_samples: PositiveInt = 5
 
     #: Seed of weights, data order and augmentation.
@@ -140,10 +140,10 @@ class RunConfig:
     #: Only algorithms that give the same numbers every time; slower.
     deterministic: bool = False
 
-    #: Keep what the frozen vision encoder makes of the training pictures in a file, and train from that: the
-    #: encoder runs once per picture. Takes pictures x views x tokens x channels x 2 bytes of disk.
+    #: Keep what the frozen vision encoder makes of the training images in a file, and train from that: the
+    #: encoder runs once per image. Takes images x views x tokens x channels x 2 bytes of disk.
     cache_vision: bool = False
-    #: How many random views of a picture are kept where the training transform augments.
+    #: How many random views of an image are kept where the training transform augments.
     cache_vision_views: PositiveInt = 1
 
     #: A checkpoint folder to go on from; ``auto``: the latest one in ``output_dir``, if any.
@@ -165,8 +165,8 @@ class RunConfig:
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml"]] = field(default_factory=list)
     #: Registered listeners, called as the run goes on: a name, or a mapping of ``name`` and its settings.
     listeners: list[Annotated[str, Registered("listener")] | dict[str, Any]] = field(default_factory=list)
-    #: Share of broken samples (of those seen) above which the run stops.
-    max_skipped_share: Share = 0.05
+    #: Fraction of broken samples (of those seen) above which the run stops.
+    max_skipped_share: Fraction = 0.05
 
     def __post_init__(self) -> None:
         if self.runner is None:
@@ -195,7 +195,7 @@ class RunConfig:
         if self.apply_lemmatizer and self.inference_method == "rank":
             found.append(("apply_lemmatizer", "is for generated answers; set inference_method: generate"))
         if self.scst_baseline == "mean" and self.scst_samples < 2:
-            problem = "scst_baseline: mean is of a picture's other samples: at least 2, or set it to greedy"
+            problem = "scst_baseline: mean is of an image's other samples: at least 2, or set it to greedy"
             found.append(("scst_samples", problem))
         if self.cache_vision_views > 1 and not self.cache_vision:
             found.append(("cache_vision_views", "has a meaning with cache_vision: true only"))

@@ -34,13 +34,13 @@ from evlgen.common.errors import did_you_mean
 from evlgen.config.constraints import (
     AtLeast,
     AtMost,
+    Fraction,
     MoreThan,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Registered,
-    Share,
     show,
 )
 from evlgen.config.problems import Problems, Source
@@ -58,7 +58,7 @@ __all__ = [
     "PositiveInt",
     "Problems",
     "Registered",
-    "Share",
+    "Fraction",
     "build_dataclass",
     "check_section",
     "describe",

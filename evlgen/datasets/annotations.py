@@ -85,7 +85,7 @@ def check_inside(images: Iterable[str], path: str | os.PathLike) -> None:
     """Raises `DataError` for a file name that leads out of the image folder: to other files of this machine,
     or into a store that it has the keys to.
 
-    For annotations that come from an address: those of one's own may name any picture. Web addresses pass,
+    For annotations that come from an address: those of one's own may name any image. Web addresses pass,
     and so do names in the store that the annotation itself is in.
     """
     allowed = (None, "http", "https", scheme_of(str(path)))

@@ -1,4 +1,4 @@
-"""Pictures that lie in one large file: members of zip and tar archives, bytes in Parquet and Arrow tables.
+"""Images that lie in one large file: members of zip and tar archives, bytes in Parquet and Arrow tables.
 
 They are read in place, nothing is unpacked. A file is opened once in each process that reads from it.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MAX_MEMBER_BYTES = 256 << 20  # no picture is larger; what claims to be would fill the memory
+MAX_MEMBER_BYTES = 256 << 20  # no image is larger; what claims to be would fill the memory
 _TABLES = (".parquet", ".arrow")
 _ARCHIVE = re.compile(r"\.(zip|tar|tar\.gz|tgz|tar\.bz2|tar\.xz)(?=/|$)", re.IGNORECASE)
 _CELL_END = re.compile(r"(?P<row>[0-9]{1,18}(\.[0-9]{1,9})?)(=(?P<digest>[0-9a-f]+))?")
@@ -45,7 +45,7 @@ _DAMAGED = (
 
 
 class Place(NamedTuple):
-    """Where a picture lies inside a file: a member of an archive, or a cell of a table."""
+    """Where an image lies inside a file: a member of an archive, or a cell of a table."""
 
     file: Path
     column: str | None  # of a table; None for archives
@@ -58,7 +58,7 @@ class Cell(NamedTuple):
     file: str
     column: str
     row: str
-    digest: str | None  # of the bytes in it; cells of equal bytes hold the same picture
+    digest: str | None  # of the bytes in it; cells of equal bytes hold the same image
 
     @property
     def place(self) -> str:
@@ -131,7 +131,7 @@ class PerProcess(Generic[T]):
 
 
 class Container:
-    """A file with pictures in it. Raises `DataError` on construction where it cannot be read.
+    """A file with images in it. Raises `DataError` on construction where it cannot be read.
 
     Args:
         file: its path.
@@ -172,7 +172,7 @@ class Container:
     def _checked_size(self, member: str, size: int) -> int:
         if size > MAX_MEMBER_BYTES:
             raise DataError(
-                f"{self.file}/{member} claims to hold {size} bytes: that is no picture.", "too large"
+                f"{self.file}/{member} claims to hold {size} bytes: that is no image.", "too large"
             )
         return size
 
@@ -246,14 +246,14 @@ class TarArchive(Container):
 
 
 class TableColumn(Container):
-    """A column of pictures in a Parquet or Arrow file: bytes, or Hugging Face's ``{bytes, path}``.
+    """A column of images in a Parquet or Arrow file: bytes, or Hugging Face's ``{bytes, path}``.
 
     An Arrow file is mapped into memory. A Parquet file has its rows in compressed groups, of which one would
-    be unpacked for each picture: its column is written once to an Arrow file in the cache.
+    be unpacked for each image: its column is written once to an Arrow file in the cache.
 
     Args:
         file: its path.
-        column: of the pictures.
+        column: of the images.
     """
 
     def __init__(self, file: Path, column: str) -> None:
@@ -351,7 +351,7 @@ def _as_arrow_file(file: Path, column: str) -> Path:
                 for batch in source.iter_batches(batch_size=64, columns=[column], use_threads=False):
                     writer.write_batch(batch)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"the pictures of {file} cannot be read: {_said(error)}.", "damaged table") from error
+        raise DataError(f"the images of {file} cannot be read: {_said(error)}.", "damaged table") from error
     return target
 
 

@@ -101,7 +101,7 @@ class BaseDataset(Dataset):
         return {"image": self.load_visual(index), **self.load_text(index)}
 
     def load_visual(self, index: int) -> torch.Tensor:
-        """The pixels of a sample, [3, H, W] or, for a clip, [3, T, H, W]. Raises as `load_sample`."""
+        """The pixels of a sample, [3, H, W] or, for a video, [3, T, H, W]. Raises as `load_sample`."""
         raise NotImplementedError(
             f"{type(self).__name__} must define load_sample(index), or load_visual(index) and "
             "load_text(index)"
@@ -115,7 +115,7 @@ class BaseDataset(Dataset):
         """What the pixels of a sample are made from, equal for samples that show the same.
 
         Either the `pathlib.Path` of a file, whose size and time tell when it changed, or any value whose text
-        is another one when the picture is another one.
+        is another one when the image is another one.
         """
         raise NotImplementedError(f"{type(self).__name__} must define visual_source(index)")
 
@@ -124,7 +124,7 @@ class BaseDataset(Dataset):
         return str(index)
 
     def references(self) -> dict[int | str, list[str]]:
-        """What people wrote about each picture or video, by image id; empty where no text is scored."""
+        """What people wrote about each image or video, by image id; empty where no text is scored."""
         return {}
 
     def answers(self) -> dict[int | str, list[str]]:
@@ -149,12 +149,12 @@ class BaseDataset(Dataset):
         return []
 
     def domains(self) -> dict[int | str, str]:
-        """The part of the dataset that each picture belongs to, by image id, for scores of each part; empty
+        """The part of the dataset that each image belongs to, by image id, for scores of each part; empty
         where there are no parts."""
         return {}
 
     def picture(self, index: int) -> Image.Image | None:
-        """The picture of a record as a person sees it, for sheets of results; None where there is none."""
+        """The image of a record as a person sees it, for sheets of results; None where there is none."""
         return None
 
     def extra_metrics(self, captions: Mapping[int | str, str]) -> dict[str, float]:
@@ -171,13 +171,13 @@ class BaseDataset(Dataset):
 
 
 class MediaDataset(BaseDataset):
-    """Records, mappings with ``visual``: the name of a picture or clip among ``media``.
+    """Records, mappings with ``visual``: the name of an image or video among ``media``.
 
     A subclass defines `load_text`.
 
     Args:
         records: see above.
-        media: where pictures or clips are read.
+        media: where images or videos are read.
         vis_processor: of what ``media`` opens -> tensor.
         text_processor: of a text.
     """

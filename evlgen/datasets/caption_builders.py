@@ -1,4 +1,4 @@
-"""Builders of captioned pictures and clips in files. A dataset like them is a subclass of two lines."""
+"""Builders of captioned images and videos in files. A dataset like them is a subclass of two lines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from evlgen.datasets.records import good
 
 
 class CaptionBuilder(FileBuilder):
-    """Captioned pictures or clips on disk: annotations in any layout that `read_caption_records` reads, and a
+    """Captioned images or videos on disk: annotations in any layout that `read_caption_records` reads, and a
     folder of media."""
 
     train_dataset = CaptionDataset
@@ -64,7 +64,7 @@ class CocoCaptionBuilder(CaptionBuilder):
 
 @registry.register_builder("nocaps")
 class NocapsBuilder(CaptionBuilder):
-    """nocaps (Agrawal et al., ICCV 2019): pictures to write captions of; there is no training split."""
+    """nocaps (Agrawal et al., ICCV 2019): images to write captions of; there is no training split."""
 
     DEFAULT_CONFIG = "configs/datasets/nocaps.yaml"
 
@@ -78,7 +78,7 @@ class Flickr30kBuilder(CaptionBuilder):
 
 @registry.register_builder("vg_caption")
 class VgCaptionBuilder(CaptionBuilder):
-    """Region descriptions of Visual Genome (Krishna et al., IJCV 2017) as captions of whole pictures."""
+    """Region descriptions of Visual Genome (Krishna et al., IJCV 2017) as captions of whole images."""
 
     DEFAULT_CONFIG = "configs/datasets/vg_caption.yaml"
 
@@ -106,34 +106,34 @@ class SbuCaptionBuilder(CaptionBuilder):
 
 @registry.register_builder("msrvtt_caption")
 class MsrvttCaptionBuilder(CaptionBuilder):
-    """Clips of MSR-VTT with captions (Xu et al., CVPR 2016)."""
+    """Videos of MSR-VTT with captions (Xu et al., CVPR 2016)."""
 
     DEFAULT_CONFIG = "configs/datasets/msrvtt_caption.yaml"
 
 
 @registry.register_builder("msvd_caption")
 class MsvdCaptionBuilder(CaptionBuilder):
-    """Clips of MSVD with captions (Chen and Dolan, ACL 2011)."""
+    """Videos of MSVD with captions (Chen and Dolan, ACL 2011)."""
 
     DEFAULT_CONFIG = "configs/datasets/msvd_caption.yaml"
 
 
 @registry.register_builder("vatex_caption")
 class VatexCaptionBuilder(CaptionBuilder):
-    """Clips of VATEX with English captions (Wang et al., ICCV 2019)."""
+    """Videos of VATEX with English captions (Wang et al., ICCV 2019)."""
 
     DEFAULT_CONFIG = "configs/datasets/vatex_caption.yaml"
 
 
 @registry.register_builder("webvid_2m")
 class Webvid2mBuilder(CaptionBuilder):
-    """WebVid with 2.5 million clips (Bain et al., ICCV 2021)."""
+    """WebVid with 2.5 million videos (Bain et al., ICCV 2021)."""
 
     DEFAULT_CONFIG = "configs/datasets/webvid_2m.yaml"
 
 
 @registry.register_builder("webvid_10m")
 class Webvid10mBuilder(CaptionBuilder):
-    """WebVid with 10 million clips (Bain et al., ICCV 2021)."""
+    """WebVid with 10 million videos (Bain et al., ICCV 2021)."""
 
     DEFAULT_CONFIG = "configs/datasets/webvid_10m.yaml"

@@ -1,10 +1,10 @@
-"""Captioned pictures and clips: records in any of the published layouts, for training and for scoring.
+"""Captioned images and videos: records in any of the published layouts, for training and for scoring.
 
 ``[{"image", "caption", "image_id"}]``, one record for each caption, and ``[{"image", "caption": [..]}]``,
-one for each picture, are Karpathy's files as LAVIS distributes them and what most datasets use; clips have
+one for each image, are Karpathy's files as LAVIS distributes them and what most datasets use; videos have
 ``video`` in place of ``image``; nocaps has ``img_id``, and no captions. COCO's own layout is ``{"images",
 "annotations"}``. Any is read for either purpose: training sees one sample per caption, scoring one per
-picture.
+image.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ Records = Sequence[Mapping[str, Any] | BadRecord]
 
 
 class CaptionDataset(MediaDataset):
-    """One sample per caption: ``image`` float32 [3, H, W] (a clip: [3, T, H, W]), ``text_input``,
+    """One sample per caption: ``image`` float32 [3, H, W] (a video: [3, T, H, W]), ``text_input``,
     ``image_id``, ``instance_id``. With ``captions_together`` one per image, whose ``text_input`` is the list
     of its captions: each is learned after the same soft prompts, which are computed and read once.
 
     Args:
         records: mappings with ``visual``, a file name; ``caption``, a text or a list of them; ``image_id``
             where they have one; or `BadRecord`s.
-        media: where pictures or clips are read.
+        media: where images or videos are read.
         vis_processor: what ``media`` opens -> tensor.
         text_processor: caption -> text to learn.
 
@@ -90,22 +90,22 @@ class CaptionDataset(MediaDataset):
 
 
 class CaptionEvalDataset(MediaDataset):
-    """One sample per picture: ``image`` float32 [3, H, W] (a clip: [3, T, H, W]), ``image_id``,
+    """One sample per image: ``image`` float32 [3, H, W] (a video: [3, T, H, W]), ``image_id``,
     ``instance_id``.
 
-    A picture is scored against the references given, or, where they have none of it, against its own
-    captions. A picture without either is a `BadRecord`; but where no references are given and no picture has
-    captions, they can be written and not scored. The second of two pictures with one image id is a
+    An image is scored against the references given, or, where they have none of it, against its own
+    captions. An image without either is a `BadRecord`; but where no references are given and no image has
+    captions, they can be written and not scored. The second of two images with one image id is a
     `BadRecord`.
 
     Args:
         records: see `CaptionDataset`; captions may be missing.
-        media: where pictures or clips are read.
+        media: where images or videos are read.
         vis_processor: what ``media`` opens -> tensor.
         text_processor: not applied to references; kept for tasks that ask for it.
         references: captions to score against, by image id. Where they have ids as numbers and the records as
             text, or the other way round, theirs are taken: results are compared with them.
-        domains: the part of the dataset that a picture belongs to, by image id; see `BaseDataset.domains`.
+        domains: the part of the dataset that an image belongs to, by image id; see `BaseDataset.domains`.
 
     Raises:
         DataError: not one record makes a sample.
@@ -139,7 +139,7 @@ class CaptionEvalDataset(MediaDataset):
 def read_caption_records(
     path: str | os.PathLike, captioned: bool = True, root: Path | None = None
 ) -> PackedRecords:
-    """The records of a file in one of the layouts above: ``visual``, the file name of the picture or clip;
+    """The records of a file in one of the layouts above: ``visual``, the file name of the image or video;
     ``caption``, a list of texts; ``image_id`` where there is one. A record that has not all of this is a
     `BadRecord` in its place, and so is every empty caption.
 
@@ -266,7 +266,7 @@ def one_per_image(
     records: Records, references: Mapping[int | str, Any] | None = None
 ) -> list[dict[str, Any] | BadRecord]:
     """Records with ``visual``, ``caption`` (all texts to score against) and, where it is another than
-    ``visual``, ``image_id``, in the pictures' order; see `CaptionEvalDataset` for those that become
+    ``visual``, ``image_id``, in the images' order; see `CaptionEvalDataset` for those that become
     `BadRecord`s."""
     name = id_rule(records)
     found: list[dict[str, Any] | BadRecord] = []
@@ -285,7 +285,7 @@ def one_per_image(
         places[visual] = len(found)
         image_id = known_as(name(record), references or {})
         if (owner := owners.setdefault(image_id, visual)) != visual:
-            reason = f"its image_id {image_id!r} is that of {owner} too. Give every picture its own, or none."
+            reason = f"its image_id {image_id!r} is that of {owner} too. Give every image its own, or none."
             found.append(BadRecord(visual, reason, "duplicate id"))
         else:
             found.append(_named({"visual": visual, "caption": [*_texts(record)]}, image_id))
@@ -293,8 +293,8 @@ def one_per_image(
 
 
 def id_rule(records: Iterable[Mapping[str, Any] | BadRecord]) -> Callable[[Mapping[str, Any]], int | str]:
-    """How the pictures of records are called: by their ``image_id``, where every record has one; else by the
-    number at the end of the file name, as COCO counts its pictures; else, where a name has no number or two
+    """How the images of records are called: by their ``image_id``, where every record has one; else by the
+    number at the end of the file name, as COCO counts its images; else, where a name has no number or two
     have the same, by the file names themselves.
 
     Of each record no more is kept in memory than two numbers.
@@ -332,14 +332,14 @@ def _one_to_one(names: np.ndarray, numbers: np.ndarray) -> bool:
 def _captioned(
     pictures: list[dict[str, Any] | BadRecord], references: Mapping[int | str, Any] | None
 ) -> list[dict[str, Any] | BadRecord]:
-    """The pictures with the captions to score them against; those that have none are bad, if any has."""
+    """The images with the captions to score them against; those that have none are bad, if any has."""
     own = 0
     for picture in good(pictures):
         truth = (references or {}).get(_id(picture))
         own += bool(truth is None and picture["caption"])
         picture["caption"] = picture["caption"] if truth is None else truth
     if references is not None and own:
-        logger.warning("pictures that the ground truth lacks: %d, scored against captions of their own", own)
+        logger.warning("images that the ground truth lacks: %d, scored against captions of their own", own)
     if references is None and not any(picture["caption"] for picture in good(pictures)):
         return pictures
     return [p if isinstance(p, BadRecord) or p["caption"] else _uncaptioned(p, references) for p in pictures]

@@ -13,7 +13,7 @@ from evlgen.common.errors import DataError
 from evlgen.datasets.annotations import describe, is_id, known_as
 from evlgen.datasets.base_dataset import BadRecord
 
-_FOLDER = re.compile(r"(?:train|val|test|unlabeled)20\d\d")  # COCO's folders of pictures, named by their zips
+_FOLDER = re.compile(r"(?:train|val|test|unlabeled)20\d\d")  # COCO's folders of images, named by their zips
 _PROBES = 20
 
 
@@ -23,12 +23,12 @@ def is_coco_format(content: Any) -> bool:
 
 
 def coco_items(content: Mapping[str, Any], path: str | os.PathLike, root: Path | None) -> Iterator[Any]:
-    """The pictures of a file ``{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}``
+    """The images of a file ``{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}``
     as records of the other layout, ``{"image", "image_id", "caption": [..]}``; without ``caption`` where the
-    file has no annotations (nocaps' test set). A caption of no picture comes last, as a `BadRecord`.
+    file has no annotations (nocaps' test set). A caption of no image comes last, as a `BadRecord`.
 
     Args:
-        root: the media folder. COCO's file names lack the folder that its pictures are in; see `Folders`.
+        root: the media folder. COCO's file names lack the folder that its images are in; see `Folders`.
 
     Raises:
         DataError: annotations are no list.
@@ -70,10 +70,10 @@ def _captions(
 
 
 class Folders:
-    """Finds the folder of COCO's pictures, which is not in their file names.
+    """Finds the folder of COCO's images, which is not in their file names.
 
-    It is the one named after the pictures (``COCO_val2014_000000000042.jpg``) or, as theirs are numbers
-    since 2017, after the annotation (``captions_val2017.json``); unless pictures lie in ``root`` itself.
+    It is the one named after the images (``COCO_val2014_000000000042.jpg``) or, as theirs are numbers
+    since 2017, after the annotation (``captions_val2017.json``); unless images lie in ``root`` itself.
 
     Args:
         images: of the file.
@@ -84,7 +84,7 @@ class Folders:
     def __init__(self, images: list[Any], path: str | os.PathLike, root: Path | None) -> None:
         self._default = _FOLDER.search(PurePath(path).name)
         self._images, self._root = images, root
-        self._inside: dict[str, bool] = {}  # folder -> whether pictures are in it, and not in `root`
+        self._inside: dict[str, bool] = {}  # folder -> whether images are in it, and not in `root`
 
     def place(self, name: str) -> str:
         """The file name relative to ``root``."""

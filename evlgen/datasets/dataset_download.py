@@ -18,15 +18,15 @@ from evlgen.files.archives import extract_into
 from evlgen.files.downloads import as_size, fetch, file_md5
 from evlgen.files.io import write_atomically
 from evlgen.files.json_io import read_json
-from evlgen.files.locks import alone_at
+from evlgen.files.locks import file_lock
 from evlgen.files.partial_file import PartialFile
 
 logger = logging.getLogger(__name__)
 
 HAS_FILES = "has files"
-_AT_ONCE = 16  # pictures
+_AT_ONCE = 16  # images
 _NAMES = 20  # of what was unpacked that are looked for again
-_FAILURES = 20  # pictures that do not come before it is given up
+_FAILURES = 20  # images that do not come before it is given up
 
 
 def state_of(item: Item, root: Path) -> str:
@@ -53,7 +53,7 @@ def bring(item: Item, root: Path, keep_archive: bool = False) -> None:
 
     Raises:
         DataError: see `fetch` and `extract_into`; or there is an archive of another sum in the folder, which
-            is left alone; or the annotations that name an item's pictures are not there.
+            is left alone; or the annotations that name an item's images are not there.
     """
     if item.pictures:
         _bring_pictures(item, root)
@@ -74,7 +74,7 @@ def is_as_published(item: Item, root: Path) -> bool:
 def check_room(items: Sequence[Item], root: Path, keep_archives: bool) -> None:
     """Raises `DataError` where the disk has no room for these items and for unpacking them.
 
-    What pictures and clips take unpacked is counted as their archive's size: they hardly shrink.
+    What images and videos take unpacked is counted as their archive's size: they hardly shrink.
     """
     archives = [item.size or 0 for item in items if item.is_archive]
     unpacked_beside = sum(archives) if keep_archives else max(archives, default=0)
@@ -110,7 +110,7 @@ def _state_of_pictures(item: Item, root: Path) -> str:
 def _bring_archive(item: Item, folder: Path, keep_archive: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     archive = folder / item.file_name
-    with alone_at(folder / f"{item.file_name}.unpacked"):
+    with file_lock(folder / f"{item.file_name}.unpacked"):
         if _is_done(item, folder):
             return
         if not archive.is_file():
@@ -150,22 +150,22 @@ def _bring_pictures(item: Item, root: Path) -> None:
             raise
     if failures:
         many = f"at least {_FAILURES}" if len(failures) >= _FAILURES else f"{len(failures)}"
-        raise DataError(f"{many} of {len(addresses)} pictures did not come. {failures[0]}")
+        raise DataError(f"{many} of {len(addresses)} images did not come. {failures[0]}")
 
 
 def _addresses(item: Item, root: Path) -> dict[str, str]:
-    """Where each picture comes from, by its file name. Raises `DataError` where the annotations that name
+    """Where each image comes from, by its file name. Raises `DataError` where the annotations that name
     them are not there, or name what has no address."""
     found = {}
     for path in (root / storage for storage in item.lists):
         if not path.is_file():
-            raise DataError(f"{path}, which names the pictures, is not there: fetch the annotations first.")
+            raise DataError(f"{path}, which names the images, is not there: fetch the annotations first.")
         content = read_json(path, DataError, "annotation", max_bytes=None)
         for record in content if isinstance(content, list) else [content]:
             image = record.get("image") if isinstance(record, dict) else record
             folder, _, file = str(image).partition("/")
             if folder not in item.pictures or file in ("", ".", "..") or "/" in file:
-                raise DataError(f"{path} names the picture '{folder}/{file}', for which there is no address.")
+                raise DataError(f"{path} names the image '{folder}/{file}', for which there is no address.")
             found[f"{folder}/{file}"] = item.pictures[folder] + quote(file)
     return found
 

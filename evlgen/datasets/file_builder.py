@@ -52,7 +52,7 @@ class BuildInfo:
     Args:
         annotations: the file, or files, of each split.
         images: the folder that file names in the annotations are relative to.
-        videos: likewise, for clips.
+        videos: likewise, for videos.
         ground_truth: files to score against, by split. One that is not there is done without.
     """
 
@@ -94,11 +94,11 @@ class FileBuilder(BaseDatasetBuilder):
 
     @property
     def media_source(self) -> Source:
-        """The folder of pictures or videos, and where it comes from."""
+        """The folder of images or videos, and where it comes from."""
         return getattr(self.build_info, self.data_type)
 
     def media(self) -> Media:
-        """Where this dataset's pictures or clips are read."""
+        """Where this dataset's images or videos are read."""
         root = self.source_path(self.media_source)
         return ImageFiles(root) if self.data_type == "images" else VideoFiles(root, self.video_reader)
 
@@ -136,7 +136,7 @@ class FileBuilder(BaseDatasetBuilder):
         return self.storage_path(as_list(source.storage)[index], sums[index] if index < len(sums) else None)
 
     def media_remedy(self) -> str:
-        """What to do where pictures or videos are missing."""
+        """What to do where images or videos are missing."""
         source, key = self.media_source, f"datasets.{self.name}.build_info.{self.data_type}.storage"
         return (
             f"{self._remedy(source.storage, source.downloads(), 'and unpack into that folder')} "

@@ -1,4 +1,4 @@
-"""Where the pictures and clips of a dataset come from, and what a person sees of them.
+"""Where the images and videos of a dataset come from, and what a person sees of them.
 
 A name is that of a file, of a member of an archive (``photos.tar/0001.jpg``, or any name where the root is an
 archive), of a cell of a table (see `evlgen.datasets.archive_media.cell_name`), or an address.
@@ -50,7 +50,7 @@ class Media:
 
     def picture(self, name: str) -> Image.Image:
         """What a person is shown of it."""
-        raise NotImplementedError(f"{type(self).__name__} must define picture(name)")
+        raise NotImplementedError(f"{type(self).__name__} must define image(name)")
 
     def spelled(self, name: str) -> str:
         """A name as the files have it: ``a/1.png`` for Windows' ``a\\1.png``, where only that is there."""
@@ -88,7 +88,7 @@ class Media:
         return f"{place.file} {stamp.st_size} {stamp.st_mtime_ns} {inside}"
 
     def place(self, name: str) -> Place | None:
-        """Where a picture lies inside a larger file; None for one in a file of its own."""
+        """Where an image lies inside a larger file; None for one in a file of its own."""
         return None if is_address(name) else split_place(os.path.join(self.root, name))
 
     def read(self, name: str) -> bytes:
@@ -160,7 +160,7 @@ class Media:
 
 
 class ImageFiles(Media):
-    """Pictures: `open` gives an upright RGB Pillow image."""
+    """Images: `open` gives an upright RGB Pillow image."""
 
     what = "image"
 
@@ -198,9 +198,9 @@ class VideoFiles(Media):
         name = self.spelled(name)
         if (place := self.place(name)) is not None:
             raise DataError(
-                f"{place.file} is an archive, and clips are not read inside of one: unpack it, and name the "
+                f"{place.file} is an archive, and videos are not read inside of one: unpack it, and name the "
                 "folder.",
-                "clip in an archive",
+                "video in an archive",
             )
         return Video(_fetched(name) if is_address(name) else self.root / name, self.reader)
 

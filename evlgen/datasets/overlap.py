@@ -1,4 +1,4 @@
-"""Pictures that are learned from and scored too: their scores are no measure of new ones."""
+"""Images that are learned from and scored too: their scores are no measure of new ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 def tell_of_overlap(
     name: str, splits: Mapping[str, Any], learned: Collection[str], scored: Collection[str]
 ) -> None:
-    """Warns of each scored split that has pictures or clips which are learned from. They are compared by
+    """Warns of each scored split that has images or videos which are learned from. They are compared by
     their paths; what is streamed or drawn is not looked at.
 
     Args:

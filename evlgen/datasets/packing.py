@@ -23,7 +23,7 @@ from evlgen.datasets.records import good
 from evlgen.datasets.shards import SUFFIXES, stats_path
 from evlgen.files.io import atomic_file, write_atomically
 from evlgen.files.json_io import read_json
-from evlgen.files.locks import alone_at
+from evlgen.files.locks import file_lock
 from evlgen.media.images import FORMATS
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Packed:
 
     Attributes:
         storage: the shards, as YAML names them.
-        samples: pictures or clips in them.
+        samples: images or videos in them.
         left_out: those that could not be read.
         captions: of the samples.
         bad_rows: rows (or captions, images) of the dataset that make no sample.
@@ -61,12 +61,12 @@ class _Sample:
 
 
 def pack(dataset: BaseDataset, folder: Path, samples_per_shard: int = 1000) -> Packed:
-    """Writes each picture or clip once, its file's own bytes beside ``{"caption", "image_id", "source"}``.
+    """Writes each image or video once, its file's own bytes beside ``{"caption", "image_id", "source"}``.
 
     ``caption`` is a text, or a list where there are several. Shards are there when they are whole, with their
     numbers in ``<shard>_stats.json``. Where a call was interrupted, the next one goes on, and removes what
     was half written. Files that cannot be read and rows that make no sample are left out, and the log says
-    so; whether pictures can be decoded is not looked at.
+    so; whether images can be decoded is not looked at.
 
     Args:
         folder: empty, not there, or one in which the same was begun.
@@ -82,7 +82,7 @@ def pack(dataset: BaseDataset, folder: Path, samples_per_shard: int = 1000) -> P
         logger.warning("left out: %d more rows that make no sample", len(bad) - _SHOWN)
     _check_empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with alone_at(folder / MANIFEST):
+    with file_lock(folder / MANIFEST):
         _claim(folder, samples, dataset.media.root, samples_per_shard)
         return replace(_packed(folder, samples, dataset.media, samples_per_shard), bad_rows=len(bad))
 
@@ -102,11 +102,11 @@ def _packed(folder: Path, samples: Sequence[_Sample], media: Media, samples_per_
 
 
 def _samples(dataset: BaseDataset) -> tuple[list[_Sample], list[BadRecord]]:
-    """Each picture or clip with its captions, in the order of the records, and what makes none. One that has
+    """Each image or video with its captions, in the order of the records, and what makes none. One that has
     several ids has the first, and the captions of all."""
     captions = dataset.references()
     if not isinstance(dataset, MediaDataset) or not captions:
-        raise DataError("this dataset cannot be packed: it takes pictures or clips in files, with captions.")
+        raise DataError("this dataset cannot be packed: it takes images or videos in files, with captions.")
     ids: dict[str, dict[int | str, None]] = {}  # in their order, each once
     for record in good(dataset.records):
         ids.setdefault(record["visual"], {})[record.get("image_id", record["visual"])] = None

@@ -4,13 +4,13 @@ A split may be in several files, in any order; what each holds is told by its co
 
 =============================================  ==============================================================
 ``[{"image" | "video", "question", ..}, ..]``  questions, as LAVIS lists them; ``answer`` is a text or a list
-``{"questions": [..], "data_subtype"}``        questions of VQA (visualqa.org) and OK-VQA; pictures are COCO's
+``{"questions": [..], "data_subtype"}``        questions of VQA (visualqa.org) and OK-VQA; images are COCO's
 ``{"annotations": [{"question_id", ..}]}``     their answers
 ``{id: {"imageId", "question", ..}}``          questions of GQA as Stanford publishes them
 ``["yes", ..]``, ``{"yes": 0, ..}``            the answers that ranking chooses from
 =============================================  ==============================================================
 
-A-OKVQA's records are read with LAVIS's ``image``, or as published, where the name of COCO's picture follows
+A-OKVQA's records are read with LAVIS's ``image``, or as published, where the name of COCO's image follows
 from ``image_id`` and ``split``. Those marked ``difficult_direct_answer`` have no answers where they are
 scored: the publisher leaves them out of that score (allenai/aokvqa, evaluation/eval_predictions.py).
 """
@@ -146,7 +146,7 @@ def _read_files(files: Mapping[str, Sequence[tuple[Any, Any]]], rows: _Rows, nam
 
 
 def _official_rows(content: Mapping[str, Any]) -> Iterator[Any]:
-    """The questions, with the names of COCO's pictures where they have none of their own."""
+    """The questions, with the names of COCO's images where they have none of their own."""
     subtype = content.get("data_subtype")
     for row in content["questions"]:
         number = number_of(row.get("image_id")) if isinstance(row, Mapping) else None
@@ -246,14 +246,14 @@ def _answer_list(content: Sequence[str] | Mapping[str, int]) -> list[str]:
 
 
 def coco_2014_name(subtype: str, image_id: int) -> str:
-    """COCO's picture in the naming of 2014 and 2015: ``val2014/COCO_val2014_000000000042.jpg``. The pictures
+    """COCO's image in the naming of 2014 and 2015: ``val2014/COCO_val2014_000000000042.jpg``. The images
     of ``test-dev2015`` are among those of ``test2015``."""
     folder = subtype.replace("test-dev", "test")
     return f"{folder}/COCO_{folder}_{image_id:012d}.jpg"
 
 
 def coco_2017_name(split: str, image_id: int) -> str:
-    """COCO's picture in the naming of 2017, which A-OKVQA takes: ``val2017/000000000042.jpg``."""
+    """COCO's image in the naming of 2017, which A-OKVQA takes: ``val2017/000000000042.jpg``."""
     return f"{split}2017/{image_id:012d}.jpg"
 
 

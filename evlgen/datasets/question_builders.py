@@ -1,4 +1,4 @@
-"""Builders of questions about pictures and clips in files. A dataset like them is a subclass of two lines."""
+"""Builders of questions about images and videos in files. A dataset like them is a subclass of two lines."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class QuestionBuilder(FileBuilder):
 
 @registry.register_builder("coco_vqa")
 class CocoVQABuilder(QuestionBuilder):
-    """VQAv2 (Goyal et al., CVPR 2017): ten people's answers to each question about COCO's pictures."""
+    """VQAv2 (Goyal et al., CVPR 2017): ten people's answers to each question about COCO's images."""
 
     DEFAULT_CONFIG = "configs/datasets/coco_vqa.yaml"
 

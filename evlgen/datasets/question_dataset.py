@@ -1,4 +1,4 @@
-"""Questions about pictures and clips, to learn their answers and to be asked them.
+"""Questions about images and videos, to learn their answers and to be asked them.
 
 Training sees one sample per question, with one of its answers or with all; scoring one per question, without.
 """
@@ -24,7 +24,7 @@ class QuestionMediaDataset(MediaDataset):
 
     Args:
         records: of `read_questions`.
-        media: where pictures or clips are read.
+        media: where images or videos are read.
         vis_processor: what ``media`` opens -> tensor.
         text_processor: question -> the question as the model is asked it.
     """

@@ -1,4 +1,4 @@
-"""The Shapes world as a captioning dataset: every picture is drawn when it is asked for."""
+"""The Shapes world as a captioning dataset: every image is drawn when it is asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clips of the Shapes world as a captioning dataset: every frame is drawn when it is asked for."""
+"""Videos of the Shapes world as a captioning dataset: every frame is drawn when it is asked for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from evlgen.media.video import spread
 
 
 class ShapesVideoCaptionDataset(ShapesCaptionDataset):
-    """As its base, of clips: ``image`` is float32 [3, T, H, W]; see `evlgen.datasets.shapes.clips`."""
+    """As its base, of videos: ``image`` is float32 [3, T, H, W]; see `evlgen.datasets.shapes.clips`."""
 
     def load_visual(self, index: int) -> torch.Tensor:
         return self.vis_processor(self.clip(index))
@@ -22,7 +22,7 @@ class ShapesVideoCaptionDataset(ShapesCaptionDataset):
         return f"shapes clips/{self.seed}/{self.split}/{self.records[index]}"
 
     def clip(self, index: int) -> ShapesClip:
-        """The clip of a record."""
+        """The video of a record."""
         return ShapesClip(moving_scene(self.split, self.records[index], self.seed))
 
     def picture(self, index: int) -> Image.Image:
@@ -40,10 +40,10 @@ class ShapesVideoCaptionDataset(ShapesCaptionDataset):
 
 @registry.register_builder("shapes_video_caption")
 class ShapesVideoCaptionBuilder(ShapesCaptionBuilder):
-    """Captioned clips of the Shapes world. Nothing is read from disk, so nothing can be missing.
+    """Captioned videos of the Shapes world. Nothing is read from disk, so nothing can be missing.
 
     Args:
-        train_size, val_size, test_size: clips of each split. No clip is in two splits.
+        train_size, val_size, test_size: videos of each split. No video is in two splits.
         seed: of the world.
     """
 

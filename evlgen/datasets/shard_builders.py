@@ -1,4 +1,4 @@
-"""Builders of captioned pictures and clips in webdataset shards. They are for training."""
+"""Builders of captioned images and videos in webdataset shards. They are for training."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ShardInfo:
 
 
 class ShardBuilder(BaseDatasetBuilder):
-    """Captioned pictures or clips in shards.
+    """Captioned images or videos in shards.
 
     Shards that are not there are left out with a warning, unless all are.
 
@@ -161,7 +161,7 @@ class Ccs14MBuilder(ShardBuilder):
 
 @registry.register_builder("laion115M")
 class Laion115MBuilder(ShardBuilder):
-    """115M pictures of LAION-400M with the captions that BLIP wrote and filtered (Li et al., ICML 2022)."""
+    """115M images of LAION-400M with the captions that BLIP wrote and filtered (Li et al., ICML 2022)."""
 
     DEFAULT_CONFIG = "configs/datasets/laion115M.yaml"
 

@@ -1,4 +1,4 @@
-"""Captioned pictures and clips in webdataset shards: tar files of ``key.jpg`` with ``key.json`` or ``.txt``.
+"""Captioned images and videos in webdataset shards: tar files of ``key.jpg`` with ``key.json`` or ``.txt``.
 
 Shards are read where they are: their headers say where each sample lies, and its bytes are read when its turn
 comes. What is shuffled are these places, not the bytes.
@@ -70,7 +70,7 @@ class ShardIndex(NamedTuple):
 
 
 class ShardDataset(StreamDataset):
-    """A stream of ``image`` float32 [3, H, W] or, of clips, [3, T, H, W], ``text_input``, ``image_id``,
+    """A stream of ``image`` float32 [3, H, W] or, of videos, [3, T, H, W], ``text_input``, ``image_id``,
     ``instance_id``. Where a sample has several captions, each reading draws one.
 
     Lanes have shards of their own, or, where there are few, slices of them.
@@ -85,7 +85,7 @@ class ShardDataset(StreamDataset):
         shuffle_buffer: a lane's next sample is drawn out of so many of its next ones.
         num_samples: how many there are in all shards, or what counts them when first asked; None where
             nobody knows.
-        reader: of clips; see `Video`.
+        reader: of videos; see `Video`.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ def read_shard(shard: str, data_type: str) -> ShardIndex:
     """What a shard holds. One without samples counts as damaged.
 
     The members of a key belong together wherever they are in the shard. A `BadRecord` stands for a sample
-    that lacks its picture or its caption, and for one whose key was there before. A key is all before the
+    that lacks its image or its caption, and for one whose key was there before. A key is all before the
     suffix, dots included; but where there is a sample ``001``, ``001.seg.png`` is a further part of it, as
     webdataset has it, and a whole sample ``001.seg`` beside it is a `BadRecord`: it may be either.
     """
@@ -352,7 +352,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 
 def _image_id(record: dict[str, Any], name: str) -> int | str:
-    """What ``data pack`` noted of where the picture was; the sample's name where nothing is noted."""
+    """What ``data pack`` noted of where the image was; the sample's name where nothing is noted."""
     noted = record.get("image_id")
     return noted if isinstance(noted, int | str) and not isinstance(noted, bool) else name
 

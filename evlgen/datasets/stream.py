@@ -68,7 +68,7 @@ class StreamDataset(BaseDataset):
         raise NotImplementedError(f"{type(self).__name__} must define place_id(place)")
 
     def picture_at(self, place: Any) -> Image.Image | None:
-        """The picture there as a person sees it; None where there is none."""
+        """The image there as a person sees it; None where there is none."""
         return None
 
     def __len__(self) -> int:

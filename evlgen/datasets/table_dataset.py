@@ -1,4 +1,4 @@
-"""Pictures or clips of one's own with captions, or with questions and answers: described in YAML alone."""
+"""Images or videos of one's own with captions, or with questions and answers: described in YAML alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from evlgen.common.errors import ConfigError, DataError, did_you_mean
 from evlgen.common.registry import registry
-from evlgen.config.schema import NonNegativeInt, Share, build_dataclass
+from evlgen.config.schema import Fraction, NonNegativeInt, build_dataclass
 from evlgen.datasets.annotations import check_inside
 from evlgen.datasets.archive_media import split_cell
 from evlgen.datasets.base_builder import BaseDatasetBuilder, role_of
@@ -35,15 +35,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Shares:
-    """Which shares of the training pictures are held out: ``split`` in the YAML.
+    """Which shares of the training images are held out: ``split`` in the YAML.
 
     Args:
-        val, test: the share of the pictures in each; 0 is none.
-        seed: other seeds choose other pictures.
+        val, test: the share of the images in each; 0 is none.
+        seed: other seeds choose other images.
     """
 
-    val: Share = 0.0
-    test: Share = 0.0
+    val: Fraction = 0.0
+    test: Fraction = 0.0
     seed: NonNegativeInt = 42
 
     @property
@@ -54,7 +54,7 @@ class Shares:
 
 @registry.register_builder("image_text")
 class ImageTextBuilder(BaseDatasetBuilder):
-    """Pictures and a table about them.
+    """Images and a table about them.
 
     Paths in the YAML (of annotations, root, answer list) are tried from the working folder, then from the
     data root; those that start with ``./`` or ``../`` are beside the YAML file. Addresses are fetched once.
@@ -63,10 +63,10 @@ class ImageTextBuilder(BaseDatasetBuilder):
         annotations: a table (CSV, TSV, JSON, JSON lines, Parquet), or a Hugging Face dataset folder; or one
             for each split: ``{train: my.csv, val: val.csv}``. A column ``split`` says which rows are whose.
         columns: what its columns are called; those left out are guessed, and the log says so.
-        root: the folder, or zip or tar archive, that the names of pictures start from; or one for each split,
-            that has a table (splits that are shares of the training pictures are read where those are).
+        root: the folder, or zip or tar archive, that the names of images start from; or one for each split,
+            that has a table (splits that are shares of the training images are read where those are).
             None: the table's own folder.
-        split: shares of the training pictures that become ``val`` and ``test``. A picture with all its texts
+        split: shares of the training images that become ``val`` and ``test``. An image with all its texts
             is in one split. None: a tenth each where there is one table for everything, which has no column
             of splits, else nothing.
         train_answers: of questions; see `QuestionDataset`.
@@ -135,7 +135,7 @@ class ImageTextBuilder(BaseDatasetBuilder):
         return (self._question_dataset if is_question else self._caption_dataset)(split, records, media)
 
     def media(self, root: Path) -> Media:
-        """Where pictures are read."""
+        """Where images are read."""
         return ImageFiles(root)
 
     def _caption_dataset(self, split: str, records: Sequence[Any], media: Media) -> BaseDataset:
@@ -195,7 +195,7 @@ class ImageTextBuilder(BaseDatasetBuilder):
 
     @functools.cached_property
     def _held_out(self) -> Shares:
-        """The shares of the training pictures that the other splits get."""
+        """The shares of the training images that the other splits get."""
         given = self._given_splits
         if self.shares is None:
             is_one = isinstance(self.annotations, str) and given == ["train"] and not self._splits_in_column
@@ -212,14 +212,14 @@ class ImageTextBuilder(BaseDatasetBuilder):
 
     @functools.cached_property
     def _divided(self) -> Mapping[str, Sequence[Any]]:
-        """The training records by split. Read once, for the same pictures to be divided each time."""
+        """The training records by split. Read once, for the same images to be divided each time."""
         if self.shares is None and len(self._split_counts(self._tables("train"))) > 1:  # of a fetched table
             return {split: self._read(split, split == "train")[1] for split in ("train", "val", "test")}
         divided = divide(self._read("train", needs_text=True)[1], self._held_out)
         sizes = ", ".join(
             f"{split} {len({r['visual'] for r in good(part)})}" for split, part in divided.items()
         )
-        logger.info("%s: the pictures are divided by %s.split: %s", self.name, self._key, sizes)
+        logger.info("%s: the images are divided by %s.split: %s", self.name, self._key, sizes)
         return divided
 
     def _read(self, split: str, needs_text: bool) -> tuple[Path, Sequence[Any]]:
@@ -318,7 +318,7 @@ class ImageTextBuilder(BaseDatasetBuilder):
 
 @registry.register_builder("video_text")
 class VideoTextBuilder(ImageTextBuilder):
-    """Clips and a table about them; see `ImageTextBuilder`.
+    """Videos and a table about them; see `ImageTextBuilder`.
 
     Args:
         video_reader: the library that decodes; see `evlgen.media.video.Video`.
@@ -367,14 +367,14 @@ ONE_TABLE = Shares(val=0.1, test=0.1)  # of one table for everything, where noth
 
 
 def divide(records: Sequence[Any], shares: Shares) -> dict[str, list[Any]]:
-    """Records by split, all of a picture in one: those of one ``image_id``, of one name, of equal bytes.
+    """Records by split, all of an image in one: those of one ``image_id``, of one name, of equal bytes.
 
-    Which split a picture is in follows from its id (else its name, or the digest of its bytes) and the seed,
-    whatever the order of the records: the pictures are ordered by a digest of both, the first are the test's,
+    Which split an image is in follows from its id (else its name, or the digest of its bytes) and the seed,
+    whatever the order of the records: the images are ordered by a digest of both, the first are the test's,
     the next validation's. `BadRecord`s stay in training.
 
     Raises:
-        DataError: there are too few pictures for every split to have one.
+        DataError: there are too few images for every split to have one.
     """
     picture_of: dict[str, str] = {}
     for record in good(records):
@@ -388,7 +388,7 @@ def divide(records: Sequence[Any], shares: Shares) -> dict[str, list[Any]]:
         split_of.update(dict.fromkeys(order[first : first + count], split))
     if len(split_of) == len(order):
         wanted = ", ".join(["train", *shares.splits])
-        raise DataError(f"{len(order)} pictures are too few to be divided into {wanted}: lower the shares.")
+        raise DataError(f"{len(order)} images are too few to be divided into {wanted}: lower the shares.")
     divided: dict[str, list[Any]] = {split: [] for split in ("train", *shares.splits)}
     for record in records:
         is_bad = isinstance(record, BadRecord)
@@ -397,13 +397,13 @@ def divide(records: Sequence[Any], shares: Shares) -> dict[str, list[Any]]:
 
 
 def _own_id(record: Mapping[str, Any]) -> int | str | None:
-    """The id that the table has for a record's picture."""
+    """The id that the table has for a record's image."""
     image_id, cell = record.get("image_id"), split_cell(record["visual"])
     return None if cell and image_id == cell.place else image_id
 
 
 def _content(visual: str) -> str:
-    """What tells a picture without an id from others: the digest of its bytes, where its name has one."""
+    """What tells an image without an id from others: the digest of its bytes, where its name has one."""
     cell = split_cell(visual)
     return cell.digest if cell and cell.digest else visual
 

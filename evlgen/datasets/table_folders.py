@@ -32,7 +32,7 @@ class Tables(NamedTuple):
 
     Attributes:
         files: at least one.
-        root: the folder that names of pictures in them start from.
+        root: the folder that names of images in them start from.
     """
 
     files: list[Path]
@@ -43,7 +43,7 @@ def find_tables(path: Path) -> dict[str | None, Tables]:
     """The tables at a path, by split; under None where nothing says of which split they are.
 
     A path is a table, or a folder: one of ``save_to_disk``; one of tables with ``train``, ``validation`` or
-    ``test`` in their names, such as ``data/train-00000-of-00002.parquet``; or one of pictures with a
+    ``test`` in their names, such as ``data/train-00000-of-00002.parquet``; or one of images with a
     ``metadata.csv`` (or ``.jsonl``), once or in a folder for each split.
 
     Raises:

@@ -66,7 +66,7 @@ class Columns:
 
     Args:
         text: the captions: one in each row, lists of them, or several columns.
-        id: the picture's (or clip's) own id; without one its file name serves.
+        id: the image's (or video's) own id; without one its file name serves.
         question: with it the dataset is one of questions.
         answer: their answers; as ``text``.
         question_id: without one the number of the row serves.
@@ -84,7 +84,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class ImageColumns(Columns):
-    """Columns of a table about pictures; see `Columns`.
+    """Columns of a table about images; see `Columns`.
 
     Args:
         image: names of files, addresses, or the bytes themselves.
@@ -95,7 +95,7 @@ class ImageColumns(Columns):
 
 @dataclass(frozen=True)
 class VideoColumns(Columns):
-    """Columns of a table about clips; see `Columns`.
+    """Columns of a table about videos; see `Columns`.
 
     Args:
         video: names of files, or addresses.
@@ -109,7 +109,7 @@ class Found:
     """The columns of one table that make its records.
 
     Attributes:
-        visual: of the pictures or clips.
+        visual: of the images or videos.
         texts: of captions or, where there is a question, answers; may be none.
         id, question, question_id, split: None where there is none.
         guessed: those of the keys of ``columns`` that were not given.
@@ -138,7 +138,7 @@ def find_columns(table: Table, columns: Columns, visual: str, key: str) -> Found
         key: of ``columns`` in the YAML, for messages.
 
     Raises:
-        ConfigError: a column that was named is not there, or none is known to hold pictures.
+        ConfigError: a column that was named is not there, or none is known to hold images.
         DataError: the table has no columns, since it has no rows.
     """
     if not table.columns:
@@ -238,7 +238,7 @@ def read_records(
 
     Args:
         columns, visual, key: see `find_columns`.
-        root: the folder that pictures are read from: names inside it come without it.
+        root: the folder that images are read from: names inside it come without it.
         needs_text: whether a record without a caption, or answer, is bad.
         split: only rows of this split, by the column of splits. None: all.
         has_strays: whether rows that are in no split, which are bad, are among them.
@@ -429,10 +429,10 @@ def _id(value: Any, column: str | None) -> int | str | None:
 
 
 class _Ids:
-    """Sees to it that every picture has one name and one id only, and every question its own id.
+    """Sees to it that every image has one name and one id only, and every question its own id.
 
     A column that was guessed and holds something else (one id for each caption, say, or for each group of
-    pictures) is not used; of one that was named, the rows that contradict earlier ones are bad. (Two pictures
+    images) is not used; of one that was named, the rows that contradict earlier ones are bad. (Two images
     of one id in a column that was named are found where they are scored.)
 
     Args:
@@ -448,7 +448,7 @@ class _Ids:
         self.unused: set[str] = set()
 
     def note(self, record: Record) -> None:
-        """Gives a picture that was in another cell before the name of that one. Raises `DataError` where the
+        """Gives an image that was in another cell before the name of that one. Raises `DataError` where the
         record's ids contradict those of an earlier one."""
         if (cell := split_cell(record["visual"])) and cell.digest:
             record["visual"] = self._cells.setdefault(cell.digest, record["visual"])
@@ -465,7 +465,7 @@ class _Ids:
 
     def _object(self, key: str, why: str) -> None:
         if key not in self._guessed:
-            raise DataError(f"{why}. Mend it, or leave columns.{key} out.", "duplicate id")
+            raise DataError(f"{why}. Fix it, or leave columns.{key} out.", "duplicate id")
         self.unused.add(key)
 
     def drop_unused(self, records: Iterable[Record | BadRecord]) -> None:

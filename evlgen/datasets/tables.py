@@ -168,7 +168,7 @@ class JsonLinesTable(Table):
 class _ColumnarTable(Table):
     """A table of typed columns.
 
-    A column of bytes, or of Hugging Face's ``{bytes, path}``, is one of pictures: its values are names by
+    A column of bytes, or of Hugging Face's ``{bytes, path}``, is one of images: its values are names by
     which `evlgen.datasets.media` reads them.
     """
 

@@ -47,13 +47,13 @@ _DAMAGED = (
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What an archive may hold. The defaults have room for COCO's train2014 (83,000 pictures, 13 GB) several
+    """What an archive may hold. The defaults have room for COCO's train2014 (83,000 images, 13 GB) several
     times over.
 
     Attributes:
         files: members at most.
         bytes: unpacked size of all members at most.
-        ratio: unpacked bytes for each byte of the archive at most, beyond the first megabyte. Pictures and
+        ratio: unpacked bytes for each byte of the archive at most, beyond the first megabyte. Images and
             videos hardly shrink, text shrinks by ten; a bomb is made of thousands.
     """
 
@@ -83,7 +83,7 @@ def extract(archive: str | os.PathLike, folder: str | os.PathLike, limits: Limit
     """
     archive, folder = Path(archive), Path(os.path.expanduser(folder)).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder} is there already: move it away to unpack {archive} anew.")
+        raise DataError(f"{folder} is there already: move it away to unpack {archive} again.")
     temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

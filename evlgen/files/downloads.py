@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import IO
 
 from evlgen.common.errors import DataError
-from evlgen.files.locks import alone_at
+from evlgen.files.locks import file_lock
 from evlgen.files.partial_file import PartialFile, Version
 
 logger = logging.getLogger(__name__)
 
 # Seconds before each further try after a broken connection or a server's trouble. One that brought bytes
-# starts them anew.
+# starts them again.
 PAUSES: tuple[float, ...] = (1, 2, 4, 8, 16)
 _CHUNK = 1 << 20
 _TIMEOUT = 60  # seconds without a byte
@@ -51,7 +51,7 @@ def fetch(url: str, target: Path, md5: str | None = None) -> Path:
     before, part = _identity(target), PartialFile(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with alone_at(target):
+        with file_lock(target):
             if _identity(target) not in (None, before):
                 return target  # another process was the first
             try:
@@ -172,7 +172,7 @@ def _go_on(part: PartialFile, url: str, md5: str | None) -> None:
 def _receive(
     part: PartialFile, url: str, begun: Version | None, digest: hashlib._Hash
 ) -> tuple[Version, hashlib._Hash]:
-    """Appends the rest, or begins anew with an answer that holds the whole. Returns what file it is, and its
+    """Appends the rest, or begins again with an answer that holds the whole. Returns what file it is, and its
     digest."""
     try:
         answer = _answer(url, _asking_for_rest(begun, part.size) if begun else {})
@@ -251,7 +251,7 @@ def _append(
 
 
 def _takes_a_while(length: int | None) -> bool:
-    """Whether a file of this length is worth a line and a bar; one of thousands of pictures is not."""
+    """Whether a file of this length is worth a line and a bar; one of thousands of images is not."""
     return length is None or length > 8 * _CHUNK
 
 

@@ -22,7 +22,7 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.
 
 
 @contextlib.contextmanager
-def alone_at(path: Path) -> Iterator[None]:
+def file_lock(path: Path) -> Iterator[None]:
     """Waits until no other process (or thread) is at ``path``, and keeps others away meanwhile.
 
     A lock file stands beside it for as long; the system frees a process's locks however it ends, so that one
@@ -43,7 +43,7 @@ def alone_at(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Keeps a folder to this process for as long as the block. Does not wait as `alone_at` does.
+    """Keeps a folder to this process for as long as the block. Does not wait as `file_lock` does.
 
     The system frees the lock however the process ends. Children that outlive it, such as data-loading
     workers, do not have it.

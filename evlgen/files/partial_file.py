@@ -79,7 +79,7 @@ class PartialFile:
         return None
 
     def begin(self, version: Version) -> None:
-        """Starts anew with a file of which this is known."""
+        """Starts again with a file of which this is known."""
         self.drop()
         write_atomically(self._record, json.dumps(dataclasses.asdict(version)))
 

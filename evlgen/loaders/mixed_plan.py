@@ -275,7 +275,7 @@ def check_training_data(run: RunConfig, datasets: Mapping[str, Mapping[str, Base
     streams = [name for name, dataset in trained.items() if isinstance(dataset, StreamDataset)]
     if streams and run.cache_vision:
         raise ConfigError(
-            f"run.cache_vision: dataset '{streams[0]}' is a stream of shards, whose pictures are not kept. "
+            f"run.cache_vision: dataset '{streams[0]}' is a stream of shards, whose images are not kept. "
             "Set it to false."
         )
     for name in streams:

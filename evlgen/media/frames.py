@@ -1,4 +1,4 @@
-"""Picture files and clips: finding them, and reading their frames."""
+"""Image files and videos: finding them, and reading their frames."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def read_files(
     """(path, frames) of each file that can be read; the others are named in a warning.
 
     Args:
-        num_frames: of a clip at most; None: pictures alone are read.
+        num_frames: of a video at most; None: images alone are read.
         on_error: called for each file that cannot be read.
     """
     for path in paths:
@@ -73,7 +73,7 @@ def read_files(
                 frames = read_frames(path, num_frames)
             elif Path(path).suffix.lower() in VIDEO_SUFFIXES:
                 raise DataError(
-                    f"{shown_name(path)} is a video; models of clips read those, such as evlgen_video_opt."
+                    f"{shown_name(path)} is a video; models of videos read those, such as evlgen_video_opt."
                 )
             else:
                 frames = [open_image(resolve(path))]
@@ -85,8 +85,8 @@ def read_files(
 
 
 def read_frames(path: str | Path, num_frames: int) -> list[Image.Image]:
-    """One picture, or of a clip (video file, animated GIF) at most ``num_frames`` frames, evenly spaced from
-    its first. A clip of fewer frames is named in a warning, and gives those it has.
+    """One image, or of a video (video file, animated GIF) at most ``num_frames`` frames, evenly spaced from
+    its first. A video of fewer frames is named in a warning, and gives those it has.
 
     Raises:
         DataError: it is missing, or nothing that can be read.

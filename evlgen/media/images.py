@@ -1,4 +1,4 @@
-"""Reading pictures: any file or Pillow mode becomes an upright RGB image, or an error that says why not."""
+"""Reading images: any file or Pillow mode becomes an upright RGB image, or an error that says why not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from evlgen.common.errors import DataError
 from evlgen.common.safe_text import shown_name
 
 _ORIENTATION_TAG = 0x0112
-# EXIF orientation -> what turns the stored picture upright (EXIF 2.32, section 4.6.4).
+# EXIF orientation -> what turns the stored image upright (EXIF 2.32, section 4.6.4).
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -28,7 +28,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# The formats pictures come in. Pillow knows more, some of which start other programs (EPS) or have decoders
+# The formats images come in. Pillow knows more, some of which start other programs (EPS) or have decoders
 # that nobody looks after.
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 #: How files of these are called; where a sample has several, the first is taken.
@@ -54,7 +54,7 @@ def open_image(
     formats: tuple[str, ...] | None = None,
     max_pixels: int | None = None,
 ) -> Image.Image:
-    """Reads one picture file as upright RGB.
+    """Reads one image file as upright RGB.
 
     Args:
         path: the file, or one that is open for reading (with a ``name`` for messages).
@@ -164,7 +164,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     rgb = _as_rgb(image)
     if turn is not None:
         rgb = rgb.transpose(turn)
-        rgb.info = {}  # carries a copy of the EXIF block; a second call would turn the picture again
+        rgb.info = {}  # carries a copy of the EXIF block; a second call would turn the image again
     return rgb
 
 
@@ -172,7 +172,7 @@ def _orientation(image: Image.Image) -> int | None:
     try:
         return image.getexif().get(_ORIENTATION_TAG)
     except Exception:
-        return None  # a damaged EXIF block beside a whole picture: shown as it is stored
+        return None  # a damaged EXIF block beside a whole image: shown as it is stored
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -237,7 +237,7 @@ def _extremes(values: np.ndarray) -> tuple[float, float] | None:
 
 
 def _cause(path: str | os.PathLike, error: Exception) -> tuple[str, str]:
-    """Why a picture cannot be read, and the `DataError.cause` of it."""
+    """Why an image cannot be read, and the `DataError.cause` of it."""
     if isinstance(error, FileNotFoundError):
         return "the file does not exist.", "missing file"
     if isinstance(error, OSError) and error.errno == errno.ELOOP:

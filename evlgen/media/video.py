@@ -3,7 +3,7 @@
 Two libraries decode, and give the same frames: numbered in the order they are shown, converted to RGB at
 their own size, and resized one by one with Pillow. Video of 8 bits with an even height, which is nearly all
 there is, comes out the same bit for bit. Where the height is odd (4:2:0) or colours have more bits (4:2:0,
-4:2:2), the ffmpegs inside them interpolate colours differently: in MSR-VTT clips re-encoded so, values of
+4:2:2), the ffmpegs inside them interpolate colours differently: in MSR-VTT videos re-encoded so, values of
 0 to 255 differed by 0.6 on average, 99 of 100 by at most 6 and single ones by 36. They get to a frame in two
 ways:
 
@@ -11,7 +11,7 @@ ways:
   times where it is; files without such times (AVI, MPEG programme streams) are read from their start.
 - decord, which comes with this package, reads on from the first frame and drops what is not wanted. Its own
   seeking is not used: decord 0.6.0 lands up to 110 frames off in AVI, MPEG, WMV and HEVC files and in H.264
-  with open groups of pictures. For clips of seconds that costs little. It reads no AV1, and of MPEG transport
+  with open groups of images. For videos of seconds that costs little. It reads no AV1, and of MPEG transport
   streams the wrong frames, which is why they are refused.
 
 Of a damaged file both give what they can decode, numbered as it comes, and refuse what lies behind its end.
@@ -38,7 +38,7 @@ Reader = Literal["auto", "decord", "pyav"]
 _MODULES: dict[Reader, str] = {"pyav": "av", "decord": "decord"}
 Box = tuple[float, float, float, float]  # left, top, right, bottom, as shares of a frame's width and height
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
-#: How video files are called; where a sample has several, the first is taken. A GIF is a picture, too.
+#: How video files are called; where a sample has several, the first is taken. A GIF is an image, too.
 VIDEO_SUFFIXES = (
     *(".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp"),
     *(".ts", ".mts", ".m2ts"),
@@ -75,7 +75,7 @@ class Clip:
         """
         wanted = sorted(set(indices))
         if wanted and not 0 <= wanted[0] <= wanted[-1] < len(self):
-            raise IndexError(f"frames {wanted[0]} to {wanted[-1]} of a clip of {len(self)} frames.")
+            raise IndexError(f"frames {wanted[0]} to {wanted[-1]} of a video of {len(self)} frames.")
         frames = _checked(self.frames(wanted))
         found = {i: _resized(f, size, box) for i, f in zip(wanted, frames, strict=True)}
         return np.stack([found[i] for i in indices])

@@ -52,7 +52,7 @@ class EvlgenCausal(VLM):
 
 @registry.register_model("evlgen_video_opt")
 class EvlgenVideoOPT(VLM):
-    """EVL_Gen for clips with OPT: attention over the frames inside the vision encoder."""
+    """EVL_Gen for videos with OPT: attention over the frames inside the vision encoder."""
 
     LANGUAGE_MODEL = "opt"
     TEMPORAL = "average"
@@ -64,7 +64,7 @@ class EvlgenVideoOPT(VLM):
 
 @registry.register_model("evlgen_video_vicuna")
 class EvlgenVideoVicuna(VLM):
-    """EVL_Gen for clips with Vicuna."""
+    """EVL_Gen for videos with Vicuna."""
 
     LANGUAGE_MODEL = "vicuna"
     GENERATION = _OF_VICUNA

@@ -37,20 +37,21 @@ logger = logging.getLogger(__name__)
 
 _ADAPTER, _TEMPORAL = ".lora_", ".temporal_merge."  # in the names of weights
 _WITHOUT = "model.checkpoint: null starts without it."
-_SAYS = "the config.yaml beside the weights says"
+_SAVED_CONFIG = "the config.yaml beside the weights says"
 _HEAD, _NORM = "prompt_head.", "ln_vision."
 # What gives learned weights a place that have none.
 _PLACES = {
     _ADAPTER: "it is of adapters in the language model. Set model.language.lora to what they were trained "
-    f"with (r, alpha, target_modules: {_SAYS})",
+    f"with (r, alpha, target_modules: {_SAVED_CONFIG})",
     _TEMPORAL: "it is of attention over the frames. Set model.vision.temporal.form to what it was trained "
-    f"with ({_SAYS}; published weights: residual), and model.vision to the same encoder",
-    _NORM: f"it is of the LayerNorm after the vision encoder. Set model.vision.norm_eps to what {_SAYS}",
-    _HEAD: f"it is of what stands around the soft prompts. Set model.soft_prompts to what {_SAYS}",
+    f"with ({_SAVED_CONFIG}; published weights: residual), and model.vision to the same encoder",
+    _NORM: "it is of the LayerNorm after the vision encoder. Set model.vision.norm_eps to what "
+    f"{_SAVED_CONFIG}",
+    _HEAD: f"it is of what stands around the soft prompts. Set model.soft_prompts to what {_SAVED_CONFIG}",
 }
 _READS_TEXT = (
     "it is of a Q-Former that reads the question too, as InstructBLIP's does, and model.connector reads "
-    "pictures only. Take BLIP-2's weights, of the first stage or of the second"
+    "images only. Take BLIP-2's weights, of the first stage or of the second"
 )
 
 
@@ -64,7 +65,7 @@ class LoadReport:
     unexpected: list[str]
 
 
-class Missing(NamedTuple):
+class MissingAsset(NamedTuple):
     """Something a config needs and this machine lacks: what, why with the remedy, and whether it would be
     downloaded by itself where there is a connection."""
 
@@ -172,7 +173,7 @@ class BaseModel(nn.Module):
         return cls.from_config(cfg, device)
 
     @classmethod
-    def missing(cls, cfg: Any) -> list[Missing]:
+    def missing(cls, cfg: Any) -> list[MissingAsset]:
         """What the config needs and this machine lacks. Loads nothing."""
         return []
 
@@ -229,7 +230,7 @@ class BaseModel(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define rank_answers(samples, candidates)")
 
     def soft_prompts(self, samples: dict[str, Any]) -> Tensor:
-        """What the language model reads of the pictures, [B, M, C_language]."""
+        """What the language model reads of the images, [B, M, C_language]."""
         raise NotImplementedError(f"{type(self).__name__} must define soft_prompts(samples)")
 
     @property
@@ -477,7 +478,7 @@ def _check_arch(cls: type[BaseModel], section: Any) -> None:
     if not registry.has("model", arch):
         return  # none named; or unknown, which the section's own check says
     right = registry.get_model_class(arch)
-    # by name: a plugin that is loaded again makes its classes anew
+    # by name: a plugin that is loaded again makes its classes again
     if not any((c.__module__, c.__qualname__) == (right.__module__, right.__qualname__) for c in cls.__mro__):
         raise ConfigError(
             f"model.arch is {arch}, whose class is {right.__name__}, and it was given to {cls.__name__}. "

@@ -7,7 +7,7 @@ salesforce/LAVIS, lavis/models/blip2_models: label smoothing 0.1 in contrast (`b
 writing (`Qformer.py`), a temperature that starts at 0.07.
 
 Unlike there, features of other processes get their gradients, so that several processes learn what one would
-from all their samples; and pairs of the same picture (``image_id``) are right partners of each other.
+from all their samples; and pairs of the same image (``image_id``) are right partners of each other.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from evlgen.common.registry import registry
 from evlgen.config.model_config import VisionConfig
 from evlgen.config.schema import PositiveInt, Registered
 from evlgen.files.io import resolve
-from evlgen.models.base_model import BaseModel, Missing
+from evlgen.models.base_model import BaseModel, MissingAsset
 from evlgen.models.connectors.base import ConnectorInputs
 from evlgen.models.connectors.bert_weights import bert_sizes
 from evlgen.models.connectors.qformer import QFormer
 from evlgen.models.connectors.qformer_text import (
     QFormerText,
     QFormerTokenizer,
+    encode_multimodal,
     generate,
-    read_both,
     read_text,
     write,
 )
 from evlgen.models.image_text_losses import (
-    Everyone,
+    GlobalBatch,
     contrastive_loss,
     hard_negatives,
     picture_keys,
@@ -48,7 +48,7 @@ from evlgen.models.image_text_losses import (
     similarities,
 )
 from evlgen.models.language.generation import Decoding
-from evlgen.models.ops import quicken
+from evlgen.models.ops import use_fast_linear
 from evlgen.models.pixels import pixels_of, with_pixels
 from evlgen.models.text_lengths import TextLengths
 from evlgen.models.vision import build_vision_encoder, vision_encoder_class
@@ -160,14 +160,14 @@ class Blip2Stage1(BaseModel):
         self.temp = nn.Parameter(torch.tensor(TEMPERATURE))
         for module in self.frozen_modules():
             module.requires_grad_(False)
-        quicken(self)
+        use_fast_linear(self)
 
     @classmethod
     def from_parts_config(cls, cfg: Stage1Config, device: torch.device) -> Blip2Stage1:
         """Builds the parts a config names.
 
         Raises:
-            ConfigError: a connector that is no Q-Former, settings for clips, texts longer than the positions.
+            ConfigError: a connector other than a Q-Former, settings for videos, texts longer than the positions.
         """
         connector_args = dict(cfg.connector)
         connector_class = registry.get_connector_class(connector_args.pop("name", "qformer"))
@@ -177,7 +177,7 @@ class Blip2Stage1(BaseModel):
                 "qformer. Other connectors need no first stage: take an architecture such as evlgen_opt."
             )
         if cfg.vision.temporal:
-            raise ConfigError("model.vision.temporal: BLIP-2's first stage is of pictures. Leave it out.")
+            raise ConfigError("model.vision.temporal: BLIP-2's first stage is of images. Leave it out.")
         if cfg.vision.norm_eps is None:
             raise ConfigError("model.vision.norm_eps: BLIP-2's first stage has the norm. Leave it out.")
         tokenizer = QFormerTokenizer(cfg.text.tokenizer, cfg.max_txt_len)
@@ -195,18 +195,18 @@ class Blip2Stage1(BaseModel):
         return model
 
     @classmethod
-    def missing(cls, cfg: Stage1Config) -> list[Missing]:
+    def missing(cls, cfg: Stage1Config) -> list[MissingAsset]:
         """Weights the config names that are not on this machine."""
         vision, start, tokenizer = cfg.vision, cfg.connector.get("init"), cfg.text.tokenizer
         why = vision_encoder_class(vision.name).missing(vision.pretrained)
-        found = [Missing(f"vision encoder {vision.name}", why, vision.pretrained is True)]
+        found = [MissingAsset(f"vision encoder {vision.name}", why, vision.pretrained is True)]
         named = [(f"tokenizer {tokenizer}", tokenizer)]
         named += [(f"connector start {start}", start)] if start and start != tokenizer else []
-        found += [Missing(what, missing_model(name), not looks_like_path(name)) for what, name in named]
+        found += [MissingAsset(what, missing_model(name), not looks_like_path(name)) for what, name in named]
         if cfg.checkpoint and not cfg.checkpoint.startswith(("http://", "https://", HUB_PREFIX)):
             if not os.path.exists(resolve(cfg.checkpoint)):
                 why = "there is no such file or folder; see model.checkpoint"
-                found.append(Missing(f"checkpoint {cfg.checkpoint}", why, False))
+                found.append(MissingAsset(f"checkpoint {cfg.checkpoint}", why, False))
         return [item for item in found if item.why]
 
     @classmethod
@@ -232,13 +232,13 @@ class Blip2Stage1(BaseModel):
     # ---- training ----
 
     def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
-        """The three losses of a batch and their sum. In training, pictures and texts of other processes are
+        """The three losses of a batch and their sum. In training, images and texts of other processes are
         negatives too.
 
         Args:
             samples: ``image`` [B, 3, H, W] (or ``visual_tokens`` [B, N, C_vision] that `encode` gave
                 earlier), ``text_input`` list[str]; optionally ``image_id``, by which several pairs of one
-                picture are known.
+                image are known.
 
         Returns:
             ``loss``, ``loss_itc``, ``loss_itm``, ``loss_lm``: scalars, float32. In training their means over
@@ -248,7 +248,7 @@ class Blip2Stage1(BaseModel):
         ids = self.tokenizer(samples["text_input"])  # [B, L], on the CPU
         visual = self.connector.keys_values(self._normed(tokens))
         queries, past = self.connector.read(visual, len(tokens))
-        everyone = Everyone(len(tokens), tokens.device, alone=not self.training)
+        everyone = GlobalBatch(len(tokens), tokens.device, alone=not self.training)
         # texts are of different lengths, and losses of processes weigh by their samples. The other two losses
         # are means over samples: negatives are wanting for all samples of all processes or for none
         written = int((ids[:, 1:] != self.tokenizer.pad).sum())
@@ -273,10 +273,10 @@ class Blip2Stage1(BaseModel):
         }
 
     def _contrast(
-        self, queries: Tensor, ids: Tensor, keys: Tensor, everyone: Everyone
+        self, queries: Tensor, ids: Tensor, keys: Tensor, everyone: GlobalBatch
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The contrastive loss; similarities / temperature of one's own pictures with everyone's texts and of
-        one's own texts with everyone's pictures, and which of either are of the same picture; all [B, K]."""
+        """The contrastive loss; similarities / temperature of one's own images with everyone's texts and of
+        one's own texts with everyone's images, and which of either are of the same image; all [B, K]."""
         if self.training:
             with torch.no_grad():
                 self.temp.clamp_(*TEMPERATURES)
@@ -298,14 +298,14 @@ class Blip2Stage1(BaseModel):
         ids: Tensor,
         negative_images: tuple[Tensor, Tensor],
         negative_texts: tuple[Tensor, Tensor],
-        everyone: Everyone,
+        everyone: GlobalBatch,
     ) -> Tensor:
-        """Telling right pairs from those with a similar picture, and from those with a similar text.
+        """Telling right pairs from those with a similar image, and from those with a similar text.
 
         Args:
             tokens: of the encoder, [B, N, C_vision].
             visual: what the Q-Former reads of them.
-            negative_images, negative_texts: of `hard_negatives`, one for each text and picture.
+            negative_images, negative_texts: of `hard_negatives`, one for each text and image.
         """
         wide = F.pad(ids, (0, self.tokenizer.max_txt_len - ids.shape[1]), value=self.tokenizer.pad)
         length = ids.shape[1] if everyone.is_alone else wide.shape[1]
@@ -323,9 +323,9 @@ class Blip2Stage1(BaseModel):
         return F.cross_entropy(logits, torch.cat([right, *wrong]), ignore_index=UNKNOWN)
 
     def _visual_of(
-        self, chosen: Tensor, tokens: Tensor, visual: list[Tensor | None], everyone: Everyone
+        self, chosen: Tensor, tokens: Tensor, visual: list[Tensor | None], everyone: GlobalBatch
     ) -> list[Tensor | None]:
-        """What the Q-Former reads of chosen pictures of everyone's, [B]."""
+        """What the Q-Former reads of chosen images of everyone's, [B]."""
         if everyone.is_alone:
             return [None if own is None else own[chosen] for own in visual]
         # the encoder's own tokens travel: where it is frozen they need no gradient and have half the bytes
@@ -365,11 +365,11 @@ class Blip2Stage1(BaseModel):
         """Captions by the Q-Former's own head.
 
         Args:
-            samples: ``image`` [B, 3, H, W]; optionally ``prompt``, the same for all pictures.
+            samples: ``image`` [B, 3, H, W]; optionally ``prompt``, the same for all images.
             num_beams, max_length, ...: as in `evlgen.models.vlm.VLM.generate`.
 
         Returns:
-            B x num_captions texts, those of one picture in a row, without the prompt.
+            B x num_captions texts, those of one image in a row, without the prompt.
 
         Raises:
             ConfigError: options out of range; more tokens than there are positions; several prompts.
@@ -435,12 +435,12 @@ class Blip2Stage1(BaseModel):
             projected = self._features(self.vision_proj(queries))
             return Features(image_embeds=queries, image_embeds_proj=projected)
         ids = self._ids(samples)
-        both = read_both(self.connector, self.text, ids, self._is_text(ids), visual)
+        both = encode_multimodal(self.connector, self.text, ids, self._is_text(ids), visual)
         return Features(multimodal_embeds=both)
 
     @torch.no_grad()
     def match(self, samples: dict[str, Any], head: Literal["itm", "itc"] = "itm") -> Tensor:
-        """How well each picture and its text fit.
+        """How well each image and its text fit.
 
         Args:
             samples: ``image`` [B, 3, H, W], ``text_input`` list[str].
@@ -459,15 +459,15 @@ class Blip2Stage1(BaseModel):
     # ---- parts ----
 
     def encode(self, image: Tensor) -> Tensor:
-        """The encoder's own tokens of pictures [B, 3, H, W], in the type its weights are kept in: [B, N,
+        """The encoder's own tokens of images [B, 3, H, W], in the type its weights are kept in: [B, N,
         C_vision].
 
         Raises:
-            ConfigError: clips.
+            ConfigError: videos.
         """
         image = image if isinstance(image, Tensor) else pixels_of(self, image)
         if image.ndim != 4:
-            raise ConfigError("BLIP-2's first stage is a model of pictures, and a clip was given to it.")
+            raise ConfigError("BLIP-2's first stage is a model of images, and a video was given to it.")
         pixels = image.to(self.device, next(self.vision.parameters()).dtype)
         if not self.freezes_vision:
             return self.vision(pixels)
@@ -478,7 +478,7 @@ class Blip2Stage1(BaseModel):
         prompts = samples.get("prompt", self.prompt)
         prompts = {prompts} if isinstance(prompts, str) else set(prompts)
         if len(prompts) != 1:
-            raise ConfigError("BLIP-2's first stage writes after one prompt for all pictures of a batch.")
+            raise ConfigError("BLIP-2's first stage writes after one prompt for all images of a batch.")
         return prompts.pop()
 
     def _tokens(self, samples: dict[str, Any]) -> Tensor:
@@ -511,10 +511,10 @@ class Blip2Stage1(BaseModel):
 
     def _matching_logits(self, ids: Tensor, visual: list[Tensor | None]) -> Tensor:
         """[B, 2]: the mean of what the queries say."""
-        queries = read_both(self.connector, self.text, ids, self._is_text(ids), visual)
+        queries = encode_multimodal(self.connector, self.text, ids, self._is_text(ids), visual)
         return self.itm_head(queries).float().mean(1)
 
-    def _picture_keys(self, samples: dict[str, Any], everyone: Everyone) -> Tensor:
+    def _picture_keys(self, samples: dict[str, Any], everyone: GlobalBatch) -> Tensor:
         if "image_id" in samples:
             return picture_keys(samples["image_id"], self.device)
         own = len(samples["text_input"])

@@ -1,4 +1,4 @@
-"""Contrast of pictures with texts, over the batch and over the batches of all processes.
+"""Contrast of images with texts, over the batch and over the batches of all processes.
 
 Li et al., *BLIP-2*, 2023 (arXiv 2301.12597), section 3.2; the hard negatives are of Li et al., *Align before
 Fuse*, 2021 (arXiv 2107.07651), section 3.2.
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 
 def similarities(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """The cosine of a text with the query of a picture that is nearest to it.
+    """The cosine of a text with the query of an image that is nearest to it.
 
     Args:
         image_features: [B, M, E], of length 1.
@@ -30,10 +30,10 @@ def similarities(image_features: Tensor, text_features: Tensor) -> Tensor:
 
 
 def positives(own: Tensor, everyone: Tensor, offset: int) -> Tensor:
-    """Which of all pairs show the picture of each of one's own.
+    """Which of all pairs show the image of each of one's own.
 
     Args:
-        own: [B], a key of each picture.
+        own: [B], a key of each image.
         everyone: [K], those of all processes, one's own from ``offset`` on.
 
     Returns:
@@ -67,12 +67,12 @@ def hard_negatives(similarity: Tensor, positive: Tensor) -> tuple[Tensor, Tensor
 
 
 def picture_keys(ids: Sequence[object], device: torch.device) -> Tensor:
-    """A number for each picture's id, the same on every process, [B]."""
+    """A number for each image's id, the same on every process, [B]."""
     digests = [hashlib.blake2b(str(i).encode(), digest_size=8).digest() for i in ids]
     return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests], device=device)
 
 
-class Everyone:
+class GlobalBatch:
     """The batches of all processes, one behind the other, of as many samples as each has.
 
     Args:

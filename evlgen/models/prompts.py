@@ -1,8 +1,8 @@
-"""Prompts with slots: questions, their choices, and words read in the picture.
+"""Prompts with slots: questions, their choices, and words read in the image.
 
 The formats are those of LAVIS (`blip2_vicuna_instruct`): ``Question: {} Short answer:``; with choices
 ``Question: {} Options: {}. Short answer:``, where the second slot becomes ``(a) red (b) blue``; with words
-read in the picture ``OCR tokens: {}. Question: {} Short answer:``, where the first slot takes them.
+read in the image ``OCR tokens: {}. Question: {} Short answer:``, where the first slot takes them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def check_slots(prompt: str) -> None:
 
 
 def fill_ocr_slots(prompts: Sequence[str], samples: dict[str, Any]) -> list[str]:
-    """Prompts to continue, their slot filled with the words read in the picture, where samples have them."""
+    """Prompts to continue, their slot filled with the words read in the image, where samples have them."""
     if "ocr_tokens" not in samples:
         return list(prompts)
     pairs = zip(prompts, samples["ocr_tokens"], strict=True)
@@ -73,7 +73,7 @@ def fill_ocr_slots(prompts: Sequence[str], samples: dict[str, Any]) -> list[str]
 def check_count(texts: Sequence[str], count: int, what: str) -> None:
     """Raises `ConfigError` unless there is one text for each sample."""
     if len(texts) != count:
-        raise ConfigError(f"{len(texts)} {what} for {count} pictures: give one for all, or one for each.")
+        raise ConfigError(f"{len(texts)} {what} for {count} images: give one for all, or one for each.")
 
 
 def _fill(prompt: str, *values: str) -> str:

@@ -102,7 +102,7 @@ def match_tokens(metric: Tensor, r: int, num_protected: int = 1) -> tuple[Tensor
 class _Merge(torch.autograd.Function):
     """Sums or means of rows that share an output row.
 
-    Most groups have one member, so: copy one member of each group, then mend the few rows that have more.
+    Most groups have one member, so: copy one member of each group, then fix the few rows that have more.
     Adding every row to zeros and scaling all of them, with autograd's general backward, costs several times
     as much on a CPU.
     """

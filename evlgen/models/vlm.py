@@ -20,7 +20,7 @@ from evlgen.common.precision import without_autocast
 from evlgen.common.registry import registry
 from evlgen.config.model_config import GenerationConfig, ModelConfig
 from evlgen.files.io import resolve
-from evlgen.models.base_model import BaseModel, Missing
+from evlgen.models.base_model import BaseModel, MissingAsset
 from evlgen.models.chatting import pixels_of_visual
 from evlgen.models.connectors.base import Connector, ConnectorInputs
 from evlgen.models.language import LanguageModel, build_language_model
@@ -35,7 +35,7 @@ from evlgen.models.language.segments import (
     num_soft_of,
     num_visuals,
 )
-from evlgen.models.ops import quicken
+from evlgen.models.ops import use_fast_linear
 from evlgen.models.pixels import pixels_of, with_pixels
 from evlgen.models.prompts import ask, check_count, fill_ocr_slots
 from evlgen.models.soft_prompts import SoftPromptHead
@@ -64,7 +64,7 @@ class VLM(BaseModel):
         prompt: the text before every caption.
         freeze_vision, freeze_language: what is not trained, but for the parts' own `trained_modules`.
         prompt_head: what is added around the connector's output; None: nothing.
-        temporal: how the frames of a clip become one set of visual tokens, see `TemporalConfig`; None for a
+        temporal: how the frames of a video become one set of visual tokens, see `TemporalConfig`; None for a
             model of images.
     """
 
@@ -101,7 +101,7 @@ class VLM(BaseModel):
             module.requires_grad_(False)
         for module in self.trained_modules():
             module.requires_grad_(True)
-        quicken(self)
+        use_fast_linear(self)
 
     @classmethod
     def from_parts_config(cls, cfg: ModelConfig, device: torch.device) -> VLM:
@@ -133,28 +133,30 @@ class VLM(BaseModel):
         return model
 
     @classmethod
-    def missing(cls, cfg: ModelConfig) -> list[Missing]:
+    def missing(cls, cfg: ModelConfig) -> list[MissingAsset]:
         """Weights the config names that are not on this machine."""
         vision, language, start = cfg.vision, cfg.language.name, cfg.connector.get("init")
         encoder = vision_encoder_class(vision.name)
         found = [
-            Missing(
+            MissingAsset(
                 f"vision encoder {vision.name}", encoder.missing(vision.pretrained), vision.pretrained is True
             ),
-            Missing(f"language model {language}", missing_model(language), not looks_like_path(language)),
+            MissingAsset(
+                f"language model {language}", missing_model(language), not looks_like_path(language)
+            ),
         ]
         if start:
             found.append(
-                Missing(f"connector start {start}", missing_model(start), not looks_like_path(start))
+                MissingAsset(f"connector start {start}", missing_model(start), not looks_like_path(start))
             )
         if cfg.checkpoint and not cfg.checkpoint.startswith(("http://", "https://", HUB_PREFIX)):
             if not os.path.exists(resolve(cfg.checkpoint)):
                 why = "there is no such file or folder; see model.checkpoint"
-                found.append(Missing(f"checkpoint {cfg.checkpoint}", why, False))
+                found.append(MissingAsset(f"checkpoint {cfg.checkpoint}", why, False))
         named = (vision.pretrained, language, start)
         if any(item.why for item in found) and any("cache://parts/" in str(part) for part in named):
             why = "bash run_scripts/photos/get_parts.sh fetches them"
-            found.append(Missing("the small parts", why, False))
+            found.append(MissingAsset("the small parts", why, False))
         return [item for item in found if item.why]
 
     @classmethod
@@ -217,7 +219,7 @@ class VLM(BaseModel):
         """The next-token loss of a batch.
 
         Args:
-            samples: ``image`` [B, 3, H, W], of a clip [B, 3, T, H, W] (or ``visual_tokens``, see
+            samples: ``image`` [B, 3, H, W], of a video [B, 3, T, H, W] (or ``visual_tokens``, see
                 `soft_prompts`); ``text_input`` list[str] to learn; with ``text_output`` list[str] that is
                 learned and ``text_input`` only read. ``num_texts`` list[int]: how many of the N texts belong
                 to each image, whose soft prompts are then read once for all of them; without it, one. With
@@ -232,7 +234,7 @@ class VLM(BaseModel):
 
         Returns:
             ``loss``: scalar, float32; ``num_tokens``: how many tokens it is the mean of, and with
-            ``text_weights`` how many pictures.
+            ``text_weights`` how many images.
         """
         if "text_weights" in samples:
             return self._weighted_loss(samples)
@@ -261,9 +263,9 @@ class VLM(BaseModel):
         """As `forward`, of each text by itself.
 
         Args:
-            samples: as in `forward`; N texts with ``num_texts``, else one for each picture. With
+            samples: as in `forward`; N texts with ``num_texts``, else one for each image. With
                 ``text_tokens`` also ``prompt``, as in `generate`.
-            soft_prompts: of the pictures, [B, M, C_language], where they are known already; ``samples`` then
+            soft_prompts: of the images, [B, M, C_language], where they are known already; ``samples`` then
                 needs no pixels.
 
         Returns:
@@ -271,7 +273,7 @@ class VLM(BaseModel):
             ``num_tokens``: [N].
 
         Raises:
-            DataError: the texts are not as many as the pictures, or as ``num_texts`` says.
+            DataError: the texts are not as many as the images, or as ``num_texts`` says.
         """
         if is_sequence(samples):
             prompts = self.sequence_prompts(samples) if soft_prompts is None else soft_prompts
@@ -487,15 +489,15 @@ class VLM(BaseModel):
         `evlgen.vision_cache.cache`.
 
         Args:
-            image: [B, 3, H, W], or clips [B, 3, T, H, W] where the model is one of clips; to such a model a
-                picture is a clip of one frame. Or Pillow images, see `generate`.
+            image: [B, 3, H, W], or videos [B, 3, T, H, W] where the model is one of videos; to such a model a
+                image is a video of one frame. Or Pillow images, see `generate`.
 
         Returns:
             [B, N, C_vision]; with ``temporal: concat`` [B, T * N, C_vision].
 
         Raises:
-            ConfigError: clips for a model of images.
-            DataError: pictures of another size, another number of dimensions, clips without a frame.
+            ConfigError: videos for a model of images.
+            DataError: images of another size, another number of dimensions, videos without a frame.
         """
         image = image if isinstance(image, Tensor) else pixels_of(self, image)
         self._check_image(image)
@@ -508,7 +510,7 @@ class VLM(BaseModel):
         return tokens if num_frames == 1 else pool_frames(tokens, num_frames, self.temporal)
 
     def encode_frames(self, frames: Tensor, num_frames: int) -> Tensor:
-        """The tokens of every frame of clips: [B * T, 3, H, W], a clip's frames in a row -> [B * T, N,
+        """The tokens of every frame of videos: [B * T, 3, H, W], a video's frames in a row -> [B * T, N,
         C_vision]."""
         for module in temporal_modules(self.vision):
             module.num_frames = num_frames
@@ -520,12 +522,12 @@ class VLM(BaseModel):
 
     def _check_image(self, image: Tensor) -> None:
         """Raises `DataError` for another shape than [B, 3, H, W] or [B, 3, T, H, W] of the encoder's size,
-        `ConfigError` for clips where the model is one of images."""
+        `ConfigError` for videos where the model is one of images."""
         size, shape = self.vision.image_size, list(image.shape)
         if image.ndim not in (4, 5) or shape[1] != 3:
             raise DataError(
-                f"image has shape {shape}: it must be [B, 3, H, W], or [B, 3, T, H, W] for clips. One "
-                "picture is a batch of one: image.unsqueeze(0)."
+                f"image has shape {shape}: it must be [B, 3, H, W], or [B, 3, T, H, W] for videos. One "
+                "image is a batch of one: image.unsqueeze(0)."
             )
         if shape[-2:] != [size, size]:
             raise DataError(
@@ -534,11 +536,11 @@ class VLM(BaseModel):
             )
         if image.ndim == 5 and self.temporal is None:
             raise ConfigError(
-                "this is a model of images, and a clip was given to it. Set model.vision.temporal: "
-                "{form: average}, or take an architecture of clips, such as evlgen_video_opt."
+                "this is a model of images, and a video was given to it. Set model.vision.temporal: "
+                "{form: average}, or take an architecture of videos, such as evlgen_video_opt."
             )
         if image.ndim == 5 and shape[2] == 0:
-            raise DataError(f"image has shape {shape}: a clip needs at least one frame.")
+            raise DataError(f"image has shape {shape}: a video needs at least one frame.")
 
     def _normed(self, tokens: Tensor) -> Tensor:
         weights = self.connector if isinstance(self.ln_vision, nn.Identity) else self.ln_vision
@@ -558,12 +560,12 @@ class VLM(BaseModel):
         num_captions: int = 1,
         temperature: float = 1.0,
     ) -> list[str]:
-        """Texts for a batch of pictures.
+        """Texts for a batch of images.
 
         Args:
             samples: ``image`` [B, 3, H, W] or [B, 3, T, H, W], or a Pillow image or a list of them, which go
                 through the model's eval processor (`pixels.pixels_of`); optionally ``prompt``, one string or
-                one for each picture, with a slot for ``ocr_tokens`` where the samples have them. In place of
+                one for each image, with a slot for ``ocr_tokens`` where the samples have them. In place of
                 samples with nothing but images, the images.
             num_beams: beams of the search; 1 is greedy.
             max_length, min_length: number of *new* tokens at most and at least.
@@ -571,10 +573,10 @@ class VLM(BaseModel):
                 ``temperature``, instead of searching.
             repetition_penalty, length_penalty: as in transformers' generation; None: as ``model.generation``
                 says, or else the architecture (both 1; of Vicuna's the first 1.5).
-            num_captions: texts for each picture.
+            num_captions: texts for each image.
 
         Returns:
-            B x num_captions texts, those of one picture in a row.
+            B x num_captions texts, those of one image in a row.
         """
         samples = with_pixels(self, samples)
         return self._continue(
@@ -621,7 +623,7 @@ class VLM(BaseModel):
 
         Args:
             samples: ``image`` as in `generate` and ``text_input``, the questions (one string
-                or one for each picture); ``choices`` or ``ocr_tokens``, a list of strings for each picture,
+                or one for each image); ``choices`` or ``ocr_tokens``, a list of strings for each image,
                 where the prompt has a second slot.
             max_len, min_len: number of new tokens at most and at least.
             prompt: a format with a slot for the question, ``Question: {} Short answer:``, or with two, see
@@ -776,7 +778,7 @@ class VLM(BaseModel):
         return self.language.texts(tokens)
 
     def _prompts(self, samples: dict[str, Any], count: int) -> list[str]:
-        """The prompt to continue of each of ``count`` pictures; see `generate`."""
+        """The prompt to continue of each of ``count`` images; see `generate`."""
         prompts = samples.get("prompt", self.prompt)
         if isinstance(prompts, str):
             prompts = [prompts] * count
@@ -848,5 +850,5 @@ def _several(counts: list[int]) -> dict[str, Any]:
 
 
 def _count(samples: dict[str, Any]) -> int:
-    """The number of pictures in a batch."""
+    """The number of images in a batch."""
     return len(samples["visual_tokens"] if "visual_tokens" in samples else samples["image"])

@@ -9,7 +9,7 @@ Two keys trade the published pixels for speed (`benchmarks/loader.py` has number
   makes a difference of at most 1 of 255. It goes along rows first; newer Pillows go along columns first where
   these shrink more, and where black and white pixels meet that makes a larger difference.
 - ``draft: true`` lets a JPEG be decoded at a half or less of its size where no part that is looked at falls
-  below ``image_size``. What is then resized is a picture that was averaged before.
+  below ``image_size``. What is then resized is an image that was averaged before.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
-from evlgen.config.constraints import PositiveInt, Share
+from evlgen.config.constraints import Fraction, PositiveInt
 from evlgen.media.images import to_rgb
 from evlgen.processors.base_processor import BaseProcessor
 from evlgen.processors.randaugment import RandAugment
@@ -68,9 +68,9 @@ class ImageProcessor(BaseProcessor):
     """RGB, then the subclass's geometry and colour, then normalisation.
 
     Args:
-        transform: RGB picture -> RGB picture.
+        transform: RGB image -> RGB image.
         mean, std: see `Normalisation`.
-        draft_size: see `evlgen.media.images.open_image`; for those who open pictures for this processor.
+        draft_size: see `evlgen.media.images.open_image`; for those who open images for this processor.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class Blip2ImageTrainProcessor(ImageProcessor):
         image_size: PositiveInt = 364,
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
-        min_scale: Share = 0.5,
-        max_scale: Share = 1.0,
+        min_scale: Fraction = 0.5,
+        max_scale: Fraction = 1.0,
         resize: Resize = "pillow",
         draft: bool = False,
     ) -> None:
@@ -116,8 +116,8 @@ class BlipImageTrainProcessor(ImageProcessor):
         image_size: PositiveInt = 384,
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
-        min_scale: Share = 0.5,
-        max_scale: Share = 1.0,
+        min_scale: Fraction = 0.5,
+        max_scale: Fraction = 1.0,
         resize: Resize = "pillow",
         draft: bool = False,
     ) -> None:
@@ -130,7 +130,7 @@ class BlipImageTrainProcessor(ImageProcessor):
 
 @registry.register_processor("blip_image_eval")
 class BlipImageEvalProcessor(ImageProcessor):
-    """The whole picture, resized to a square without regard to its proportions."""
+    """The whole image, resized to a square without regard to its proportions."""
 
     def __init__(
         self,
@@ -145,10 +145,10 @@ class BlipImageEvalProcessor(ImageProcessor):
 
 
 def check_scales(min_scale: float, max_scale: float) -> None:
-    """Raises `ConfigError` where these are no smallest and largest share of a picture's area."""
+    """Raises `ConfigError` where these are no smallest and largest share of an image's area."""
     if not 0 < min_scale <= max_scale:
         raise ConfigError(
-            f"min_scale {min_scale} and max_scale {max_scale} are shares of a picture's area: "
+            f"min_scale {min_scale} and max_scale {max_scale} are shares of an image's area: "
             "they need 0 < min_scale <= max_scale <= 1."
         )
 
@@ -179,9 +179,9 @@ def _resized(image: Image.Image, size: Sequence[int]) -> Image.Image:
 
 
 def _crop_draft_size(image_size: int, min_scale: float, draft: bool) -> int | None:
-    """The smallest picture of which no random part is smaller than ``image_size``.
+    """The smallest image of which no random part is smaller than ``image_size``.
 
-    A part of the share s of a picture W x H whose sides are as r to 1 is sqrt(s W H r) wide and
+    A part of the share s of an image W x H whose sides are as r to 1 is sqrt(s W H r) wide and
     sqrt(s W H / r) high, r from 3/4 to 4/3: no side is below sqrt(3/4 s) min(W, H).
     """
     return math.ceil(image_size / math.sqrt(0.75 * min_scale)) if draft else None

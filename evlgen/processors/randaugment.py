@@ -1,10 +1,10 @@
-"""BLIP's RandAugment: ten operations on an RGB picture, a few of them drawn at random.
+"""BLIP's RandAugment: ten operations on an RGB image, a few of them drawn at random.
 
 Names, strengths and grey filling are those of LAVIS (`lavis/processors/randaugment.py`), which works with
 OpenCV; here Pillow does the work. What differs, and by how little:
 
 - Shears and rotations: Pillow interpolates without OpenCV's rounding of coordinates to 1/32 pixel, and the
-  last half pixel repeats the picture's edge where OpenCV blends it with the filling. Measured on a photograph
+  last half pixel repeats the image's edge where OpenCV blends it with the filling. Measured on a photograph
   at magnitude 5: 0.7 steps of 256 in the mean, more than 2 steps on 0.6 % of the pixels. The other operations
   are equal.
 - Sharpening past the original is clipped to 0..255, where the published code wraps around. At BLIP's
@@ -33,7 +33,7 @@ class RandAugment:
     """Draws ``num_ops`` operations and applies each with a probability; by default as BLIP does for images.
 
     Args:
-        num_ops: how many operations are drawn per picture (N of Cubuk et al., *RandAugment*, 2020).
+        num_ops: how many operations are drawn per image (N of Cubuk et al., *RandAugment*, 2020).
         magnitude: strength of each, 0 to 10 (M).
         operations: names out of `OPERATIONS`; all ten by default.
         distinct: whether the operations of an image all differ.
@@ -64,7 +64,7 @@ class RandAugment:
                 )
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """An RGB picture of the same size."""
+        """An RGB image of the same size."""
         count = len(self.operations)
         choices = (
             torch.randperm(count)[: self.num_ops] if self.distinct else torch.randint(count, (self.num_ops,))
@@ -86,17 +86,17 @@ def shear_y(image: Image.Image, factor: float) -> Image.Image:
 
 
 def translate_x(image: Image.Image, offset: float) -> Image.Image:
-    """Moves the picture to the left by ``offset`` pixels."""
+    """Moves the image to the left by ``offset`` pixels."""
     return _warp(image, (1, 0, offset, 0, 1, 0))
 
 
 def translate_y(image: Image.Image, offset: float) -> Image.Image:
-    """Moves the picture up by ``offset`` pixels."""
+    """Moves the image up by ``offset`` pixels."""
     return _warp(image, (1, 0, 0, 0, 1, offset))
 
 
 def rotate(image: Image.Image, degrees: float) -> Image.Image:
-    """Turns the picture counter-clockwise about the centre of pixel (width / 2, height / 2)."""
+    """Turns the image counter-clockwise about the centre of pixel (width / 2, height / 2)."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     x, y = image.width / 2 + 0.5, image.height / 2 + 0.5
     return _warp(image, (cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y))
@@ -117,7 +117,7 @@ def _either_way(warp: Callable, most: float) -> Callable:
     return lambda image, strength: warp(image, strength * most * (1 if torch.rand(()) <= 0.5 else -1))
 
 
-# Each takes an RGB picture and a strength of 0..1.
+# Each takes an RGB image and a strength of 0..1.
 OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "Identity": lambda image, strength: image,
     "AutoContrast": lambda image, strength: ImageOps.autocontrast(image),

@@ -1,15 +1,15 @@
-"""Video processors: a clip -> normalised pixels of some of its frames, float32 [3, T, H, W].
+"""Video processors: a video -> normalised pixels of some of its frames, float32 [3, T, H, W].
 
 Names, steps and defaults are those of LAVIS (`lavis/processors/alpro_processors.py`; which frames:
 `load_video` in `lavis/datasets/data_utils.py`), with these differences:
 
-- A clip of fewer frames than ``n_frms`` gives some of them more than once, and an odd ``n_frms`` gives that
-  many, a single one being any of the clip's: all samples have one shape. (LAVIS gives fewer, which cannot be
+- A video of fewer frames than ``n_frms`` gives some of them more than once, and an odd ``n_frms`` gives that
+  many, a single one being any of the video's: all samples have one shape. (LAVIS gives fewer, which cannot be
   batched.)
 - In training the random part is cut from the frame as it was decoded and resized once. LAVIS resizes the
   frame to the final size, and the part of it again.
 - ``augment: lavis`` changes every frame of a video in the same way. LAVIS draws the same operations for all
-  frames, and the direction of a shift, shear or rotation for each frame anew.
+  frames, and the direction of a shift, shear or rotation for each frame again.
 - Random choices come from torch's global generator only, so seeding it repeats them.
 
 EVLGen's processors (yiren-jian/EVLGen, the same file) have the same names and do not augment: ``augment:
@@ -29,7 +29,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from evlgen.common.errors import DataError
 from evlgen.common.registry import registry
-from evlgen.config.constraints import PositiveInt, Share
+from evlgen.config.constraints import Fraction, PositiveInt
 from evlgen.media.video import Box, Clip, Video, spread
 from evlgen.processors.base_processor import BaseProcessor
 from evlgen.processors.image import Normalisation, check_scales
@@ -46,7 +46,7 @@ class VideoProcessor(BaseProcessor):
     Args:
         image_size: height and width; the frame's proportions are not kept.
         mean, std: see `Normalisation`.
-        n_frms: frames of every clip; None: all that it has.
+        n_frms: frames of every video; None: all that it has.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class VideoProcessor(BaseProcessor):
         self._normalise = Normalisation(mean, std)
 
     def __call__(self, item: Clip | str | os.PathLike) -> torch.Tensor:
-        """Normalised pixels, float32 [3, T, H, W], of a clip or of the video at a path.
+        """Normalised pixels, float32 [3, T, H, W], of a video or of the video at a path.
 
         Raises:
             DataError: the item is neither, or the video cannot be read.
@@ -68,7 +68,7 @@ class VideoProcessor(BaseProcessor):
         if not isinstance(item, Clip | str | os.PathLike):
             raise DataError(
                 f"expected a video or the path of one, got {type(item).__name__}. Frames in memory: "
-                "evlgen.media.video.Pictures(frames); pictures: an image processor, blip_image_eval."
+                "evlgen.media.video.Pictures(frames); images: an image processor, blip_image_eval."
             )
         clip = item if isinstance(item, Clip) else Video(item)
         count = len(clip)
@@ -81,7 +81,7 @@ class VideoProcessor(BaseProcessor):
         return spread(count, wanted)
 
     def read(self, clip: Clip, indices: Sequence[int]) -> np.ndarray:
-        """These frames of the clip: uint8 [T, image_size, image_size, 3]."""
+        """These frames of the video: uint8 [T, image_size, image_size, 3]."""
         return clip.read(indices, (self.image_size, self.image_size))
 
 
@@ -114,8 +114,8 @@ class AlproVideoTrainProcessor(VideoProcessor):
         image_size: PositiveInt = 384,
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
-        min_scale: Share = 0.5,
-        max_scale: Share = 1.0,
+        min_scale: Fraction = 0.5,
+        max_scale: Fraction = 1.0,
         n_frms: PositiveInt | None = None,
         augment: Literal["none", "lavis"] = "lavis",
     ) -> None:
@@ -145,7 +145,7 @@ class AlproVideoTrainProcessor(VideoProcessor):
         return np.stack(augmented)
 
     def _random_box(self) -> Box:
-        """Drawn in the square that frames become, so the part has the same share of every clip."""
+        """Drawn in the square that frames become, so the part has the same share of every video."""
         square = torch.empty((1, self.image_size, self.image_size), device="meta")
         top, left, height, width = RandomResizedCrop.get_params(square, list(self._scale), list(_RATIOS))
         pixels = (left, top, left + width, top + height)

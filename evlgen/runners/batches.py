@@ -47,7 +47,7 @@ class TrainingBatches:
             StopNow: a stop was requested while the batch was awaited.
             TrainingError: too many samples cannot be read.
         """
-        samples = self.skipped.take_out(self._learnable(next(self.batches)), iteration)
+        samples = self.skipped.pop_skipped(self._learnable(next(self.batches)), iteration)
         count = 0 if samples is None else batch_size(samples)
         if samples is None:
             if self.processes == 1:

@@ -38,7 +38,7 @@ from evlgen.runners.training_state import (
     OPTIMIZER_FILE,
     PROGRESS_FILE,
     RANDOM_FILE,
-    Effort,
+    TrainingCost,
     TrainingState,
     data_changes,
     load_optimizer,
@@ -54,8 +54,8 @@ from evlgen.weights.checkpoints import (
     found_checkpoints,
     is_checkpoint,
     place_of,
-    point,
     remove_old,
+    update_symlink,
     write_folder,
 )
 from evlgen.weights.weights import first_not_finite, read_weights
@@ -182,7 +182,7 @@ class Checkpointer:
             values = {**read_progress(folder / progress), **state.to_json()}
             replace_file(folder, progress, json.dumps(values, indent=1))
             if is_best:
-                point(self.folder / "best", folder)
+                update_symlink(self.folder / "best", folder)
         except (OSError, CheckpointError) as error:  # the checkpoint stays as it was saved
             cause = (isinstance(error, OSError) and error.strerror) or error
             self._problem = f"the validation of {folder} could not be noted in it ({cause})."
@@ -316,7 +316,7 @@ class _Saved:
     progress: dict[str, Any]
     moments: dict[str, Tensor]
     drawn: dict[str, Tensor]
-    effort: Effort
+    effort: TrainingCost
 
     @classmethod
     def read(cls, folder: Path) -> _Saved:
@@ -339,7 +339,7 @@ class _Saved:
         except ConfigError as error:
             raise CheckpointError(str(error)) from error
         moments, generators = (read_weights(state / name) for name in (OPTIMIZER_FILE, RANDOM_FILE))
-        return cls(config, progress, moments, generators, Effort.read(state / EFFORT_FILE))
+        return cls(config, progress, moments, generators, TrainingCost.read(state / EFFORT_FILE))
 
 
 def _check_counters(progress: dict[str, Any]) -> None:
@@ -389,7 +389,7 @@ class _SaveJob(threading.Thread):
                 self.remedy = "Lower run.init_lr, or set run.max_grad_norm."
                 raise TrainingError(f"{bad} holds numbers that are not finite")
             write_folder(self.target, lambda folder: self._write(folder, weights, moments))
-            point(self.target.parent / "latest", self.target)
+            update_symlink(self.target.parent / "latest", self.target)
             remove_old(self.target.parent, self.keep_last)
         except (OSError, SafetensorError, TrainingError) as error:
             self.error = (

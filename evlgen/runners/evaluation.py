@@ -38,14 +38,14 @@ def evaluate_split(runner: Runner, evaluation: Evaluation) -> None:
     task.before_evaluation(dataset, evaluation.split)
     was_training = runner.model.training
     runner.model.eval()
-    started, skipped = time.perf_counter(), runner.skipped.anew()
+    started, skipped = time.perf_counter(), runner.skipped.fresh_counter()
     runner.notify("before_evaluation", evaluation)
     batches = runner.log.progress(loader, f"evaluating {evaluation.key}")
     with runner.distribution.generating(), contextlib.suppress(StopNow):
         for batch in runner.stop.heeding(batches, loader.num_workers > 0):
             if runner.stop.requested:
                 break
-            samples = skipped.take_out(batch, None)
+            samples = skipped.pop_skipped(batch, None)
             if samples is None:
                 continue
             with accelerator.autocast():

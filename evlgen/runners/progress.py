@@ -16,7 +16,7 @@ from evlgen.config.run_config import RunConfig
 from evlgen.files.io import write_atomically
 from evlgen.runners.listener import Evaluation, Listener, Step
 from evlgen.runners.sample_captions import SAMPLES_FILE
-from evlgen.runners.skipped import told
+from evlgen.runners.skipped import format_counts
 from evlgen.runners.training_state import TrainingState
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class RunLog(Listener):
         }
         self._write(record)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
-        left_out = f", {told(evaluation.skipped)} skipped," if evaluation.skipped else ""
+        left_out = f", {format_counts(evaluation.skipped)} skipped," if evaluation.skipped else ""
         counts = f"{len(evaluation.results)} samples{left_out} in {evaluation.seconds:.1f} s"
         self._say(f"{evaluation.title}: {counts}  {shown}")
         if use is not None:

@@ -48,7 +48,7 @@ class SkippedSamples:
         self.lost: dict[str, dict[str, float]] = {}
         self._named: set[str] = set()
 
-    def anew(self) -> SkippedSamples:
+    def fresh_counter(self) -> SkippedSamples:
         """A counter from zero, that does not list again what this one did, and judges when `check` is
         called."""
         other = SkippedSamples(self.folder, self.max_share)
@@ -66,7 +66,7 @@ class SkippedSamples:
             for dataset in sorted({dataset for _, _, lost in counts for dataset in lost})
         }
 
-    def take_out(self, batch: dict[str, Any], iteration: int | None) -> dict[str, Any] | None:
+    def pop_skipped(self, batch: dict[str, Any], iteration: int | None) -> dict[str, Any] | None:
         """The batch without its list of skipped samples; None where nothing is left."""
         skipped = batch.pop("skipped", [])
         self.seen += len(skipped) + batch_size(batch)
@@ -85,9 +85,9 @@ class SkippedSamples:
         """Raises `TrainingError` when more than the allowed share was broken."""
         if self.causes.total() > self.max_share * self.seen:
             raise TrainingError(
-                f"{self.causes.total()} of {self.seen} samples could not be read ({told(self.causes)}), more "
-                f"than run.max_skipped_share ({self.max_share:g}) allows. They are listed in "
-                f"{self.folder / FILE}; mend them or raise the share."
+                f"{self.causes.total()} of {self.seen} samples could not be read ({format_counts(self.causes)}), "
+                f"more than run.max_skipped_share ({self.max_share:g}) allows. They are listed in "
+                f"{self.folder / FILE}; fix them or raise the share."
             )
 
     def _check_lost(self) -> None:
@@ -99,27 +99,27 @@ class SkippedSamples:
                 raise TrainingError(
                     f"{share:.1%} of the shards of dataset '{dataset}' could not be read, or not to their "
                     f"end, so far: more than run.max_skipped_share ({self.max_share:g}) allows. They are "
-                    f"listed in {self.folder / FILE}; mend them, leave them out of build_info.storage, or "
+                    f"listed in {self.folder / FILE}; fix them, leave them out of build_info.storage, or "
                     "raise the share."
                 )
 
     def report(self, speaks: bool = True) -> None:
         """One line on what training skipped, where it skipped anything. All processes call it, one
         ``speaks``. Raises `TrainingError` where it skipped everything."""
-        total = self.anew()
+        total = self.fresh_counter()
         total.seen, total.causes, total.lost = self.seen, self.causes, self.lost
         total.add_up()
         if total.seen and total.seen == total.causes.total():
             raise TrainingError(
                 f"nothing was learned: none of {total.seen} training samples could be used "
-                f"({told(total.causes)}). They are listed in {self.folder / FILE}."
+                f"({format_counts(total.causes)}). They are listed in {self.folder / FILE}."
             )
         if speaks and total.causes:
             logger.warning(
                 "%d of %d training samples were skipped: %s. They are listed in %s",
                 total.causes.total(),
                 total.seen,
-                told(total.causes),
+                format_counts(total.causes),
                 self.folder / FILE,
             )
             for dataset, lost in total.lost.items():
@@ -172,6 +172,6 @@ def _are_numbers(values: Any, kind: Any) -> bool:
     return isinstance(values, Mapping) and all(_is_number(value, kind) for value in values.values())
 
 
-def told(causes: Mapping[str, int]) -> str:
+def format_counts(causes: Mapping[str, int]) -> str:
     """``3 missing file, 1 empty caption``, the commonest first."""
     return ", ".join(f"{count} {cause}" for cause, count in Counter(causes).most_common())

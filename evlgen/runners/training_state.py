@@ -32,11 +32,11 @@ _IN_OLDER = {"rewinds": 0, "unit": "", "records": {}}
 
 
 @dataclasses.dataclass
-class Effort:
+class TrainingCost:
     """What training has taken so far.
 
     Attributes:
-        seconds: of training, with the saving and (``cache_vision``) the encoding of pictures that it waits
+        seconds: of training, with the saving and (``cache_vision``) the encoding of images that it waits
             for; without validation and start-up.
         samples: trained on, on all processes; one that is seen again counts again.
     """
@@ -45,7 +45,7 @@ class Effort:
     samples: int = 0
 
     @classmethod
-    def read(cls, path: Path) -> Effort:
+    def read(cls, path: Path) -> TrainingCost:
         """The content of an ``effort.json``; nothing where there is none, as in older checkpoints.
 
         Raises:
@@ -90,7 +90,7 @@ class TrainingState:
     #: Each dataset's name and the digest of its records; empty in older checkpoints.
     records: dict[str, Any] = dataclasses.field(default_factory=dict)
     #: Kept in a file of its own.
-    effort: Effort = dataclasses.field(default_factory=Effort)
+    effort: TrainingCost = dataclasses.field(default_factory=TrainingCost)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, but for the effort."""

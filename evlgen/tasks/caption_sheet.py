@@ -1,4 +1,4 @@
-"""A sheet of pictures with their captions, as one PNG."""
+"""A sheet of images with their captions, as one PNG."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _PLAIN = {"parse_math": False, "usetex": False}  # a caption with dollar signs i
 def caption_sheet(
     pictures: Sequence[Image.Image | None], captions: Sequence[tuple[str, str]], path: Path, columns: int = 4
 ) -> None:
-    """Writes the pictures in rows, each with the caption written about it and, in grey, a reference.
+    """Writes the images in rows, each with the caption written about it and, in grey, a reference.
 
     Args:
-        pictures: Pillow images; None where there is none to show.
-        captions: (written, reference) for each picture.
+        images: Pillow images; None where there is none to show.
+        captions: (written, reference) for each image.
         path: the PNG file.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -30,7 +30,7 @@ def caption_sheet(
     if not pictures:
         return
     rows = -(-len(pictures) // columns)
-    height = 4.3 * rows  # inches, of which 3.1 are picture and the rest text, in each row
+    height = 4.3 * rows  # inches, of which 3.1 are image and the rest text, in each row
     figure = Figure(figsize=(3.2 * columns, height))
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()

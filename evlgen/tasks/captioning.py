@@ -1,4 +1,4 @@
-"""Captioning: learn a caption for each picture or clip, write one, score it against people's."""
+"""Captioning: learn a caption for each image or video, write one, score it against people's."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from evlgen.tasks.metrics import ImageId, score_captions
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 12  # captions in the sheet of pictures, half of which are written to the log
+SHOWN = 12  # captions in the sheet of images, half of which are written to the log
 
 
 @registry.register_task("captioning")
 @registry.register_task("video_captioning")
 class CaptioningTask(BaseTask):
-    """Captions of pictures or clips by generation, scored as COCO's are.
+    """Captions of images or videos by generation, scored as COCO's are.
 
-    Result files: ``captions.json``, ``metrics.json``, and ``captions.png``, a sheet of pictures with what was
+    Result files: ``captions.json``, ``metrics.json``, and ``captions.png``, a sheet of images with what was
     written about them. ``captions.json`` is ``[{"image_id", "caption"}, ..]``: what COCO's and nocaps'
-    servers are sent, and LAVIS writes for clips too. Ids are those of the ground truth, numbers or texts.
+    servers are sent, and LAVIS writes for videos too. Ids are those of the ground truth, numbers or texts.
     """
 
     def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]:
@@ -102,7 +102,7 @@ def domain_scores(
 ) -> dict[str, float]:
     """``CIDEr_<domain>`` of the captions in each domain, such as nocaps' ``in-domain``.
 
-    Each is scored by itself: CIDEr's document frequencies are those of its own pictures, as where each domain
+    Each is scored by itself: CIDEr's document frequencies are those of its own images, as where each domain
     has a ground truth file of its own.
     """
     found = {}

@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 class SelfCriticalCaptioningTask(CaptioningTask):
     """Captioning, learned from CIDEr in place of people's words; for a model that captions already.
 
-    Of each picture ``run.scst_samples`` captions are sampled, and each is made likelier by how much its
+    Of each image ``run.scst_samples`` captions are sampled, and each is made likelier by how much its
     CIDEr-D is above a baseline, or less likely by how much below (REINFORCE): Rennie et al., *Self-Critical
     Sequence Training for Image Captioning*, CVPR 2017. The baseline (``run.scst_baseline``) is ``greedy``,
-    the reward of the caption that a greedy search writes, as there; or ``mean``, that of the picture's other
+    the reward of the caption that a greedy search writes, as there; or ``mean``, that of the image's other
     samples: Luo, *A Better Variant of Self-Critical Sequence Training*, 2020. Document frequencies are those
     of the training captions, counted once. Evaluation is `CaptioningTask`'s.
 
@@ -42,8 +42,8 @@ class SelfCriticalCaptioningTask(CaptioningTask):
     rewarded as it stands and has no end to learn. Dropout is off in sampling and in learning, or the one
     would draw from another model than the other learns.
 
-    A sample is a picture with an ``image_id``; its own caption is not looked at. A dataset that has one
-    sample for each caption of a picture shows the picture as often.
+    A sample is an image with an ``image_id``; its own caption is not looked at. A dataset that has one
+    sample for each caption of an image shows the image as often.
     """
 
     LEARNS_WRITING = True
@@ -52,19 +52,19 @@ class SelfCriticalCaptioningTask(CaptioningTask):
         """Counts the words of all training captions.
 
         Raises:
-            DataError: a dataset has no captions by picture.
+            DataError: a dataset has no captions by image.
         """
         references: dict[Hashable, Sequence[str]] = {}
         for name, dataset in datasets.items():
             own = dataset.references()
             if not own:
                 raise DataError(
-                    f"run.task captioning_scst: the training data of '{name}' has no captions by picture "
+                    f"run.task captioning_scst: the training data of '{name}' has no captions by image "
                     "(references()), which it is rewarded by. Train on a captioning dataset."
                 )
             references |= {(name, image): captions for image, captions in own.items()}
         self._names = list(datasets)
-        logger.info("counting the n-grams of the captions of %d pictures, for the reward", len(references))
+        logger.info("counting the n-grams of the captions of %d images, for the reward", len(references))
         self._reward = CiderReward(references)
         self._distribution = distribution
 
@@ -101,7 +101,7 @@ class SelfCriticalCaptioningTask(CaptioningTask):
         return read if self.run.prompt is None else {**read, "prompt": self.run.prompt}
 
     def _pictures(self, samples: dict[str, Any]) -> list[Hashable]:
-        """What the reward knows a batch's pictures by."""
+        """What the reward knows a batch's images by."""
         if "image_id" not in samples:
             raise ConfigError(
                 "run.task captioning_scst: the training samples have no image_id, by which their captions "
@@ -113,7 +113,7 @@ class SelfCriticalCaptioningTask(CaptioningTask):
             if (name, image) not in self._reward:
                 raise DataError(
                     f"run.task captioning_scst: '{name}' has no captions of image_id {image!r} among its "
-                    "references(), so nothing can be rewarded. Leave the picture out, or caption it."
+                    "references(), so nothing can be rewarded. Leave the image out, or caption it."
                 )
         return pictures
 

@@ -21,18 +21,18 @@ from evlgen.tasks.lemmatizer import load_lemmatizer
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 12  # answers in the sheet of pictures, half of which are written to the log
+SHOWN = 12  # answers in the sheet of images, half of which are written to the log
 
 
 class QuestionAnsweringTask(BaseTask):
-    """Base of the tasks for questions about pictures or clips. A subclass defines `score`, and `upload` where
+    """Base of the tasks for questions about images or videos. A subclass defines `score`, and `upload` where
     a leaderboard wants another format.
 
     Questions are put as ``run.prompt`` says, in training as in evaluation. ``run.inference_method: generate``
     writes the answers, ``rank`` takes the likeliest of the dataset's ``answer_list()``.
 
     Result files: ``answers.json``, ready for upload; ``metrics.json``; and ``answers.png``, a sheet of
-    pictures with questions and answers. All scores are in percent. Questions whose picture could not be read
+    images with questions and answers. All scores are in percent. Questions whose image could not be read
     are not scored.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The tasks for questions: VQAv2 and OK-VQA, GQA, A-OKVQA, and questions about clips."""
+"""The tasks for questions: VQAv2 and OK-VQA, GQA, A-OKVQA, and questions about videos."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``run.cache_vision``: what a frozen vision encoder makes of the training pictures, computed once and kept.
+"""``run.cache_vision``: what a frozen vision encoder makes of the training images, computed once and kept.
 
 The tokens of a dataset lie in ``<data root>/vision_tokens/<key>/`` (`token_store`); the key is a digest of
 all that they follow from (`cache_key`). Whatever of it changes leads to another folder, and what was made
@@ -103,7 +103,7 @@ def cached(
     Raises:
         ConfigError: the encoder is trained, or a dataset cannot be read without its pixels.
         TrainingError: too little disk space, or a folder that cannot be used.
-        DataError: a damaged store, or one of other tokens than this encoder makes; no picture can be read.
+        DataError: a damaged store, or one of other tokens than this encoder makes; no image can be read.
         Interrupted: `stop` was asked for.
     """
     check_encoder(model)
@@ -194,14 +194,14 @@ class _Cache:
         if needed + _SPARE_BYTES > free:
             fewer = ", lower run.cache_vision_views" if views > 1 else ""
             raise TrainingError(
-                f"run.cache_vision needs {shown_bytes(size)} for {len(self.pictures)} pictures of "
+                f"run.cache_vision needs {shown_bytes(size)} for {len(self.pictures)} images of "
                 f"'{self.name}', {shown_bytes(needed)} of it still to be written, and {self.root} has "
                 f"{shown_bytes(free)} left. Delete folders there that no run needs (card.json says what each "
                 f"is of){fewer}, set EVLGEN_CACHE to a data root on a larger disk, or train without."
             )
 
     def _compare(self, store: TokenStore) -> None:
-        """Encodes some kept pictures again: neither the encoder's code nor the file may have changed."""
+        """Encodes some kept images again: neither the encoder's code nor the file may have changed."""
         for entry in [entry for entry in self.pictures.probes() if store.status[entry] == DONE][:4]:
             pixels = self.pictures.load(entry, mix_seed(self.run.seed, entry, 0))
             new, old = self.model.encode(pixels[None])[0].cpu().float(), store.read(entry).float()
@@ -209,7 +209,7 @@ class _Cache:
             difference = ((new - old).norm(dim=-1) / new.norm(dim=-1).clamp_min(1e-12)).median().item()
             if not difference <= _DIFFERENT:
                 raise DataError(
-                    f"{store.folder} holds other tokens than this vision encoder makes of the same pictures "
+                    f"{store.folder} holds other tokens than this vision encoder makes of the same images "
                     f"({difference:.0%} apart): its code was changed, or the file is damaged. Delete the "
                     "folder; it is filled again."
                 )
@@ -237,7 +237,7 @@ class _Cache:
         share, processes, left = self._share(store)
         self.accelerator.wait_for_everyone()  # nobody writes before all have read
         logger.info(
-            "run.cache_vision: computing the tokens of %d pictures of '%s' into %s",
+            "run.cache_vision: computing the tokens of %d images of '%s' into %s",
             left,
             self.name,
             store.folder,
@@ -264,7 +264,7 @@ class _Cache:
         of entries it lacks.
 
         Entries of one group are encoded together. Groups depend neither on the number of processes nor on
-        interruptions, so neither do the tokens. Broken pictures are tried again: a file server may have been
+        interruptions, so neither do the tokens. Broken images are tried again: a file server may have been
         away.
         """
         holders = gather_object([store.id])  # machines may have a store each, or one in common
@@ -302,9 +302,9 @@ class _Cache:
         tokens = torch.cat(parts).unflatten(0, (-1, writer.store.views))  # [entries, views, N, C]
         if tuple(tokens.shape[2:]) != writer.store.shape:
             raise DataError(
-                f"run.cache_vision: one picture of '{self.name}' gives tokens of shape "
+                f"run.cache_vision: one image of '{self.name}' gives tokens of shape "
                 f"{tuple(tokens.shape[2:])}, another {writer.store.shape}. The training transform must make "
-                "all pictures the same size."
+                "all images the same size."
             )
         for entry, one in zip(group["entries"], tokens, strict=True):
             writer.put(entry, one)
@@ -314,7 +314,7 @@ class _Cache:
         left = int((store.status == TO_DO).sum())
         if left:
             raise TrainingError(
-                f"run.cache_vision: {store.folder} still lacks {left} of {store.entries} pictures after all "
+                f"run.cache_vision: {store.folder} still lacks {left} of {store.entries} images after all "
                 "processes have written theirs: they do not see each other's writes. Set EVLGEN_CACHE to a "
                 "folder of each machine's own."
             )
@@ -325,12 +325,12 @@ class _Cache:
         wanted = self.run.cache_vision_views
         if key.is_random and wanted == 1 and self.accelerator.is_main_process:
             logger.warning(
-                "run.cache_vision keeps one random view of each picture of '%s', the same in every epoch. "
+                "run.cache_vision keeps one random view of each image of '%s', the same in every epoch. "
                 "run.cache_vision_views=8 keeps eight, and training chooses among them",
                 self.name,
             )
         if not key.is_random and wanted > 1:
-            logger.info("the transform of '%s' is not random: one view of each picture is kept", self.name)
+            logger.info("the transform of '%s' is not random: one view of each image is kept", self.name)
 
     def _say_others(self) -> None:
         others = [folder for folder in self.root.glob("*") if (folder / CARD_FILE).is_file()]
@@ -343,7 +343,7 @@ class _Cache:
         size = shown_bytes(store_bytes(store.entries, store.views, store.shape))
         broken = int((store.status != DONE).sum())
         logger.info(
-            "run.cache_vision: '%s' reads %d pictures%s%s from %s (%s)",
+            "run.cache_vision: '%s' reads %d images%s%s from %s (%s)",
             self.name,
             store.entries,
             f" in {store.views} views each" if store.views > 1 else "",
@@ -388,7 +388,7 @@ class _Cache:
 
 
 class _Groups(Dataset):
-    """Pictures to encode: an item is a group, with ``entries`` list[int], their ``pixels``
+    """Images to encode: an item is a group, with ``entries`` list[int], their ``pixels``
     [entries, views, 3, H, W], and ``broken``: entry -> reason and cause."""
 
     def __init__(self, pictures: Pictures, groups: list[list[int]], views: int, seed: int) -> None:
@@ -419,7 +419,7 @@ class _Progress:
         self.total, self.processes, self.shown, self.done = total, processes, shown, 0
         self._bar = tqdm(
             total=total * processes,
-            desc="encoding pictures",
+            desc="encoding images",
             unit="picture",
             dynamic_ncols=True,
             leave=False,
@@ -428,7 +428,7 @@ class _Progress:
         self._started = self._said = time.monotonic()
 
     def add(self, count: int) -> None:
-        """Notes pictures of this process."""
+        """Notes images of this process."""
         self.done += count
         self._bar.update(count * self.processes)
         now = time.monotonic()
@@ -437,7 +437,7 @@ class _Progress:
             rate = self.done / (now - self._started)
             minutes, seconds = divmod(int((self.total - self.done) / rate), 60)
             logger.info(
-                "encoding pictures: %d/%d  %.1f/s  %d:%02d left",
+                "encoding images: %d/%d  %.1f/s  %d:%02d left",
                 self.done * self.processes,
                 self.total * self.processes,
                 rate * self.processes,

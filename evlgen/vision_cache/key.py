@@ -1,6 +1,6 @@
 """What a dataset's visual tokens follow from, and the digest that names their store.
 
-The encoder's configuration and weights, the transform, what every picture is made from, the number of views
+The encoder's configuration and weights, the transform, what every image is made from, the number of views
 and, where the transform augments, ``run.seed``.
 """
 
@@ -27,7 +27,7 @@ from evlgen.loaders.data import seeded
 from evlgen.models.base_model import BaseModel
 
 LAYOUT = 1  # of the stores; to be raised when older ones cannot be read any more
-PROBES = 8  # pictures looked at
+PROBES = 8  # images looked at
 
 # What the encoder's configuration says of where its weights come from, and of training it.
 _LEFT_OUT = ("pretrained", "freeze", "grad_checkpoint", "drop_path_rate")
@@ -35,11 +35,11 @@ _LEFT_OUT = ("pretrained", "freeze", "grad_checkpoint", "drop_path_rate")
 
 @dataclass(frozen=True)
 class Pictures:
-    """The pictures a dataset shows, each once.
+    """The images a dataset shows, each once.
 
     Attributes:
         dataset: whose they are.
-        of_sample: the number of each sample's picture, [samples].
+        of_sample: the number of each sample's image, [samples].
         sources: what each is made from; see `BaseDataset.visual_source`.
         samples: the first sample that shows each, [pictures].
     """
@@ -65,12 +65,12 @@ class Pictures:
         return len(self.sources)
 
     def load(self, number: int, seed: int) -> Tensor:
-        """A picture's pixels, its random choices decided by the seed. Raises as `load_visual`."""
+        """An image's pixels, its random choices decided by the seed. Raises as `load_visual`."""
         with seeded(seed):
             return self.dataset.load_visual(int(self.samples[number]))
 
     def probes(self) -> list[int]:
-        """A few pictures from all over the dataset."""
+        """A few images from all over the dataset."""
         return sorted({i * len(self) // PROBES for i in range(PROBES)})
 
 
@@ -82,7 +82,7 @@ class CacheKey:
         digest: its name.
         parts: what the digest is of.
         is_random: whether the transform augments.
-        views: of each picture; 1 where it does not.
+        views: of each image; 1 where it does not.
         shape: of one view's tokens.
     """
 
@@ -94,10 +94,10 @@ class CacheKey:
 
     @classmethod
     def of(cls, pictures: Pictures, model: BaseModel, run: RunConfig) -> CacheKey:
-        """Looks at a few pictures, and once at every weight and file.
+        """Looks at a few images, and once at every weight and file.
 
         Raises:
-            DataError: none of the pictures looked at can be read.
+            DataError: none of the images looked at can be read.
         """
         pixels, probe, is_random = look_at(pictures)
         views = run.cache_vision_views if is_random else 1
@@ -115,12 +115,12 @@ class CacheKey:
 
 
 def look_at(pictures: Pictures) -> tuple[Tensor, str, bool]:
-    """Some pictures as the transform makes them under a fixed seed.
+    """Some images as the transform makes them under a fixed seed.
 
     Returns:
         the pixels of one of them; a digest of all, which also notices what no setting says: other code,
         another version of a library, a drawn world that is drawn differently; whether the transform is
-        random, which is whether reading a picture moves a random generator.
+        random, which is whether reading an image moves a random generator.
 
     Raises:
         DataError: none can be read.
@@ -139,7 +139,7 @@ def look_at(pictures: Pictures) -> tuple[Tensor, str, bool]:
         digest.update(f"{pixels.dtype} {tuple(pixels.shape)}".encode())
         digest.update(_bytes(pixels))
     if pixels is None:
-        raise DataError(f"none of {len(pictures.probes())} pictures looked at can be read: {problem}")
+        raise DataError(f"none of {len(pictures.probes())} images looked at can be read: {problem}")
     return pixels, digest.hexdigest(), is_random
 
 
@@ -153,7 +153,7 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def sources_digest(sources: Sequence[Any]) -> str:
-    """A digest of what pictures are made from, in their order: of files their names, sizes and times."""
+    """A digest of what images are made from, in their order: of files their names, sizes and times."""
     root = f"{cache_root()}{os.sep}"
     parts = [sources[i : i + 1024] for i in range(0, len(sources), 1024)]
     digest = hashlib.blake2b(digest_size=16)

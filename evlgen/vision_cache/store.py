@@ -1,4 +1,4 @@
-"""Visual tokens of many pictures in one file, written by several processes and read memory-mapped.
+"""Visual tokens of many images in one file, written by several processes and read memory-mapped.
 
 A store is a folder::
 

@@ -1,4 +1,4 @@
-"""The figure: what merges into what, for pictures or clips, of one model or of several side by side."""
+"""The figure: what merges into what, for images or videos, of one model or of several side by side."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from evlgen.visualization.sheet import Row, draw_sheet, write_on
 Picture: TypeAlias = "Image.Image | str | PathLike | Sequence[Image.Image]"
 
 _PATCH = 28  # pixels of a patch in the drawing at least, where the columns are few
-_MOST_WIDTH = 6000  # of a sheet's pictures together, before patches are drawn smaller than that
+_MOST_WIDTH = 6000  # of a sheet's images together, before patches are drawn smaller than that
 
 
 def draw_merging(
@@ -36,11 +36,11 @@ def draw_merging(
 
     Args:
         model: the model, or several by title, to be compared row by row.
-        images: pictures, paths of pictures or clips, or lists of pictures, each the frames of a clip; a model
-            of images is shown a clip's frames one by one.
+        images: images, paths of images or videos, or lists of images, each the frames of a video; a model
+            of images is shown a video's frames one by one.
         layers: ``all``, ``last``, or numbers of layers from 1; the soft prompts are always drawn.
         names: beside the rows; by default none.
-        num_frames: of each clip that is a path, at most, evenly spaced.
+        num_frames: of each video that is a path, at most, evenly spaced.
 
     Raises:
         ConfigError: a connector that does not merge, or no such layer (see `merging.find_merging`).
@@ -56,7 +56,7 @@ def draw_merging(
 def merge_clips(
     model: BaseModel, clips: Sequence[Sequence[Image.Image]], layers: str | Sequence[int] = "all"
 ) -> list[list[Merging]]:
-    """How each clip's tokens merge: one `Merging` each; to a model of images every frame is a picture."""
+    """How each video's tokens merge: one `Merging` each; to a model of images every frame is an image."""
     reads_clips = getattr(model, "temporal", None) is not None
     parts = [[clip] if reads_clips else [[frame] for frame in clip] for clip in clips]
     return [[find_merging(model, frames, layers) for frames in part] for part in parts]
@@ -66,8 +66,8 @@ def draw_found(found: Mapping[str, Sequence[Sequence[Merging]]], names: Sequence
     """The sheet of what `merge_clips` found.
 
     Args:
-        found: by the title of a model; for each clip, what was found.
-        names: of the clips.
+        found: by the title of a model; for each video, what was found.
+        names: of the videos.
 
     Raises:
         ConfigError: models with other columns than each other.
@@ -109,7 +109,7 @@ def _frames(image: Picture, num_frames: int) -> list[Image.Image]:
 
 
 def _scale(merging: Merging) -> int:
-    """How many times larger than the model sees them pictures are drawn."""
+    """How many times larger than the model sees them images are drawn."""
     height, width = merging.pictures.shape[1:3]
     wanted = math.ceil(_PATCH / max(1, height // merging.stages[0].groups.shape[1]))
     return max(1, min(wanted, _MOST_WIDTH // (width * len(merging.stages))))
@@ -126,7 +126,7 @@ def _rows(clip: Sequence[Merging], name: str, title: str, scale: int, opens: boo
 
 
 def _panels(merging: Merging, scale: int) -> list[list[np.ndarray]]:
-    """For each frame, the picture and then the drawing of each stage."""
+    """For each frame, the image and then the drawing of each stage."""
     large = merging.pictures.repeat(scale, axis=1).repeat(scale, axis=2)
     columns = [large, *(_drawn(merging, stage, scale) for stage in merging.stages[1:])]
     return [[column[frame] for column in columns] for frame in range(len(large))]

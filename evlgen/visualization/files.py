@@ -1,4 +1,4 @@
-"""Figures of merging for picture and video files: what ``python -m evlgen visualize`` does."""
+"""Figures of merging for image and video files: what ``python -m evlgen visualize`` does."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def visualize_files(
     """Draws merging and writes PNG files; what cannot be read is named in a warning and left out.
 
     Args:
-        images: picture or video files, addresses, or folders of them, which are walked.
+        images: image or video files, addresses, or folders of them, which are walked.
         output: a file for one sheet, or a folder (a name without a suffix is one) for a sheet each.
         cfg_path, checkpoint, options: the model, as in `captioning.caption_files`.
         layers: see `merging.find_merging`.
         compare_untrained: also what the model's training started from, see `figure.untrained`.
         seed: of that; None for the project's.
-        num_frames: of each clip at most.
+        num_frames: of each video at most.
         left_out: a list to which those of ``images`` are added that could not be drawn.
         allow_downloads: see `BaseModel.from_pretrained`.
 
@@ -60,7 +60,7 @@ def visualize_files(
     paths = find_files(images, clips=True)
     read = list(read_files(paths, num_frames))
     if not read:
-        raise DataError(f"none of the {len(paths)} files could be read as a picture or a clip.")
+        raise DataError(f"none of the {len(paths)} files could be read as an image or a video.")
     if left_out is not None:
         left_out += without_result(images, {path for path, _ in read}, clips=True)
     seed = _seed(cfg_path, checkpoint, options) if seed is None else seed

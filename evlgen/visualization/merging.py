@@ -1,4 +1,4 @@
-"""What merges into what while a model reads a picture or a clip, layer by layer, on the grid of patches."""
+"""What merges into what while a model reads an image or a video, layer by layer, on the grid of patches."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Merging:
-    """How the tokens of one picture or clip merged.
+    """How the tokens of one image or video merged.
 
     Attributes:
-        pictures: [F, H, W, 3] uint8: the frames as the model sees them; one where it is a picture.
+        images: [F, H, W, 3] uint8: the frames as the model sees them; one where it is an image.
         stages: before anything merged, then in order of depth, the soft prompts last.
         spans_frames: whether a token can have patches of several frames, not the same ones of all frames.
         has_class_token: whether the first of the prefix tokens is one.
@@ -58,16 +58,16 @@ class Merging:
 def find_merging(
     model: BaseModel, frames: Sequence[Image.Image], layers: str | Sequence[int] = "all"
 ) -> Merging:
-    """How the tokens of one picture, or of the frames of one clip, merge in a model.
+    """How the tokens of one image, or of the frames of one video, merge in a model.
 
     Args:
-        frames: one picture, or the frames of a clip where the model reads clips.
+        frames: one image, or the frames of a video where the model reads videos.
         layers: ``all``, ``last``, or numbers of layers from 1 (``"1,6,12"`` or a list). The last layer's
             merging, the soft prompts, is always there.
 
     Raises:
         ConfigError: the connector does not merge, there is no such layer, the visual tokens lie on no grid,
-            or a clip is given to a model of images.
+            or a video is given to a model of images.
     """
     connector = _merging_connector(model)
     pixels = _pixels(model, frames)  # [F, 3, H, W]
@@ -136,8 +136,8 @@ def _pixels(model: BaseModel, frames: Sequence[Image.Image]) -> Tensor:
     """The frames as the model's eval processor gives them, [F, 3, H, W]."""
     if len(frames) > 1 and not getattr(model, "temporal", None):
         raise ConfigError(
-            f"this is a model of images, and {len(frames)} frames are one clip: give them one by one, or set "
-            "model.vision.temporal."
+            f"this is a model of images, and {len(frames)} frames are one video: give them one by one, or "
+            "set model.vision.temporal."
         )
     vision = model.vision
     processor = build_processor(
@@ -152,7 +152,7 @@ def _pixels(model: BaseModel, frames: Sequence[Image.Image]) -> Tensor:
 
 
 def _as_seen(pixels: Tensor, vision: Any) -> np.ndarray:
-    """Normalised pixels [F, 3, H, W] -> pictures [F, H, W, 3] uint8."""
+    """Normalised pixels [F, 3, H, W] -> images [F, H, W, 3] uint8."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (vision.image_mean, vision.image_std))
     return ((pixels * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
@@ -169,7 +169,7 @@ def _connector_maps(details: dict[str, Any], layers: str | Sequence[int]) -> lis
 def _behind_encoder(vision: Any, maps: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     """The maps seen from the encoder's first tokens, where the encoder itself merged some.
 
-    An encoder of clips never does (see `vision.build_vision_encoder`).
+    An encoder of videos never does (see `vision.build_vision_encoder`).
 
     Args:
         maps: each [1, N], of the tokens that left the encoder.
@@ -191,7 +191,7 @@ def _grid(vision: Any, num_tokens: int) -> tuple[int, int]:
     if side * side != patches or not patches:
         raise ConfigError(
             f"model.vision: its {num_tokens} tokens, {vision.num_prefix_tokens} of them before the patches, "
-            "lie on no square grid, so where they are in the picture is not known."
+            "lie on no square grid, so where they are in the image is not known."
         )
     return side, side
 

@@ -1,4 +1,4 @@
-"""Regions of a picture: patches that became one token, filled with their mean colour and outlined.
+"""Regions of an image: patches that became one token, filled with their mean colour and outlined.
 
 The manner is that of figure 4 of Bolya et al., *Token Merging: Your ViT but Faster*, ICLR 2023 (arXiv
 2210.09461). Patches of one region need not be neighbours: what ties them together is their fill and the
@@ -28,9 +28,9 @@ def draw_regions(pictures: np.ndarray, groups: np.ndarray, scale: int = 1, width
     """Fills every region with its mean colour and draws its outline on the inside of its border.
 
     Args:
-        pictures: [..., H, W, 3] uint8, RGB; leading dimensions are frames whose regions are common.
+        images: [..., H, W, 3] uint8, RGB; leading dimensions are frames whose regions are common.
         groups: [..., h, w] integers: patches with the same number are one region, in all frames. The grid
-            lies evenly over the picture.
+            lies evenly over the image.
         scale: how many times larger the drawing is.
         width: of the outlines, in pixels of the drawing; half of it around patches that are alone.
 
@@ -141,7 +141,7 @@ def _mean_colours(pictures: np.ndarray, regions: np.ndarray) -> np.ndarray:
 
 
 def _is_border(regions: np.ndarray, width: int) -> np.ndarray:
-    """Which pixels [..., H, W] have another region, or the picture's edge, fewer than ``width`` pixels off,
+    """Which pixels [..., H, W] have another region, or the image's edge, fewer than ``width`` pixels off,
     corners included."""
     margin = [(0, 0)] * (regions.ndim - 2) + [(width, width)] * 2
     padded = np.pad(regions, margin, constant_values=-1)

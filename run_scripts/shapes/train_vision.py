@@ -2,7 +2,7 @@
 sees a caption.
 
 Every patch token says which kind, colour, size, row and column of shape covers its patch, if any; the class
-token says which kinds and colours are in the picture and how many shapes. All read-outs are linear and thrown
+token says which kinds and colours are in the image and how many shapes. All read-outs are linear and thrown
 away afterwards.
 """
 
@@ -65,7 +65,7 @@ def picture_labels(item: Scene) -> np.ndarray:
 
 
 def batch(split: str, first: int, size: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels [B, 3, 64, 64] in -1..1, patch labels [B, attributes, 64], picture labels [B, 17]."""
+    """Pixels [B, 3, 64, 64] in -1..1, patch labels [B, attributes, 64], image labels [B, 17]."""
     scenes = [scene(split, i, seed) for i in range(first, first + size)]
     pixels = torch.from_numpy(np.stack([draw(s) for s in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
     patches = torch.from_numpy(np.stack([patch_labels(s) for s in scenes]))
@@ -88,7 +88,7 @@ def attribute_loss(
 
 @torch.no_grad()
 def accuracies(vision: nn.Module, heads: ReadOuts, seed: int, pictures: int = 500) -> dict[str, float]:
-    """Share of right patch labels among patches with a shape, per attribute, on held-out pictures; and of
+    """Fraction of right patch labels among patches with a shape, per attribute, on held-out images; and of
     empty ones."""
     vision.eval()
     pixels, patches, picture = batch("val", 0, pictures, seed)

@@ -1,4 +1,4 @@
-"""Finding picture files and clips by their names."""
+"""Finding image files and videos by their names."""
 
 from __future__ import annotations
 

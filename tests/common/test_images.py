@@ -118,7 +118,7 @@ def test_unreadable_files_name_path_and_cause(tmp_path) -> None:
     whole = io.BytesIO()
     Image.fromarray(COLOURS).resize((200, 200)).save(whole, "JPEG")
     (tmp_path / "empty.jpg").touch()
-    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "text.jpg").write_text("not an image")
     (tmp_path / "cut.jpg").write_bytes(whole.getvalue()[:-600])
     (tmp_path / "folder.jpg").mkdir()
     causes = {

@@ -34,8 +34,8 @@ from evlgen.weights.checkpoints import (
     clear_unfinished,
     found_checkpoints,
     is_checkpoint,
-    point,
     remove_old,
+    update_symlink,
     write_folder,
 )
 
@@ -151,9 +151,9 @@ def test_old_checkpoints_go_and_those_pointed_at_stay(tmp_path):
 
     for step in range(1, 6):
         write_folder(tmp_path / f"step_{step:08d}", fill)
-    point(tmp_path / "best", tmp_path / "step_00000002")
-    point(tmp_path / "latest", tmp_path / "step_00000004")
-    point(tmp_path / "latest", tmp_path / "step_00000005")
+    update_symlink(tmp_path / "best", tmp_path / "step_00000002")
+    update_symlink(tmp_path / "latest", tmp_path / "step_00000004")
+    update_symlink(tmp_path / "latest", tmp_path / "step_00000005")
     remove_old(tmp_path, keep_last=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "best",
@@ -170,7 +170,7 @@ def test_a_folder_where_a_link_should_be_is_kept_under_another_name(tmp_path):
     for name in ("step_1", "best"):
         (tmp_path / name).mkdir()
     (tmp_path / "best" / "weights").write_text("copied")
-    point(tmp_path / "best", tmp_path / "step_1")
+    update_symlink(tmp_path / "best", tmp_path / "step_1")
     assert (tmp_path / "best").resolve() == tmp_path / "step_1"
     assert (tmp_path / "best.copied" / "weights").read_text() == "copied"
 
@@ -179,10 +179,10 @@ def test_a_copied_folder_does_not_stop_the_second_copy(tmp_path):
     for copies in (["best.copied"], ["best.copied", "best.copied1"]):
         (tmp_path / "best").unlink(missing_ok=True)
         (tmp_path / "best").mkdir()
-        point(tmp_path / "best", tmp_path / "step_1")
+        update_symlink(tmp_path / "best", tmp_path / "step_1")
         assert sorted(p.name for p in tmp_path.iterdir()) == ["best", *copies]
     (tmp_path / "latest").mkdir()
-    point(tmp_path / "latest", tmp_path / "latest")  # a run folder of which only this copy is left
+    update_symlink(tmp_path / "latest", tmp_path / "latest")  # a run folder of which only this copy is left
     assert (tmp_path / "latest").is_dir()
 
 
@@ -256,10 +256,10 @@ def test_a_save_over_a_checkpoint_may_be_killed_at_any_system_call(
         monkeypatch.setattr(checkpoints, "exchange", lambda one, other: False)
     target = tmp_path / "step_00000004"
     for iteration in (3, 4):
-        point(tmp_path / "latest", save(tmp_path, iteration))
+        update_symlink(tmp_path / "latest", save(tmp_path, iteration))
 
     def save_again() -> None:
-        point(tmp_path / "latest", save(tmp_path, 4, again=True))
+        update_symlink(tmp_path / "latest", save(tmp_path, 4, again=True))
         remove_old(tmp_path, 2)
 
     calls = []

@@ -1,4 +1,4 @@
-"""Reading clips: both readers give the frames that were asked for, and the same ones."""
+"""Reading videos: both readers give the frames that were asked for, and the same ones."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def number_of(frame: np.ndarray) -> int:
 
 
 def encode(path, codec, frames, reordered=0, colours="yuv420p", **options):
-    """Writes a clip with a key frame every ten."""
+    """Writes a video with a key frame every ten."""
     with av.open(path, "w", options=options) as file:
         quiet = {"x265-params": "log-level=none"} if codec == "libx265" else {}
         stream = file.add_stream(codec, rate=25, options=quiet)
@@ -63,7 +63,7 @@ def encode(path, codec, frames, reordered=0, colours="yuv420p", **options):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Clips of 100 numbered frames."""
+    """Videos of 100 numbered frames."""
     folder = tmp_path_factory.mktemp("clips")
     for name, (codec, reordered) in CONTAINERS.items():
         encode(folder / name, codec, [numbered(i) for i in range(100)], reordered)
@@ -229,7 +229,7 @@ def test_an_animated_gif_is_a_clip_and_a_broken_one_is_named(tmp_path):
     clip = Video(tmp_path / "clip.gif")
     assert len(clip) == 3
     assert [tuple(frame[4, 4]) for frame in clip.read([2, 0, 0])] == [colours[2], colours[0], colours[0]]
-    (tmp_path / "text.gif").write_text("no picture")
+    (tmp_path / "text.gif").write_text("no image")
     with pytest.raises(DataError, match=r"text\.gif"):
         len(Video(tmp_path / "text.gif"))
 
@@ -374,7 +374,7 @@ def test_a_part_of_every_frame_is_resized_to_the_size_asked_for():
 def test_there_is_no_frame_past_the_end():
     clip = Pictures([np.zeros((2, 2, 3), np.uint8)] * 3)
     for wanted in ([3], [-1, 0]):
-        with pytest.raises(IndexError, match="a clip of 3 frames"):
+        with pytest.raises(IndexError, match="a video of 3 frames"):
             clip.read(wanted)
 
 

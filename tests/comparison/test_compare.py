@@ -161,7 +161,7 @@ def test_the_page_stands_alone_and_names_every_run_and_nothing_of_this_machine(c
         assert "run.init_lr" in page
         for row in configuration["runs"][0]["captions"]:
             assert row["text"] in page
-    assert len([s for s in sources if "image/png" in s]) == 4  # the pictures that were evaluated
+    assert len([s for s in sources if "image/png" in s]) == 4  # the images that were evaluated
     text = page + json.dumps(report)
     for private in (str(ROOT), str(compared.folder), str(Path.home()) + "/", os.uname().nodename + " "):
         assert private not in text

@@ -1,4 +1,4 @@
-"""Pictures inside archives and tables: read in place, the same as from files of their own, in any process."""
+"""Images inside archives and tables: read in place, the same as from files of their own, in any process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def name(index: int) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch) -> Path:
-    """The same pictures in a folder, in archives, and in tables."""
+    """The same images in a folder, in archives, and in tables."""
     monkeypatch.setenv("EVLGEN_CACHE", str(tmp_path / "cache"))
     (tmp_path / "pictures").mkdir()
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as zipped:
@@ -205,7 +205,7 @@ def test_damaged_archives_cost_what_is_damaged(folder):
     assert len(readable) == 3 and causes == {"missing file"}
     with pytest.raises(DataError, match="It is damaged or cut off after byte"):
         ImageFiles(folder / "a.tar").open(name(4))
-    (folder / "a.tar").write_bytes(tar[: starts[2] + 20])  # in the third picture
+    (folder / "a.tar").write_bytes(tar[: starts[2] + 20])  # in the third image
     readable, causes = _read_all(ImageFiles(folder / "a.tar"))
     assert readable == [0, 1] and causes == {"damaged archive", "missing file"}
 
@@ -233,7 +233,7 @@ def test_compressed_tars_and_clips_in_archives_are_refused_with_a_remedy(folder)
     with pytest.raises(DataError, match="compressed as a whole.*Unpack it, or pack its files as .zip"):
         ImageFiles(folder / "a.tar.gz").open(name(1))
     with pytest.raises(
-        DataError, match=r"a\.zip is an archive, and clips are not read inside of one: unpack"
+        DataError, match=r"a\.zip is an archive, and videos are not read inside of one: unpack"
     ):
         VideoFiles(folder).open("a.zip/1.mp4")
 
@@ -265,9 +265,9 @@ def test_what_cannot_be_there_is_told_and_refused_only_where_it_is_everything(fo
         "a.zip/2.png": "missing file",
     }
     media = ImageFiles(folder)
-    media.check([*bad, name(1)], "Mend it.")
+    media.check([*bad, name(1)], "Fix it.")
     (line,) = caplog.messages
-    assert line.startswith("6 of 7 records will be skipped: ") and line.endswith(" Mend it.")
+    assert line.startswith("6 of 7 records will be skipped: ") and line.endswith(" Fix it.")
     assert "(It is so with 5 elsewhere.)" in line
     for picture, cause in bad.items():
         with pytest.raises(DataError) as error:
@@ -275,8 +275,8 @@ def test_what_cannot_be_there_is_told_and_refused_only_where_it_is_everything(fo
         assert error.value.cause == cause
         media.source(picture)
     assert media.open(name(1)).size == (5, 3)
-    with pytest.raises(DataError, match=r"Mend it\.$"):
-        media.check(bad, "Mend it.")
+    with pytest.raises(DataError, match=r"Fix it\.$"):
+        media.check(bad, "Fix it.")
 
 
 def test_names_with_a_scheme_go_through_iopath(folder):
@@ -311,7 +311,7 @@ def test_annotations_from_addresses_name_no_files_of_this_machine(annotation, na
 def test_a_member_that_claims_too_much_is_not_read(folder, monkeypatch):
     monkeypatch.setattr(archive_media, "MAX_MEMBER_BYTES", 10)
     for container in ("a.zip", "a.tar"):
-        with pytest.raises(DataError, match="that is no picture") as error:
+        with pytest.raises(DataError, match="that is no image") as error:
             ImageFiles(folder / container).open(name(0))
         assert error.value.cause == "too large"
 

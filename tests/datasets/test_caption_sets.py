@@ -73,7 +73,7 @@ SETS = {
 
 
 def build(name: str, root: Path, **changes) -> CaptionBuilder:
-    """The builder of a set with its default YAML, but small pictures."""
+    """The builder of a set with its default YAML, but small images."""
     cls = registry.get_builder_class(name)
     section = OmegaConf.load(PACKAGE_ROOT / cls.DEFAULT_CONFIG)["datasets"][name]
     for processor in section.vis_processor.values():
@@ -168,13 +168,13 @@ COCO_FILE = {
         {"image_id": 7, "id": 1, "caption": "A"},
         {"image_id": 42, "id": 2, "caption": "B"},
         {"image_id": "7", "id": 3, "caption": "C"},  # number and text are one id
-        {"image_id": 8, "id": 4, "caption": "of no picture"},
+        {"image_id": 8, "id": 4, "caption": "of no image"},
     ],
 }
 
 
 def coco(root: Path, split: str, content: dict, file: str = "captions_val2014.json", folder: str = "val2014"):
-    """A split of COCO in its own file, and its pictures in a folder of `images`."""
+    """A split of COCO in its own file, and its images in a folder of `images`."""
     write(root / "coco/annotations" / file, content)
     for image in content["images"]:
         write_media(root / "coco/images" / folder / image["file_name"])

@@ -54,7 +54,7 @@ def write(path: Path, content) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A data root in LAVIS's layout with three small pictures."""
+    """A data root in LAVIS's layout with three small images."""
     for split, records in {"train": TRAIN, "val": VAL, "test": VAL}.items():
         write(tmp_path / f"coco/annotations/coco_karpathy_{split}.json", records)
         for record in records:
@@ -131,7 +131,7 @@ def test_a_picture_that_the_ground_truth_lacks_is_scored_against_its_own_caption
     truth = {"annotations": [{"image_id": 42, "caption": "x"}]}
     write(root / "coco_gt/coco_karpathy_val_gt.json", truth)
     assert builder(root).get_split("val").references() == {42: ["x"], 391895: ["A man"]}
-    assert "pictures that the ground truth lacks: 1" in caplog.text
+    assert "images that the ground truth lacks: 1" in caplog.text
 
 
 def test_a_picture_without_captions_that_the_ground_truth_lacks_is_skipped(root) -> None:

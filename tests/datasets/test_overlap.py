@@ -1,4 +1,4 @@
-"""Splits that have pictures in common."""
+"""Splits that have images in common."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Own pictures, clips and questions by YAML alone: the same samples from every format and layout."""
+"""Own images, videos and questions by YAML alone: the same samples from every format and layout."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LISTS = [{"image": name, "caption": texts} for name, texts in CAPTIONS.items()]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch) -> Path:
-    """The working folder, with three pictures of one colour each; the data root is beside it."""
+    """The working folder, with three images of one colour each; the data root is beside it."""
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("EVLGEN_CACHE", str(tmp_path / "root"))
@@ -369,13 +369,13 @@ def test_a_picture_that_is_known_by_its_id_is_in_one_split_under_any_name():
 
 @pytest.mark.parametrize("column", [None, "image_id", "id"])
 def test_bytes_that_are_in_several_rows_are_one_picture(folder, column):
-    """As Hugging Face has captions one in each row: the picture is there again in every row."""
+    """As Hugging Face has captions one in each row: the image is there again in every row."""
     rows = [(i, text) for i in range(10) for text in ("one", "two")]
     for i in range(10):
         Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(f"{i}.png")
     image = [{"bytes": Path(f"{i}.png").read_bytes(), "path": "x.png"} for i, _ in rows]
     columns = {"image": image, "caption": [f"{text} {i}" for i, text in rows]}
-    if column is not None:  # of the picture, or of the caption: then it is none of the picture's
+    if column is not None:  # of the image, or of the caption: then it is none of the image's
         columns[column] = [i for i, _ in rows] if column == "image_id" else list(range(20))
     pq.write_table(pa.table(columns), "a.parquet", row_group_size=3)
     built = builder(annotations="a.parquet", split={"val": 0.3, "test": 0.3})
@@ -387,7 +387,7 @@ def test_bytes_that_are_in_several_rows_are_one_picture(folder, column):
             key: [f"one {texts[0][-1]}", f"two {texts[0][-1]}"] for key, texts in truth.items()
         }
         numbers[split] = {texts[0][-1] for texts in truth.values()}
-        assert len(dataset) == {"train": 8}.get(split, 3)  # captions; pictures
+        assert len(dataset) == {"train": 8}.get(split, 3)  # captions; images
         for i, sample in enumerate(samples(dataset)):
             shown = dataset.picture(i).getpixel((0, 0))[0] // 20
             assert str(shown) == truth[sample["image_id"]][0][-1]
@@ -410,7 +410,7 @@ def test_every_split_has_a_picture_and_bad_records_stay_in_training():
     parts = divide([bad, *many(3)], Shares(val=0.01, test=0.01))
     assert [len(visuals(part)) for part in parts.values()] == [1, 1, 1]
     assert parts["train"][0] is bad
-    with pytest.raises(DataError, match="2 pictures are too few to be divided into train, val, test"):
+    with pytest.raises(DataError, match="2 images are too few to be divided into train, val, test"):
         divide(many(2), Shares(val=0.01, test=0.01))
 
 
@@ -546,7 +546,7 @@ def test_ids_of_questions_that_are_not_their_own_are_told(folder):
     ("ids", "guessed"),
     [
         (("1", "2", "3"), ["1", "2", "3"]),
-        (("1", "1", "2"), ["a.png", "b.png", "c.png"]),  # of two pictures: it is another thing's id
+        (("1", "1", "2"), ["a.png", "b.png", "c.png"]),  # of two images: it is another thing's id
     ],
 )
 def test_a_guessed_id_that_two_pictures_share_is_none(folder, ids, guessed):
@@ -562,11 +562,11 @@ def test_a_guessed_id_that_two_pictures_share_is_none(folder, ids, guessed):
 def test_own_clips_are_read_by_the_same_yaml(shared, folder):
     clips = shared / "data/lavis_cache/msrvtt/videos"
     names = sorted(os.listdir(clips))[:2]
-    write_csv("clips.csv", [{"video": name, "caption": f"clip {i}"} for i, name in enumerate(names)])
+    write_csv("clips.csv", [{"video": name, "caption": f"video {i}"} for i, name in enumerate(names)])
     dataset = builder("video_text", annotations={"train": "clips.csv"}, root=str(clips)).get_split("train")
     found = samples(dataset)
     assert [s["image"].shape for s in found] == [(3, 2, 8, 8)] * 2
-    assert [s["text_input"] for s in found] == ["clip 0", "clip 1"]
+    assert [s["text_input"] for s in found] == ["video 0", "video 1"]
 
 
 @pytest.mark.parametrize(

@@ -28,14 +28,14 @@ TEXT = build_processor({"name": "blip_caption"})
 
 
 def captioned(folder: Path, count: int = 7, cls=CaptionDataset):
-    """Pictures of several formats, with one caption or two."""
+    """Images of several formats, with one caption or two."""
     folder.mkdir()
     records = []
     for index in range(count):
         name = f"{index}.{('jpg', 'PNG', 'webp', 'dat')[index % 4]}"
         kind = ("JPEG", "PNG", "WEBP", "JPEG")[index % 4]
         Image.new("RGB", (20, 12), (30 * index, 9, 200)).save(folder / name, kind)
-        texts = [f"picture {index}", f"also {index}"][: 1 + index % 2]
+        texts = [f"image {index}", f"also {index}"][: 1 + index % 2]
         records.append({"image": name, "caption": texts, "image_id": f"id{index}"})
     path = folder / "captions.json"
     path.write_text(json.dumps(records))
@@ -62,11 +62,11 @@ def test_pixels_and_captions_come_back_as_they_went_in(tmp_path, cls):
     for index, sample in enumerate(samples):
         name = f"{index}.{('jpg', 'PNG', 'webp', 'dat')[index % 4]}"
         assert torch.equal(sample["image"], IMAGE(dataset.media.open(name)))
-        assert sample["text_input"] in (f"picture {index}", f"also {index}")
+        assert sample["text_input"] in (f"image {index}", f"also {index}")
     first = members(tmp_path / "out" / "00000.tar")
     assert first["000000000.jpg"] == (tmp_path / "in" / "0.jpg").read_bytes()
     assert json.loads(first["000000001.json"]) == {
-        "caption": ["picture 1", "also 1"],
+        "caption": ["image 1", "also 1"],
         "image_id": "id1",
         "source": "1.PNG",
     }
@@ -79,7 +79,7 @@ def test_clips_come_back(shared, tmp_path):
     folder = shared / "data/lavis_cache/msrvtt/videos"
     names = sorted(p.name for p in folder.iterdir())[:2]
     path = tmp_path / "captions.json"
-    path.write_text(json.dumps([{"video": name, "caption": f"clip {name}"} for name in names]))
+    path.write_text(json.dumps([{"video": name, "caption": f"video {name}"} for name in names]))
 
     def frames(video):
         return torch.from_numpy(video.read([0, 1], size=(8, 8)))
@@ -88,7 +88,7 @@ def test_clips_come_back(shared, tmp_path):
     assert pack(dataset, tmp_path / "out").storage == f"{tmp_path}/out/00000.tar"
     stream = ShardDataset([f"{tmp_path}/out/00000.tar"], frames, lambda text: text, data_type="videos")
     samples = [stream.read_place(place) for place in stream.places(None)]
-    assert [s["text_input"] for s in samples] == [f"clip {name}" for name in names]
+    assert [s["text_input"] for s in samples] == [f"video {name}" for name in names]
     for index, sample in enumerate(samples):
         assert torch.equal(sample["image"], dataset[index]["image"])
 
@@ -97,7 +97,7 @@ def test_files_that_cannot_be_read_are_left_out_and_counted(tmp_path, caplog):
     dataset = captioned(tmp_path / "in")
     (tmp_path / "in" / "1.PNG").unlink()
     (tmp_path / "in" / "2.webp").write_bytes(b"")
-    (tmp_path / "in" / "3.dat").write_bytes(b"no picture")
+    (tmp_path / "in" / "3.dat").write_bytes(b"no image")
     packed = pack(dataset, tmp_path / "out", samples_per_shard=4)
     assert (packed.samples, packed.left_out) == (4, 3)
     assert [line.split()[2] for line in caplog.messages] == ["1.PNG", "2.webp", "3.dat"]
@@ -226,7 +226,7 @@ def test_a_folder_with_other_things_in_it_is_refused(tmp_path):
 def test_a_dataset_without_files_is_refused(tmp_path):
     shapes = ShapesCaptionDataset.__new__(ShapesCaptionDataset)
     shapes.references = lambda: {0: ["a red circle"]}
-    with pytest.raises(DataError, match="it takes pictures or clips in files, with captions"):
+    with pytest.raises(DataError, match="it takes images or videos in files, with captions"):
         pack(shapes, tmp_path / "out")
 
 

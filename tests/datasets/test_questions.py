@@ -1,4 +1,4 @@
-"""Questions about pictures and clips: every published layout, and what is wrong with some records."""
+"""Questions about images and videos: every published layout, and what is wrong with some records."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from evlgen.files.io import PACKAGE_ROOT
 DATASETS = ("coco_vqa", "vg_vqa", "ok_vqa", "aok_vqa", "gqa", "msrvtt_qa", "msvd_qa")
 SIZED = {
     role: {"name": "blip_image_eval", "image_size": 16} for role in ("train", "eval")
-}  # of clips too: what is tested here does not open them
+}  # of videos too: what is tested here does not open them
 NINE_YES = ["yes"] * 9 + ["no"]
 
 
@@ -448,7 +448,7 @@ def test_real_files_in_published_layout(shared, name: str, sizes: dict[str, int]
     for split, size in sizes.items():
         dataset = made.get_split(split)
         assert len(dataset) == size and not any(isinstance(r, BadRecord) for r in dataset.records)
-        if name != "msrvtt_qa":  # whose processor of clips is not the one of this file
+        if name != "msrvtt_qa":  # whose processor of videos is not the one of this file
             assert not isinstance(dataset[0], Skipped) and isinstance(dataset[0]["text_input"], str)
     if name != "coco_vqa":
         assert set(dataset.answers()) == {r["question_id"] for r in dataset.records}

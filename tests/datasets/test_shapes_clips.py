@@ -1,4 +1,4 @@
-"""Clips of the Shapes world: what moves, what is seen when, and that captions say what lasts."""
+"""Videos of the Shapes world: what moves, what is seen when, and that captions say what lasts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scenes, pictures, captions and questions of the Shapes world."""
+"""Scenes, images, captions and questions of the Shapes world."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_coverage_is_the_share_of_each_patch_a_shape_covers():
 
 
 def test_guessing_does_not_pay():
-    """No kind with colour is in more than a twelfth of the pictures, and few pictures repeat a
+    """No kind with colour is in more than a twelfth of the images, and few images repeat a
     description."""
     scenes = [scene("test", i) for i in range(1000)]
     for kind in KINDS:

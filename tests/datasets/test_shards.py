@@ -113,7 +113,7 @@ def test_one_of_several_captions_is_drawn_at_each_reading(tmp_path):
 
 def test_clips_are_read_from_shards(shared, tmp_path):
     clip = next((shared / "data/lavis_cache/msrvtt").rglob("*.mp4"))
-    members = {"a.mp4": clip.read_bytes(), "a.txt": b"a clip", "b.mp4": b"no video", "b.txt": b"none"}
+    members = {"a.mp4": clip.read_bytes(), "a.txt": b"a video", "b.mp4": b"no video", "b.txt": b"none"}
     shard = write_shard(tmp_path / "0.tar", members)
     stream = ShardDataset(
         [shard], lambda video: torch.from_numpy(video.read([0, 1], size=(8, 8))), TEXT, data_type="videos"
@@ -128,7 +128,7 @@ def test_clips_are_read_from_shards(shared, tmp_path):
 BROKEN = {
     "no caption": ({"x.png": png()}, "no caption", "neither json nor txt"),
     "no caption in it": ({"x.png": png(), "x.json": b"{}"}, "no caption", "neither 'caption' in its json"),
-    "no picture": ({"x.json": b'{"caption": "x"}'}, "missing file", "it has no image, but json"),
+    "no image": ({"x.json": b'{"caption": "x"}'}, "missing file", "it has no image, but json"),
     "blank caption": (sample("x", " \n"), "empty caption", "empty"),
     "no texts": (sample("x", []), "bad record", "must be text"),
     "a number": (sample("x", 3), "bad record", "must be text or a list of it, not 3"),
@@ -213,7 +213,7 @@ def damaged(folder: Path, kind: str) -> str:
         content[third : third + 100] = bytes([1]) * 100
     elif kind == "cut in a header":
         del content[third + 200 :]
-    elif kind == "cut in a picture":
+    elif kind == "cut in an image":
         del content[third + 512 + 10 :]
     elif kind == "compressed":
         content = gzip.compress(content)
@@ -225,7 +225,7 @@ def damaged(folder: Path, kind: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("kind", ["header", "cut in a header", "cut in a picture"])
+@pytest.mark.parametrize("kind", ["header", "cut in a header", "cut in an image"])
 def test_of_a_damaged_shard_what_comes_before_is_read_and_the_rest_is_one_skipped_sample(tmp_path, kind):
     shard = damaged(tmp_path, kind)
     (other,) = write_shards(tmp_path / "other", [1])

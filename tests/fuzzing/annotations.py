@@ -71,7 +71,7 @@ inputs = st.tuples(
 
 
 def prepare(folder: Path) -> None:
-    """A data root with three pictures and whole annotations."""
+    """A data root with three images and whole annotations."""
     for image in IMAGES:
         path = folder / "coco/images" / image
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from evlgen.assemble import (
     check_nothing_missing,
     check_splits,
     drop_foreign_sources,
-    follow_model,
+    fill_processor_defaults,
     make_builders,
 )
 from evlgen.common.errors import EVLGenError
@@ -183,7 +183,7 @@ def action(folder: Path, drawn: tuple, keep: Callable[[Path], None]) -> Callable
 
 def _prepared(config: Config) -> None:
     """What `assemble.run` does with a configuration before it loads anything."""
-    follow_model(config)
+    fill_processor_defaults(config)
     drop_foreign_sources(config)
     builders = make_builders(config)
     check_splits(config, builders)

@@ -52,7 +52,7 @@ def prepare(folder: Path) -> None:
 
 
 def damaged(folder: Path, rng: random.Random, keep: Callable) -> tuple[str, Callable[[], object]]:
-    """What is done with one input: read as shard and as archive of pictures, and unpacked."""
+    """What is done with one input: read as shard and as archive of images, and unpacked."""
     name = rng.choice(sorted(FORMATS))
     data = whole(FORMATS[name])
     damage = rng.choice((mutate, _change_headers, _change_headers))

@@ -233,7 +233,7 @@ def test_contrast_is_that_of_the_slow_form(model, samples, pictures):
     expected = slow_contrast(images.double(), texts.double(), model.temp.item(), pictures)
     with torch.no_grad():
         assert model(batch)["loss_itc"].item() == pytest.approx(expected, rel=1e-5)
-        if pictures == list(range(COUNT)):  # without ids each pair is of a picture of its own
+        if pictures == list(range(COUNT)):  # without ids each pair is of an image of its own
             del batch["image_id"]
             assert model(batch)["loss_itc"].item() == pytest.approx(expected, rel=1e-5)
 
@@ -241,7 +241,7 @@ def test_contrast_is_that_of_the_slow_form(model, samples, pictures):
 def test_matching_is_judged_on_each_pair_and_its_two_hard_negatives(model, samples, monkeypatch):
     images, texts = torch.tensor([1, 2, 3, 4, 5, 0]), torch.tensor([3, 0, 1, 5, 2, 4])
     known = torch.ones(COUNT, dtype=torch.bool)
-    drawn = iter([(images, known), (texts, known & (texts != 5))])  # one picture had no other text
+    drawn = iter([(images, known), (texts, known & (texts != 5))])  # one image had no other text
     asked = []
     monkeypatch.setattr(
         blip2_stage1, "hard_negatives", lambda *arguments: (asked.append(arguments), next(drawn))[1]
@@ -258,7 +258,7 @@ def test_matching_is_judged_on_each_pair_and_its_two_hard_negatives(model, sampl
     torch.testing.assert_close(got["loss_itm"], torch.stack(losses).mean(), atol=1e-5, rtol=1e-5)
     queries = model.extract_features(samples, mode="image")["image_embeds_proj"]
     texts = model.extract_features(samples, mode="text")["text_embeds_proj"][:, 0]
-    cosines = torch.stack([(q @ texts.T).amax(0) for q in queries]) / model.temp  # [pictures, texts]
+    cosines = torch.stack([(q @ texts.T).amax(0) for q in queries]) / model.temp  # [images, texts]
     for (similarity, positive), expected in zip(asked, (cosines.T, cosines), strict=True):
         torch.testing.assert_close(similarity, expected, atol=1e-4, rtol=1e-5)
         assert torch.equal(positive, torch.eye(COUNT, dtype=torch.bool))
@@ -306,7 +306,7 @@ def _gradients(model, samples, weight: float = 1.0) -> dict[str, torch.Tensor]:
     return {**gradients, **{k: v.detach() * weight for k, v in losses.items()}}
 
 
-# of the last, no picture has a negative
+# of the last, no image has a negative
 PICTURES = [list(range(COUNT)), [0, 1, 0, 2, 3, 0], [0] * COUNT]
 
 
@@ -455,7 +455,7 @@ def test_several_captions_of_each_picture(trained, samples, options):
 def test_a_prompt_is_continued(trained, samples):
     model = trained[0]
     assert len(model.generate({**samples, "prompt": "a red"}, num_beams=1, max_length=4)) == COUNT
-    with pytest.raises(ConfigError, match="one prompt for all pictures"):
+    with pytest.raises(ConfigError, match="one prompt for all images"):
         model.generate({**samples, "prompt": [str(i) for i in range(COUNT)]})
     with pytest.raises(ConfigError, match=r"takes 61 positions, .* has 64|takes 101 positions.*has 64"):
         model.generate(samples, max_length=100)
@@ -490,7 +490,7 @@ def test_padding_and_batch_mates_change_nothing(model, samples):
     [
         (lambda m, s: m.match(s, head="lm"), "head 'lm' for matching"),
         (lambda m, s: m.extract_features(s, mode="video"), "mode 'video'"),
-        (lambda m, s: m(dict(s, image=s["image"][:, :, None])), "a model of pictures"),
+        (lambda m, s: m(dict(s, image=s["image"][:, :, None])), "a model of images"),
     ],
 )
 def test_what_it_cannot_do_is_named(model, samples, call, message):

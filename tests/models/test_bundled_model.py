@@ -1,4 +1,4 @@
-"""What the bundled model has learned, and that it is the picture it reads."""
+"""What the bundled model has learned, and that it is the image it reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of clips: what temporal attention promises, and the simpler ways."""
+"""Models of videos: what temporal attention promises, and the simpler ways."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_images_of_other_shapes_are_named(shape, problem):
 
 
 def test_as_many_prompts_as_pictures(image):
-    with pytest.raises(ConfigError, match="3 prompts for 2 pictures"):
+    with pytest.raises(ConfigError, match="3 prompts for 2 images"):
         build().generate({"image": image, "prompt": ["a", "b", "c"]})
 
 

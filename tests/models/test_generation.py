@@ -63,7 +63,7 @@ def inputs(model, padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(1)
     embeds = 2.0 * torch.randn(3, 7, model.get_input_embeddings().embedding_dim)
     mask = torch.ones(3, 7, dtype=torch.long)
-    if padded:  # the prompts of three pictures, after four soft prompts
+    if padded:  # the prompts of three images, after four soft prompts
         mask[0, 4:6] = 0
         mask[2, 4:5] = 0
     return embeds, mask
@@ -127,7 +127,7 @@ def test_a_model_whose_positions_are_distances_is_left_to_transformers():
 
 @torch.no_grad()
 def test_what_a_beam_sees_is_its_own_text_alone():
-    """Scores of the texts found, computed anew from the whole text, are those the search went by."""
+    """Scores of the texts found, computed again from the whole text, are those the search went by."""
     model = model_of("opt")
     embeds, mask = inputs(model, padded=False)
     options = Decoding(num_beams=4, max_length=6, min_length=6, num_captions=4, length_penalty=0.0)

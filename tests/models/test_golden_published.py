@@ -98,7 +98,7 @@ def test_generated_texts(model, expected, texts, key, prompt, options):
     assert model.generate(samples, **options) == texts["generated"][key]
 
 
-@pytest.mark.parametrize("folder", ["evlgen_opt"], indirect=True)  # the published code of clips crashes here
+@pytest.mark.parametrize("folder", ["evlgen_opt"], indirect=True)  # the published code of videos crashes here
 @pytest.mark.parametrize(("beams", "length_penalty"), [(1, 0), (5, -1)])
 def test_answers(model, expected, texts, beams, length_penalty):
     samples = {"image": expected["image"], "text_input": texts["questions"]}

@@ -59,7 +59,7 @@ def build_blip2(**changes):
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Folders and one published file of small models of clips, by temporal form."""
+    """Folders and one published file of small models of videos, by temporal form."""
     folder = tmp_path_factory.mktemp("clips")
     found = {}
     for form in ("average", "residual"):
@@ -132,7 +132,7 @@ def test_adapters_without_a_place_name_the_key(tmp_path):
         build().load_checkpoint(folder)
     assert not build(**lora).load_checkpoint(folder).missing
     build().save_pretrained(tmp_path / "plain")
-    assert build(**lora).load_checkpoint(tmp_path / "plain").missing, "adapters may start anew"
+    assert build(**lora).load_checkpoint(tmp_path / "plain").missing, "adapters may start again"
 
 
 # ---- stages of BLIP-2

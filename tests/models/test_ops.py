@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from evlgen.models.ops import Dropout, keep_mask, linear, products, quicken, self_attention
+from evlgen.models.ops import Dropout, keep_mask, linear, products, self_attention, use_fast_linear
 from evlgen.models.ops.attention import _PlainAttention
 
 
@@ -132,7 +132,7 @@ def test_linear_by_onednn_has_torchs_values_and_gradients(asked_of_onednn, shape
 def test_frozen_weights_get_no_gradient_and_trained_ones_do(asked_of_onednn):
     layer = torch.nn.Linear(6, 4).requires_grad_(False)
     layer.bias.requires_grad_(True)
-    quicken(layer)
+    use_fast_linear(layer)
     x = torch.randn(3, 6, requires_grad=True)
     layer(x).sum().backward()
     assert layer.weight.grad is None
@@ -158,7 +158,7 @@ def test_frozen_weights_get_no_gradient_and_trained_ones_do(asked_of_onednn):
 )
 def test_compiled_for_real_the_forms_are_the_compilers(asked_of_onednn, backend):
     layer = torch.nn.Sequential(torch.nn.Linear(6, 9), Dropout(0.5))
-    quicken(layer)
+    use_fast_linear(layer)
     x = torch.randn(2, 4, 6, requires_grad=True)
     compiled = torch.compile(lambda x: self_attention(layer(x), 1), backend=backend)
     assert compiled(x).shape == (2, 4, 3)
@@ -169,6 +169,6 @@ def test_compiled_for_real_the_forms_are_the_compilers(asked_of_onednn, backend)
 def test_quickened_layers_stay_linear_layers_of_the_same_weights():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    quicken(model)
+    use_fast_linear(model)
     assert all(isinstance(model[i], torch.nn.Linear) for i in (0, 2))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

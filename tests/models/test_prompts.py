@@ -58,5 +58,5 @@ def test_prompts_to_continue_take_the_words_read():
 
 
 def test_another_number_of_questions_than_pictures():
-    with pytest.raises(ConfigError, match="2 questions .* for 3 pictures"):
+    with pytest.raises(ConfigError, match="2 questions .* for 3 images"):
         ask("", {"text_input": QUESTIONS}, 3)

@@ -1,4 +1,4 @@
-"""Candidate answers about pictures and clips are ranked as by one loss after the other."""
+"""Candidate answers about images and videos are ranked as by one loss after the other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ANSWERS = ["red", "two", "a blue square", "no", "left of the star"]
 
 @pytest.fixture(scope="module", params=["evlgen_opt", "evlgen_video_opt"])
 def model(request):
-    """The bundled models, of pictures and of clips."""
+    """The bundled models, of images and of videos."""
     cls = registry.get_model_class(request.param)
     return cls.from_config(load_model_config(request.param, "shapes", {"language": {"precision": "fp32"}}))
 
@@ -74,7 +74,7 @@ def test_what_cannot_be_ranked_is_named(model, samples):
     for candidates in ([], [["red"], []]):
         with pytest.raises(DataError, match="there are no candidate answers to rank"):
             model.rank_answers(samples, candidates)
-    with pytest.raises(ConfigError, match="3 lists of candidate answers for 2 pictures"):
+    with pytest.raises(ConfigError, match="3 lists of candidate answers for 2 images"):
         model.rank_answers(samples, [["red"]] * 3)
 
 

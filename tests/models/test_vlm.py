@@ -120,7 +120,7 @@ def test_a_texts_own_loss_is_that_of_a_batch_of_it_alone_times_its_tokens(build,
         assert got["num_tokens"][i] == alone["num_tokens"]
 
 
-WEIGHED = {  # two texts of the first picture, none of the second, three of the third
+WEIGHED = {  # two texts of the first image, none of the second, three of the third
     "text_input": ["what?", "what is it?", "where?", "who?", "how many?"],
     "text_output": ["red", "a blue star", "here", "nobody", "two"],
     "num_texts": [2, 0, 3],

@@ -16,7 +16,7 @@ H, W = 20, 26
 
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
-    """A smooth picture, so that a misplaced half pixel shows and interpolation rounding does not."""
+    """A smooth image, so that a misplaced half pixel shows and interpolation rounding does not."""
     y, x = np.mgrid[:H, :W] / 20
     waves = [np.sin(3 * x + k) * np.cos(2 * y - k) for k in range(3)]
     return Image.fromarray((120 + 80 * np.stack(waves, axis=-1)).astype(np.uint8))
@@ -25,7 +25,7 @@ def photo() -> Image.Image:
 def warped(image: Image.Image, forward: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
     """Bilinear warp by a 2 x 3 matrix input -> output, pixel centres at integers, as in `cv2.warpAffine`.
 
-    Returns the picture and a mask of pixels that come from well inside or well outside of the input.
+    Returns the image and a mask of pixels that come from well inside or well outside of the input.
     """
     pixels = np.asarray(image).astype(float)
     matrix = np.linalg.inv(np.vstack([forward, [0, 0, 1]]))

@@ -35,7 +35,7 @@ def build(name: str, **section):
 
 
 def levels(clip: torch.Tensor) -> list[int]:
-    """The grey levels that a clip's frames had before they were normalised."""
+    """The grey levels that a video's frames had before they were normalised."""
     pixels = clip[:, :, 0, 0] * torch.tensor(CLIP_STD)[:, None] + torch.tensor(CLIP_MEAN)[:, None]
     return (pixels * 255).round().int()[0].tolist()
 

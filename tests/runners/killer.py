@@ -1,5 +1,5 @@
 """A plugin that ends its own process with SIGKILL where ``KILL_AT`` says: ``<place>:<n>``, at the n-th time
-the process comes there. Everything before that is the real thing, but for sheets of pictures, which take long
+the process comes there. Everything before that is the real thing, but for sheets of images, which take long
 to draw."""
 
 from __future__ import annotations

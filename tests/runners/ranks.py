@@ -1,5 +1,5 @@
 """A plugin for runs of several processes: splits of several sizes, broken samples, weights that differ
-between processes, and errors on one of them, as the environment says. But for sheets of pictures, which take
+between processes, and errors on one of them, as the environment says. But for sheets of images, which take
 long to draw, everything else is the real thing."""
 
 from __future__ import annotations

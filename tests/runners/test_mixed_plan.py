@@ -222,7 +222,7 @@ def test_a_run_stops_where_half_of_the_shards_are_lost_though_few_samples_are_sk
         skipped = SkippedSamples(tmp_path, 0.49, world_size)
         with pytest.raises(TrainingError, match=r"5\d\.\d% of the shards of dataset 'web' could not be read"):
             for number, batch in enumerate(islice(train_loader(datasets, plan, 0, False), 100)):
-                skipped.take_out(batch, number)
+                skipped.pop_skipped(batch, number)
         assert skipped.causes.total() < 0.25 * skipped.seen
 
 

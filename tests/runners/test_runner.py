@@ -68,7 +68,7 @@ def test_a_resumed_run_gives_the_losses_and_weights_of_one_never_interrupted(tin
     whole = load_file(folder / "checkpoints" / "latest" / "model.safetensors")
     resumed_folder, resumed = train(path, f"run.resume={folder / 'checkpoints' / 'step_00000006'}")
     assert resumed_folder == folder
-    assert losses(resumed) == losses(records)  # the log's lines after the checkpoint are written anew
+    assert losses(resumed) == losses(records)  # the log's lines after the checkpoint are written again
     again = load_file(folder / "checkpoints" / "latest" / "model.safetensors")
     assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
 

@@ -12,7 +12,7 @@ from evlgen.assemble import run
 from evlgen.common.errors import CheckpointError, ConfigError
 from evlgen.config.config import Config
 from evlgen.loaders.data import evenly_spread
-from evlgen.runners.training_state import Effort
+from evlgen.runners.training_state import TrainingCost
 from evlgen.tasks.captioning import CaptioningTask
 
 TIMED = {"max_epoch": None, "max_seconds": 1.0, "seconds_per_inner_epoch": 0.4, "valid_splits": ["val"]}
@@ -20,7 +20,7 @@ TIMED = {"max_epoch": None, "max_seconds": 1.0, "seconds_per_inner_epoch": 0.4, 
 
 @pytest.fixture(autouse=True)
 def no_sheets(monkeypatch):
-    """Drawing pictures of results takes longer than these runs."""
+    """Drawing images of results takes longer than these runs."""
     monkeypatch.setattr(CaptioningTask, "_show", lambda *args: None)
 
 
@@ -128,11 +128,11 @@ def test_lengths_that_contradict_each_other_are_named(tiny_project, values, prob
 
 def test_a_damaged_effort_is_named(tmp_path):
     path = tmp_path / "effort.json"
-    assert Effort.read(path) == Effort()
+    assert TrainingCost.read(path) == TrainingCost()
     for text in ("[]", '{"seconds": 1}', '{"seconds": NaN, "samples": 1}', '{"seconds": -1, "samples": 1}'):
         path.write_text(text)
         with pytest.raises(CheckpointError, match="effort.json"):
-            Effort.read(path)
+            TrainingCost.read(path)
 
 
 def test_evaluation_on_a_part_takes_samples_evenly_from_the_whole(tiny_project):

@@ -58,7 +58,7 @@ def model(golden):
 
 @pytest.fixture
 def encoded(monkeypatch) -> list[int]:
-    """How many pictures each call of a vision encoder was given, real calls as they come."""
+    """How many images each call of a vision encoder was given, real calls as they come."""
     forward, calls = TimmEncoder.forward, []
 
     def counted(self, pixels):
@@ -107,13 +107,13 @@ def stores(data_root) -> list[Path]:
 
 
 def photographs(folder: Path, count=6, broken=(3,)) -> list[dict]:
-    """Pictures with two captions each, some of them broken; their records."""
+    """Images with two captions each, some of them broken; their records."""
     folder.mkdir(parents=True)
     for number in range(count):
         noise = np.random.RandomState(number).randint(0, 255, (60, 70, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{number}.png")
     for number in broken:
-        (folder / f"{number}.png").write_bytes(b"no picture")
+        (folder / f"{number}.png").write_bytes(b"no image")
     return [{"image": f"{i}.png", "caption": c} for i in range(count) for c in ("grey noise", "a wall")]
 
 
@@ -138,10 +138,10 @@ def test_training_gives_the_losses_of_an_encoder_that_rounds_its_tokens_to_bf16(
 def test_each_picture_is_encoded_once_and_never_in_training(tiny_project, encoded):
     path = tiny_project()
     first = train(path, "run.cache_vision=true")
-    assert sum(encoded) == PICTURES + 1  # one picture tells the tokens' shape
+    assert sum(encoded) == PICTURES + 1  # one image tells the tokens' shape
     del encoded[:]
     assert train(path, "run.cache_vision=true", "run.num_workers=2") == first
-    assert sum(encoded) == 5  # its shape, and four pictures that are compared with what is kept
+    assert sum(encoded) == 5  # its shape, and four images that are compared with what is kept
 
 
 def test_a_resumed_run_gives_the_losses_of_one_never_interrupted(tiny_project, tmp_path):
@@ -233,7 +233,7 @@ def test_of_an_augmenting_transform_k_views_are_kept_each_with_a_seed_of_its_own
     assert min(chosen.count(view) for view in range(views)) > 8
     assert "one random view" not in caplog.text
     fill(dataset, model)
-    assert "run.cache_vision keeps one random view of each picture of 'data'" in caplog.text
+    assert "run.cache_vision keeps one random view of each image of 'data'" in caplog.text
 
 
 def test_filling_and_reading_leave_the_random_generators_where_they_were(model):
@@ -353,7 +353,7 @@ def test_a_killed_fill_goes_on_and_computes_nothing_twice(forks, tiny_project, t
         "forward, calls = TimmEncoder.forward, []\n"
         "def killing(self, pixels):\n"
         "    calls.append(1)\n"
-        "    if len(calls) == 5:\n"  # the first looks at a picture; each of the others encodes four
+        "    if len(calls) == 5:\n"  # the first looks at an image; each of the others encodes four
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return forward(self, pixels)\n"
         "TimmEncoder.forward = killing\n"
@@ -413,7 +413,7 @@ def test_too_little_disk_space_is_said_with_the_size_before_anything_is_written(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 5000, 5000))
     with pytest.raises(
-        TrainingError, match=r"needs 39\.2 kB for 24 pictures .* has 5\.0 kB left.*EVLGEN_CACHE"
+        TrainingError, match=r"needs 39\.2 kB for 24 images .* has 5\.0 kB left.*EVLGEN_CACHE"
     ):
         train(tiny_project(), "run.cache_vision=true")
     assert not stores(data_root)

@@ -20,7 +20,7 @@ from evlgen.tasks.captioning_scst import SelfCriticalCaptioningTask
 
 
 class Captioned(BaseDataset):
-    """Blank pictures with captions; image ids begin at 0."""
+    """Blank images with captions; image ids begin at 0."""
 
     def __init__(self, captions: list[list[str]]) -> None:
         super().__init__(captions)
@@ -82,7 +82,7 @@ def batch_of(dataset, name):
     return collate(samples)
 
 
-# Of two pictures with different words each n-gram of a caption that is one reference weighs the same, so a
+# Of two images with different words each n-gram of a caption that is one reference weighs the same, so a
 # caption that is the only reference has CIDEr 10 * (number of n with n-grams) / 4.
 def test_advantages_are_rewards_above_the_mean_of_the_other_samples():
     data = Captioned([["red"], ["blue square"]])
@@ -222,7 +222,7 @@ class WithoutCaptions(Captioned):
 
 
 def test_a_dataset_without_captions_by_picture_is_refused_by_name():
-    with pytest.raises(DataError, match="training data of 'web' has no captions by picture"):
+    with pytest.raises(DataError, match="training data of 'web' has no captions by image"):
         task_for(Writer([]), {"one": FIRST, "web": WithoutCaptions([["red"]])})
 
 

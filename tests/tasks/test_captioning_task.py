@@ -30,7 +30,7 @@ IMAGE = build_processor({"name": "blip_image_eval", "image_size": 8})
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory) -> tuple[dict[str, float], Path]:
-    """The metrics of a set of pictures with such ids, two of them in one domain; and the result folder."""
+    """The metrics of a set of images with such ids, two of them in one domain; and the result folder."""
     folder = tmp_path_factory.mktemp("set")
     for i in range(len(TEXTS)):
         Image.new("RGB", (8, 8), "red").save(folder / f"{i}.png")
@@ -56,14 +56,14 @@ def test_scores_of_a_domain_are_those_of_its_pictures_alone(evaluated) -> None:
     own = (7, "video3")
     inside = score_captions({i: TEXTS[i] for i in own}, {i: WRITTEN[i] for i in own}, ["cider"])
     assert found["CIDEr_in-domain"] == pytest.approx(inside.values["CIDEr"]) and inside.values["CIDEr"] > 1
-    assert found["CIDEr_out-domain"] == 0  # one picture: every n-gram is in all of its pictures
+    assert found["CIDEr_out-domain"] == 0  # one image: every n-gram is in all of its images
     assert found["CIDEr"] != pytest.approx(found["CIDEr_in-domain"])
     assert json.loads((folder / "metrics.json").read_text())["CIDEr_in-domain"] == found["CIDEr_in-domain"]
 
 
 def test_a_dataset_without_parts_has_no_scores_of_parts() -> None:
     assert domain_scores(TEXTS, WRITTEN, {}) == {}
-    assert domain_scores(TEXTS, WRITTEN, {"picture of another set": "in-domain"}) == {}
+    assert domain_scores(TEXTS, WRITTEN, {"image of another set": "in-domain"}) == {}
 
 
 def test_how_captions_are_written_follows_from_the_run_section() -> None:

@@ -27,7 +27,7 @@ CAPTIONS = {
 
 
 def official(references, captions):
-    """Value of each picture's caption, by pycocoevalcap."""
+    """Value of each image's caption, by pycocoevalcap."""
     tokens = {picture: tokenize_lines(lines) for picture, lines in references.items()}
     candidates = {picture: tokenize_lines([captions[picture]]) for picture in references}
     return Cider().compute_score(tokens, candidates)[1].tolist()
@@ -55,7 +55,7 @@ def test_values_are_the_official_ones_for_people_judged_by_people(shared):
 
 
 def test_a_value_worked_out_by_hand():
-    # "blue" and "blue sky" are in one of two pictures and weigh log 2; "sky", in both, weighs nothing. The
+    # "blue" and "blue sky" are in one of two images and weigh log 2; "sky", in both, weighs nothing. The
     # cosines are 1 for words and pairs, of four; "blue" alone has no pair, and is one pair too short.
     reward = CiderReward({"a": ["blue sky"], "b": ["grey sky"]})
     assert reward(["a"], [["blue sky", "blue", "grey sky", "sky"]]) == [
@@ -83,5 +83,5 @@ def test_it_says_which_pictures_it_can_judge():
 
 @pytest.mark.parametrize("references", [{}, {1: ["a dog"]}])
 def test_a_corpus_in_which_nothing_tells_pictures_apart_is_refused(references):
-    with pytest.raises(DataError, match=f"at least two pictures, and there are {len(references)}"):
+    with pytest.raises(DataError, match=f"at least two images, and there are {len(references)}"):
         CiderReward(references)

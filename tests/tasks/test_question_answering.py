@@ -25,7 +25,7 @@ PROMPT = "Question: {} Short answer:"
 
 
 class Questions(BaseDataset):
-    """Questions with ids of mixed types about blank pictures; ``people`` answered."""
+    """Questions with ids of mixed types about blank images; ``people`` answered."""
 
     def __init__(self, people, types=None, kinds=None, choices=None, right=None, listed=()):
         super().__init__(list(people))
@@ -93,7 +93,7 @@ def written(folder, name):
 
 @pytest.fixture(autouse=True)
 def sheet(monkeypatch):
-    """The lines of the sheet of pictures, which takes a second to draw."""
+    """The lines of the sheet of images, which takes a second to draw."""
     lines = []
     monkeypatch.setattr(
         question_answering, "caption_sheet", lambda pictures, captions, path: lines.extend(captions)

@@ -72,7 +72,7 @@ def test_paths_pictures_and_clips_are_drawn_alike(bundled, files):
     assert (
         one == draw_merging(bundled, files / "1.png", "last") == draw_merging(bundled, [picture(1)], "last")
     )
-    both = draw_merging(bundled, [[picture(1), picture(2)]], "last")  # to this model a clip is its pictures
+    both = draw_merging(bundled, [[picture(1), picture(2)]], "last")  # to this model a video is its images
     assert both.height > one.height + 256
 
 
@@ -143,7 +143,7 @@ def test_the_command_draws_two_pictures_on_one_sheet(files, capsys):
 
 
 def test_the_command_draws_a_folder_into_a_folder_and_leaves_out_what_is_no_picture(files, capsys):
-    (files / "3.jpg").write_text("not a picture")
+    (files / "3.jpg").write_text("not an image")
     command = ["visualize", str(files), "--output", str(files / "out"), "--layers", "last"]
     assert cli.main([*command, "--compare-untrained"]) == 0
     out, err = capsys.readouterr()

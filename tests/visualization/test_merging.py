@@ -1,4 +1,4 @@
-"""What merges into what, from a model: maps, counts, pictures as the model sees them, and what is refused."""
+"""What merges into what, from a model: maps, counts, images as the model sees them, and what is refused."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_outlines_are_where_regions_end_and_nowhere_else(size, scale, width):
 
 def test_patches_far_apart_share_fill_and_outline():
     drawn = draw_regions(noise(40, 40, 3), GROUPS, width=2)
-    upper, lower = drawn[:10, 30:], drawn[30:, :10]  # a part each of region 3, at the picture's corners
+    upper, lower = drawn[:10, 30:], drawn[30:, :10]  # a part each of region 3, at the image's corners
     assert np.array_equal(upper[0, 0], lower[0, 0]) and np.array_equal(upper[5, 5], lower[5, 5])
     corners = {tuple(drawn[y, x]) for y, x in ((0, 0), (0, 20), (0, 30), (10, 10), (10, 30))}
     assert len(corners) == 5  # one outline colour for each of the five regions of several patches

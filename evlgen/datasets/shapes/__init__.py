@@ -1,2 +1,2 @@
-"""The Shapes world: small pictures of coloured shapes, drawn in memory, with captions, questions and a
+"""The Shapes world: small images of coloured shapes, drawn in memory, with captions, questions and a
 caption checker."""

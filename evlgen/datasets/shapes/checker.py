@@ -134,7 +134,7 @@ def _related(a: Shape, b: Shape, word: str) -> bool:
 
 
 def _stands(shape: Shape, words: tuple[str, ...]) -> bool:
-    """Whether a shape is in the named third or thirds of the picture; ``middle`` alone is the middle of
+    """Whether a shape is in the named third or thirds of the image; ``middle`` alone is the middle of
     both."""
     row = {int(shape.y // _THIRD)}
     column = {int(shape.x // _THIRD)}

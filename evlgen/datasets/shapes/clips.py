@@ -1,8 +1,9 @@
-"""Short clips of the Shapes world: shapes move, come and go, and captions say what no single frame shows.
+"""Short videos of the Shapes world: shapes move, come and go, and captions say what no single frame shows.
 
-A clip has one to three shapes, each in a lane of its own: a row of the grid in clips whose shapes move
+A video has one to three shapes, each in a lane of its own: a row of the grid in videos whose shapes move
 sideways, a column in those whose shapes move up or down. In the outer lanes a shape may move from one end to
-the other; and where there are several, one may be seen in only the first or only the second half of the clip.
+the other; and where there are several, one may be seen in only the first or only the second half of the
+video.
 
 What has to be seen over time: which shapes there are, as one may come late or be gone; and where they are.
 Captions say of a place or a relation only what holds from the first moment to the last. A star that stays in
@@ -40,13 +41,13 @@ from evlgen.media.video import Clip
 
 NUM_FRAMES = 8
 _SHARE_MOVING = 0.7  # of the shapes in outer lanes
-_SHARE_PASSING = 0.6  # of the clips of several shapes: those in which one comes or goes
+_SHARE_PASSING = 0.6  # of the videos of several shapes: those in which one comes or goes
 _SHARE_WITHOUT_PLACE = 0.2  # of the captions that say nothing of places which are kept all the same
 
 
 @dataclass(frozen=True)
 class MovingScene:
-    """The shapes of a clip at its first moment and at its last, in the same order.
+    """The shapes of a video at its first moment and at its last, in the same order.
 
     Args:
         sideways: shapes that move keep their row; else their column.
@@ -60,7 +61,7 @@ class MovingScene:
 
     @property
     def description(self) -> str:
-        """What makes this clip another than the next, as `world.Scene.description`."""
+        """What makes this video another than the next, as `world.Scene.description`."""
         parts = zip(self.first.shapes, self.last.shapes, self.seen, strict=True)
         return "; ".join(sorted(f"{_words(a)} to {b.row} {b.column} in {seen}" for a, b, seen in parts))
 
@@ -85,9 +86,9 @@ class ShapesClip(Clip):
         return map(self.scene.frame, indices)
 
 
-@lru_cache(maxsize=16)  # a sample's clip and its captions ask for the same one in turn
+@lru_cache(maxsize=16)  # a sample's video and its captions ask for the same one in turn
 def moving_scene(split: str, index: int, seed: int = 0) -> MovingScene:
-    """The clip number ``index`` of a split; follows from the arguments alone, and is in no other split."""
+    """The video number ``index`` of a split; follows from the arguments alone, and is in no other split."""
     rng = random.Random(f"clips/{seed}/{split}/{index}")
     while True:
         made = _random_clip(split, index, seed, rng)
@@ -96,9 +97,9 @@ def moving_scene(split: str, index: int, seed: int = 0) -> MovingScene:
 
 
 def captions(scene: MovingScene) -> list[str]:
-    """Five different captions of a clip, true from its first moment to its last."""
+    """Five different captions of a video, true from its first moment to its last."""
     first = scene.first
-    rng = random.Random(f"clip captions/{first.seed}/{first.split}/{first.index}")
+    rng = random.Random(f"video captions/{first.seed}/{first.split}/{first.index}")
     lasting = _lasting(scene)
     found: dict[str, None] = {}
     while len(found) < CAPTIONS_PER_SCENE:
@@ -110,8 +111,8 @@ def captions(scene: MovingScene) -> list[str]:
 
 
 def is_true(caption: str, scene: MovingScene) -> bool:
-    """Whether a caption is true of a clip and leaves none of its shapes out: it is so at the first moment and
-    at the last, and hence between, as shapes move on straight lines."""
+    """Whether a caption is true of a video and leaves none of its shapes out: it is so at the first moment
+    and at the last, and hence between, as shapes move on straight lines."""
     return _holds(read(caption), scene)
 
 

@@ -1,4 +1,4 @@
-"""Questions about pictures of the Shapes world, balanced so that whoever has not seen the picture can only
+"""Questions about images of the Shapes world, balanced so that whoever has not seen the image can only
 guess.
 
 What is asked is what `captions.questions` asks, which the bundled language model has read answers to, in
@@ -21,15 +21,15 @@ from evlgen.datasets.shapes.world import COLOURS, COLUMNS, KINDS, ROWS, SIZES, S
 
 # Kind -> how `captions.questions` words it, and the wordings that are asked, of the same groups.
 _WORDINGS = {
-    "number": (r"how many (.+) are there\?", ("how many {} are there?", "how many {} are in the picture?")),
+    "number": (r"how many (.+) are there\?", ("how many {} are there?", "how many {} are in the image?")),
     "colour": (
         r"what colour is the (\w+)\?",
         ("what colour is the {}?", "what is the colour of the {}?", "what colour does the {} have?"),
     ),
     "shape": (r"what shape is (\w+)\?", ("what shape is {}?", "what is the shape that is {}?")),
     "size": (r"is the (\w+) large or small\?", ("is the {} large or small?", "is the {} small or large?")),
-    "place": (r"where is the (\w+)\?", ("where is the {}?", "where is the {} in the picture?")),
-    "presence": (r"is there (an? .+)\?", ("is there {}?", "is there {} in the picture?")),
+    "place": (r"where is the (\w+)\?", ("where is the {}?", "where is the {} in the image?")),
+    "presence": (r"is there (an? .+)\?", ("is there {}?", "is there {} in the image?")),
     "relation": (r"is the (\w+) (.+) the (\w+)\?", ("is the {} {} the {}?",)),
 }
 QUESTION_KINDS = tuple(_WORDINGS)
@@ -61,7 +61,7 @@ class Question:
     scene: Scene
 
 
-@lru_cache(maxsize=16)  # a sample's picture and its question ask for the same one in turn
+@lru_cache(maxsize=16)  # a sample's image and its question ask for the same one in turn
 def question(split: str, index: int, seed: int = 0) -> Question:
     """The question number ``index`` of a split, about a scene of that split.
 

@@ -97,7 +97,7 @@ class Mention:
 
 @dataclass(frozen=True)
 class Claim:
-    """What is said of mentions (by index): ``relation`` to other mentions, ``place`` in the picture,
+    """What is said of mentions (by index): ``relation`` to other mentions, ``place`` in the image,
     ``arrangement``."""
 
     about: str

@@ -1,9 +1,9 @@
-"""Scenes of the Shapes world and their pictures.
+"""Scenes of the Shapes world and their images.
 
 A scene is one to three coloured shapes, each in a cell of its own on a 3 x 3 grid. It follows from
 ``(split, index, seed)`` alone, on every machine. What tells scenes apart is their description (kind, colour,
 size and cell of every shape); each description belongs to exactly one split, so no training scene is ever met
-in validation or test. Pictures of one description still differ: position inside the cell, radius, shade and
+in validation or test. Images of one description still differ: position inside the cell, radius, shade and
 background vary.
 """
 
@@ -37,7 +37,7 @@ SPLITS = ("train", "val", "test")
 
 _RADII = {"small": (4.5, 5.0, 5.5), "large": (8.0, 8.5, 9.0)}
 _CELL_CENTRES = (11, 32, 53)
-_JITTER = 1  # pixels; shapes of neighbouring cells stay apart, and all stay inside the picture
+_JITTER = 1  # pixels; shapes of neighbouring cells stay apart, and all stay inside the image
 _SHADE = 14  # steps of 256 by which a shape's colour may differ from the name's own
 BACKGROUNDS = (
     (232, 232, 228),
@@ -95,7 +95,7 @@ def split_of(description: str) -> str:
     return {0: "val", 1: "test"}.get(zlib.crc32(description.encode()) % 10, "train")
 
 
-@lru_cache(maxsize=16)  # a sample's picture and its captions ask for the same one in turn
+@lru_cache(maxsize=16)  # a sample's image and its captions ask for the same one in turn
 def scene(split: str, index: int, seed: int = 0) -> Scene:
     """The scene number ``index`` of a split.
 
@@ -116,7 +116,7 @@ def scene(split: str, index: int, seed: int = 0) -> Scene:
 
 
 def draw(scene: Scene) -> np.ndarray:
-    """The picture of a scene: uint8 RGB [64, 64, 3]."""
+    """The image of a scene: uint8 RGB [64, 64, 3]."""
     canvas = _background(scene.background, (scene.index * 7 + len(scene.shapes)) % 8).copy()
     for shape in scene.shapes:
         mask = _mask(shape.kind, shape.radius)

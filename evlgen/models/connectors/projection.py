@@ -22,7 +22,7 @@ _GELU_MEAN_SQUARE = 0.4252  # of the GELU of a standard normal variable
 
 def count_frames(num_tokens: int, tokens_per_frame: int | None) -> int:
     """How many frames' tokens stand in a row among ``num_tokens``: 1, unless they are a multiple of one
-    image's, as those of a clip's concatenated frames are."""
+    image's, as those of a video's concatenated frames are."""
     if not tokens_per_frame or num_tokens % tokens_per_frame:
         return 1
     return max(1, num_tokens // tokens_per_frame)

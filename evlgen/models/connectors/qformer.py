@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from evlgen.common.memory import check_fits
 from evlgen.common.registry import registry
-from evlgen.config.schema import PositiveFloat, PositiveInt, Share
+from evlgen.config.schema import Fraction, PositiveFloat, PositiveInt
 from evlgen.models.connectors.base import Connector, ConnectorInputs
 from evlgen.models.connectors.bert_weights import BertSizes, bert_sizes
 from evlgen.models.connectors.projection import start_at_scale
@@ -87,7 +87,7 @@ class QFormerLayer(FeedForward):
         """Queries [B, M, C] and keys and values of the visual tokens -> [B, M, C], and the queries' own keys
         and values [B, M, 2 C]."""
         x, kv = self.attend(x)
-        return super().forward(self.look(x, visual)), kv
+        return super().forward(self.cross_attend(x, visual)), kv
 
     def attend(
         self, x: Tensor, past: Tensor | None = None, mask: Tensor | None = None
@@ -112,7 +112,7 @@ class QFormerLayer(FeedForward):
             attended = attention(q, kv, self.num_heads, self._attention_dropout(), mask)
         return self.attention_norm(x + self.dropout(self.attention_out(attended))), kv
 
-    def look(self, x: Tensor, visual: Tensor | None) -> Tensor:
+    def cross_attend(self, x: Tensor, visual: Tensor | None) -> Tensor:
         """The cross-attention block, [B, M, C] -> [B, M, C]; nothing in a layer that has none.
 
         Args:
@@ -169,8 +169,8 @@ class QFormer(Connector):
         hidden_size: PositiveInt | None = None,
         num_attention_heads: PositiveInt | None = None,
         intermediate_size: PositiveInt | None = None,
-        hidden_dropout_prob: Share | None = None,
-        attention_probs_dropout_prob: Share | None = None,
+        hidden_dropout_prob: Fraction | None = None,
+        attention_probs_dropout_prob: Fraction | None = None,
         layer_norm_eps: PositiveFloat | None = None,
     ) -> None:
         super().__init__()

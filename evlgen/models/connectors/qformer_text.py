@@ -171,10 +171,10 @@ def read_text(queries: QFormer, text: QFormerText, ids: Tensor, mask: Tensor) ->
     return x
 
 
-def read_both(
+def encode_multimodal(
     queries: QFormer, text: QFormerText, ids: Tensor, mask: Tensor, visual: list[Tensor | None]
 ) -> Tensor:
-    """Queries and text together, all seeing all; the queries see the picture too.
+    """Queries and text together, all seeing all; the queries see the image too.
 
     Args:
         ids, mask: as in `read_text`.
@@ -190,7 +190,7 @@ def read_both(
     mask = F.pad(mask, (num_queries, 0), value=True)[:, None, None]
     for layer, own, seen in zip(queries.layers, text.layers, visual, strict=True):
         x, _ = layer.attend(x, mask=mask)
-        read = layer.feed_forward(layer.look(x[:, :num_queries], seen))
+        read = layer.feed_forward(layer.cross_attend(x[:, :num_queries], seen))
         if layer is queries.layers[-1]:  # nobody reads what the text holds in the end
             return read
         x = torch.cat([read, own(x[:, num_queries:])], dim=1)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from evlgen.common.errors import ConfigError
 from evlgen.common.memory import check_fits
 from evlgen.common.registry import registry
-from evlgen.config.schema import AtLeast, NonNegativeInt, PositiveFloat, PositiveInt, Share
+from evlgen.config.schema import AtLeast, Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from evlgen.models.connectors.base import Connector, ConnectorInputs
 from evlgen.models.connectors.bert_weights import BertSizes, bert_sizes, load_bert_layers
 from evlgen.models.connectors.projection import count_frames, start_at_scale
@@ -155,8 +155,8 @@ class TomeFormer(Connector):
         num_attention_heads: PositiveInt | None = None,
         intermediate_size: PositiveInt | None = None,
         max_position_embeddings: PositiveInt | None = None,
-        hidden_dropout_prob: Share | None = None,
-        attention_probs_dropout_prob: Share | None = None,
+        hidden_dropout_prob: Fraction | None = None,
+        attention_probs_dropout_prob: Fraction | None = None,
         layer_norm_eps: PositiveFloat | None = None,
     ) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class TomeFormer(Connector):
         return self.proj_out(x)
 
     def forward_details(self, tokens: Tensor) -> dict[str, Tensor | list[Tensor]]:
-        """The forward pass with its insides, for pictures and tests.
+        """The forward pass with its insides, for images and tests.
 
         Returns:
             ``soft_prompts`` [B, M, language_dim]; ``hidden_states``: after the embeddings, then after each
@@ -275,7 +275,7 @@ class TomeFormer(Connector):
         else:
             raise ConfigError(
                 f"model.connector: {num_tokens} visual tokens are more than the {len(table)} positions, and "
-                "without a square grid to stretch these over. Use square pictures, or set init: null and "
+                "without a square grid to stretch these over. Use square images, or set init: null and "
                 f"max_position_embeddings: {num_tokens}."
             )
         return torch.cat([table[:prefix], weights.to(table) @ used])

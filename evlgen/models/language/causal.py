@@ -28,7 +28,7 @@ from evlgen.models.language.hugging_face import (
     HuggingFaceLanguageModel,
     Predictions,
     for_each_text,
-    up_to_end,
+    truncate_at_eos,
 )
 from evlgen.models.language.ranking import Reader, TreeReader
 from evlgen.models.language.segments import (
@@ -148,7 +148,7 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
             options: fields of `Decoding`.
 
         Returns:
-            the tokens of B x num_captions texts without the prompt, those of one picture in a row; the last
+            the tokens of B x num_captions texts without the prompt, those of one image in a row; the last
             one is an end token unless ``max_length`` cut the text.
         """
         options = Decoding(**options)
@@ -176,7 +176,7 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         embeds, layout = self._embed(soft_prompts, rows, padding_side="left")
         self._check_length(embeds.shape[1] + options.max_length, "max_length (run.max_len)")
         ids = decode(self.model, embeds, layout.mask, options, ends, self.pad_token_id)
-        return [up_to_end(row, ends) for row in ids.tolist()]
+        return [truncate_at_eos(row, ends) for row in ids.tolist()]
 
     def check_room(self, num_soft_prompts: int, prompt: str | None, num_new: int, learns: bool) -> None:
         if learns:

@@ -19,7 +19,7 @@ from evlgen.models.language.plain_text import PlainText
 from evlgen.models.language.segments import VISUAL, Segment
 from evlgen.processors.turns import Turn
 
-#: Stands for the picture in a message: the character Unicode has for what is not text.
+#: Stands for the image in a message: the character Unicode has for what is not text.
 PICTURE = "\ufffc"
 _WORDS = "\ue000"  # a private character: stands for a text that spells control tokens
 _ANSWER = "\ue001"  # likewise, for an answer whose place is looked for
@@ -47,9 +47,9 @@ def read_template(name: str) -> str:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template around a picture and a question.
+    """A tokenizer's chat template around an image and a question.
 
-    The user's message is the picture and the question after it. What the template puts before the picture
+    The user's message is the image and the question after it. What the template puts before the image
     stands before the soft prompts.
 
     Args:
@@ -85,7 +85,7 @@ class ChatTemplate:
         self._closing = "".join(text_behind.partition(self._spelled(self._end))[:2]) if special else ""
 
     def question(self, text: str) -> tuple[list[int], list[int]]:
-        """The tokens before and after the picture, up to where the answer begins."""
+        """The tokens before and after the image, up to where the answer begins."""
         before, _, after = self._render(self._masked(text)).partition(PICTURE)
         return self._ids(before), self._ids_around(after, text)
 
@@ -280,7 +280,7 @@ class ChatTemplate:
     def _unfit(self, why: str, remedy: str = " Set model.language.chat_template: false.") -> str:
         return (
             f"model.language.chat_template: the template of model.language.name '{self.name}' cannot take a "
-            f"picture and a question: {why}.{remedy}"
+            f"image and a question: {why}.{remedy}"
         )
 
 

@@ -1,7 +1,7 @@
 """Decoding by a causal language model: greedy, beam search and nucleus sampling.
 
-What all continuations of a picture share, its soft prompts and its prompt, is read once and never copied. The
-continuations themselves stand side by side in one sequence for each picture, as branches of a tree: a mask
+What all continuations of an image share, its soft prompts and its prompt, is read once and never copied. The
+continuations themselves stand side by side in one sequence for each image, as branches of a tree: a mask
 says which tokens a branch sees. When beams change places, rows of that mask move, and nothing in the cache
 does. Results are those of transformers' ``generate``, which serves the models that cannot read a tree.
 """
@@ -83,7 +83,7 @@ def decode(
         pad_token: fills what is behind one.
 
     Returns:
-        ids of the new tokens, [B x num_captions, T], those of one picture in a row.
+        ids of the new tokens, [B x num_captions, T], those of one image in a row.
     """
     if not can_read_trees(model, embeds.shape[1] + options.max_length):
         return decode_by_transformers(model, embeds, mask.to(embeds.device), options, end_tokens, pad_token)
@@ -151,7 +151,7 @@ def search(prefix_of: Callable[[int], Prefix], options: Decoding, ends: Tensor, 
         pad_token: fills what is behind one.
 
     Returns:
-        ids of the new tokens, [B x num_captions, T], those of one picture in a row.
+        ids of the new tokens, [B x num_captions, T], those of one image in a row.
     """
     if options.use_nucleus_sampling:
         ids = _extend(prefix_of(options.num_captions), options, ends, pad_token)
@@ -213,7 +213,7 @@ class _PreallocatedLayer(DynamicLayer):
 
 
 class SharedPrefix:
-    """What a model has read: one prefix for each picture and R branches behind it.
+    """What a model has read: one prefix for each image and R branches behind it.
 
     Args:
         embeds: [B, P, C].
@@ -335,7 +335,7 @@ def nucleus(scores: Tensor, top_p: float, k: int | None = TOP_K) -> tuple[Tensor
 def _beam_search(prefix: Prefix, options: Decoding, ends: Tensor, pad_token: int) -> Tensor:
     """The best texts, best first: [B, beams, max_length].
 
-    A text's score is its log probability / length ** length_penalty. A picture is done when its best
+    A text's score is its log probability / length ** length_penalty. An image is done when its best
     unfinished text, at its present length, scores below the worst of ``beams`` finished ones (transformers'
     ``early_stopping=False``).
     """

@@ -126,7 +126,7 @@ class HuggingFaceLanguageModel(LanguageModel):
             self.model = read_model(self.AUTO_CLASS, name, path, config, dtype, attention, **options)
         with named_errors(name, path):
             self._prepare_model()
-        self.pad_token_id = self._filler()
+        self.pad_token_id = self._pad_token()
         if chat_template:
             named = isinstance(chat_template, str)
             self._read_chat_template(read_template(chat_template) if named else None)
@@ -262,7 +262,7 @@ class HuggingFaceLanguageModel(LanguageModel):
             "it to false."
         )
 
-    def _filler(self) -> int:
+    def _pad_token(self) -> int:
         """The token that fills batches. Whatever it is, nothing sees or learns it."""
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.tokenizer.unk_token_id, 0)
         return next(token for token in known if token is not None)
@@ -405,7 +405,7 @@ class HuggingFaceLanguageModel(LanguageModel):
             )
 
 
-def up_to_end(ids: list[int], ends: list[int]) -> list[int]:
+def truncate_at_eos(ids: list[int], ends: list[int]) -> list[int]:
     """The tokens of a text up to and with its end token, without what fills the row behind it."""
     end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
     return ids[: end + 1]

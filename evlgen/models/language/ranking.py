@@ -1,6 +1,6 @@
-"""How likely each of several texts is after a picture and a prompt.
+"""How likely each of several texts is after an image and a prompt.
 
-What all texts of a picture share, its soft prompts and its prompt, is read once where the model allows it.
+What all texts of an image share, its soft prompts and its prompt, is read once where the model allows it.
 With many texts, such as a data set's list of answers, only those with the likeliest first tokens are read to
 their end (``rank_answers`` of LAVIS's ``blip_vqa``; Li et al., *BLIP*, 2022).
 """
@@ -82,7 +82,7 @@ def likelihoods_of(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 class TreeReader:
-    """A causal model that can read trees: the texts of a picture are branches behind one prefix.
+    """A causal model that can read trees: the texts of an image are branches behind one prefix.
 
     Args:
         embeds: [B, P, C], soft prompts and prompt.

@@ -23,7 +23,7 @@ from evlgen.models.language.hugging_face import (
     HuggingFaceLanguageModel,
     Predictions,
     for_each_text,
-    up_to_end,
+    truncate_at_eos,
 )
 from evlgen.models.language.loading import num_positions
 from evlgen.models.language.ranking import Reader, likelihoods_of
@@ -72,7 +72,7 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
         ids = decode_by_transformers(
             self.model, embeds, mask.to(embeds.device), decoding, ends, self.pad_token_id
         )
-        return [up_to_end(row, ends) for row in ids[:, 1:].tolist()]  # without the start token
+        return [truncate_at_eos(row, ends) for row in ids[:, 1:].tolist()]  # without the start token
 
     def check_room(self, num_soft_prompts: int, prompt: str | None, num_new: int, learns: bool) -> None:
         read = self.max_txt_len if prompt is None else self._most_read(prompt)

@@ -12,6 +12,14 @@ run time: a run that is resumed must take the same one.
 
 from evlgen.models.ops.attention import language_attention, self_attention
 from evlgen.models.ops.dropout import Dropout, keep_mask
-from evlgen.models.ops.products import Linear, linear, quicken
+from evlgen.models.ops.products import Linear, linear, use_fast_linear
 
-__all__ = ["Dropout", "Linear", "keep_mask", "language_attention", "linear", "quicken", "self_attention"]
+__all__ = [
+    "Dropout",
+    "Linear",
+    "keep_mask",
+    "language_attention",
+    "linear",
+    "use_fast_linear",
+    "self_attention",
+]

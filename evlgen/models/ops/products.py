@@ -27,7 +27,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def quicken(module: nn.Module) -> None:
+def use_fast_linear(module: nn.Module) -> None:
     """Every plain `nn.Linear` in a module computes by `linear` from now on. Nothing else about it changes: it
     stays an `nn.Linear` with the same weights under the same names."""
     for part in module.modules():

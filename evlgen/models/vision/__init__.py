@@ -33,7 +33,7 @@ def build_vision_encoder(
     """The vision encoder of a config, frozen weights in the config's precision as ``device`` computes it.
 
     Args:
-        temporal: a form of `TemporalConfig` for clips; the attentive ones add weights to the encoder.
+        temporal: a form of `TemporalConfig` for videos; the attentive ones add weights to the encoder.
     """
     encoder = vision_encoder_class(cfg.name)(
         name=cfg.name,

@@ -18,7 +18,7 @@ class VisionEncoder(nn.Module):
         num_tokens: N.
         num_prefix_tokens: tokens before the patches (class token, registers); 0 where there are none.
         grid_size: rows and columns in which the patches lie; None where that is not known.
-        image_size: side of the pictures it reads, in pixels.
+        image_size: side of the images it reads, in pixels.
         image_mean, image_std: normalisation of its pixels, three numbers each.
     """
 

@@ -91,7 +91,7 @@ class FairscaleCheckpoints:
             if wrapped() is not block or kind is not type(block):
                 raise ConfigError(
                     "model.vision.grad_checkpoint: a copied or changed block runs as the one that fairscale "
-                    "wrapped. Build the model anew, or set it to true or offload: by torch."
+                    "wrapped. Build the model again, or set it to true or offload: by torch."
                 )
             if self.offload and not any(p.requires_grad for p in block.parameters()):
                 raise ConfigError(

@@ -1,4 +1,4 @@
-"""Clips: how the frames' visual tokens become one set of tokens.
+"""Videos: how the frames' visual tokens become one set of tokens.
 
 Temporal Attentive Soft Token Contextualizing (Jian et al., ACL 2024, arXiv 2310.03291, section 3.3): between
 the attention and the MLP of every block of the frozen encoder, each token position attends over the frames.
@@ -24,7 +24,7 @@ WIDTH, HEADS = 256, 8  # channels of queries and keys together, and heads: publi
 
 
 class TemporalAttention(nn.Module):
-    """Attention of each token over the frames of its clip; its values are the tokens themselves.
+    """Attention of each token over the frames of its video; its values are the tokens themselves.
 
     Args:
         dim: channels C of the tokens, a multiple of 8.
@@ -32,7 +32,7 @@ class TemporalAttention(nn.Module):
 
     Attributes:
         alpha: learned scalar, 0 at the start.
-        num_frames: frames of the clips in the batch that comes next.
+        num_frames: frames of the videos in the batch that comes next.
     """
 
     def __init__(self, dim: int, form: str) -> None:
@@ -44,7 +44,7 @@ class TemporalAttention(nn.Module):
         self.num_frames = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B * T, N, C], the frames of a clip in a row -> the same shape. Computed in the type of ``x``."""
+        """[B * T, N, C], the frames of a video in a row -> the same shape. Computed in the type of ``x``."""
         if self.num_frames == 1 and self.form == "average" and not self.training:
             return x  # one frame is its own average; in training, processes wait for every weight's gradient
         alpha = self.alpha.to(x.dtype)
@@ -95,7 +95,7 @@ def temporal_modules(encoder: nn.Module) -> list[TemporalAttention]:
 
 
 def pool_frames(tokens: Tensor, num_frames: int, form: str) -> Tensor:
-    """Tokens of all frames [B * T, N, C] -> of the clips: their mean [B, N, C], or, with ``concat``, in a
+    """Tokens of all frames [B * T, N, C] -> of the videos: their mean [B, N, C], or, with ``concat``, in a
     row [B, T * N, C]."""
     tokens = tokens.unflatten(0, (-1, num_frames))
     return tokens.flatten(1, 2) if form == "concat" else tokens.mean(1)

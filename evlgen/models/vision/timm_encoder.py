@@ -37,7 +37,7 @@ class TimmEncoder(VisionEncoder):
 
     Args:
         name: timm model name, ``vit_base_patch16_224`` or with a tag, ``vit_base_patch16_clip_224.openai``.
-        image_size: side of the pictures, in pixels; a multiple of the patch size.
+        image_size: side of the images, in pixels; a multiple of the patch size.
         pretrained: true for timm's own weights, a path or URL of a file with this model's weights, false for
             random.
         dtype: type of the weights.
@@ -156,7 +156,7 @@ class TimmEncoder(VisionEncoder):
             return _tokens_of(self._feature_map(pixels))
 
     def forward_details(self, pixels: Tensor) -> dict[str, Tensor]:
-        """The forward pass with its insides, for pictures and tests.
+        """The forward pass with its insides, for images and tests.
 
         Returns:
             ``tokens`` [B, N, C]; ``merge_map`` [B, num_input_tokens]: the output token each prefix token and

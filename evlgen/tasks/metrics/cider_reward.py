@@ -1,7 +1,7 @@
 """CIDEr-D of single captions against a fixed corpus: what captions are rewarded with while a model learns.
 
 pycocoevalcap's scorer takes document frequencies from the very captions it scores against; here they are
-those of a whole corpus, counted once. With that corpus's own pictures, values are pycocoevalcap's.
+those of a whole corpus, counted once. With that corpus's own images, values are pycocoevalcap's.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ class _Vector(NamedTuple):
 
 
 class CiderReward:
-    """Rewards captions by the captions that people wrote about the same pictures.
+    """Rewards captions by the captions that people wrote about the same images.
 
     Captions are cut into tokens by `ptb_tokenizer`, on both sides.
 
     Args:
-        references: picture -> what people wrote about it; the corpus of the document frequencies, in which a
-            picture is a document.
+        references: image -> what people wrote about it; the corpus of the document frequencies, in which a
+            image is a document.
 
     Raises:
-        DataError: fewer than two pictures, among which no word tells one from another.
+        DataError: fewer than two images, among which no word tells one from another.
     """
 
     def __init__(self, references: Mapping[Hashable, Sequence[str]]) -> None:
         if len(references) < 2:
             raise DataError(
-                f"CIDEr needs the captions of at least two pictures, and there are {len(references)}: with "
+                f"CIDEr needs the captions of at least two images, and there are {len(references)}: with "
                 "fewer every reward is 0."
             )
         lines = iter(tokenize_lines([line for lines in references.values() for line in lines]))
@@ -53,7 +53,7 @@ class CiderReward:
         counts: Counter[Words] = Counter()
         for own in self._references.values():
             counts.update({gram for line in own for gram in _ngrams(line)})
-        # what is in no picture counts as what is in one, so the many that are in one need no place
+        # what is in no image counts as what is in one, so the many that are in one need no place
         self._log_frequencies = {gram: math.log(count) for gram, count in counts.items() if count > 1}
         self._log_pictures = math.log(len(references))
 
@@ -61,11 +61,11 @@ class CiderReward:
         return bool(self._references.get(picture))
 
     def __call__(self, pictures: Sequence[Hashable], captions: Sequence[Sequence[str]]) -> list[list[float]]:
-        """The CIDEr-D of each picture's captions, 10 at most.
+        """The CIDEr-D of each image's captions, 10 at most.
 
         Args:
-            pictures: among those of the references.
-            captions: for each picture any number.
+            images: among those of the references.
+            captions: for each image any number.
         """
         lines = iter(tokenize_lines([line for own in captions for line in own]))
         rewards = []

@@ -19,7 +19,7 @@ def pool(side: int, prefix: int = 1, **changes) -> Pool:
 
 
 def slow_pool(connector: Pool, frame: torch.Tensor, prefix: int, side: int) -> torch.Tensor:
-    """One picture's tokens [N, C] -> what reaches the norm: for every window the mean of its patches, the
+    """One image's tokens [N, C] -> what reaches the norm: for every window the mean of its patches, the
     window from floor(i side / grid) to ceil((i + 1) side / grid)."""
     rows = list(frame[:prefix]) if connector.keep_prefix else []
     bounds = [

@@ -29,7 +29,7 @@ def tokens(*shape: int) -> torch.Tensor:
 
 
 def slow_layer(layer, latents: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Flamingo's layer (appendix A.1.1) on one picture, a latent and a head at a time."""
+    """Flamingo's layer (appendix A.1.1) on one image, a latent and a head at a time."""
     queries = layer.latents_norm(latents)
     read = torch.cat([layer.tokens_norm(x), queries])
     width = latents.shape[1]

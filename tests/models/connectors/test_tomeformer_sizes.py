@@ -43,7 +43,7 @@ def tokens(*shape: int) -> Tensor:
 
 
 def slow_soft_prompts(connector: TomeFormer, visual: Tensor, merge: str, proportional: bool) -> Tensor:
-    """One picture [N, C]: a token that stands for n is n equal keys, and weighs n in a mean."""
+    """One image [N, C]: a token that stands for n is n equal keys, and weighs n in a mean."""
     x = connector._embed(visual[None])[0]
     counts = [1] * len(x)
     for layer, r in zip(connector.layers, connector.r, strict=True):

@@ -1,4 +1,4 @@
-"""Samples in a chat template are what transformers renders, with the soft prompts in the picture's place."""
+"""Samples in a chat template are what transformers renders, with the soft prompts in the image's place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SYSTEM = "<|im_start|>system\nYou see a picture.<|im_end|>\n" + CHATML
+SYSTEM = "<|im_start|>system\nYou see an image.<|im_end|>\n" + CHATML
 # as LLaMA 2's: no header before an answer, a start token for each pair of turns
 BRACKETS = (
     "{% for message in messages %}{% if message.role == 'user' %}"
@@ -41,7 +41,7 @@ def build(model_folder):
 
 
 def rendered(model, question, answer=None):
-    """transformers' tokens of the conversation before and after the picture, which is one token here."""
+    """transformers' tokens of the conversation before and after the image, which is one token here."""
     tokenizer = model.tokenizer
     tokenizer.add_tokens(PICTURE, special_tokens=True)
     messages = [{"role": "user", "content": PICTURE + question}]
@@ -160,7 +160,7 @@ def test_a_tokenizer_without_a_template_is_named(build):
     [
         ("{{ raise_exception('only tools') }}", "only tools"),
         ("{% for message in messages %}{{ message.role }}{% endfor %}", "leaves out what the user says"),
-        ("{% for message in messages %}", "cannot take a picture and a question"),
+        ("{% for message in messages %}", "cannot take an image and a question"),
     ],
 )
 def test_a_template_that_takes_no_such_message_is_named(build, template, why):

@@ -37,7 +37,7 @@ def build(
 
 
 def clips(dtype: torch.dtype = torch.float32) -> Tensor:
-    """Frames of two clips."""
+    """Frames of two videos."""
     return torch.randn(2 * FRAMES, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 

@@ -51,7 +51,7 @@ def pixels() -> Tensor:
 
 
 def slow_forward(encoder, picture: Tensor, r: int) -> tuple[Tensor, list[list[int]]]:
-    """One picture [3, H, W] through an encoder without merging, merging by plain loops -> tokens [M, C] and
+    """One image [3, H, W] through an encoder without merging, merging by plain loops -> tokens [M, C] and
     which of the first tokens each stands for."""
     trunk = encoder.trunk
     embedded = trunk._pos_embed(trunk.patch_embed(picture[None]))
