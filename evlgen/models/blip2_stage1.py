@@ -167,7 +167,8 @@ class Blip2Stage1(BaseModel):
         """Builds the parts a config names.
 
         Raises:
-            ConfigError: a connector other than a Q-Former, settings for videos, texts longer than the positions.
+            ConfigError: a connector other than a Q-Former, settings for videos, texts longer than the
+                positions.
         """
         connector_args = dict(cfg.connector)
         connector_class = registry.get_connector_class(connector_args.pop("name", "qformer"))

@@ -85,9 +85,9 @@ class SkippedSamples:
         """Raises `TrainingError` when more than the allowed share was broken."""
         if self.causes.total() > self.max_share * self.seen:
             raise TrainingError(
-                f"{self.causes.total()} of {self.seen} samples could not be read ({format_counts(self.causes)}), "
-                f"more than run.max_skipped_share ({self.max_share:g}) allows. They are listed in "
-                f"{self.folder / FILE}; fix them or raise the share."
+                f"{self.causes.total()} of {self.seen} samples could not be read "
+                f"({format_counts(self.causes)}), more than run.max_skipped_share ({self.max_share:g}) allows. They are listed in "
+                f"{self.folder / FILE}; fix them or raise run.max_skipped_share."
             )
 
     def _check_lost(self) -> None:

@@ -139,7 +139,7 @@ BROKEN = {
     "deep json": ({"x.png": png(), "x.json": b"[" * 100_000}, "bad record", "json cannot be read"),
     "a list": ({"x.png": png(), "x.json": b"[1]"}, "bad record", "must be a mapping"),
     "a huge text": ({"x.png": png(), "x.txt": b"word " * 300_000}, "too large", "that is no caption"),
-    "no image": ({"x.png": b"GIF8", "x.txt": b"x"}, "not an image", "0.tar/x.png"),
+    "not an image": ({"x.png": b"GIF8", "x.txt": b"x"}, "not an image", "0.tar/x.png"),
     "empty image": ({"x.png": b"", "x.txt": b"x"}, "not an image", "0.tar/x.png"),
 }
 
