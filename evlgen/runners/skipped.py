@@ -86,8 +86,8 @@ class SkippedSamples:
         if self.causes.total() > self.max_share * self.seen:
             raise TrainingError(
                 f"{self.causes.total()} of {self.seen} samples could not be read "
-                f"({format_counts(self.causes)}), more than run.max_skipped_share ({self.max_share:g}) allows. "
-                f"They are listed in {self.folder / FILE}; fix them or raise run.max_skipped_share."
+                f"({format_counts(self.causes)}), more than run.max_skipped_share ({self.max_share:g}) "
+                f"allows. They are listed in {self.folder / FILE}; fix them or raise run.max_skipped_share."
             )
 
     def _check_lost(self) -> None:
