@@ -50,7 +50,7 @@ class Media:
 
     def picture(self, name: str) -> Image.Image:
         """What a person is shown of it."""
-        raise NotImplementedError(f"{type(self).__name__} must define image(name)")
+        raise NotImplementedError(f"{type(self).__name__} must define picture(name)")
 
     def spelled(self, name: str) -> str:
         """A name as the files have it: ``a/1.png`` for Windows' ``a\\1.png``, where only that is there."""

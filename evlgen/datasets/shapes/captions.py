@@ -30,11 +30,11 @@ _TO_IT = {
 }
 _OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 _OPENERS = (
-    "an image of",
+    "a picture of",
     "an image of",
     "a photo of",
     "a drawing of",
-    "this image shows",
+    "this picture shows",
     "we see",
     "here we have",
 )
@@ -127,11 +127,11 @@ def noun_phrase(group: Group, rng: random.Random, with_size: bool) -> str:
 def position_phrase(shape: Shape, rng: random.Random) -> str:
     """Where in the image: ``in the top left corner``, ``on the right side``, ``in the middle``."""
     if (shape.row, shape.column) == ("middle", "middle"):
-        return rng.choice(("in the middle", "in the centre", "in the middle of the image"))
+        return rng.choice(("in the middle", "in the centre", "in the middle of the picture"))
     if shape.row == "middle":
         return rng.choice((f"on the {shape.column}", f"on the {shape.column} side"))
     if shape.column == "middle":
-        return rng.choice((f"at the {shape.row}", f"at the {shape.row} of the image"))
+        return rng.choice((f"at the {shape.row}", f"at the {shape.row} of the picture"))
     return rng.choice((f"in the {shape.row} {shape.column} corner", f"at the {shape.row} {shape.column}"))
 
 
@@ -143,7 +143,7 @@ def _one_group(groups: list[Group], phrases: list[str], rng: random.Random) -> s
         lambda: phrase,
         lambda: f"there are {phrase}",
         lambda: _opened(phrase, rng),
-        lambda: f"{phrase} in the image",
+        lambda: f"{phrase} in the picture",
     ]
     if len(group.members) == 2:
         frames += [lambda: _pair(group, phrase, rng)] * 3

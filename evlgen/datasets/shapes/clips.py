@@ -99,7 +99,7 @@ def moving_scene(split: str, index: int, seed: int = 0) -> MovingScene:
 def captions(scene: MovingScene) -> list[str]:
     """Five different captions of a video, true from its first moment to its last."""
     first = scene.first
-    rng = random.Random(f"video captions/{first.seed}/{first.split}/{first.index}")
+    rng = random.Random(f"clip captions/{first.seed}/{first.split}/{first.index}")
     lasting = _lasting(scene)
     found: dict[str, None] = {}
     while len(found) < CAPTIONS_PER_SCENE:

@@ -21,15 +21,15 @@ from evlgen.datasets.shapes.world import COLOURS, COLUMNS, KINDS, ROWS, SIZES, S
 
 # Kind -> how `captions.questions` words it, and the wordings that are asked, of the same groups.
 _WORDINGS = {
-    "number": (r"how many (.+) are there\?", ("how many {} are there?", "how many {} are in the image?")),
+    "number": (r"how many (.+) are there\?", ("how many {} are there?", "how many {} are in the picture?")),
     "colour": (
         r"what colour is the (\w+)\?",
         ("what colour is the {}?", "what is the colour of the {}?", "what colour does the {} have?"),
     ),
     "shape": (r"what shape is (\w+)\?", ("what shape is {}?", "what is the shape that is {}?")),
     "size": (r"is the (\w+) large or small\?", ("is the {} large or small?", "is the {} small or large?")),
-    "place": (r"where is the (\w+)\?", ("where is the {}?", "where is the {} in the image?")),
-    "presence": (r"is there (an? .+)\?", ("is there {}?", "is there {} in the image?")),
+    "place": (r"where is the (\w+)\?", ("where is the {}?", "where is the {} in the picture?")),
+    "presence": (r"is there (an? .+)\?", ("is there {}?", "is there {} in the picture?")),
     "relation": (r"is the (\w+) (.+) the (\w+)\?", ("is the {} {} the {}?",)),
 }
 QUESTION_KINDS = tuple(_WORDINGS)
