@@ -19,7 +19,7 @@ class Epochs:
     """``run.max_epoch``: passes through the data.
 
     Args:
-        batches_per_epoch: of this process.
+        batches_per_epoch: of this process; None where the data has no end, whose length is not in epochs.
 
     Attributes:
         iters_per_epoch: iterations (ticks, of seconds) of an (inner) epoch.
@@ -29,9 +29,10 @@ class Epochs:
 
     UNIT, KEY = "epochs", "max_epoch"
 
-    def __init__(self, run: RunConfig, batches_per_epoch: int) -> None:
+    def __init__(self, run: RunConfig, batches_per_epoch: int | None) -> None:
         self.run = run
-        self.iters_per_epoch, self.total_iters = batches_per_epoch, batches_per_epoch * (run.max_epoch or 0)
+        self.iters_per_epoch = batches_per_epoch or 0
+        self.total_iters = self.iters_per_epoch * (run.max_epoch or 0)
         self.shown_total: int | None = self.total_iters
 
     def left_in_epoch(self, state: TrainingState) -> int:
@@ -88,7 +89,7 @@ class Iterations(Epochs):
 
     UNIT, KEY = "iterations", "max_iters"
 
-    def __init__(self, run: RunConfig, batches_per_epoch: int) -> None:
+    def __init__(self, run: RunConfig, batches_per_epoch: int | None) -> None:
         super().__init__(run, batches_per_epoch)
         inner = run.iters_per_inner_epoch or run.max_iters
         self.iters_per_epoch, self.total_iters = min(inner, run.max_iters), run.max_iters
@@ -106,7 +107,7 @@ class Seconds(Epochs):
     UNIT, KEY = "seconds", "max_seconds"
     TICKS = 1_000_000  # "iterations" of the whole run, for the schedule: fine steps of time
 
-    def __init__(self, run: RunConfig, batches_per_epoch: int) -> None:
+    def __init__(self, run: RunConfig, batches_per_epoch: int | None) -> None:
         super().__init__(run, batches_per_epoch)
         whole = run.max_seconds
         self.inner_seconds = min(run.seconds_per_inner_epoch or whole, whole)

@@ -139,7 +139,7 @@ class Answerer:
                 images = torch.stack([request.images[0] for request in requests]).to(model.device)
                 tokens = model.generate_tokens({"image": images, "prompt": prompts}, **options)
             else:
-                prompts = ["".join(turn.text for turn in request.turns) for request in requests]
+                prompts = ["".join(turn.text for turn in request.turns or ()) for request in requests]
                 samples = {
                     "messages": [request.turns for request in requests],
                     "images": [list(request.images) for request in requests],

@@ -71,7 +71,7 @@ checkpointer.save_file = half_written
 killed_before(checkpointer, "_copy", "copying")
 killed_before(checkpointer, "write_folder", "before writing")
 killed_before(checkpoints, "_flush", "before renaming")
-killed_before(checkpointer, "point", "before latest")
+killed_before(checkpointer, "update_symlink", "before latest")
 killed_before(checkpointer, "remove_old", "before removing old ones")
 killed_before(checkpointer, "clear_unfinished", "clearing")
 killed_before(training_state, "set_random_state", "after validation")

@@ -7,7 +7,7 @@ import json
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image
-from runners.processes import alone, logged, two_processes
+from runners.processes import alone, logged, torchrun
 from safetensors.torch import load_file
 
 from evlgen.loaders.data import BatchPlan
@@ -34,7 +34,7 @@ def test_batches_without_images_train_on_two_processes_as_on_one(tiny_project, t
     OmegaConf.save(content, path)
 
     folders = [tmp_path / "two", tmp_path / "one"]
-    ended = two_processes(forks, path, f"run.output_dir={folders[0]}")
+    ended = torchrun(forks, path, f"run.output_dir={folders[0]}")
     assert ended.code == 0, ended.shown
     alone(path, f"run.output_dir={folders[1]}", "run.batch_size_train=2")
     lines = [logged(folder / "latest", "train") for folder in folders]

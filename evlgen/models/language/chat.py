@@ -279,7 +279,7 @@ class ChatTemplate:
 
     def _unfit(self, why: str, remedy: str = " Set model.language.chat_template: false.") -> str:
         return (
-            f"model.language.chat_template: the template of model.language.name '{self.name}' cannot take a "
+            f"model.language.chat_template: the template of model.language.name '{self.name}' cannot take an "
             f"image and a question: {why}.{remedy}"
         )
 

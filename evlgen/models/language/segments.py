@@ -174,7 +174,10 @@ def lay_out(rows: Iterable[Row], num_soft: Sequence[int], pad_token: int, paddin
         ids.append(torch.tensor(own, dtype=torch.long))
         labels.append(torch.tensor(learned, dtype=torch.long))
     mask = pad_sequence([torch.ones_like(row) for row in ids], True, 0, padding_side)
-    places = [torch.tensor([[row] * m, range(start, start + m)]).view(2, m) for row, start, m in starts]
+    places = [
+        torch.tensor([[row] * m, range(start, start + m)], dtype=torch.long).view(2, m)
+        for row, start, m in starts
+    ]
     place = torch.cat(places, 1) if places else torch.empty(2, 0, dtype=torch.long)
     if padding_side == "left":
         place[1] += (mask == 0).sum(1)[place[0]]
