@@ -35,7 +35,7 @@ QUICK_PLACES = ["half a file", "before latest", "before a backward pass", "scori
 
 TEXTS = """
 import hashlib
-from evlgen.datasets.shapes import captions, videos, questions, world
+from evlgen.datasets.shapes import captions, clips, questions, world
 digest = hashlib.sha256()
 for index in range(800):
     digest.update("|".join(captions.captions(world.scene("train", index))).encode())
