@@ -92,7 +92,7 @@ def run(cfg: Config, listeners: Sequence[Listener] = ()) -> dict[str, dict[str, 
             cfg.run, task, model, datasets, folder, cfg.to_dict(), accelerator, all_listeners
         )
         scores = runner.evaluate(cfg.run.test_splits) if cfg.run.evaluate else runner.train()
-        accelerator.end_training()  # takes leave of the other processes
+        accelerator.end_training()  # shuts down the process group
         return scores
 
 

@@ -166,7 +166,7 @@ def _reason(output: Path, start: int, code: int) -> str:
         return message_lines([lines[first].removeprefix("error: "), *lines[first + 1 :]])
     if code < 0:
         name = signal.Signals(-code).name
-        return f"ended by {name}" + (" (was memory short?)" if name == "SIGKILL" else "")
+        return f"ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
     said = [line for line in lines if line.strip()]
     return message(said[-1].strip()) if said else f"ended with exit code {code}"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from evlgen.common.errors import did_you_mean
 from evlgen.common.registry import registry
-from evlgen.config.lavis import IGNORED_SECTIONS, run_in_own_words
+from evlgen.config.lavis import IGNORED_SECTIONS, run_from_lavis
 from evlgen.config.layers import PROCESSOR_SECTIONS, Layers, builder_name
 from evlgen.config.model_config import ModelConfig
 from evlgen.config.run_config import RunConfig
@@ -63,7 +63,7 @@ def check_run(
     if not isinstance(section.get("amp", False), bool):
         problems.add("run.amp", f"must be bool, not {show(section['amp'])}")
         section = {key: value for key, value in section.items() if key != "amp"}
-    translated, _ = run_in_own_words(section)
+    translated, _ = run_from_lavis(section)
     if "lr_layer_decay" in translated:
         problems.add("run.lr_layer_decay", "all layers learn at one rate here: take it out, or set it to 1")
         del translated["lr_layer_decay"]

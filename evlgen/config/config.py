@@ -28,12 +28,12 @@ from evlgen.config.checks import (
     check_together,
 )
 from evlgen.config.lavis import (
-    datasets_in_own_words,
+    datasets_from_lavis,
     from_published,
     has_published_file,
     left_out_beta,
     own_names,
-    run_in_own_words,
+    run_from_lavis,
 )
 from evlgen.config.layers import (
     MODEL_PARTS,
@@ -130,8 +130,8 @@ class Config:
         early.raise_any()
         layers = Layers([defaults, *_with_dataset_defaults(_with_model_type(own)).layers])
         merged = layers.merged()
-        merged["datasets"], of_datasets = datasets_in_own_words(merged.get("datasets", {}), arch)
-        ignored += [*of_datasets, *(f"run.{key}" for key in run_in_own_words(merged.get("run", {}))[1])]
+        merged["datasets"], of_datasets = datasets_from_lavis(merged.get("datasets", {}), arch)
+        ignored += [*of_datasets, *(f"run.{key}" for key in run_from_lavis(merged.get("run", {}))[1])]
         problems = Problems(layers.source)
         model = check_model(merged.get("model", {}), problems)
         datasets = check_datasets(merged.get("datasets", {}), problems)
@@ -269,7 +269,7 @@ def load_dataset_config(
     registry.get_builder_class(builder_name(name, section))
     layers = _with_dataset_defaults(Layers([Layer(layer.source, {"datasets": {name: section}})]))
     problems = Problems(layers.source)
-    values = check_datasets(datasets_in_own_words(layers.merged()["datasets"])[0], problems)
+    values = check_datasets(datasets_from_lavis(layers.merged()["datasets"])[0], problems)
     problems.raise_any()
     return values[name], dict(section)
 

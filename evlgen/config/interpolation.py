@@ -83,7 +83,7 @@ class _Check:
         else:
             size = 1 + (len(value) if isinstance(value, str) else 0)
         if size > _MAX_SIZE:
-            raise self._refused(path, "grows beyond reason")
+            raise self._refused(path, "grows too large")
         self._known[path] = size
         return size
 

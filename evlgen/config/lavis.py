@@ -250,7 +250,7 @@ def _defaults(layers: Sequence[Layer], arch: Any) -> dict[str, Any]:
     return {"run": run, **({"model": model} if model else {})}
 
 
-def run_in_own_words(section: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def run_from_lavis(section: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """A ``run`` section with LAVIS's own keys in this project's words, and those that mean nothing here.
 
     ``amp: true`` is ``precision: auto`` and ``amp: false`` is ``fp32``, unless ``precision`` is given too.
@@ -272,7 +272,7 @@ def run_in_own_words(section: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
     return out, ignored
 
 
-def datasets_in_own_words(section: Any, arch: Any = None) -> tuple[Any, list[str]]:
+def datasets_from_lavis(section: Any, arch: Any = None) -> tuple[Any, list[str]]:
     """A ``datasets`` section without LAVIS's keys that mean nothing to its builders, and their paths.
 
     Args:

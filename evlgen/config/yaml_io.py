@@ -3,7 +3,7 @@
 Read with PyYAML's safe loader, narrowed further: what comes out is text, numbers, true, false, null, lists,
 and mappings whose keys are text. Any tag that asks for something else is refused, and so are a key given
 twice in one mapping, text that no file name or message can hold, and files that nest or repeat themselves
-(by ``*alias``) beyond reason. ``1e-4`` is a number, and a date is text.
+(by ``*alias``) too large or too deep. ``1e-4`` is a number, and a date is text.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class _Sizes:
         if id(node) in self._known:
             size = self._known[id(node)]
             if size is None:
-                _object_to(node, "it holds itself")
+                _object_to(node, "it contains itself (a recursive alias)")
             return size
         self._known[id(node)] = None
         if isinstance(node, yaml.ScalarNode):

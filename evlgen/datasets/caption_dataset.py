@@ -206,7 +206,7 @@ def _caption_problem(text: Any) -> tuple[str, str] | None:
 
 def read_ground_truth(path: str | os.PathLike) -> References:
     """Captions by image id from a file in COCO's layout: ``{"annotations": [{"image_id", "caption"}, ..]}``.
-    An empty caption counts, as in COCO's own scores; what is no text is left out with a warning.
+    An empty caption counts, as in COCO's own scores; non-string captions are skipped with a warning.
 
     Raises:
         DataError: the file has another layout, or no caption.

@@ -53,7 +53,7 @@ class BuildInfo:
         annotations: the file, or files, of each split.
         images: the folder that file names in the annotations are relative to.
         videos: likewise, for videos.
-        ground_truth: files to score against, by split. One that is not there is done without.
+        ground_truth: files to score against, by split. A missing file is ignored.
     """
 
     annotations: dict[str, Annotation]

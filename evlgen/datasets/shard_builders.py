@@ -49,7 +49,7 @@ class ShardBuilder(BaseDatasetBuilder):
         data_type, caption, shuffle_buffer: see `ShardDataset`.
         num_samples: how many samples there are in all; None: what ``<shard>_stats.json`` beside the shards
             say (``successes``, as img2dataset and ``data pack`` write it), else what the headers of a few
-            shards say, both where a run has to know. Else nobody knows, and a run's length must be given in
+            shards say, both where a run has to know. Else it is unknown, and a run's length must be given in
             iterations.
         video_reader: see `Video`.
     """

@@ -84,7 +84,7 @@ class ShardDataset(StreamDataset):
             ``key.txt``.
         shuffle_buffer: a lane's next sample is drawn out of so many of its next ones.
         num_samples: how many there are in all shards, or what counts them when first asked; None where
-            nobody knows.
+            unknown.
         reader: of videos; see `Video`.
     """
 

@@ -36,7 +36,7 @@ class StreamDataset(BaseDataset):
     map-style ones, so that both can stand in one batch.
 
     Attributes:
-        num_samples: how many there are; None where nobody knows. Asking may take seconds: who need not know
+        num_samples: how many there are; None where unknown. Asking may take seconds: who need not know
             does not ask.
     """
 

@@ -61,7 +61,7 @@ def open_table(path: Path) -> Table:
     """The table in a file.
 
     Raises:
-        DataError: missing, no regular file, of no known format, damaged as a whole.
+        DataError: missing, not a regular file, of no known format, damaged as a whole.
     """
     if not os.path.isfile(path):
         raise DataError(f"there is no table at {path}.", "missing file")
@@ -412,7 +412,7 @@ def _json_lines(path: Path) -> Iterator[Row | BadRecord]:
             except UnicodeDecodeError:
                 yield BadRecord(place, "it is not UTF-8 text.", "not UTF-8")
             except (ValueError, RecursionError) as error:
-                why = str(error).partition(":")[0] or "it is nested beyond reason"
+                why = str(error).partition(":")[0] or "it is nested too deeply"
                 yield BadRecord(place, f"it is not JSON: {why}.", "not JSON")
 
 

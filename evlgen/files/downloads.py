@@ -179,7 +179,7 @@ def _receive(
     except urllib.error.HTTPError as error:
         if begun and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             part.drop()
-            raise _Broken("the file has changed meanwhile") from error
+            raise _Broken("the file changed on the server during the download") from error
         raise
     with answer:
         if answer.status != http.HTTPStatus.PARTIAL_CONTENT:
@@ -187,7 +187,7 @@ def _receive(
             part.begin(begun)
         elif begun is None or not _is_rest(answer, begun, part.size):
             part.drop()
-            raise _Broken("the file has changed meanwhile")
+            raise _Broken("the file changed on the server during the download")
         _check_room(part.path.parent, begun.length, part.size)
         if _takes_a_while(begun.length):
             logger.info("downloading %s to %s", url, part.target)

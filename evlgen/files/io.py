@@ -129,7 +129,7 @@ def download_target(url: str) -> Path:
     found = _SUFFIX.search(name)
     suffix = found.group() if found else ""  # stays at the end: readers go by it
     stem = name.removesuffix(suffix).encode()[:_LONGEST_STEM].decode(errors="ignore")
-    # without who asks for it: the file is the same, and a password is nobody's business
+    # without who asks for it: the file is the same, and credentials stay out of file names
     whole = parsed._replace(netloc=f"{host}:{port}", fragment="").geturl()
     digest = hashlib.sha256(whole.encode(errors="surrogatepass")).hexdigest()[:16]
     return cache_root() / "downloads" / folder / f"{stem}-{digest}{suffix}"
@@ -157,7 +157,7 @@ def read_bytes(path: str | os.PathLike, max_bytes: int | None = None) -> bytes:
     """The content of a regular file.
 
     Raises:
-        OSError: not there, not readable, no regular file (reading a pipe or a device may never end), or
+        OSError: not there, not readable, not a regular file (reading a pipe or a device may never end), or
             larger than ``max_bytes``; ``strerror`` says which.
     """
     try:
@@ -167,7 +167,7 @@ def read_bytes(path: str | os.PathLike, max_bytes: int | None = None) -> bytes:
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     if max_bytes is not None and found.st_size > max_bytes:
         raise OSError(errno.EFBIG, f"its {found.st_size} bytes are more than {max_bytes}", str(path))
     with open(path, "rb") as file:

@@ -25,7 +25,7 @@ def read_json(
         max_bytes: the largest file that is read; None: any.
 
     Raises:
-        error: missing, too large, not text, not JSON (with line and column), nested beyond reason.
+        error: missing, too large, not text, not JSON (with line and column), nested too deeply.
     """
     with json_errors(path, error, what):
         return json.loads(read_bytes(path, max_bytes).decode("utf-8"))
@@ -46,7 +46,7 @@ def json_errors(path: str | os.PathLike, error: type[EVLGenError], what: str) ->
     except OSError as cause:
         raise error(f"{what} {path} cannot be read: {cause.strerror or cause}.") from cause
     except RecursionError as cause:
-        raise error(f"{what} {path} nests its lists and mappings beyond reason.") from cause
+        raise error(f"{what} {path} nests its lists and mappings too deeply.") from cause
     except ValueError as cause:  # Python converts no number of more than 4300 digits
         raise error(f"{what} {path} has a number that is none: {str(cause).partition(';')[0]}.") from cause
     except MemoryError as cause:

@@ -23,7 +23,8 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.
 
 @contextlib.contextmanager
 def file_lock(path: Path) -> Iterator[None]:
-    """Waits until no other process (or thread) is at ``path``, and keeps others away meanwhile.
+    """Waits until no other process (or thread) is at ``path``, and blocks others while this process holds the
+    lock.
 
     A lock file stands beside it for as long; the system frees a process's locks however it ends, so that one
     left behind by a crash holds nobody up. Not to be taken twice by the same thread.

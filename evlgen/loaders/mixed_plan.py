@@ -39,7 +39,7 @@ class MixedPlan:
     sees of a stream is not what two see with half the batch each.
 
     Args:
-        lengths: samples of each dataset; of a stream None, where nobody knows.
+        lengths: samples of each dataset; of a stream None where unknown.
         streams: which of them are streams.
         batch_size: samples per rank.
         ratios: weight of each dataset; None for weights by length. Needed where a length is None.
@@ -69,7 +69,7 @@ class MixedPlan:
 
     @property
     def batches_per_epoch(self) -> int | None:
-        """So many batches as hold as many samples as there are; None where nobody knows how many."""
+        """So many batches as hold as many samples as there are; None where the number is unknown."""
         lengths = [length for length in self.lengths if length is not None]
         if len(lengths) < len(self.lengths):
             return None
@@ -200,7 +200,7 @@ def told_length(dataset: BaseDataset) -> str:
 
 
 def known_length(dataset: BaseDataset) -> int | None:
-    """The number of samples; None for a stream of which nobody knows it."""
+    """The number of samples; None for a stream of unknown length."""
     return dataset.num_samples if isinstance(dataset, StreamDataset) else len(dataset)
 
 
@@ -282,7 +282,7 @@ def check_training_data(run: RunConfig, datasets: Mapping[str, Mapping[str, Base
         is_mixed_by_size = len(trained) > 1 and not run.train_dataset_ratios
         if not (run.max_epoch or is_mixed_by_size) or known_length(trained[name]) is not None:
             continue
-        unknown = f"nobody knows how many samples dataset '{name}' has. Set datasets.{name}.num_samples, or"
+        unknown = f"the number of samples of dataset '{name}' is unknown. Set datasets.{name}.num_samples, or"
         if run.max_epoch:
             raise ConfigError(f"run.max_epoch: {unknown} give the length of training by run.max_iters.")
         raise ConfigError(f"run.train_dataset_ratios: {unknown} say here how to mix the datasets.")

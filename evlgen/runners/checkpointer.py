@@ -62,7 +62,7 @@ from evlgen.weights.weights import first_not_finite, read_weights
 
 logger = logging.getLogger(__name__)
 
-_OF_THIS_RUN = ("run.resume", "run.output_dir", "model.checkpoint")  # not worth a word when they differ
+_OF_THIS_RUN = ("run.resume", "run.output_dir", "model.checkpoint")  # expected to differ; not reported
 
 
 class Checkpointer:
@@ -227,7 +227,7 @@ class Checkpointer:
             try:
                 content = self._read(folder)
             except CheckpointError as error:
-                logger.warning("%s is left aside: %s", folder, error)
+                logger.warning("%s is skipped: %s", folder, error)
                 self._unreadable.add(folder)
                 continue
             if self._unreadable:
@@ -395,7 +395,7 @@ class _SaveJob(threading.Thread):
             self.error = (
                 os.strerror(error.errno) if isinstance(error, OSError) and error.errno else None
             ) or str(error)
-        except BaseException as error:  # whatever it is, training must hear of it
+        except BaseException as error:  # report any failure to the training thread
             self.error = repr(error)
 
 

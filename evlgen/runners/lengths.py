@@ -24,7 +24,7 @@ class Epochs:
     Attributes:
         iters_per_epoch: iterations (ticks, of seconds) of an (inner) epoch.
         total_iters: of the whole run.
-        shown_total: iterations of the whole run, None where nobody knows.
+        shown_total: iterations of the whole run, None where unknown.
     """
 
     UNIT, KEY = "epochs", "max_epoch"

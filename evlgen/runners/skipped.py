@@ -100,7 +100,7 @@ class SkippedSamples:
                     f"{share:.1%} of the shards of dataset '{dataset}' could not be read, or not to their "
                     f"end, so far: more than run.max_skipped_share ({self.max_share:g}) allows. They are "
                     f"listed in {self.folder / FILE}; fix them, leave them out of build_info.storage, or "
-                    "raise the share."
+                    "raise run.max_skipped_share."
                 )
 
     def report(self, speaks: bool = True) -> None:

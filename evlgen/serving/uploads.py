@@ -1,4 +1,4 @@
-"""Images in requests: data URLs and downloaded bytes, from hands nobody knows."""
+"""Images in requests: data URLs and downloaded bytes, from unknown senders."""
 
 from __future__ import annotations
 

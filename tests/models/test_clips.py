@@ -200,7 +200,7 @@ def test_frozen_weights_in_bf16_with_temporal_weights_in_fp32(clip):
 @pytest.mark.parametrize(
     ("vision", "problem"),
     [
-        ({"name": "resnet18", "image_size": 32, "pretrained": False}, "has none such"),
+        ({"name": "resnet18", "image_size": 32, "pretrained": False}, "has no such blocks"),
         ({**VISION, "kwargs": {**VISION["kwargs"], "embed_dim": 36}}, "divide into 8 heads"),
     ],
 )

@@ -175,8 +175,8 @@ def test_what_a_stream_cannot_do_is_said_before_anything_is_loaded(tmp_path):
     datasets = {"ccs14M": {"train": unknown}, "numbers": {"train": Numbers(3), "val": Numbers(3)}}
     iterations = {"max_iters": 5, "valid_splits": ["val"]}
     cases = {
-        "max_epoch: nobody knows .* 'ccs14M' .*num_samples, or give .*max_iters": {"max_epoch": 1},
-        "train_dataset_ratios: nobody knows": iterations,
+        "max_epoch: the number of samples .* 'ccs14M' .*num_samples, or give .*max_iters": {"max_epoch": 1},
+        "train_dataset_ratios: the number of samples": iterations,
         "cache_vision: dataset 'ccs14M' is a stream": {**iterations, "cache_vision": True},
         "valid_splits: dataset 'ccs14M' is a stream.* instead of 'train'": {
             "max_iters": 5,

@@ -119,7 +119,7 @@ def test_one_flipped_bit_in_any_file_of_the_newest_checkpoint_is_found(training,
         caplog.clear()
         state = resumed(training)
         assert state.iteration == 1 and state.rewinds == 1, file
-        assert "step_00000002 is left aside: its" in caplog.text and DIGESTS_FILE in caplog.text
+        assert "step_00000002 is skipped: its" in caplog.text and DIGESTS_FILE in caplog.text
         assert f"going on from {older}, the newest checkpoint that is whole" in caplog.text
         with pytest.raises(CheckpointError, match="step_00000002 cannot be continued: its") as refused:
             resumed(training, str(newest))
@@ -282,7 +282,7 @@ def test_resume_auto_passes_over_a_damaged_checkpoint_to_the_newest_good_one(tin
     os.truncate(state, 1000)
     with caplog.at_level(logging.WARNING):
         assert train(path, "run.resume=auto") == folder
-    assert "step_00000018 is left aside" in caplog.text
+    assert "step_00000018 is skipped" in caplog.text
     assert [r["loss"] for r in records(folder)] == [r["loss"] for r in whole]
     assert load_file(state)
 

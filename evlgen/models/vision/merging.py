@@ -89,7 +89,7 @@ def merge_in_blocks(trunk: nn.Module, r: int) -> Merging:
 
 
 def num_merged_tokens(num_tokens: int, r: int, num_blocks: int, num_protected: int) -> int:
-    """How many of so many tokens are left after the last block."""
+    """Tokens left after the last block."""
     for _ in range(num_blocks):
         num_tokens -= limit_r(num_tokens, r, num_protected)
     return num_tokens

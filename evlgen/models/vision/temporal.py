@@ -75,7 +75,8 @@ def add_temporal_attention(encoder: VisionEncoder, form: str) -> None:
     if not len(blocks) or not all(isinstance(block, Block | EvaBlock) for block in blocks):
         raise ConfigError(
             f"model.vision.temporal.form '{form}' puts attention over the frames into the blocks of a plain "
-            f"vision transformer, and {type(encoder).__name__} has none such. Take form mean or concat, or "
+            f"vision transformer, and {type(encoder).__name__} has no such blocks. Take form mean or concat, "
+            "or "
             "another model.vision.name."
         )
     dim = encoder.embed_dim
