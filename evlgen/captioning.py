@@ -55,8 +55,8 @@ def caption_files(
         done.update(path for path, _ in batch)
         yield from batch
     if not done:
-        kind = "image or video" if reads_clips else "picture"
-        raise DataError(f"none of the {len(paths)} files could be read as a {kind}.")
+        kind = "image or video" if reads_clips else "image"
+        raise DataError(f"none of the {len(paths)} files could be read as an {kind}.")
     if left_out is not None:
         left_out += without_result(images, done, reads_clips)
 
