@@ -87,8 +87,9 @@ def _without_images(builders: dict, reports: Sequence[SplitReport], task: BaseTa
         splits = [split for split in builder.splits if f"{name}/{split}" in readable]
         read = {split: builder.get_split(split) for split in splits}
         questions = {split: d for split, d in read.items() if isinstance(d, QuestionMediaDataset)}
-        train = questions.pop("train", None)
-        for split, dataset in questions.items() if train is not None else ():
+        if (train := questions.pop("train", None)) is None:
+            continue
+        for split, dataset in questions.items():
             guesses = blind_answers(train.questions_with_answers(), dataset.questions())
             scores = []
             for rule, answers in guesses.items():
@@ -173,11 +174,10 @@ def _task(cfg: Config) -> BaseTask:
 def _lengths(cfg: Config) -> TextLengths | WordLengths:
     """What measures texts: the model's tokenizer with the model's limits where it is here, else in words."""
     from evlgen.common.registry import registry
-    from evlgen.config.schema import build_dataclass
     from evlgen.models.text_lengths import WordLengths
 
     model_class = registry.get_model_class(cfg.model.arch)
-    found = model_class.text_lengths(build_dataclass(model_class.CONFIG, cfg.model_plain(), path="model"))
+    found = model_class.text_lengths(cfg.model)
     if found is None:
         print("texts are counted in words: the model's tokenizer is not on this machine")
     return found or WordLengths()
