@@ -26,6 +26,7 @@ from evlgen.config.schema import build_dataclass
 from evlgen.config.yaml_io import read_yaml
 from evlgen.files.digests import DIGESTS_FILE, check_digests
 from evlgen.files.io import make_readable, resolve, write_atomically
+from evlgen.models.ops import cuda_graphs
 from evlgen.models.published.checkpoints import is_published, to_own_names
 from evlgen.models.text_lengths import TextLengths
 from evlgen.weights.checkpoints import CONFIG_FILE, WEIGHTS_FILE, write_folder
@@ -253,6 +254,8 @@ class BaseModel(nn.Module):
     def train(self, mode: bool = True):
         """Training mode for what is trained; frozen parts stay in eval mode."""
         super().train(mode)
+        if mode:
+            cuda_graphs.forget(self)  # training needs their memory
         for module in self.frozen_modules():
             module.eval()
         for module in self.trained_modules():

@@ -35,7 +35,7 @@ from evlgen.models.language.segments import (
     num_soft_of,
     num_visuals,
 )
-from evlgen.models.ops import use_fast_linear
+from evlgen.models.ops import cuda_graphs, use_fast_linear
 from evlgen.models.pixels import pixels_of, with_pixels
 from evlgen.models.prompts import ask, check_count, fill_ocr_slots
 from evlgen.models.soft_prompts import SoftPromptHead
@@ -50,6 +50,7 @@ from evlgen.weights.hub_checkpoints import HUB_PREFIX
 logger = logging.getLogger(__name__)
 
 _LEAST_ROOM = 64  # positions of an answer that older turns make room for, where nothing is said
+_RECORDED_IMAGES = 16  # images whose encoding is recorded as a CUDA graph at most: more keep a card busy
 _ANSWER_LEN = 256  # new tokens of an answer in a conversation at most, where nothing is said
 
 
@@ -603,7 +604,7 @@ class VLM(BaseModel):
             options: fields of `generation.Decoding`. ``use_nucleus_sampling=True, top_p=1.0, top_k=None,
                 min_length=0`` draws from the model's own distribution.
         """
-        soft_prompts = self.soft_prompts(samples)
+        soft_prompts = self._prompts_to_continue(samples)
         with self._own_precision(soft_prompts.device):
             prompts = self._prompts(samples, len(soft_prompts))
             return self.language.generate_tokens(soft_prompts, prompts, **options)
@@ -792,9 +793,27 @@ class VLM(BaseModel):
         return value
 
     def _continue(self, samples: dict[str, Any], prompts: list[str], **options) -> list[str]:
-        soft_prompts = self.soft_prompts(samples)
+        soft_prompts = self._prompts_to_continue(samples)
         with self._own_precision(soft_prompts.device):
             return self.language.generate(soft_prompts, prompts, **options)
+
+    def _prompts_to_continue(self, samples: dict[str, Any]) -> Tensor:
+        """`soft_prompts` for generation: of a few images by a CUDA graph where that is possible."""
+        image = samples.get("image")
+        is_plain = (
+            isinstance(image, Tensor) and image.ndim == 4 and not {"images", "visual_tokens"} & {*samples}
+        )
+        is_own = type(self).soft_prompts is VLM.soft_prompts and self.temporal is None
+        if not (is_plain and is_own) or self.training or len(image) > _RECORDED_IMAGES:
+            return self.soft_prompts(samples)
+        self._check_image(image)
+        image = image.to(self.device)
+
+        def make() -> cuda_graphs.RecordedCall:
+            return cuda_graphs.RecordedCall(lambda pixels: self.soft_prompts({"image": pixels}), image)
+
+        with cuda_graphs.recorded(self, image.device, (image.shape, image.dtype), make) as call:
+            return self.soft_prompts({**samples, "image": image}) if call is None else call(image)
 
     @staticmethod
     def _own_precision(device: torch.device) -> contextlib.AbstractContextManager:

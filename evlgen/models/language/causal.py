@@ -23,13 +23,14 @@ from transformers.models.auto.modeling_auto import (
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
 from evlgen.models.language.chat import ChatTemplate, read_template
-from evlgen.models.language.generation import Decoding, can_read_trees, decode, decode_stepwise
+from evlgen.models.language.generation import Decoding, decode, decode_stepwise
 from evlgen.models.language.hugging_face import (
     HuggingFaceLanguageModel,
     Predictions,
     for_each_text,
     truncate_at_eos,
 )
+from evlgen.models.language.prefixes import can_read_trees
 from evlgen.models.language.ranking import Reader, TreeReader
 from evlgen.models.language.segments import (
     IGNORED,
