@@ -207,7 +207,7 @@ def step(setting: Setting) -> None:
     batch = setting.batch
     pixels = batches(setting.sizes, batch, DEVICE)
     sample = next(pixels)
-    with torch.no_grad():
+    with torch.no_grad(), ours.accelerator.autocast():
         losses = [one.model.eval()(sample) for one in (ours, other)]
         for one in (ours, other):
             one.model.train()
