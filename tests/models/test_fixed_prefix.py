@@ -10,10 +10,13 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, OPTConfig, PreTrainedModel
 
+from evlgen.common.registry import registry
+from evlgen.config.config import load_model_file
 from evlgen.models.language.fixed_prefix import FixedPrefix, FixedShapes, fixed_shape
-from evlgen.models.language.generation import Decoding, decode, search
+from evlgen.models.language.generation import Decoding, decode, decode_stepwise, search
 from evlgen.models.ops import cuda_graphs
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -183,6 +186,44 @@ def test_shapes_in_use_are_not_given_twice(models, recorder):
     with ask() as third:
         assert third is first
     cuda_graphs.forget(model)
+
+
+@torch.no_grad()
+def test_texts_are_streamed_from_fixed_shapes_too(models, recorder):
+    model, (embeds, mask) = models["llama"], inputs(rows=1)
+    options = OPTIONS["greedy"]
+    tokens = [token for (token,) in decode_stepwise(model, embeds, mask, options, [END], PAD)]
+    assert tokens == in_fixed_shapes(model, embeds, mask, options)[0].tolist()
+    pieces = decode_stepwise(model, embeds, mask, options, [END], PAD)
+    next(pieces)
+    pieces.close()  # nobody reads on: the shapes are free again
+    assert as_ever(model, embeds, mask, options)[0].tolist() == tokens
+    assert len(recorder) == 2
+    cuda_graphs.forget(model)
+
+
+def test_a_few_images_are_encoded_by_what_was_recorded(golden, recorder):
+    cfg = load_model_file(golden / "evlgen_opt" / "model.yaml")
+    model = registry.get_model_class("evlgen_opt").from_config(cfg).eval()
+    image = load_file(golden / "evlgen_opt" / "expected.safetensors")["image"]
+    other = image.flip(0).contiguous()
+    with torch.no_grad():
+        expected = [model.soft_prompts({"image": pixels}) for pixels in (image, other)]
+        found = [model._prompts_to_continue({"image": pixels}) for pixels in (image, other)]
+    torch.testing.assert_close(found, expected)
+    assert len(recorder) == 1
+    texts = [model.generate({"image": pixels}, max_length=8) for pixels in (image, other)]
+    assert len(recorder) == 3, "the prompt and a token besides"
+    assert model in cuda_graphs._kept
+    model.train()
+    assert not {model, model.language.model} & {*cuda_graphs._kept}, "training needs the memory"
+    model.eval()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_graphs, "can_record", lambda module, device: False)
+        assert [model.generate({"image": pixels}, max_length=8) for pixels in (image, other)] == texts
+    many = image[:1].expand(17, -1, -1, -1)
+    model.generate({"image": many}, max_length=1)
+    assert len(recorder) == 3, "many images keep a card busy without"
 
 
 @torch.no_grad()
