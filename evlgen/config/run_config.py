@@ -139,6 +139,9 @@ class RunConfig:
     allow_tf32: bool = True
     #: Only algorithms that give the same numbers every time; slower.
     deterministic: bool = False
+    #: Compile the repeated blocks of encoder, connector and language model with torch.compile, each kind
+    #: once. The first steps take longer for it; it pays in long runs on a GPU.
+    compile: bool = False
 
     #: Keep what the frozen vision encoder makes of the training images in a file, and train from that: the
     #: encoder runs once per image. Takes images x views x tokens x channels x 2 bytes of disk.
