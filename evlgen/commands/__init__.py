@@ -9,6 +9,7 @@ COMMANDS = (
     "caption",
     "chat",
     "serve",
+    "demo",
     "visualize",
     "push",
     "convert",
