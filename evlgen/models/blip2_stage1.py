@@ -245,7 +245,7 @@ class Blip2Stage1(BaseModel):
             ``loss``, ``loss_itc``, ``loss_itm``, ``loss_lm``: scalars, float32. In training their means over
             processes, weighed by samples, are the losses of all samples in one batch.
         """
-        tokens = self._tokens(samples)
+        tokens = self.image_tokens(samples)
         ids = self.tokenizer(samples["text_input"])  # [B, L], on the CPU
         visual = self.connector.keys_values(self._normed(tokens))
         queries, past = self.connector.read(visual, len(tokens))
@@ -389,7 +389,7 @@ class Blip2Stage1(BaseModel):
         samples = with_pixels(self, samples)
         start = self.tokenizer.to_write_after(self._prompt(samples)).to(self.device)
         _check_written(start.shape[1] + max_length, self.text.positions.num_embeddings)
-        tokens = self._tokens(samples)
+        tokens = self.image_tokens(samples)
         _, past = self.connector.read(self.connector.keys_values(self._normed(tokens)), len(tokens))
         start = start.expand(len(tokens), -1)
         ends = self.tokenizer.end, self.tokenizer.pad
@@ -439,12 +439,26 @@ class Blip2Stage1(BaseModel):
         both = encode_multimodal(self.connector, self.text, ids, self._is_text(ids), visual)
         return Features(multimodal_embeds=both)
 
+    @staticmethod
+    def similarities(image_features: Tensor, text_features: Tensor) -> Tensor:
+        """The cosine of each text with the query of each image that is nearest to it.
+
+        Args:
+            image_features: ``image_embeds_proj`` of B images, [B, M, embed_dim].
+            text_features: the first token's of ``text_embeds_proj`` of K texts, [K, embed_dim].
+
+        Returns:
+            [B, K], float32.
+        """
+        with without_autocast(text_features.device):
+            return similarities(image_features.float(), text_features.float())
+
     @torch.no_grad()
     def match(self, samples: dict[str, Any], head: Literal["itm", "itc"] = "itm") -> Tensor:
         """How well each image and its text fit.
 
         Args:
-            samples: ``image`` [B, 3, H, W], ``text_input`` list[str].
+            samples: ``image`` [B, 3, H, W], or [1, 3, H, W] for all texts; ``text_input`` list[str].
             head: ``itm``: logits of *does not fit* and *fits*, [B, 2]; ``itc``: the cosine of their features,
                 [B, 1].
         """
@@ -452,8 +466,9 @@ class Blip2Stage1(BaseModel):
             raise ConfigError(f"head '{head}' for matching is none of itm, itc.")
         visual, ids = self._visual(samples), self._ids(samples)
         if head == "itm":
+            visual = [None if seen is None else seen.expand(len(ids), -1, -1) for seen in visual]
             return self._matching_logits(ids, visual)
-        queries, _ = self.connector.read(visual, len(ids))
+        queries, _ = self.connector.read(visual, _batch(visual))
         image, text = self._features(self.vision_proj(queries)), self._text_features(ids)
         return (image @ text[:, :, None]).amax(1)  # [B, M, E] by [B, E, 1]
 
@@ -482,7 +497,8 @@ class Blip2Stage1(BaseModel):
             raise ConfigError("BLIP-2's first stage writes after one prompt for all images of a batch.")
         return prompts.pop()
 
-    def _tokens(self, samples: dict[str, Any]) -> Tensor:
+    def image_tokens(self, samples: dict[str, Any]) -> Tensor:
+        """``visual_tokens`` of samples, or what `encode` makes of their ``image``: [B, N, C_vision]."""
         tokens = samples.get("visual_tokens")
         return self.encode(samples["image"]) if tokens is None else tokens.to(self.device)
 
@@ -490,7 +506,7 @@ class Blip2Stage1(BaseModel):
         return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
 
     def _visual(self, samples: dict[str, Any]) -> list[Tensor | None]:
-        return self.connector.keys_values(self._normed(self._tokens(samples)))
+        return self.connector.keys_values(self._normed(self.image_tokens(samples)))
 
     def _ids(self, samples: dict[str, Any]) -> Tensor:
         texts = samples["text_input"]
