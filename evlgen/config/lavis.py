@@ -226,8 +226,8 @@ def _defaults(layers: Sequence[Layer], arch: Any) -> dict[str, Any]:
 
     LAVIS's captions: repetition penalty 1.15, length penalty 0, which EVLGen's task does not set
     (lavis/tasks/captioning.py of both); three beams for answers (lavis/tasks/vqa.py); no validation; training
-    without mixed precision; a warm-up that starts at ``init_lr`` (lavis/common/optims.py); in retrieval, texts
-    of 35 tokens where it only evaluates.
+    without mixed precision; a warm-up that starts at ``init_lr`` (lavis/common/optims.py); retrieval that is
+    only evaluated reads 35 tokens of a text.
     """
 
     def given(*keys: str) -> bool:

@@ -78,7 +78,7 @@ class Flickr30kBuilder(CaptionBuilder):
 
 @registry.register_builder("coco_retrieval")
 class CocoRetrievalBuilder(CaptionBuilder):
-    """COCO's captions in Karpathy's splits, for retrieval: those of `CocoCaptionBuilder`, without ground truth."""
+    """COCO's captions for retrieval: those of `CocoCaptionBuilder`, without a ground truth."""
 
     DEFAULT_CONFIG = "configs/datasets/coco_retrieval.yaml"
 
@@ -92,7 +92,7 @@ class Flickr30kRetrievalBuilder(CaptionBuilder):
 
 @registry.register_builder("msrvtt_retrieval")
 class MsrvttRetrievalBuilder(CaptionBuilder):
-    """MSR-VTT's captions for retrieval, in splits of its own (LAVIS: 7,000 videos to train, 1,000 to test)."""
+    """MSR-VTT's captions for retrieval, in splits of their own."""
 
     DEFAULT_CONFIG = "configs/datasets/msrvtt_retrieval.yaml"
 

@@ -117,8 +117,8 @@ class BaseTask:
     def finish_evaluation(
         self, model: BaseModel, results: list[dict[str, Any]], dataset: BaseDataset
     ) -> list[dict[str, Any]]:
-        """Called after the last `valid_step` of a split, on every process, with the results that this one has:
-        what needs the model and all samples. What is returned are its results."""
+        """Called after the last `valid_step` of a split, on every process, with the results it has so far:
+        for what needs the model and all samples. Returns the results of this process."""
         return results
 
     def after_evaluation(

@@ -40,9 +40,9 @@ class _Image(NamedTuple):
 class RetrievalTask(BaseTask):
     """Trains BLIP-2's first stage, and scores how well it finds texts and images of a split.
 
-    Each image is compared with all texts by their features. The best ``run.k_test`` texts of an image, and the
-    best images of a text, are then ordered by image-text matching: the logit of *fits* plus the cosine. What
-    is not among the best counts as not found. With ``k_test: 0`` the cosine alone decides.
+    Each image is compared with all texts by their features. The best ``run.k_test`` texts of an image, and
+    the best images of a text, are then ordered by image-text matching: the logit of *fits* plus the cosine.
+    What is not among the best counts as not found. With ``k_test: 0`` the cosine alone decides.
 
     Result files: ``metrics.json`` and ``retrieval.json``: the rank of each image's first text and of each
     text's image, from 1; null: not among the best.
@@ -87,14 +87,8 @@ class RetrievalTask(BaseTask):
         """One result for each image that this process has read: ``rank`` among the texts, ``caption`` (the
         text found first), and its scores by text, ``texts`` and ``scores``."""
         images, self._images = self._images, []
-        everyone = sorted(
-            (
-                pair
-                for part in gather_object([[(i.image_id, i.instance_id) for i in images]])
-                for pair in part
-            ),
-            key=lambda pair: int(pair[1]),
-        )
+        everyone = gather_object([(image.image_id, image.instance_id) for image in images])
+        everyone = sorted(everyone, key=lambda pair: int(pair[1]))
         texts, owners = self._texts([image_id for image_id, _ in everyone], dataset)
         if not everyone:
             return []
@@ -212,9 +206,8 @@ def rank(scores: Tensor, right: Tensor) -> int | None:
         right: [T], bool.
     """
     top = scores[right].max()
-    return (
-        None if top == -torch.inf else int((~(scores[~right] < top)).sum()) + 1
-    )  # not a number is never below
+    before = ~(scores[~right] < top)  # what is not a number is never below
+    return None if top == -torch.inf else int(before.sum()) + 1
 
 
 def ranks_of_images(results: Sequence[dict[str, Any]], owners: Sequence[int | str]) -> list[int | None]:

@@ -63,9 +63,7 @@ def root(tmp_path_factory):
     _pictures(root / "flickr30k" / "images", names)
     rows = [{"image": n, "caption": t} for n, t in zip(names, TEXTS, strict=True)]
     _json(root / "flickr30k" / "annotations" / "test.json", rows)
-    train = [
-        {"image": r["image"], "caption": c, "image_id": i} for i, r in enumerate(rows) for c in r["caption"]
-    ]
+    train = [{"image": r["image"], "caption": c} for r in rows for c in r["caption"]]
     _json(root / "flickr30k" / "annotations" / "train.json", train)
     _json(root / "flickr30k" / "annotations" / "val.json", rows[:3])
     return root
