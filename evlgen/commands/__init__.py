@@ -7,6 +7,8 @@ Importing them costs nothing heavy: what a command needs it imports when it runs
 COMMANDS = (
     "models",
     "caption",
+    "index",
+    "search",
     "chat",
     "serve",
     "demo",

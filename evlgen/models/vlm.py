@@ -189,7 +189,7 @@ class VLM(Chatting):
         `encode` gave earlier -> soft prompts [B, M, C_language]. Of ``images`` see `sequence_prompts`."""
         if "images" in samples:
             return cast(Tensor, self.sequence_prompts(samples))
-        return self._to_prompts(self._tokens(samples))
+        return self._to_prompts(self.image_tokens(samples))
 
     def _to_prompts(self, tokens: Tensor) -> Tensor:
         """The encoder's tokens [B, N, C_vision] -> [B, M, C_language]."""
