@@ -81,7 +81,8 @@ def own_to_qformer(state: dict[str, Tensor]) -> dict[str, Tensor]:
             out[f"Qformer.bert.encoder.layer.{found[2]}.{part}.{found[4]}"] = piece
         if not parts:
             out[_renamed(key, names)] = value
-    out.update({copy: out[original] for copy, original in _COPIES.items() if original in out})
+    if "Qformer.cls.predictions.bias" in out:  # InstructBLIP's has no head
+        out.update({copy: out[original] for copy, original in _COPIES.items()})
     return out
 
 
