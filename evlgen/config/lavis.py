@@ -12,6 +12,7 @@ import dataclasses
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
+from urllib.parse import urljoin
 
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
@@ -28,14 +29,13 @@ ARCHITECTURES = {
     "liptome_vicuna": "evlgen_vicuna",
     "liptome_video_opt": "evlgen_video_opt",
     "liptome_video_vicuna": "evlgen_video_vicuna",
-    "blip2_vicuna_instruct": "blip2_vicuna",
-    "blip2_t5_instruct": "blip2_t5",
     "blip2_feature_extractor": "blip2",
 }
 _LIPTOME = tuple(published for published in ARCHITECTURES if published.startswith("liptome_"))
 _VIDEO = ("liptome_video_opt", "liptome_video_vicuna")
 _TOMEFORMERS = tuple(ARCHITECTURES[published] for published in _LIPTOME)
-_INSTRUCT = ("blip2_vicuna_instruct", "blip2_t5_instruct")
+# InstructBLIP, and what it is with ``qformer_text_input: false``
+_INSTRUCT = {"blip2_vicuna_instruct": "blip2_vicuna", "blip2_t5_instruct": "blip2_t5"}
 
 # (own architecture, published type) -> own type, and the flat keys it stands for
 _TYPES: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
@@ -87,6 +87,15 @@ _TYPE_FILES: dict[tuple[str, str], tuple[str, str]] = {
     ("blip2_t5", "pretrain_flant5xl"): ("", "blip2_pretrained_flant5xl.pth"),
     ("blip2_t5", "pretrain_flant5xl_vitL"): ("", "blip2_pretrained_flant5xl_vitL.pth"),
     ("blip2_t5", "pretrain_flant5xxl"): ("", "blip2_pretrained_flant5xxl.pth"),
+    **{
+        (arch, kind): ("", f"../InstructBLIP/instruct_blip_{name}_trimmed.pth")
+        for arch, kind, name in (
+            ("blip2_vicuna_instruct", "vicuna7b", "vicuna7b"),
+            ("blip2_vicuna_instruct", "vicuna13b", "vicuna13b"),
+            ("blip2_t5_instruct", "flant5xl", "flanxl"),
+            ("blip2_t5_instruct", "flant5xxl", "flanxxl"),
+        )
+    },
     ("blip2_t5", "caption_coco_flant5xl"): ("blip2_caption_flant5xl.pth", "blip2_pretrained_flant5xl.pth"),
 }
 _tables: tuple[dict[tuple[str, str], Any], ...] = (_TYPES, _TYPE_FILES)
@@ -140,11 +149,13 @@ def from_published(layers: Sequence[Layer], is_project: bool = True) -> tuple[li
 
     Raises:
         ConfigError: ``load_finetuned`` or ``load_pretrained`` is neither true nor false; or what is described
-            is computed in another way than here: a contrastive loss (``beta``), InstructBLIP's Q-Former.
+            is computed in another way than here: a contrastive loss (``beta``).
     """
     arch, model_type = (_strongest(layers, key)[0] for key in ("arch", "model_type"))
     task, _ = _strongest(layers, "task", "run")
     own_arch = own_names(arch, None)[0]
+    if own_arch in _INSTRUCT and _strongest(layers, "qformer_text_input")[0] is False:
+        own_arch = _INSTRUCT[own_arch]
     own_keys = _own_keys(own_arch)
     met = [*_check_beta(layers, own_keys, is_project), *_check_instruction(layers, own_arch, own_keys)]
     translation = _Translation(own_arch, own_keys, _Weights(own_arch, model_type), met)
@@ -357,7 +368,8 @@ class _Translation:
         if section.get("arch") in _VIDEO:
             _put(out, ("vision", "temporal", "form"), "residual")  # what the published code computes
         if "arch" in out:
-            out["arch"] = own_names(out["arch"], None)[0]
+            own = own_names(out["arch"], None)[0]
+            out["arch"] = self.arch if own in _INSTRUCT else own
         if "model_type" in out:
             out["model_type"], implied = _type_of(self.arch, out["model_type"])
         return out, dict(implied)
@@ -382,7 +394,7 @@ class _Weights:
     def __init__(self, arch: Any, model_type: Any) -> None:
         are_names = isinstance(arch, str) and isinstance(model_type, str)
         names = _TYPE_FILES.get((arch, model_type), ("", "")) if are_names else ("", "")
-        urls = [f"{_WEIGHTS}{name}" if name else None for name in names]
+        urls = [urljoin(_WEIGHTS, name) if name else None for name in names]
         self._values = {**dict.fromkeys(_SWITCHES, True), **dict(zip(_PATHS, urls, strict=True))}
 
     def update(self, given: Mapping[str, Any]) -> None:
@@ -442,23 +454,19 @@ def left_out_beta(layers: Sequence[Layer]) -> str | None:
 
 
 def _check_instruction(layers: Sequence[Layer], own_arch: Any, own_keys: Collection[str]) -> list[str]:
-    """Raises `ConfigError` for a Q-Former that reads the instruction. What ``blip2_vicuna_instruct`` means
-    without ``qformer_text_input`` depends on the repository: true in LAVIS, false in EVLGen. Returns the key,
-    to be left out, where it is read at all."""
-    if own_arch not in map(ARCHITECTURES.get, _INSTRUCT) or "qformer_text_input" in own_keys:
+    """Raises `ConfigError` where ``qformer_text_input``, whether the Q-Former reads the instruction, is not
+    what the architecture does: true of InstructBLIP's, as in LAVIS, and false of BLIP-2's. Returns the key,
+    to be left out."""
+    known = {**dict.fromkeys(_INSTRUCT, True), **dict.fromkeys(_INSTRUCT.values(), False)}
+    if own_arch not in known or "qformer_text_input" in own_keys:
         return []
-    arch, arch_source = _strongest(layers, "arch")
     reads, source = _strongest(layers, "qformer_text_input")
-    if source is None and arch in _INSTRUCT:
+    if source is not None and reads is not known[own_arch]:
+        other = next((i for i, plain in _INSTRUCT.items() if plain == own_arch), None)
+        remedy = f": InstructBLIP is model.arch: {other}" if other else " or false"
         raise ConfigError(
-            f"model.arch ({arch_source}): '{arch}' is InstructBLIP, whose Q-Former also reads the "
-            "instruction; there is no such Q-Former here. If yours does not read it, say so with "
-            f"`qformer_text_input: false`, or name '{own_arch}'."
-        )
-    if source is not None and reads is not False:
-        raise ConfigError(
-            f"model.qformer_text_input ({source}): must be false, not {show(reads)}: there is no Q-Former "
-            "here that also reads the instruction, as InstructBLIP's does."
+            f"model.qformer_text_input ({source}): must be {str(known[own_arch]).lower()}, not {show(reads)}"
+            f"{remedy}."
         )
     return ["qformer_text_input"]
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 from evlgen.common.registry import registry
 from evlgen.config.model_config import GenerationConfig
 from evlgen.models.blip2_stage1 import Blip2Stage1  # noqa: F401  registers `blip2`
+from evlgen.models.instructblip import InstructBLIP
 from evlgen.models.vlm import VLM
 
 # lavis/models/blip2_models: blip2_vicuna_instruct.py, of which EVLGen's models have it; blip2_t5.py
@@ -107,3 +108,23 @@ class Blip2T5(VLM):
     MODEL_TYPES: ClassVar[dict[str, str]] = _types(
         "blip2_t5", "pretrain_flant5xl", "pretrain_flant5xxl", "caption_coco_flant5xl"
     )
+
+
+@registry.register_model("blip2_vicuna_instruct")
+class Blip2VicunaInstruct(InstructBLIP):
+    """InstructBLIP with Vicuna."""
+
+    LANGUAGE_MODEL = "vicuna"
+    GENERATION = _OF_VICUNA
+    DEFAULT_MODEL_TYPE = "vicuna7b"
+    MODEL_TYPES: ClassVar[dict[str, str]] = _types("blip2_vicuna_instruct", "vicuna7b", "vicuna13b")
+
+
+@registry.register_model("blip2_t5_instruct")
+class Blip2T5Instruct(InstructBLIP):
+    """InstructBLIP with FlanT5."""
+
+    LANGUAGE_MODEL = "seq2seq"
+    GENERATION = _OF_T5
+    DEFAULT_MODEL_TYPE = "flant5xl"
+    MODEL_TYPES: ClassVar[dict[str, str]] = _types("blip2_t5_instruct", "flant5xl", "flant5xxl")

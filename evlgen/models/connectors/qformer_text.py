@@ -42,6 +42,7 @@ class QFormerTokenizer:
     Args:
         name: hub id or folder.
         max_txt_len: tokens of a text at most, the two around it included.
+        keep_end: whether a text that is longer loses its first words, not its last.
 
     Attributes:
         start, begin, end, pad: ids of ``[CLS]``, ``[DEC]``, ``[SEP]`` and padding.
@@ -51,10 +52,10 @@ class QFormerTokenizer:
         ConfigError: it has no pad token; ``max_txt_len`` leaves no room for a word.
     """
 
-    def __init__(self, name: str, max_txt_len: int) -> None:
+    def __init__(self, name: str, max_txt_len: int, keep_end: bool = False) -> None:
         if max_txt_len < 3:
             raise ConfigError(f"model.max_txt_len is {max_txt_len}; a word with [CLS] and [SEP] takes 3.")
-        self.max_txt_len = max_txt_len
+        self.max_txt_len, self.keep_end = max_txt_len, keep_end
         with _named_errors(name):
             folder = local_model_folder(name)
             with reading(folder), weights_only():
@@ -102,7 +103,8 @@ class QFormerTokenizer:
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def _words(self, texts: list[str]) -> list[list[int]]:
-        return [ids[: self.max_txt_len - 2] for ids in self._plain_text.batch(texts)]
+        most = self.max_txt_len - 2
+        return [ids[-most:] if self.keep_end else ids[:most] for ids in self._plain_text.batch(texts)]
 
 
 @contextlib.contextmanager
@@ -121,18 +123,20 @@ class QFormerText(nn.Module):
         queries: the Q-Former whose self-attention it uses, and whose BERT it starts from.
         num_words: words of the tokenizer.
         num_positions: tokens of a text at most.
+        writes: whether it has the head.
     """
 
-    def __init__(self, queries: QFormer, num_words: int, num_positions: int) -> None:
+    def __init__(self, queries: QFormer, num_words: int, num_positions: int, writes: bool = True) -> None:
         super().__init__()
         sizes = queries.sizes
         width = sizes.hidden_size
         self.words = nn.Embedding(num_words, width)
         self.positions = nn.Embedding(num_positions, width)
         self.layers = nn.ModuleList(FeedForward(sizes) for _ in queries.layers)
-        self.head_dense = nn.Linear(width, width)
-        self.head_norm = nn.LayerNorm(width, eps=sizes.layer_norm_eps)
-        self.head_bias = nn.Parameter(torch.zeros(num_words))
+        if writes:
+            self.head_dense = nn.Linear(width, width)
+            self.head_norm = nn.LayerNorm(width, eps=sizes.layer_norm_eps)
+            self.head_bias = nn.Parameter(torch.zeros(num_words))
         self._initialise(queries)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:

@@ -82,7 +82,8 @@ def own_to_qformer(state: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         for part, piece in zip(parts, value.chunk(len(parts)), strict=True):
             out[f"Qformer.bert.encoder.layer.{found[2]}.{part}.{found[4]}"] = piece
-    out.update({copy: out[original] for copy, original in _COPIES.items() if original in out})
+    if "Qformer.cls.predictions.bias" in out:  # InstructBLIP's has no head
+        out.update({copy: out[original] for copy, original in _COPIES.items() if original in out})
     return out
 
 

@@ -26,6 +26,7 @@ from evlgen.config.yaml_io import dump_yaml
 from evlgen.files.io import cache_root, make_readable, write_atomically
 from evlgen.models.connectors.projection import MLPProjection
 from evlgen.models.connectors.qformer import QFormer
+from evlgen.models.instructblip import InstructBLIP
 from evlgen.models.language.loading import read_tokenizer
 from evlgen.models.published.checkpoints import to_own_names, to_published_names
 from evlgen.models.vlm import VLM
@@ -38,7 +39,12 @@ from evlgen.weights.weights import check_finite, reading, weights_only
 logger = logging.getLogger(__name__)
 
 #: ``model_type`` of a ``config.json`` -> transformers' class.
-CLASSES = {"blip-2": "Blip2ForConditionalGeneration", "llava": "LlavaForConditionalGeneration"}
+CLASSES = {
+    "blip-2": "Blip2ForConditionalGeneration",
+    "instructblip": "InstructBlipForConditionalGeneration",
+    "llava": "LlavaForConditionalGeneration",
+}
+_QFORMER_TOKENIZER = "qformer_tokenizer"  # InstructBLIP's, a folder
 _IMAGE_TOKEN = "<image>"
 _EVA_EPS, _CLIP_EPS = 1e-6, 1e-5  # of the norms in timm's blocks
 _OTHER_WAYS = (
@@ -68,6 +74,18 @@ _TRAINED = {
     **{
         f"qformer.encoder.layer.{{}}.{theirs}": f"Qformer.bert.encoder.layer.{{}}.{lavis}"
         for theirs, lavis in _QFORMER_LAYER.items()
+    },
+}
+# What InstructBLIP has besides: the Q-Former's way of text.
+_TRAINED |= {
+    "qformer.embeddings.layernorm": "Qformer.bert.embeddings.LayerNorm",
+    **{
+        f"qformer.embeddings.{name}": f"Qformer.bert.embeddings.{name}"
+        for name in ("word_embeddings", "position_embeddings")
+    },
+    **{
+        f"qformer.encoder.layer.{{}}.{name}": f"Qformer.bert.encoder.layer.{{}}.{name}"
+        for name in ("intermediate.dense", "output.dense", "output.LayerNorm")
     },
 }
 # Names in transformers' image towers and in timm's, but for queries, keys and values.
@@ -146,8 +164,10 @@ def read_transformers(source: Path, target: Path) -> dict[str, Any]:
     model = _load(source, kind)
     (target / PARTS_FOLDER).mkdir()
     with torch.no_grad(), reading(source):
-        convert = _read_blip2 if kind == "blip-2" else _read_llava
+        convert = _read_llava if kind == "llava" else _read_blip2
         section, state, vision = convert(source, model)
+        if kind == "instructblip":
+            section = _with_text(source, target, section, model.config)
         _save(state, target / WEIGHTS_FILE)
         _save(vision, target / PARTS_FOLDER / "vision.safetensors")
         language = target / PARTS_FOLDER / "language"
@@ -181,7 +201,8 @@ def _read_blip2(source: Path, model: Any) -> tuple[dict[str, Any], dict[str, Ten
     _expect(source, "vision_config.hidden_act", vision.hidden_act, "gelu")
     _expect(source, "vision_config.layer_norm_eps", vision.layer_norm_eps, _EVA_EPS)
     _expect(source, "qformer_config.hidden_act", qformer.hidden_act, "gelu")
-    _expect(source, "qformer_config.use_qformer_text_input", qformer.use_qformer_text_input, False)
+    if config.model_type == "blip-2":
+        _expect(source, "qformer_config.use_qformer_text_input", qformer.use_qformer_text_input, False)
     state = model.state_dict()
     wanted = ("query_tokens", "qformer.", "language_projection.", "vision_model.post_layernorm.")
     trained = {_renamed(key, _TRAINED): value for key, value in state.items() if key.startswith(wanted)}
@@ -221,6 +242,22 @@ def _read_blip2(source: Path, model: Any) -> tuple[dict[str, Any], dict[str, Ten
         "language": {"name": None, **({} if kind in ("opt", "t5") else {"kind": "causal"})},
     }
     return section, to_own_names(trained), eva
+
+
+def _with_text(source: Path, target: Path, section: dict[str, Any], config: Any) -> dict[str, Any]:
+    """The section of InstructBLIP, whose Q-Former has a tokenizer, which is copied."""
+    folder, kind = source / _QFORMER_TOKENIZER, config.text_config.model_type
+    if not folder.is_dir():
+        raise CheckpointError(f"{source} lacks {_QFORMER_TOKENIZER}/, the Q-Former's. Get it again.")
+    own = target / PARTS_FOLDER / _QFORMER_TOKENIZER
+    read_tokenizer(str(folder), folder).save_pretrained(own)
+    write_atomically(own / "config.json", '{"model_type": "bert"}')  # by which a folder is known as a model's
+    positions = config.qformer_config.max_position_embeddings
+    text = {"tokenizer": f"./{PARTS_FOLDER}/{_QFORMER_TOKENIZER}", "max_position_embeddings": positions}
+    language = {"name": None, **({} if kind in ("t5", "llama") else {"kind": "causal"})}
+    arch = "blip2_t5_instruct" if kind == "t5" else "blip2_vicuna_instruct"
+    lengths = {"max_txt_len": min(128, positions)}  # as published
+    return {**section, "arch": arch, "language": language, "text": text, **lengths}
 
 
 def _read_llava(source: Path, model: Any) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
@@ -331,6 +368,10 @@ def write_transformers(model: VLM, target: Path) -> str:
         CheckpointError: it has no equal there, or a part of it has not; says which, and what to do.
     """
     _check_equal(model)
+    if isinstance(model, InstructBLIP):
+        raise CheckpointError(
+            f"InstructBLIP is read from transformers' format and not written. {_OTHER_WAYS}"
+        )
     if isinstance(model.connector, QFormer):
         theirs, processor = _write_blip2(model)
     elif isinstance(model.connector, MLPProjection):

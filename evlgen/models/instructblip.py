@@ -1,0 +1,129 @@
+"""InstructBLIP: a second stage whose Q-Former also reads the instruction.
+
+Dai et al., *InstructBLIP: Towards General-purpose Vision-Language Models with Instruction Tuning*, 2023
+(arXiv 2305.06500), section 3.2: the words of the instruction go through the Q-Former beside the queries, so
+that these take from the image what is asked for. The language model reads the instruction as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evlgen.common.errors import ConfigError, DataError
+from evlgen.common.registry import registry
+from evlgen.config.model_config import ModelConfig
+from evlgen.config.schema import PositiveInt
+from evlgen.models.base_model import MissingAsset
+from evlgen.models.blip2_stage1 import TextConfig
+from evlgen.models.connectors.qformer import QFormer
+from evlgen.models.connectors.qformer_text import QFormerText, QFormerTokenizer, encode_multimodal
+from evlgen.models.ops import use_fast_linear
+from evlgen.models.pixels import with_pixels
+from evlgen.models.prompts import ask
+from evlgen.models.vlm import VLM, is_sequence
+from evlgen.weights.hub import looks_like_path, missing_model
+
+
+@dataclasses.dataclass(frozen=True)
+class InstructConfig(ModelConfig):
+    """The ``model`` section of InstructBLIP.
+
+    Args:
+        text: how the Q-Former reads the instruction.
+        max_txt_len, max_output_txt_len: as published, the former of both tokenizers.
+    """
+
+    connector: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "qformer"})
+    text: TextConfig = dataclasses.field(default_factory=TextConfig)
+    max_txt_len: PositiveInt = 128
+    max_output_txt_len: PositiveInt | None = 256
+
+
+class InstructBLIP(VLM):
+    """A `VLM` whose Q-Former reads the instruction: the question, of samples with ``text_output`` their
+    ``text_input``, else the prompt."""
+
+    CONFIG = InstructConfig
+    text: QFormerText
+    text_tokenizer: QFormerTokenizer
+
+    @classmethod
+    def from_parts_config(cls, cfg: InstructConfig, device: torch.device) -> InstructBLIP:  # type: ignore[override]
+        """Builds the parts. Raises `ConfigError` for a connector other than a Q-Former."""
+        name = cfg.connector.get("name")
+        if not issubclass(registry.get_connector_class(name or "tomeformer"), QFormer):
+            raise ConfigError(
+                f"model.connector.name is '{name}': {cfg.arch} has a qformer, which reads the instruction."
+            )
+        tokenizer = QFormerTokenizer(cfg.text.tokenizer, cfg.max_txt_len, keep_end=True)
+        model = super().from_parts_config(cfg, device)
+        num_positions = cfg.text.max_position_embeddings or model.connector.sizes.max_position_embeddings
+        if cfg.max_txt_len > num_positions:
+            raise ConfigError(
+                f"model.max_txt_len is {cfg.max_txt_len}, and the Q-Former's text has {num_positions} "
+                "positions. Lower it, or raise model.text.max_position_embeddings."
+            )
+        model.text_tokenizer = tokenizer
+        model.text = QFormerText(model.connector, len(tokenizer), num_positions, writes=False)
+        use_fast_linear(model.text)
+        return model
+
+    @classmethod
+    def missing(cls, cfg: InstructConfig) -> list[MissingAsset]:  # type: ignore[override]
+        name = cfg.text.tokenizer
+        own = MissingAsset(f"tokenizer {name}", missing_model(name), not looks_like_path(name))
+        return [*super().missing(cfg), *([own] if own.why else [])]
+
+    def soft_prompts(self, samples: dict[str, Any]) -> Tensor:
+        """As of `VLM`; ``instruction`` list[str], one for each image, is what the Q-Former reads where it is
+        another than the question or the prompt.
+
+        Raises:
+            DataError: several texts of one image: each would need soft prompts of its own.
+            ConfigError: samples that are sequences.
+        """
+        if "images" in samples:
+            return self.sequence_prompts(samples)  # type: ignore[return-value]
+        tokens = samples.get("visual_tokens")
+        tokens = self.encode(samples["image"]) if tokens is None else tokens.to(self.device)
+        texts = self._instructions(samples, len(tokens))
+        ids = self.text_tokenizer(texts).to(tokens.device)
+        visual = self.connector.keys_values(self._normed(tokens))
+        queries = encode_multimodal(self.connector, self.text, ids, ids != self.text_tokenizer.pad, visual)
+        return self._with_head(self.connector.proj_out(queries))
+
+    def sequence_prompts(self, samples: dict[str, Any]) -> Tensor:
+        """Raises `ConfigError`: a Q-Former that reads one instruction."""
+        raise ConfigError(
+            f"{type(self).__name__} answers one question about one image, and a conversation was given "
+            "to it. Take an architecture whose connector reads images alone, such as blip2_vicuna."
+        )
+
+    def rank_answers(
+        self, samples: dict[str, Any], candidates: Any, prompt: str = "", **options
+    ) -> list[str]:
+        samples = with_pixels(self, samples)
+        count = len(samples["visual_tokens"] if "visual_tokens" in samples else samples["image"])
+        asked = {**samples, "instruction": ask(prompt, samples, count)}
+        return super().rank_answers(asked, candidates, prompt, **options)
+
+    def _continue(self, samples: dict[str, Any], prompts: list[str], **options) -> list[str]:
+        return super()._continue({**samples, "instruction": prompts}, prompts, **options)
+
+    def _instructions(self, samples: dict[str, Any], count: int) -> list[str]:
+        if any(n != 1 for n in samples.get("num_texts", ())):
+            raise DataError(
+                "an image has several texts, and the Q-Former reads the question of each: give every "
+                "question an image of its own (captions_together: false)."
+            )
+        if is_sequence(samples):
+            self.sequence_prompts(samples)
+        if "instruction" in samples:
+            return list(samples["instruction"])
+        if "text_output" in samples:
+            return list(samples["text_input"])
+        return self._prompts(samples, count)
