@@ -25,7 +25,6 @@ from evlgen.common.registry import registry
 from evlgen.common.safe_text import message_lines
 from evlgen.config.config import Config
 from evlgen.config.machine import MACHINE_FILE, machine_of_run
-from evlgen.config.schema import build_dataclass, parameters_of
 from evlgen.files.io import cache_root, write_atomically
 from evlgen.files.locks import sole_writer
 from evlgen.weights.checkpoints import STATE_FOLDER, found_checkpoints, update_symlink
@@ -49,7 +48,7 @@ def run(cfg: Config, listeners: Sequence[Listener] = ()) -> dict[str, dict[str, 
     Raises:
         EVLGenError: whatever a user can fix; nothing heavy was loaded where that could be known before.
     """
-    if cfg.run.evaluate and not cfg.model.get("checkpoint"):
+    if cfg.run.evaluate and not cfg.model.checkpoint:
         raise ConfigError(
             "model.checkpoint: evaluating needs the trained weights, such as --options "
             "model.checkpoint=output/coco_ft/latest/checkpoints/best"
@@ -62,7 +61,7 @@ def run(cfg: Config, listeners: Sequence[Listener] = ()) -> dict[str, dict[str, 
     check_nothing_missing(cfg, builders)
     check_room(cfg, task)
 
-    from accelerate.utils import set_seed
+    from accelerate.utils import gather_object, set_seed
 
     from evlgen.common.logs import log_to_file
     from evlgen.loaders.mixed_plan import check_training_data
@@ -76,8 +75,9 @@ def run(cfg: Config, listeners: Sequence[Listener] = ()) -> dict[str, dict[str, 
     with contextlib.ExitStack() as stack:
         stack.enter_context(peers_named())
         stack.enter_context(writing_named(cfg.run.output_dir))
-        resolve_checkpoint(cfg)
-        folder = run_folder(cfg, accelerator, stack)
+        restarted = any(gather_object([was_restarted()]))  # each machine counts its own failures only
+        cfg = cfg.resuming() if restarted else cfg
+        folder = run_folder(cfg, accelerator, stack, restarted)
         stack.enter_context(log_to_file(folder / "log.txt", enabled=accelerator.is_main_process))
         if accelerator.is_main_process:
             logger.info("this run writes to %s", folder)
@@ -102,86 +102,30 @@ def ready_builders(cfg: Config) -> dict[str, Any]:
     Raises:
         ConfigError: a dataset's section does not fit the model.
     """
-    fill_processor_defaults(cfg)
-    drop_foreign_sources(cfg)
-    if cfg.env.get("cache_root"):  # downloads and worker processes look there too
-        os.environ.setdefault("EVLGEN_CACHE", str(cfg.env.cache_root))
+    check_image_sizes(cfg)
+    if cfg.env.cache_root:  # downloads and worker processes look there too
+        os.environ.setdefault("EVLGEN_CACHE", cfg.env.cache_root)
     return make_builders(cfg)
 
 
-def fill_processor_defaults(cfg: Config) -> None:
-    """What the model decides goes into the processors that take it, unless the YAML says otherwise: image
-    size, mean and std of the vision encoder, and the prompt before every caption.
-
-    Raises:
-        ConfigError: a processor's image size differs from the vision encoder's.
-    """
-    from evlgen.models.vision import vision_encoder_class
-
-    vision = cfg.model.vision
-    pixels = {"image_size": vision.image_size, **vision_encoder_class(vision.name).normalisation(vision.name)}
-    prompt = cfg.model.get("prompt")
-    text = {"prompt": f"{prompt} "} if prompt else {}
+def check_image_sizes(cfg: Config) -> None:
+    """Raises `ConfigError` where a processor's image size differs from the vision encoder's."""
+    defaults = registry.get_model_class(cfg.model.arch).processor_defaults(cfg.model)
+    size = defaults.get("vis_processor", {}).get("image_size")
     for name, dataset in cfg.datasets.items():
-        for key, follow in (("vis_processor", pixels), ("text_processor", text)):
-            for role, section in dataset.get(key, {}).items():
-                known = parameters_of(registry.get_processor_class(section["name"]))
-                section.update({k: v for k, v in follow.items() if k in known and section.get(k) is None})
-                if section.get("image_size", vision.image_size) != vision.image_size:
-                    path = f"datasets.{name}.{key}.{role}.image_size"
-                    raise ConfigError(
-                        f"{path} ({cfg.source(path)}) is {section['image_size']}, but "
-                        "model.vision.image_size "
-                        f"({cfg.source('model.vision.image_size') or 'default'}) is {vision.image_size}. "
-                        "Leave the processor's out: it follows."
-                    )
-
-
-def resolve_checkpoint(cfg: Config) -> None:
-    """The checkpoint where it really is: the link ``latest`` is about to point at this run's own folder."""
-    path = cfg.model.get("checkpoint")
-    if path and "://" not in path and os.path.exists(os.path.expanduser(path)):
-        cfg.model.checkpoint = os.path.realpath(os.path.expanduser(path))
-
-
-def drop_foreign_sources(cfg: Config) -> None:
-    """Where a file of one's own stands in for a dataset's, the address, checksum and ground truth that are
-    built in for the latter go. What somebody set stays."""
-    for name, dataset in cfg.datasets.items():
-        info = dataset.get("build_info") or {}
-        path = f"datasets.{name}.build_info"
-        truths = info.get("ground_truth") or {}
-        parts = {f"annotations.{split}": part for split, part in info.get("annotations", {}).items()}
-        parts |= {f"ground_truth.{split}": part for split, part in truths.items()}
-        parts |= {key: info[key] for key in ("images", "videos") if info.get(key)}
-        for key, part in parts.items():
-            storage = f"{path}.{key}.storage"
-            if part.get("storage") == part.get("url"):
-                continue  # the published file, fetched: its sum is the one that is known
-            left = [
-                f for f in ("url", "md5") if f in part and cfg.is_left_behind(f"{path}.{key}.{f}", storage)
-            ]
-            for field in left:
-                del part[field]
-            kind, _, split = key.partition(".")
-            truth = f"ground_truth.{split}"
-            if kind == "annotations" and split in truths:
-                if cfg.is_left_behind(f"{path}.{truth}.storage", storage):
-                    del truths[split]
-                    left.append(truth)
-            if left:
-                logger.info(
-                    "%s is '%s' (%s): left out what belongs to the dataset's own: %s",
-                    storage,
-                    part.storage,
-                    cfg.source(storage),
-                    ", ".join(left),
+        for role, section in (dataset.get("vis_processor") or {}).items():
+            if size and section.get("image_size", size) != size:
+                path = f"datasets.{name}.vis_processor.{role}.image_size"
+                raise ConfigError(
+                    f"{path} ({cfg.source(path)}) is {section.image_size}, but model.vision.image_size "
+                    f"({cfg.source('model.vision.image_size') or 'default'}) is {size}. Leave the "
+                    "processor's out: it follows."
                 )
 
 
 def make_builders(cfg: Config) -> dict[str, Any]:
     """The builders of all datasets of a configuration, by name. Reads no data."""
-    root = cache_root(cfg.env.get("cache_root"))
+    root = cache_root(cfg.env.cache_root)
     builders = {}
     for name, section in cfg.datasets_plain().items():
         cls = registry.get_builder_class(section.pop("builder", name))
@@ -230,7 +174,7 @@ def check_nothing_missing(cfg: Config, builders: dict[str, Any]) -> None:
     from evlgen.weights.hub import hub_reachable
 
     model_class = registry.get_model_class(cfg.model.arch)
-    weights = model_class.missing(build_dataclass(model_class.CONFIG, cfg.model_plain(), path="model"))
+    weights = model_class.missing(cfg.model)
     data = [
         line
         for name, builder in builders.items()
@@ -251,13 +195,12 @@ def check_room(cfg: Config, task: Any) -> None:
     """Raises `ConfigError` where texts as long as the settings allow do not fit into the language model
     beside the soft prompts: an evaluation would find out after an epoch."""
     model_class, run = registry.get_model_class(cfg.model.arch), cfg.run
-    config = build_dataclass(model_class.CONFIG, cfg.model_plain(), path="model")
     evaluates = bool(run.test_splits or (run.valid_splits and not run.evaluate))
     writes = evaluates and task.WRITES and run.inference_method == "generate"
     writes |= task.LEARNS_WRITING and not run.evaluate
     learns = not (run.evaluate or task.LEARNS_WRITING)
-    prompt = None if task.ASKS else (config.prompt if run.prompt is None else run.prompt)
-    model_class.check_room(config, prompt, task.max_len if writes else 0, learns)
+    prompt = None if task.ASKS else (cfg.model.prompt if run.prompt is None else run.prompt)
+    model_class.check_room(cfg.model, prompt, task.max_len if writes else 0, learns)
 
 
 def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str, BaseDataset]]:
@@ -278,19 +221,16 @@ def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str,
     return datasets
 
 
-def run_folder(cfg: Config, accelerator: Any, stack: contextlib.ExitStack) -> Path:
+def run_folder(cfg: Config, accelerator: Any, stack: contextlib.ExitStack, restarted: bool) -> Path:
     """The folder of this run: ``output_dir/<date-time>``, or, with ``resume: auto``, the newest one with a
-    checkpoint. Where torchrun started the processes again, that of before: ``run.resume`` becomes ``auto``.
-    No other run writes to it until ``stack`` ends.
+    checkpoint. Where torchrun started the processes again (``restarted``), that of before. No other run
+    writes to it until ``stack`` ends.
 
     Raises:
         TrainingError: it cannot be written to; another run is writing to it.
     """
-    from accelerate.utils import broadcast_object_list, gather_object
+    from accelerate.utils import broadcast_object_list
 
-    restarted = any(gather_object([was_restarted()]))  # each machine counts its own failures only
-    if restarted:
-        cfg.run.resume = "auto"
     chosen: list[str | None] = [None, None]
     if accelerator.is_main_process:
         try:

@@ -7,13 +7,14 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from evlgen.commands.arguments import add_run_arguments, allow_downloads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from evlgen.common.batch import Batch
     from evlgen.config.config import Config
     from evlgen.data_check import SplitReport
     from evlgen.datasets.base_builder import BaseDatasetBuilder
@@ -58,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
             print(printable(f"  some of them: {sheet}"), flush=True)
     for line in find_shared(reports):
         print(line)
+    for line in _without_images(builders, reports, task):
+        print(printable(line))
     write_skipped(reports, folder / "skipped.jsonl")
     content = {report.name: report.to_json(_limits(lengths, report), lengths.UNIT) for report in reports}
     write_atomically(folder / "report.json", json.dumps(content, indent=1))
@@ -69,6 +72,33 @@ def run(args: argparse.Namespace) -> int:
             f"run.max_skipped_share ({cfg.run.max_skipped_share:.1%}) allows: a run would stop"
         )
     return 1 if too_many or any(report.error is not None for report in reports) else 0
+
+
+def _without_images(builders: dict, reports: Sequence[SplitReport], task: BaseTask) -> Iterator[str]:
+    """For each split of questions that a run scores: what guessing from its training questions is worth."""
+    from evlgen.datasets.question_dataset import QuestionMediaDataset
+    from evlgen.tasks.metrics.blind_answers import blind_answers
+    from evlgen.tasks.question_answering import QuestionAnsweringTask
+
+    readable = {report.name for report in reports if report.error is None}
+    if not isinstance(task, QuestionAnsweringTask):
+        return
+    for name, builder in builders.items():
+        splits = [split for split in builder.splits if f"{name}/{split}" in readable]
+        read = {split: builder.get_split(split) for split in splits}
+        questions = {split: d for split, d in read.items() if isinstance(d, QuestionMediaDataset)}
+        if (train := questions.pop("train", None)) is None:
+            continue
+        for split, dataset in questions.items():
+            guesses = blind_answers(train.questions_with_answers(), dataset.questions())
+            scores = []
+            for rule, answers in guesses.items():
+                found = [{"question_id": key, "answer": answer} for key, answer in answers.items()]
+                metrics, _ = task.score(found, dataset)
+                scores += [f"{metrics['agg_metrics']:.1f} by {rule}"] if metrics else []
+            if scores:
+                what = "without looking, train's most frequent answer gets"
+                yield f"{name}/{split}: {what} {', '.join(scores)}"
 
 
 def _limits(lengths: TextLengths | WordLengths, report: SplitReport) -> dict[str, int]:
@@ -144,11 +174,10 @@ def _task(cfg: Config) -> BaseTask:
 def _lengths(cfg: Config) -> TextLengths | WordLengths:
     """What measures texts: the model's tokenizer with the model's limits where it is here, else in words."""
     from evlgen.common.registry import registry
-    from evlgen.config.schema import build_dataclass
     from evlgen.models.text_lengths import WordLengths
 
     model_class = registry.get_model_class(cfg.model.arch)
-    found = model_class.text_lengths(build_dataclass(model_class.CONFIG, cfg.model_plain(), path="model"))
+    found = model_class.text_lengths(cfg.model)
     if found is None:
         print("texts are counted in words: the model's tokenizer is not on this machine")
     return found or WordLengths()
@@ -165,7 +194,7 @@ def _measured(
         return [lengths.of_turns(texts["messages"], texts.get("image_shapes", []), learns)]
     if "text_input" not in texts:
         return []
-    batch = {key: [value] for key, value in texts.items()}
+    batch = cast("Batch", {key: [value] for key, value in texts.items()})
     if role_of(split) == "train":
         batch = task.to_learn(batch)
         return lengths.learned(batch["text_input"], batch.get("text_output"))

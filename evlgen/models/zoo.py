@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,9 @@ from evlgen.config.config import Config, load_model_config, load_model_file
 from evlgen.config.consent import Consent, check_project
 from evlgen.config.lavis import own_names
 from evlgen.config.schema import show
-from evlgen.models.base_model import BaseModel, checkpoint_path
+from evlgen.models.base_model import BaseModel
+from evlgen.models.checkpoint_io import checkpoint_path
+from evlgen.models.protocols import HasVision, offers, reads_videos
 from evlgen.processors import build_processor
 from evlgen.processors.base_processor import BaseProcessor, UnchangedProcessor
 from evlgen.weights.checkpoints import CONFIG_FILE
@@ -58,14 +61,14 @@ def load_model(
             f"'{model_type}'.{did_you_mean(str(model_type), model_class.MODEL_TYPES)} "
             f"Types: {', '.join(model_class.MODEL_TYPES)}."
         )
-    cfg = load_model_config(name, model_type)  # names as given: a published one stands for more settings
-    if checkpoint is not None:
-        cfg.checkpoint = str(checkpoint)
+    overrides = {} if checkpoint is None else {"checkpoint": str(checkpoint)}
+    # names as given: a published one stands for more settings
+    cfg = load_model_config(name, model_type, overrides)
     return model_class.from_config(cfg, device).to(device).train(not is_eval)
 
 
 def load_preprocess(
-    model: BaseModel | Mapping[str, Any], num_frames: int | None = 4
+    model: BaseModel | HasVision | Mapping[str, Any], num_frames: int | None = 4
 ) -> tuple[Processors, Processors]:
     """The visual and text processors that fit a model, each as ``{"train": .., "eval": ..}``, with the vision
     encoder's image size, mean and std: BLIP-2's for images, and ALPRO's where the model reads video.
@@ -81,20 +84,20 @@ def load_preprocess(
     """
     if isinstance(model, Mapping):
         return _named_processors(model, "vis_processor"), _named_processors(model, "text_processor")
-    if not hasattr(model, "vision"):
+    if not offers(model, HasVision):
         raise ConfigError(
             f"load_preprocess takes a model, or a section that names processors, not {type(model).__name__}."
         )
     vision = model.vision
     pixels = {"image_size": vision.image_size, "mean": list(vision.image_mean), "std": list(vision.image_std)}
-    if getattr(model, "temporal", None) is None:
-        names = {"train": {"name": "blip2_image_train"}, "eval": {"name": "blip_image_eval"}}
-    else:
+    if reads_videos(model):
         train = {"name": "alpro_video_train", "augment": "none"}  # as EVLGen's video models are trained
         names = {"train": train, "eval": {"name": "alpro_video_eval"}}
         pixels["n_frms"] = num_frames
+    else:
+        names = {"train": {"name": "blip2_image_train"}, "eval": {"name": "blip_image_eval"}}
     visuals = {role: build_processor({**names[role], **pixels}) for role in names}
-    prompt = getattr(model, "prompt", "")
+    prompt = model.prompt if isinstance(model, BaseModel) else ""
     prompts = {"train": f"{prompt} " if prompt else "", "eval": ""}  # in generation the model puts its own
     texts = {role: build_processor({"name": "blip_caption", "prompt": p}) for role, p in prompts.items()}
     return visuals, texts
@@ -158,9 +161,11 @@ def load_model_of(
     if cfg_path is not None:
         cfg = Config.load(cfg_path, options)
         check_project(cfg, allow_downloads)
+        model = cfg.model
         if checkpoint is not None:
-            cfg.model.checkpoint = str(checkpoint_path(checkpoint)) if is_hub_id(checkpoint) else checkpoint
-        return registry.get_model_class(cfg.model.arch).from_config(cfg.model, device).to(device)
+            path = str(checkpoint_path(checkpoint)) if is_hub_id(checkpoint) else checkpoint
+            model = dataclasses.replace(model, checkpoint=path)
+        return registry.get_model_class(model.arch).from_config(model, device).to(device)
     if options:
         raise ConfigError("--options change a configuration: name one with --cfg-path.")
     if checkpoint is None:
