@@ -20,7 +20,6 @@ from evlgen.visualization.figure import describe_stage, draw_stage
 CSS = """
 .words {display: flex; flex-wrap: wrap; gap: .3rem .7rem; padding: 0; margin: 0 0 .8rem; list-style: none}
 .words li {display: grid; align-content: start; text-align: center}
-.words i {align-self: start}
 .words i {height: .3rem; border-radius: .2rem; background: var(--color-accent); opacity: .85}
 .words small {color: var(--body-text-color-subdued)}
 .problem {padding: .6rem .8rem; border-left: .3rem solid #c62828}
