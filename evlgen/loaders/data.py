@@ -28,7 +28,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from evlgen.common.errors import EVLGenError, TrainingError
-from evlgen.datasets.base_dataset import BaseDataset, Skipped
+from evlgen.datasets.base_dataset import BaseDataset, CollatedDataset, Skipped
 from evlgen.datasets.stream import StreamDataset
 from evlgen.loaders.interruption import leave_to_parent
 
@@ -202,7 +202,7 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: BaseDataset,
+    dataset: CollatedDataset,
     batch_size: int,
     num_workers: int,
     pin_memory: bool,

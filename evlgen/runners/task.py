@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.models.base_model import BaseModel
@@ -20,7 +20,7 @@ class Task(Protocol):
 
     def to_learn(self, samples: dict[str, Any]) -> dict[str, Any]: ...
 
-    def train_step(self, model: BaseModel, samples: dict[str, Any]) -> dict[str, Tensor]: ...
+    def train_step(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Tensor]: ...
 
     def before_evaluation(self, dataset: BaseDataset, split: str) -> None: ...
 

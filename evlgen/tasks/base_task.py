@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from evlgen.common.errors import DataError
 from evlgen.config.run_config import CAPTION_LEN, RunConfig
@@ -67,7 +67,7 @@ class BaseTask:
             distribution: how the model is spread; `Distribution.writing` is where a step may generate.
         """
 
-    def train_step(self, model: BaseModel, samples: dict[str, Any]) -> dict[str, Tensor]:
+    def train_step(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Tensor]:
         """The losses of a batch; ``loss`` is what is minimised, the others are logged."""
         return model(self.to_learn(samples))
 

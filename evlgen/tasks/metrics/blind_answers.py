@@ -21,8 +21,8 @@ _RULES: dict[str, Rule] = {
 
 
 def blind_answers(
-    learned: Iterable[tuple[str, Sequence[str]]], asked: Mapping[Hashable, str]
-) -> dict[str, dict[Hashable, str]]:
+    learned: Iterable[tuple[str, Sequence[str]]], asked: Mapping[int | str, str]
+) -> dict[str, dict[int | str, str]]:
     """The most frequent training answer to the same question, to questions with the same first two words,
     and to any question: by these names, the answer to each question asked. A question that was not seen in
     training is answered by its first two words, and those by any question; of equally frequent answers the
