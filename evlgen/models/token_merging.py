@@ -11,6 +11,8 @@ merges in a row are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def limit_r(num_tokens: int, r: int, num_protected: int = 1) -> int:
     return max(0, min(int(r), (num_tokens - num_protected) // 2))
 
 
-def merge_schedule(r: int | list[int] | tuple[int, float], num_layers: int) -> list[int]:
+def merge_schedule(r: int | Sequence[float], num_layers: int) -> list[int]:
     """How many pairs each layer merges.
 
     Args:
@@ -38,7 +40,7 @@ def merge_schedule(r: int | list[int] | tuple[int, float], num_layers: int) -> l
     if isinstance(r, int):
         rs = [r] * num_layers
     elif len(r) == num_layers and all(isinstance(x, int) for x in r):
-        rs = list(r)
+        rs = [int(x) for x in r]
     elif len(r) == 2 and isinstance(r[0], int):
         mean, inflection = r
         if not -1 <= inflection <= 1:
@@ -82,7 +84,7 @@ def match_tokens(metric: Tensor, r: int, num_protected: int = 1) -> tuple[Tensor
 
     with without_autocast(metric.device):
         metric = torch.nn.functional.normalize(metric.float(), dim=-1)
-        scores = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)  # [B, A, B']
+        scores = torch.bmm(metric[:, ::2], metric[:, 1::2].transpose(1, 2))  # [B, A, B']
     if num_protected:
         scores[:, 0] = -torch.inf
     best_score, best_b = scores.max(dim=-1)  # [B, A]

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
@@ -23,13 +24,14 @@ from transformers.models.auto.modeling_auto import (
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
 from evlgen.models.language.chat import ChatTemplate, read_template
-from evlgen.models.language.generation import Decoding, can_read_trees, decode, decode_stepwise
+from evlgen.models.language.generation import Decoding, decode, decode_stepwise
 from evlgen.models.language.hugging_face import (
     HuggingFaceLanguageModel,
     Predictions,
     for_each_text,
     truncate_at_eos,
 )
+from evlgen.models.language.prefixes import can_read_trees
 from evlgen.models.language.ranking import Reader, TreeReader
 from evlgen.models.language.segments import (
     IGNORED,
@@ -42,6 +44,7 @@ from evlgen.models.language.segments import (
     SoftPrompts,
     Tokens,
     Visual,
+    chosen,
     lay_out,
     num_positions,
     num_soft_of,
@@ -61,6 +64,7 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
     KIND = "causal"
     AUTO_CLASS = AutoModelForCausalLM
     START_FIRST = True  # whether the start token stands before a sample's first image, not behind it
+    end_token_ids: list[int]
     _chat: ChatTemplate | None = None
     _talk: ChatTemplate | None = None
 
@@ -68,14 +72,19 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
     def reads(cls, config: Mapping[str, Any]) -> bool:
         return is_causal(config)
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat is not None
+
     def _predictions_of(
         self, soft_prompts: SoftPrompts, samples: Sequence[Row], num_texts: list[int] | None = None
     ) -> Predictions:
         if num_texts is not None:
-            trees = text_trees(samples, num_texts, soft_prompts.shape[1])
+            of_images = cast(Tensor, soft_prompts)  # texts of one image each
+            trees = text_trees(cast(list[Tokens], samples), num_texts, of_images.shape[1])
             if can_read_trees(self.model, trees.visible.shape[-1]):
-                return self._predictions_of_trees(soft_prompts, trees)
-            soft_prompts = for_each_text(soft_prompts, num_texts)
+                return self._predictions_of_trees(of_images, trees)
+            soft_prompts = for_each_text(of_images, num_texts)
         if self.pack and num_texts is None and len(samples) > 1:
             found = self._predictions_of_packed(soft_prompts, samples)
             if found is not None:
@@ -102,15 +111,15 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
             return None
         order = [place for row in bins for sample in row for place, _ in visuals[sample]]
         rows = [[segment for sample in row for segment in segments(samples[sample])] for row in bins]
-        is_stacked = isinstance(soft_prompts, Tensor)
-        soft_prompts = soft_prompts[order] if is_stacked else [soft_prompts[place] for place in order]
-        embeds, layout = self._embed(soft_prompts, rows, padding_side="right")
+        embeds, layout = self._embed(chosen(soft_prompts, order), rows, padding_side="right")
         self._check_length(layout.ids.shape[1], "model.max_txt_len")
         places = [torch.cat([torch.arange(lengths[sample]) for sample in row]) for row in bins]
         owners = [torch.tensor([sample for sample in row for _ in range(lengths[sample])]) for row in bins]
         positions = pad_sequence(places, True, 0)  # [B, L]
         owner = pad_sequence(owners, True, -1)
-        visible = (owner[:, :, None] == owner[:, None]).tril()  # [B, L, L]
+        positions, visible = _widened(
+            layout.ids.shape[1], positions, (owner[:, :, None] == owner[:, None]).tril()
+        )
         row, column = ((layout.labels != IGNORED) & (positions > 0)).nonzero(as_tuple=True)
         self._check_something_is_learned(len(row))
         return self._predictions_at(
@@ -127,15 +136,16 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         """As `_predictions_of`, where what the texts of an image share is read once."""
         self._check_something_is_learned(len(trees.targets))
         self._check_length(int(trees.positions.max()) + 1, "model.max_txt_len")
-        embeds, _ = self._embed(soft_prompts, trees.rows, padding_side="right")
+        embeds, layout = self._embed(soft_prompts, trees.rows, padding_side="right")
+        positions, visible = _widened(layout.ids.shape[1], trees.positions, trees.visible)
         return self._predictions_at(
             trees.places[0],
             trees.places[1],
             trees.targets,
             trees.texts,
             inputs_embeds=embeds,
-            attention_mask=_additive(trees.visible, embeds),
-            position_ids=trees.positions.to(embeds.device),
+            attention_mask=_additive(visible, embeds),
+            position_ids=positions.to(embeds.device),
         )
 
     @torch.no_grad()
@@ -151,8 +161,8 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
             the tokens of B x num_captions texts without the prompt, those of one image in a row; the last
             one is an end token unless ``max_length`` cut the text.
         """
-        options = Decoding(**options)
-        return self._continue(soft_prompts, self.to_read(prompts), options, self.end_token_ids)
+        decoding = Decoding(**options)
+        return self._continue(soft_prompts, self.to_read(prompts), decoding, self.end_token_ids)
 
     @torch.no_grad()
     def continue_rows(self, soft_prompts: SoftPrompts, rows: Sequence[Row], **options) -> list[list[int]]:
@@ -160,12 +170,12 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
 
     @torch.no_grad()
     def stream_row(self, soft_prompts: SoftPrompts, row: Row, **options) -> Iterator[list[int]]:
-        options = Decoding(**options)
+        decoding = Decoding(**options)
         embeds, layout = self._embed(soft_prompts, [row], padding_side="left")
-        self._check_length(embeds.shape[1] + options.max_length, "max_length (run.max_len)")
+        self._check_length(embeds.shape[1] + decoding.max_length, "max_length (run.max_len)")
         ends = self._conversations().end_token_ids
         tokens: list[int] = []
-        for (token,) in decode_stepwise(self.model, embeds, layout.mask, options, ends, self.pad_token_id):
+        for (token,) in decode_stepwise(self.model, embeds, layout.mask, decoding, ends, self.pad_token_id):
             tokens.append(token)
             yield tokens
 
@@ -299,12 +309,12 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         words = self._token_ids(text)
         if len(words) > self.max_txt_len:
             text = self.tokenizer.decode(self._last(words, self.max_txt_len)).strip()
-        return self._chat.question(text)
+        return self._conversations().question(text)
 
     def _turns(self, question: str, answer: str) -> Tokens:
         """A question and its answer in the chat template."""
         before, read = self._question(question)
-        return Tokens(before, read, self._chat.answer(answer, self.max_output_txt_len))
+        return Tokens(before, read, self._conversations().answer(answer, self.max_output_txt_len))
 
     def _embed(
         self, soft_prompts: SoftPrompts, rows: Sequence[Row], padding_side: str
@@ -314,17 +324,38 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         Args:
             soft_prompts: of the images of all rows, in their order: [K, M, C], or K tensors [M, C].
         """
-        layout = lay_out(rows, num_soft_of(soft_prompts), self.pad_token_id, padding_side)
-        is_stacked = isinstance(soft_prompts, Tensor)
-        soft_prompts = soft_prompts.flatten(0, 1) if is_stacked else torch.cat(list(soft_prompts))  # [P, C]
-        device = soft_prompts.device
-        embeds = self._embed_words(layout.ids.to(device))
-        row, column = layout.places.to(device)
-        return embeds.index_put((row, column), soft_prompts.to(embeds.dtype)), layout
+        width_of = self._training_width if padding_side == "right" else None
+        layout = lay_out(rows, num_soft_of(soft_prompts), self.pad_token_id, padding_side, width_of)
+        if isinstance(soft_prompts, Tensor):
+            prompts = soft_prompts.flatten(0, 1)  # [P, C]
+        else:
+            prompts = torch.cat(list(soft_prompts))
+        embeds = self._embed_words(layout.ids.to(prompts.device))
+        row, column = layout.places.to(prompts.device)
+        return embeds.index_put((row, column), prompts.to(embeds.dtype)), layout
+
+    def _training_width(self, longest: int) -> int:
+        """Positions of a batch to learn from whose longest sample has so many: a GPU plans attention anew for
+        each length (0.1 s), so few lengths occur there."""
+        multiple = _length_multiple(self.model.device)
+        return max(longest, min(-(-longest // multiple) * multiple, self.max_positions or longest + multiple))
 
     def _text(self, ids: list[int]) -> str:
         end = next((place for place, token in enumerate(ids) if token in self.end_token_ids), len(ids))
         return self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+
+
+def _length_multiple(device: torch.device) -> int:
+    return 8 if device.type == "cuda" else 1
+
+
+def _widened(width: int, positions: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions [B, L] and what each sees [B, L, L] with padding up to a width; padding sees itself."""
+    missing = width - positions.shape[1]
+    if not missing:
+        return positions, visible
+    itself = torch.eye(width, dtype=torch.bool)
+    return F.pad(positions, (0, missing)), F.pad(visible, (0, missing, 0, missing)) | itself
 
 
 def _additive(visible: Tensor, embeds: Tensor) -> Tensor:
