@@ -112,12 +112,12 @@ def check_image_sizes(cfg: Config) -> None:
     """Raises `ConfigError` where a processor's image size differs from the vision encoder's."""
     defaults = registry.get_model_class(cfg.model.arch).processor_defaults(cfg.model)
     size = defaults.get("vis_processor", {}).get("image_size")
-    for name, dataset in cfg.datasets.items():
+    for name, dataset in cfg.datasets_plain().items():
         for role, section in (dataset.get("vis_processor") or {}).items():
             if size and section.get("image_size", size) != size:
                 path = f"datasets.{name}.vis_processor.{role}.image_size"
                 raise ConfigError(
-                    f"{path} ({cfg.source(path)}) is {section.image_size}, but model.vision.image_size "
+                    f"{path} ({cfg.source(path)}) is {section['image_size']}, but model.vision.image_size "
                     f"({cfg.source('model.vision.image_size') or 'default'}) is {size}. Leave the "
                     "processor's out: it follows."
                 )
@@ -241,9 +241,10 @@ def run_folder(cfg: Config, accelerator: Any, stack: contextlib.ExitStack, resta
         except EVLGenError as error:
             chosen[1] = str(error)
     broadcast_object_list(chosen)
-    if chosen[1]:
-        raise TrainingError(chosen[1])
-    return Path(chosen[0])
+    name, problem = chosen
+    if name is None:
+        raise TrainingError(problem)
+    return Path(name)
 
 
 @contextlib.contextmanager

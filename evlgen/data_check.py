@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from evlgen.common.errors import DataError
 from evlgen.common.safe_text import message, printable
-from evlgen.datasets.base_dataset import BadRecord, BaseDataset, Skipped
+from evlgen.datasets.base_dataset import BadRecord, BaseDataset, CollatedDataset, Skipped
 from evlgen.files.io import atomic_file
 from evlgen.loaders.data import eval_loader, evenly_spread, seeded, workers_named
 from evlgen.models.text_lengths import TextLength
@@ -201,7 +200,9 @@ def write_sheet(report: SplitReport, dataset: BaseDataset, path: Path) -> bool:
         if picture is None:
             continue
         texts = [sample[key] for key in TEXT_KEYS if isinstance(sample.get(key), str)]
-        scored = references.get(sample.get("image_id")) or answers.get(sample.get("question_id")) or []
+        scored = (
+            references.get(sample.get("image_id", "")) or answers.get(sample.get("question_id", "")) or []
+        )
         pictures.append(picture)
         captions.append((" - ".join(texts) or next(iter(scored), ""), dataset.sample_id(index)))
     if pictures:
@@ -218,7 +219,7 @@ def write_skipped(reports: Sequence[SplitReport], path: Path) -> None:
                 file.write(json.dumps({**record, "reason": s.reason}) + "\n")
 
 
-class _Summaries(Dataset):
+class _Summaries(CollatedDataset):
     """What a walk keeps of each sample: pixels are read, and not sent on."""
 
     def __init__(self, dataset: BaseDataset) -> None:
@@ -236,8 +237,8 @@ class _Summaries(Dataset):
             texts["image_shapes"] = [tuple(image.shape) for image in sample["images"]]
         return _Walked(index, texts)
 
-    def collater(self, found: list[_Walked | Skipped]) -> list[_Walked | Skipped]:
-        return found
+    def collater(self, samples: Sequence[_Walked | Skipped]) -> Sequence[_Walked | Skipped]:
+        return samples
 
 
 def _note(

@@ -97,13 +97,12 @@ def estimate(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = resolve_precision(precision, device)
-    cls = registry.get_model_class(cfg.arch)
-    if not isinstance(cfg, ModelConfig) or not issubclass(cls, VLM):
+    if not isinstance(cfg, ModelConfig) or not issubclass(registry.get_model_class(cfg.arch), VLM):
         raise ConfigError(
             f"model.arch {cfg.arch} is not made of a vision encoder, a connector and a language model: what "
             "a step of it costs is not known beforehand."
         )
-    model = _without_weights(cls, cfg, precision)
+    model = _without_weights(cfg, precision)
     batch = {
         size: _step(model, cfg, size, [" ".join(["a"] * text_tokens)] * num_texts, num_frames)
         for size in (8, 16)
@@ -210,7 +209,8 @@ def _cost(module: nn.Module, cfg: ModelConfig, name: str, forward: int) -> PartC
     )
 
 
-def _without_weights(cls: type[VLM], cfg: ModelConfig, precision: str) -> VLM:
+def _without_weights(cfg: ModelConfig, precision: str) -> VLM:
+    cls = registry.get_model_class(cfg.arch)
     meta = torch.device("meta")
     own: dict[str, Any] = {
         part: precision for part in ("vision", "language") if getattr(cfg, part).precision == "auto"

@@ -113,7 +113,7 @@ class Chat:
     def _answer(self, text: str, write: Callable[[str], None]) -> None:
         from evlgen.common.safe_text import printable
 
-        asked = {"role": "user", "content": [*self._shown, {"type": "text", "text": text}]}
+        asked: dict[str, Any] = {"role": "user", "content": [*self._shown, {"type": "text", "text": text}]}
         written = ""
         try:
             for piece in self.model.chat([*self.messages, asked], stream=True, **self.options):

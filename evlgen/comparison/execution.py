@@ -63,10 +63,9 @@ class Execution:
             run.state = "training"
             self.board.show()
             error, turn_is_over = self._run_child(stage, lock)
-            if self.stop.requested:
+            if (number := self.stop.received) is not None:
                 run.state = "stopped"
                 self.board.show()
-                number = self.stop.received
                 raise Interrupted(
                     f"stopped by {number.name}; the same command with --output {_shown(self.root)} --resume "
                     "goes on from there",

@@ -77,7 +77,9 @@ def _captions(report: Report, runs: Sequence[Run]) -> list[dict[str, Any]]:
     for number, configuration in enumerate(report["configurations"]):
         of_it = [run.stages[-1] for run in runs if run.configuration.name == configuration["name"]]
         stage = next((stage for stage in of_it if stage.shown()), None)
-        for row in stage.shown() if stage else ():
+        if stage is None:
+            continue
+        for row in stage.shown():
             file = stage.folder / row["picture"] if row.get("picture") else None
             new = {"id": row["id"], "reference": row["reference"], "file": file, "texts": []}
             entry = entries.setdefault(str(row["id"]), new)

@@ -140,7 +140,7 @@ def _draw_time(axis: Axes, x: Sequence[float], report: Report, done: Sequence[Ma
             )
 
 
-def _relative(rate: Mapping[str, float | None], value: float) -> float | None:
+def _relative(rate: Mapping[str, Any], value: float) -> float | None:
     return None if rate["std"] is None else value * rate["std"] / rate["mean"]
 
 

@@ -102,7 +102,7 @@ def run_report(run: Run) -> dict[str, Any]:
 def _curves(stages: Sequence[StageRun]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Evaluations and losses by seconds, samples and iterations since the first stage began."""
     curve, loss = [], []
-    before = (0.0, 0, 0)
+    before: tuple[float, ...] = (0.0, 0, 0)
     for number, stage in enumerate(stages, start=1):
         for record in stage.evaluations():
             curve.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evlgen.common.safe_text import Lines, message_lines, printable
@@ -117,7 +117,7 @@ def _lines(titles: list[str], rows: list[list[str]]) -> list[str]:
     return [shown[0], "  ".join("-" * width for width in widths), *shown[1:]]
 
 
-def _told(lines: list[str]) -> list[str]:
+def _told(lines: Sequence[str]) -> list[str]:
     return ["", *lines] if lines else []
 
 

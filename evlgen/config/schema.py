@@ -103,13 +103,14 @@ def parameters_of(target: Any) -> Parameters:
     """The keys that a section for ``target`` (a class, a function or a dataclass) may have."""
     if dataclasses.is_dataclass(target):
         return _fields_of(target)
-    function = target.__init__ if isinstance(target, type) else target
+    is_class = isinstance(target, type)
+    function = target.__init__ if is_class else target
     found = Parameters()
     if function is object.__init__:
         return found
     hints = _type_hints(function)
     signature = list(inspect.signature(function).parameters.values())
-    for parameter in signature[1:] if isinstance(target, type) else signature:
+    for parameter in signature[1:] if is_class else signature:
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             found.any_key = True
         elif parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY):

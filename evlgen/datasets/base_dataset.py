@@ -53,7 +53,17 @@ class BadRecord:
     lost_share: float = 0.0
 
 
-class BaseDataset(Dataset):
+class CollatedDataset(Dataset):
+    """Items by index, and how a batch is made of them."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError(f"{type(self).__name__} must define __len__()")
+
+    def collater(self, samples: Sequence[Any]) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} must define collater(samples)")
+
+
+class BaseDataset(CollatedDataset):
     """Records, and how one of them becomes a sample.
 
     A subclass defines `load_sample`, or its two halves `load_visual` and `load_text`, and, where captions are
@@ -80,7 +90,7 @@ class BaseDataset(Dataset):
         if not len(records):
             raise DataError(f"{type(self).__name__} has no records: it can be neither trained on nor scored.")
         self.records = records
-        self.vis_processor = vis_processor
+        self.vis_processor: Any = vis_processor  # None only where a dataset has no visuals
         self.text_processor: Any = text_processor  # None only where a dataset has no texts
 
     def __len__(self) -> int:

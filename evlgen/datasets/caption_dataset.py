@@ -310,7 +310,7 @@ def id_rule(records: Iterable[Mapping[str, Any] | BadRecord]) -> Callable[[Mappi
     if given:
         return lambda record: record["image_id"]
     if _one_to_one(np.frombuffer(names, dtype=np.int64), np.frombuffer(numbers, dtype=np.int64)):
-        return lambda record: number_at_end(record["visual"])
+        return lambda record: _number_or_name(record["visual"])
     return lambda record: record["visual"]
 
 
@@ -319,6 +319,11 @@ def number_at_end(name: str) -> int | None:
     stem = os.path.splitext(name)[0]
     digits = stem[len(stem.rstrip("0123456789")) :]
     return int(digits) if 0 < len(digits) <= 18 else None
+
+
+def _number_or_name(name: str) -> int | str:
+    number = number_at_end(name)
+    return name if number is None else number
 
 
 def _one_to_one(names: np.ndarray, numbers: np.ndarray) -> bool:

@@ -78,7 +78,7 @@ class ConversationDataset(BaseDataset):
 
     def references(self) -> dict[int | str, list[str]]:
         """The right last answers of each conversation, by index."""
-        found = {}
+        found: dict[int | str, list[str]] = {}
         for index, record in enumerate(self.records):
             if isinstance(record, dict):
                 answer = record["messages"][-1]["content"]

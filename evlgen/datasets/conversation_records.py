@@ -165,13 +165,13 @@ def _message_turns(messages: Any, given: Sequence[VisualPart]) -> list[Turn]:
     for turn in turns:
         parts: list[Any] = []
         for part in turn.parts:
-            if isinstance(part, VisualPart) and part.source is None:
-                part = next(names[part.kind], None)
-                if part is None:
-                    raise DataError(
-                        "its places of images and of videos are not as many as these.", "bad record"
-                    )
-            parts.append(part)
+            if not isinstance(part, VisualPart) or part.source is not None:
+                parts.append(part)
+                continue
+            own = next(names[part.kind], None)
+            if own is None:
+                raise DataError("its places of images and of videos are not as many as these.", "bad record")
+            parts.append(own)
         filled.append(turn._replace(parts=tuple(parts)))
     return filled
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from evlgen.common.errors import ConfigError
 from evlgen.config.catalogue import command_for, command_that_explains
@@ -19,16 +19,16 @@ from evlgen.media.video import Reader
 
 
 @dataclass(frozen=True)
-class Source:
-    """A file or folder of a dataset: where it is kept and where it comes from.
+class Annotation:
+    """An annotation in one file or in several that are read one after the other, with an address for each.
 
     Args:
-        storage: path, absolute or relative to the data root.
-        url: address of the file, or of the archives that fill the folder.
+        storage: paths, absolute or relative to the data root.
+        url: addresses of the files, or of the archives that fill a folder.
         md5: of what is at ``url``, in the same order.
     """
 
-    storage: str
+    storage: str | list[str]
     url: str | list[str] | None = None
     md5: str | list[str] | None = None
 
@@ -39,10 +39,10 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Annotation(Source):
-    """An annotation in one file or in several that are read one after the other, with an address for each."""
+class Source(Annotation):
+    """A file or folder of a dataset: as an annotation, in one place."""
 
-    storage: str | list[str]
+    storage: str
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,9 @@ class BuildInfo:
     images: Source | None = None
     videos: Source | None = None
     ground_truth: dict[str, Source] = field(default_factory=dict)
+
+
+S = TypeVar("S", bound=Annotation)
 
 
 class FileBuilder(BaseDatasetBuilder):
@@ -130,7 +133,7 @@ class FileBuilder(BaseDatasetBuilder):
         path = self.source_path(source) if source else None
         return path if path is not None and os.path.isfile(path) else None
 
-    def source_path(self, source: Source, index: int = 0) -> Path:
+    def source_path(self, source: Annotation, index: int = 0) -> Path:
         """Where a source's file is; an address is fetched, and must have the source's sum."""
         sums = as_list(source.md5)
         return self.storage_path(as_list(source.storage)[index], sums[index] if index < len(sums) else None)
@@ -183,8 +186,8 @@ def as_list(value: str | list[str] | None) -> list[str]:
     return [] if value is None else [value] if isinstance(value, str) else list(value)
 
 
-def _source(cls: type[Source], given: Source | Mapping[str, Any]) -> Source:
-    return given if isinstance(given, Source) else cls(**given)
+def _source(cls: type[S], given: S | Mapping[str, Any]) -> S:
+    return cls(**given) if isinstance(given, Mapping) else given
 
 
 def _is_url(storage: str) -> bool:

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,10 @@ def pack(dataset: BaseDataset, folder: Path, samples_per_shard: int = 1000) -> P
         DataError: the dataset has no files with captions, none of them can be read, or the folder has other
             things in it.
     """
-    samples, bad = _samples(dataset)
+    captions = dataset.references()
+    if not isinstance(dataset, MediaDataset) or not captions:
+        raise DataError("this dataset cannot be packed: it takes images or videos in files, with captions.")
+    samples, bad = _samples(dataset, captions)
     for record in bad[:_SHOWN]:
         logger.warning("left out: %s (%s)", record.id, record.reason)
     if len(bad) > _SHOWN:
@@ -101,12 +104,11 @@ def _packed(folder: Path, samples: Sequence[_Sample], media: Media, samples_per_
     return _summed(folder, paths)
 
 
-def _samples(dataset: BaseDataset) -> tuple[list[_Sample], list[BadRecord]]:
+def _samples(
+    dataset: MediaDataset, captions: Mapping[int | str, list[str]]
+) -> tuple[list[_Sample], list[BadRecord]]:
     """Each image or video with its captions, in the order of the records, and what makes none. One that has
     several ids has the first, and the captions of all."""
-    captions = dataset.references()
-    if not isinstance(dataset, MediaDataset) or not captions:
-        raise DataError("this dataset cannot be packed: it takes images or videos in files, with captions.")
     ids: dict[str, dict[int | str, None]] = {}  # in their order, each once
     for record in good(dataset.records):
         ids.setdefault(record["visual"], {})[record.get("image_id", record["visual"])] = None

@@ -263,7 +263,7 @@ def _record(row: Any, number: int) -> Record:
         raise DataError(
             f"it must be a mapping with 'image' and 'question', not {describe(row)}.", "bad record"
         )
-    record = {"visual": _visual_of(row), "question": _question_of(row), "answers": _answers_of(row)}
+    record: Record = {"visual": _visual_of(row), "question": _question_of(row), "answers": _answers_of(row)}
     record["question_id"] = row.get("question_id", number)
     if not is_id(record["question_id"]):
         raise DataError(f"it has the question id {describe(record['question_id'])}.", "bad record")

@@ -29,7 +29,7 @@ class ShapesVideoCaptionDataset(ShapesCaptionDataset):
         """Four of the frames, in the order in which one reads."""
         clip = self.clip(index)
         frames = clip.read(spread(len(clip), 4))
-        return Image.fromarray(np.vstack([np.hstack(frames[:2]), np.hstack(frames[2:])]))
+        return Image.fromarray(np.vstack([np.hstack([*frames[:2]]), np.hstack([*frames[2:]])]))
 
     def captions_of(self, number: int) -> list[str]:
         return captions(moving_scene(self.split, number, self.seed))

@@ -170,8 +170,9 @@ def count_samples(shards: list[str], data_type: str) -> int | None:
     """How many samples these shards have by their ``_stats.json``, or, where there are few shards, by their
     headers; None where that takes too long to find out."""
     counts = [_count_in_stats(shard) for shard in shards]
-    if None not in counts:
-        return sum(counts)
+    known = [count for count in counts if count is not None]
+    if len(known) == len(counts):
+        return sum(known)
     if len(shards) > _MOST_COUNTED or any(_is_remote(shard) for shard in shards):
         return None
     return sum(len(read_shard(shard, data_type).samples) for shard in shards)

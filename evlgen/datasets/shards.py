@@ -7,7 +7,6 @@ comes. What is shuffled are these places, not the bytes.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import math
@@ -104,9 +103,15 @@ class ShardDataset(StreamDataset):
         self._num_samples, self.reader = num_samples, reader
         self._indices: dict[str, ShardIndex] = {}
 
-    @functools.cached_property
+    @property
     def num_samples(self) -> int | None:
-        return self._num_samples() if callable(self._num_samples) else self._num_samples
+        if callable(self._num_samples):
+            self._num_samples = self._num_samples()
+        return self._num_samples
+
+    @num_samples.setter
+    def num_samples(self, number: int | None) -> None:
+        self._num_samples = number
 
     def places(self, lane: Lane | None, number: int = 0) -> Iterator[ShardSample | BadRecord]:
         if lane is None:
@@ -118,7 +123,7 @@ class ShardDataset(StreamDataset):
     def load_place(self, place: ShardSample) -> dict[str, Any]:
         name = self.place_id(place)
         with open(_local(place.shard), "rb") as file:
-            record, text = _read(file, place.json, "caption"), _read(file, place.txt, "caption")
+            record, text = (part and _read(file, part, "caption") for part in (place.json, place.txt))
             content = _read(file, place.visual, self.data_type)
         described = {} if record is None else _parsed(record)
         caption = self._caption(described, text)
@@ -328,9 +333,7 @@ def _local(shard: str) -> str:
     return resolve(shard) if "://" in shard else shard
 
 
-def _read(file: BinaryIO, part: Part | None, what: str) -> bytes | None:
-    if part is None:
-        return None
+def _read(file: BinaryIO, part: Part, what: str) -> bytes:
     offset, size = part
     if size > _MOST_BYTES[what]:
         which = "text" if what == "caption" else "file"

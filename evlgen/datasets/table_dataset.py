@@ -77,7 +77,6 @@ class ImageTextBuilder(BaseDatasetBuilder):
     DEFAULT_CONFIG = "configs/datasets/image_text.yaml"
 
     visual = "image"
-    columns_class: type[Columns] = ImageColumns
 
     def __init__(
         self,
@@ -98,7 +97,7 @@ class ImageTextBuilder(BaseDatasetBuilder):
         if not annotations:
             raise ConfigError(f"{self._key}.annotations: names no table. Give it one: my.csv.")
         self.annotations = annotations
-        self.columns = _made(self.columns_class, columns or {}, f"{self._key}.columns")
+        self.columns: Columns = _made(ImageColumns, columns or {}, f"{self._key}.columns")
         self.root = root
         self.shares = None if split is None else _made(Shares, split, f"{self._key}.split")
         self.train_answers = train_answers
@@ -172,8 +171,8 @@ class ImageTextBuilder(BaseDatasetBuilder):
 
     @functools.cached_property
     def _found(self) -> dict[str | None, Tables]:
-        """The tables at the one path of ``annotations``."""
-        return find_tables(self._path(self.annotations))
+        """The tables at the one path of ``annotations``; none where they name one for each split."""
+        return find_tables(self._path(self.annotations)) if isinstance(self.annotations, str) else {}
 
     @functools.cached_property
     def _splits_in_column(self) -> list[str]:
@@ -327,7 +326,6 @@ class VideoTextBuilder(ImageTextBuilder):
     DEFAULT_CONFIG = "configs/datasets/video_text.yaml"
 
     visual = "video"
-    columns_class = VideoColumns
 
     def __init__(
         self,
@@ -350,13 +348,14 @@ class VideoTextBuilder(ImageTextBuilder):
             vis_processor,
             text_processor,
             annotations,
-            columns,
+            None,
             root,
             split,
             train_answers,
             answer_list,
             captions_together,
         )
+        self.columns = _made(VideoColumns, columns or {}, f"{self._key}.columns")
         self.video_reader = video_reader
 
     def media(self, root: Path) -> Media:

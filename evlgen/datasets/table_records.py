@@ -200,7 +200,7 @@ def count_splits(tables: Sequence[Table], columns: Columns, key: str) -> dict[st
     for table in tables:
         column = _split_column(table, columns, key)
         for row in table.rows([column]) if column else ():
-            value = row.values.get(column) if column and isinstance(row, Row) else None
+            value = _cell(row, column) if isinstance(row, Row) else None
             split = split_named(value)
             found[split] += 1
             if split is None and isinstance(row, Row) and len(others) < 5:
@@ -315,13 +315,17 @@ def _of_split(
 ) -> Iterator[Row | BadRecord]:
     """The rows of a split; a `BadRecord` stands for one that is in none."""
     for row in rows:
-        value = row.values.get(column) if column and isinstance(row, Row) else None
+        value = _cell(row, column) if isinstance(row, Row) else None
         own = split_named(value)
         if own == split:
             yield row
         elif own is None and has_strays:
             why = f"'{column}' must be train, val or test, not {describe(value)}."
             yield BadRecord(row.place, why, "no split") if isinstance(row, Row) else row
+
+
+def _cell(row: Row, column: str | None) -> Any:
+    return row.values.get(column) if column else None
 
 
 def _record(row: Row, found: Found, media: Media, needs_text: bool, number: int) -> tuple[Record, int]:
@@ -336,7 +340,7 @@ def _record(row: Row, found: Found, media: Media, needs_text: bool, number: int)
     if needs_text and not texts:
         what = "answer" if found.question else "caption"
         raise DataError(f"it has no {what} in {' or '.join(map(repr, found.texts))}.", f"empty {what}")
-    if (image_id := _id(row.values.get(found.id), found.id)) is not None:
+    if (image_id := _id(_cell(row, found.id), found.id)) is not None:
         record["image_id"] = image_id
     if found.question is None:
         return {**record, "caption": texts}, len(written) - len(texts)
@@ -345,7 +349,7 @@ def _record(row: Row, found: Found, media: Media, needs_text: bool, number: int)
         raise DataError(
             f"it has {len(questions)} questions in '{found.question}', not one.", "empty question"
         )
-    question_id = _id(row.values.get(found.question_id), found.question_id)
+    question_id = _id(_cell(row, found.question_id), found.question_id)
     record["question_id"] = number if question_id is None else question_id
     return {**record, "question": questions[0], "answers": texts}, 0
 

@@ -214,7 +214,7 @@ class _ColumnarTable(Table):
             return values.to_pylist()
         lists = []
         for row, cell in enumerate(values, start=first):
-            names = []
+            names: list[str | None] = []
             for place, item in enumerate(cell.values if cell.is_valid else ()):
                 content = item["bytes"] if is_struct and item.is_valid else item
                 if content.is_valid:

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from evlgen.common.batch import Batch
 from evlgen.common.errors import EVLGenError, TrainingError
-from evlgen.datasets.base_dataset import BaseDataset, Skipped
+from evlgen.datasets.base_dataset import BaseDataset, CollatedDataset, Skipped
 from evlgen.datasets.stream import StreamDataset
 from evlgen.loaders.interruption import leave_to_parent
 
@@ -203,7 +203,7 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: BaseDataset,
+    dataset: CollatedDataset,
     batch_size: int,
     num_workers: int,
     pin_memory: bool,

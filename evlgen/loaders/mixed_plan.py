@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -167,7 +167,7 @@ def make_plan(
     """
     streams = [isinstance(dataset, StreamDataset) for dataset in datasets]
     if any(streams) and group_by_length:
-        _check_sizes(datasets)
+        _sized(datasets)
     if any(streams):
         is_counted = has_epochs or (len(streams) > 1 and not ratios)
         lengths = [
@@ -175,21 +175,31 @@ def make_plan(
             for dataset, is_stream in zip(datasets, streams, strict=True)
         ]
         return MixedPlan(lengths, streams, batch_size, seed, ratios, rank, world_size)
-    lengths = [len(d) for d in datasets]
+    counts = [len(d) for d in datasets]
     sizes = None
     if group_by_length:
-        _check_sizes(datasets)
-        sizes = [d.size(i) for d, length in zip(datasets, lengths, strict=True) for i in range(length)]
-    return BatchPlan(lengths, batch_size, seed, ratios, rank, world_size, sizes=sizes)
+        sizes = [d.size(i) for d, count in zip(_sized(datasets), counts, strict=True) for i in range(count)]
+    return BatchPlan(counts, batch_size, seed, ratios, rank, world_size, sizes=sizes)
 
 
-def _check_sizes(datasets: Iterable[BaseDataset]) -> None:
+@runtime_checkable
+class HasSizes(Protocol):
+    """A dataset that tells about how many positions a sample takes."""
+
+    def size(self, index: int) -> int: ...
+
+
+def _sized(datasets: Iterable[BaseDataset]) -> list[HasSizes]:
+    """The datasets, which tell how long their samples are. Raises `ConfigError` where one does not."""
+    found: list[HasSizes] = []
     for dataset in datasets:
-        if not hasattr(dataset, "size"):
+        if not isinstance(dataset, HasSizes):
             raise ConfigError(
                 f"run.group_by_length: {type(dataset).__name__} does not tell how long its samples are. Give "
                 "it a method size(index), as datasets of conversations have, or set it to false."
             )
+        found.append(dataset)
+    return found
 
 
 def told_length(dataset: BaseDataset) -> str:

@@ -31,8 +31,12 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["value"] = yaml_value
-    environment.globals |= {"colour": lambda number: COLOURS[number % len(COLOURS)], "image_data": image_data}
+    environment.globals |= {"colour": _colour, "image_data": image_data}
     return environment
+
+
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
 
 
 def _as_text(value: Any) -> Any:

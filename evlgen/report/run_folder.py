@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -152,7 +151,7 @@ class RunFolder:
                         record = json.loads(line)
                     except ValueError:
                         continue
-                    if isinstance(record, Mapping):
+                    if isinstance(record, dict):
                         out.append(record)
         except FileNotFoundError:
             pass

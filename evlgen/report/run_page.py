@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from matplotlib.figure import Figure
 
@@ -129,7 +129,7 @@ def _training_figure(runs: Sequence[RunFolder], names: Sequence[str]) -> Figure 
         for axis, (name, label) in zip(axes.flat, panels.items(), strict=True):
             lines = [_line(run.steps, name) for run in runs]
             smooth = name in ("loss", "grad_norm", "samples_per_s")
-            _draw(axis, lines, label, lambda x, y, s=smooth: smoothed(x, y) if s else (x, y))
+            _draw(axis, lines, label, smoothed if smooth else lambda x, y: (x, y))
             if name in ("loss", "grad_norm"):
                 values = [y for line in lines for _, y in line if y > 0]
                 if values and max(values) > 20 * min(values):
@@ -181,7 +181,7 @@ def _draw(
     thin(axis)
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

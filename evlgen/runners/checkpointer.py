@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +251,7 @@ class Checkpointer:
         except CheckpointError as error:
             problem = str(error)
         problems = [problem for problem in gather_object([problem]) if problem]
-        if problems:
+        if saved is None or problems:
             raise CheckpointError(problems[0])
         return saved
 
@@ -373,7 +373,8 @@ class _SaveJob(threading.Thread):
         self.copied = threading.Event()
         self.error: str | None = None
         self.remedy = "Free space or rights there; the next save tries again."
-        self._tensors, self._write = (weights, moments), write
+        self._tensors: Sequence[dict[str, Tensor]] = (weights, moments)
+        self._write = write
         self._copying = _copying_stream(weights)
 
     def run(self) -> None:

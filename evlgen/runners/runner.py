@@ -13,11 +13,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from evlgen.common.lr_schedules import Schedule
 from evlgen.common.registry import registry
 from evlgen.config.run_config import RunConfig
+from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.loaders.data import BatchPlan, to_device, workers_named
 from evlgen.loaders.interruption import StopNow, StopRequest
 from evlgen.loaders.mixed_plan import MixedPlan
@@ -75,7 +75,7 @@ class Runner:
         run: RunConfig,
         task: Task,
         model: BaseModel,
-        datasets: dict[str, dict[str, Dataset]],
+        datasets: dict[str, dict[str, BaseDataset]],
         folder: Path,
         config: dict[str, Any] | None = None,
         accelerator: Accelerator | None = None,
@@ -181,13 +181,13 @@ class Runner:
                 accelerator.backward(losses["loss"] * (1.0 if is_one_batch else weight / batch_size))
             means.add(losses, weight, count)
             seen.append((losses["loss"].detach(), samples.get("sample_id", []) if count else []))
-        losses, weight, count, asked_to_stop = means.over_processes(accelerator, self.stop.requested)
+        mean_losses, weight, count, asked_to_stop = means.over_processes(accelerator, self.stop.requested)
         step = Step(num_batches, learning_rate=learning_rate, seen=seen)
         if weight:
             scale = 1.0 if is_one_batch else batch_size * accelerator.num_processes / weight
-            step.samples, step.losses = count, losses
-            step.grad_norm = update_weights(self, scale, losses["loss"])
-            step.is_finite = math.isfinite(step.grad_norm) and math.isfinite(losses["loss"])
+            step.samples, step.losses = count, mean_losses
+            step.grad_norm = update_weights(self, scale, mean_losses["loss"])
+            step.is_finite = math.isfinite(step.grad_norm) and math.isfinite(mean_losses["loss"])
             state.effort.samples += count
         self.optimizer.zero_grad(set_to_none=True)
         self.count_time()

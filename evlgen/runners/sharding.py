@@ -114,7 +114,7 @@ class Sharding:
             if wanted is not None and len(self.stacks) == 1:
                 return  # whatever the others want: one need not wait for the device to know
             turn = next((number for number, wish in enumerate(wishes.tolist()) if wish), None)
-            if turn == wanted:
+            if turn is None or turn == wanted:
                 return
             for layer in list(self.stacks.values())[turn]:
                 layer.unshard()

@@ -40,7 +40,7 @@ class SkippedSamples:
     """
 
     _EMPTY: ClassVar[dict[str, Any]] = {"seen": 0, "causes": {}, "lost": {}}
-    MIN_SEEN = 100  # a share of fewer samples says little: judged at the end of an evaluation only
+    MIN_SEEN: float = 100  # a share of fewer samples says little: judged at the end of an evaluation only
 
     def __init__(self, folder: Path, max_share: float, processes: int = 1) -> None:
         self.folder, self.max_share, self.processes = folder, max_share, processes

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import nn
+
 from evlgen.common.batch import Batch
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.models.base_model import BaseModel
@@ -19,7 +21,7 @@ class Task(Protocol):
 
     def to_learn(self, samples: Batch) -> Batch: ...
 
-    def train_step(self, model: BaseModel, samples: Batch) -> dict[str, Any]: ...
+    def train_step(self, model: nn.Module, samples: Batch) -> dict[str, Any]: ...
 
     def before_evaluation(self, dataset: BaseDataset, split: str) -> None: ...
 

@@ -103,12 +103,13 @@ class Trackers(Listener):
         runner.accelerator.trackers = list(self._open.values())  # `Accelerator.end_training` ends them
 
     def _each(self, action: Callable[[str, GeneralTracker], Any]) -> None:
-        for name, tracker in list((self._open or {}).items()):
+        at_work = self._open or {}
+        for name, tracker in list(at_work.items()):
             try:
                 with kept_random_state():
                     action(name, tracker)
             except Exception as error:  # whatever it is: the run's own log has the numbers
-                del self._open[name]
+                del at_work[name]
                 logger.warning("%s failed and gets nothing from here on: %s", name, message(error))
 
 

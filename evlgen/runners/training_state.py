@@ -170,16 +170,16 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """This process's random states: tensors, and what is no tensor."""
     version, internal, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
     tensors = {
         "python": torch.tensor(internal, dtype=torch.int64),
-        "numpy": torch.from_numpy(keys.astype(np.int64)),
+        "numpy": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
-    plain = {"python": [version, gauss], "numpy": [int(position), int(has_gauss), float(cached)]}
-    return tensors, plain
+    of_numpy = [int(numpy["state"]["pos"]), int(numpy["has_gauss"]), float(numpy["gauss"])]
+    return tensors, {"python": [version, gauss], "numpy": of_numpy}
 
 
 def set_random_state(tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:

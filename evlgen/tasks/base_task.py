@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from evlgen.common.batch import Batch
 from evlgen.common.errors import DataError
@@ -70,7 +70,7 @@ class BaseTask:
             distribution: how the model is spread; `Distribution.writing` is where a step may generate.
         """
 
-    def train_step(self, model: BaseModel, samples: Batch) -> dict[str, Any]:
+    def train_step(self, model: nn.Module, samples: Batch) -> dict[str, Any]:
         """The losses of a batch; ``loss`` is what is minimised, the others are logged."""
         return model(self.to_learn(samples))
 

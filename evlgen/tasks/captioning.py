@@ -78,7 +78,7 @@ class CaptioningTask(BaseTask):
     def _show(
         self,
         results: list[dict[str, Any]],
-        references: dict[Any, list[str]],
+        references: Mapping[Any, list[str]],
         dataset: BaseDataset,
         folder: Path,
     ) -> None:

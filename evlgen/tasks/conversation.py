@@ -89,7 +89,8 @@ class ConversationTask(BaseTask):
         write_atomically(folder / "answers.json", json.dumps(results, ensure_ascii=False, indent=0))
         references = self.references_of(dataset)
         self._show(results, references, dataset, folder)
-        answers = {int(r["instance_id"]): r["answer"] for r in results if int(r["instance_id"]) in references}
+        answers: dict[int | str, str] = {int(r["instance_id"]): r["answer"] for r in results}
+        answers = {index: answer for index, answer in answers.items() if index in references}
         if not self.run.report_metric or not answers:
             return {}
         metrics = _scores(answers, references)

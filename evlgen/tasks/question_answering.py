@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class QuestionAnsweringTask(BaseTask):
 
     ASKS = True
     MAX_LEN = ANSWER_LEN
-    _truths: Mapping[Hashable, list[str]] = {}  # people's answers of the split that is evaluated
+    _truths: Mapping[int | str, list[str]] = {}  # people's answers of the split that is evaluated
 
     def __init__(self, run: RunConfig) -> None:
         super().__init__(run)
@@ -192,7 +192,7 @@ def _write(path: Path, content: Any, indent: int) -> None:
 
 
 def accuracies(
-    values: Mapping[Hashable, float], dataset: BaseDataset
+    values: Mapping[int | str, float], dataset: BaseDataset
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """From each question's accuracy (0 to 1), by id, what `QuestionAnsweringTask.score` gives: ``accuracy``
     and ``agg_metrics``, the mean in percent; ``accuracy_<kind>`` of each kind of answer; and as details
@@ -211,7 +211,7 @@ def accuracies(
     return metrics, {**details, "questions": len(values)}
 
 
-def means_by_kind(values: Mapping[Hashable, float], kinds: Mapping[Hashable, str]) -> dict[str, float]:
+def means_by_kind(values: Mapping[int | str, float], kinds: Mapping[int | str, str]) -> dict[str, float]:
     """The mean in percent of the values of each kind, the kinds in alphabetical order."""
     groups: dict[str, list[float]] = {}
     for key, value in values.items():

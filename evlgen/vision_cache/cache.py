@@ -21,12 +21,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from evlgen.common.errors import ConfigError, DataError, EVLGenError, TrainingError
 from evlgen.config.run_config import RunConfig
-from evlgen.datasets.base_dataset import BaseDataset
+from evlgen.datasets.base_dataset import BaseDataset, CollatedDataset
 from evlgen.files.io import cache_root
 from evlgen.files.locks import lock_at, try_lock
 from evlgen.loaders.data import eval_loader, mix_seed
@@ -387,7 +386,7 @@ class _Cache:
             raise self.stop.interrupted("while filling the vision cache; what it has by now is kept")
 
 
-class _Groups(Dataset):
+class _Groups(CollatedDataset):
     """Images to encode: an item is a group, with ``entries`` list[int], their ``pixels``
     [entries, views, 3, H, W], and ``broken``: entry -> reason and cause."""
 
@@ -408,8 +407,8 @@ class _Groups(Dataset):
         stacked = torch.stack(list(pixels.values())) if pixels else torch.empty(0)
         return {"entries": list(pixels), "pixels": stacked, "broken": broken}
 
-    def collater(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        return items[0]
+    def collater(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return samples[0]
 
 
 class _Progress:

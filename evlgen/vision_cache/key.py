@@ -176,7 +176,7 @@ def _stamp(source: Any, root: str) -> str:
 
 def _encoder_settings(model: BaseModel) -> dict[str, Any]:
     cfg: Any = getattr(getattr(model, "cfg", None), "vision", None)
-    fields = asdict(cfg) if is_dataclass(cfg) else {}
+    fields = asdict(cfg) if is_dataclass(cfg) and not isinstance(cfg, type) else {}
     settings = {name: value for name, value in fields.items() if name not in _LEFT_OUT}
     return {"class": _class_name(model.vision), **settings}
 
