@@ -14,6 +14,14 @@ from evlgen.common.errors import DataError
 from evlgen.datasets.media import Media
 from evlgen.processors.base_processor import BaseProcessor
 
+_CHARS_PER_TOKEN = 4  # about; an image counts as many tokens as a model commonly has soft prompts for it
+_TOKENS_PER_IMAGE = 64
+_TEXTS = (
+    "caption",
+    "question",
+    "answers",
+)  # keys of records: a text, or a list of which one is read at a time
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -207,11 +215,25 @@ class MediaDataset(BaseDataset):
         record = self.records[index]
         return record.id if isinstance(record, BadRecord) else record["visual"]
 
+    def size(self, index: int) -> int:
+        """About how many positions a sample takes, for batches of samples of similar length
+        (``run.group_by_length``), by the texts of its record; 0 for a `BadRecord`."""
+        record = self.records[index]
+        return (
+            0 if isinstance(record, BadRecord) else about_positions(*(record.get(key, "") for key in _TEXTS))
+        )
+
     def _visual(self, index: int) -> str:
         record = self.records[index]
         if isinstance(record, BadRecord):
             raise DataError(record.reason, record.cause)
         return record["visual"]
+
+
+def about_positions(*texts: str | Sequence[str], num_images: int = 1) -> int:
+    """About how many positions a sample takes: of a list of texts the longest counts."""
+    chars = sum(len(text) if isinstance(text, str) else max(map(len, text), default=0) for text in texts)
+    return chars // _CHARS_PER_TOKEN + _TOKENS_PER_IMAGE * num_images
 
 
 def collate(samples: Sequence[Mapping[str, Any] | Skipped]) -> dict[str, Any]:
