@@ -30,16 +30,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from evlgen.config.config import Config
-    from evlgen.config.schema import build_dataclass
+    from evlgen.config.config import load_stages
 
-    cfg = Config.load(args.cfg_path, args.options, args.plugins)
+    stages = load_stages(args.cfg_path, args.options, args.plugins)
 
     from evlgen.common.logs import quiet_libraries
-    from evlgen.common.registry import registry
-    from evlgen.estimate import estimate, measured_rate
 
     quiet_libraries()
+    for cfg in stages:
+        if cfg.stage is not None:
+            print(f"{cfg.stage.name}:")
+        _report(cfg, args)
+    return 0
+
+
+def _report(cfg: Config, args: argparse.Namespace) -> None:
+    from evlgen.common.registry import registry
+    from evlgen.config.schema import build_dataclass
+    from evlgen.estimate import estimate, measured_rate
+
     cls = registry.get_model_class(cfg.model.arch)
     model = build_dataclass(cls.CONFIG, cfg.model_plain(), path="model")
     precision = args.precision or cfg.run.precision
@@ -47,7 +56,6 @@ def run(args: argparse.Namespace) -> int:
     found = estimate(model, precision, args.text_tokens, 5 if together else 1, args.frames)
     rate = args.rate * 1e12 if args.rate else measured_rate(precision)
     print("\n".join(lines(found, cfg, rate, measured=not args.rate)))
-    return 0
 
 
 def lines(found: Estimate, cfg: Config, rate: float, measured: bool) -> list[str]:

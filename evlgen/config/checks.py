@@ -37,7 +37,7 @@ def check_structure(layers: Layers, problems: Problems) -> None:
             if name in IGNORED_SECTIONS:
                 continue
             if name not in SECTIONS:
-                problems.add(str(name), unknown_key(name, SECTIONS))
+                problems.add(str(name), unknown_key(name, (*SECTIONS, "stages")))
             elif name != "plugins" and not isinstance(section, Mapping):
                 problems.add(name, f"must be a mapping of keys to values, not {show(section)}")
             elif name == "plugins":

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from evlgen.common.errors import ConfigError, did_you_mean
 from evlgen.common.plugins import load_entry_points, load_plugins
 from evlgen.common.registry import registry
+from evlgen.common.safe_text import message_lines
 from evlgen.config.checks import (
     check_datasets,
     check_env,
@@ -41,12 +42,12 @@ from evlgen.config.layers import (
     Layer,
     Layers,
     builder_name,
-    options_layer,
     read_layer,
 )
 from evlgen.config.named_code import check_named, modules_of_paths
 from evlgen.config.run_config import RunConfig
 from evlgen.config.schema import Problems, Registered
+from evlgen.config.stages import Stage, check_sequence, layers_of_stage, stage_names
 from evlgen.config.yaml_io import dump_yaml
 from evlgen.files.io import PACKAGE_ROOT, write_atomically
 from evlgen.weights.hub_checkpoints import is_from_hub
@@ -66,6 +67,7 @@ class Config:
         env: the ``env`` section.
         plugins: the plugins loaded, files as absolute paths.
         cfg_path: the project file, None where there was none.
+        stage: which stage of the file it is, None where the file has none.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Config:
         plugins: list[str],
         cfg_path: Path | None,
         layers: Layers,
+        stage: Stage | None = None,
     ) -> None:
         self.model = model
         self.datasets = datasets
@@ -84,11 +87,16 @@ class Config:
         self.env = env
         self.plugins = plugins
         self.cfg_path = cfg_path
+        self.stage = stage
         self._layers = layers
 
     @classmethod
     def load(
-        cls, cfg_path: str | os.PathLike | None, options: Sequence[str] = (), plugins: Sequence[str] = ()
+        cls,
+        cfg_path: str | os.PathLike | None,
+        options: Sequence[str] = (),
+        plugins: Sequence[str] = (),
+        stage: str | None = None,
     ) -> Config:
         """Reads, layers and checks a project file.
 
@@ -96,6 +104,7 @@ class Config:
             cfg_path: the project file, looked up as `find_config` says; None: only defaults and options.
             options: ``key.path=value``, the value in YAML; they win over everything.
             plugins: modules or ``.py`` files to import besides the file's own ``plugins``.
+            stage: which of the file's ``stages``; None: the last one, where it has any.
 
         Raises:
             ConfigError: the file is not there, or there are problems in it: one line for each, with the key's
@@ -104,7 +113,8 @@ class Config:
         """
         path = find_config(cfg_path) if cfg_path is not None else None
         defaults = read_layer(DEFAULTS)
-        own = Layers([*([read_layer(path)] if path else []), options_layer(options)])
+        of_stage, this_stage = layers_of_stage(read_layer(path) if path else None, options, stage)
+        own = Layers(of_stage)
         layers = Layers([defaults, *own.layers])
         published = has_published_file(own.layers)
         early = _early_problems(layers, published)
@@ -142,9 +152,11 @@ class Config:
             problems.add("model.beta", beta_problem)
         problems.raise_any()
         assert run is not None  # else there is a problem
+        if this_stage is not None:
+            run.output_dir = os.path.join(run.output_dir, this_stage.name)
         _warn_of(ignored)
         sections = (OmegaConf.create(model), OmegaConf.create(datasets), run, OmegaConf.create(env))
-        return cls(*sections, plugins=loaded, cfg_path=path, layers=layers)
+        return cls(*sections, plugins=loaded, cfg_path=path, layers=layers, stage=this_stage)
 
     def source(self, key_path: str) -> str:
         """The file (or ``--options``) a key such as ``model.connector.r`` came from; "" if built in."""
@@ -183,6 +195,29 @@ class Config:
     def save(self, path: str | os.PathLike) -> None:
         """Writes `to_yaml` to a file."""
         write_atomically(path, self.to_yaml())
+
+
+def load_stages(
+    cfg_path: str | os.PathLike, options: Sequence[str] = (), plugins: Sequence[str] = ()
+) -> list[Config]:
+    """As `Config.load`, all stages of a project file; one configuration where it has none.
+
+    Raises:
+        ConfigError: as there, the problems of all stages; and see `check_sequence`.
+    """
+    names = stage_names(read_layer(find_config(cfg_path)))
+    if not names:
+        return [Config.load(cfg_path, options, plugins)]
+    found, problems = [], []
+    for name in names:
+        try:
+            found.append(Config.load(cfg_path, options, plugins, name))
+        except ConfigError as error:
+            problems += str(error).splitlines()
+    if problems:
+        raise ConfigError(message_lines(dict.fromkeys(problems)))
+    check_sequence(found)
+    return found
 
 
 def validate(config: Config) -> None:
