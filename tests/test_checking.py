@@ -147,6 +147,23 @@ def test_a_question_is_measured_with_its_prompt_and_its_answer(dataset, tmp_path
     assert (asked["cut_off"], asked["nothing_left"], asked["tokens"]["read"]["longest"]) == (1, 1, 12)
 
 
+def test_what_questions_give_away_without_their_images_is_told(dataset, tmp_path, capsys):
+    rows = {
+        "train": [("what color is it?", "red"), ("what color is it?", "red"), ("how many stars?", "two")],
+        "val": [("What color is it ?", "red"), ("how many stars?", "two"), ("how many dogs?", "six")],
+    }
+    for split, questions in rows.items():
+        lines = [f"{'ab'[split == 'val']}.png,{question},{answer}" for question, answer in questions]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["image,question,answer", *lines]) + "\n")
+    tables = f"{{train: {tmp_path / 'train.csv'}, val: {tmp_path / 'val.csv'}}}"
+    checked(own_project(tmp_path, tables, "task: exact_match_qa, max_epoch: 1"), tmp_path / "out")
+    told = [line for line in capsys.readouterr().out.splitlines() if "without looking" in line]
+    assert told == [
+        "image_text/val: without looking, train's most frequent answer gets 66.7 by the same question, "
+        "66.7 by the first two words, 33.3 by any question"
+    ]
+
+
 def test_a_lost_shard_counts_by_its_share(tmp_path):
     shards = write_shards(tmp_path, [4, 4, 4])
     Path(shards[1]).write_bytes(b"garbage" * 1000)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from evlgen.commands.arguments import add_run_arguments, allow_downloads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from evlgen.config.config import Config
     from evlgen.data_check import SplitReport
@@ -66,6 +66,8 @@ def _check(cfg: Config, args: argparse.Namespace) -> int:
             print(printable(f"  some of them: {sheet}"), flush=True)
     for line in find_shared(reports):
         print(line)
+    for line in _without_images(builders, reports, task):
+        print(printable(line))
     write_skipped(reports, folder / "skipped.jsonl")
     content = {report.name: report.to_json(_limits(lengths, report), lengths.UNIT) for report in reports}
     write_atomically(folder / "report.json", json.dumps(content, indent=1))
@@ -77,6 +79,32 @@ def _check(cfg: Config, args: argparse.Namespace) -> int:
             f"run.max_skipped_share ({cfg.run.max_skipped_share:.1%}) allows: a run would stop"
         )
     return 1 if too_many or any(report.error is not None for report in reports) else 0
+
+
+def _without_images(builders: dict, reports: Sequence[SplitReport], task: BaseTask) -> Iterator[str]:
+    """For each split of questions that a run scores: what guessing from its training questions is worth."""
+    from evlgen.datasets.question_dataset import QuestionMediaDataset
+    from evlgen.tasks.metrics.blind_answers import blind_answers
+    from evlgen.tasks.question_answering import QuestionAnsweringTask
+
+    readable = {report.name for report in reports if report.error is None}
+    if not isinstance(task, QuestionAnsweringTask):
+        return
+    for name, builder in builders.items():
+        splits = [split for split in builder.splits if f"{name}/{split}" in readable]
+        read = {split: builder.get_split(split) for split in splits}
+        questions = {split: d for split, d in read.items() if isinstance(d, QuestionMediaDataset)}
+        train = questions.pop("train", None)
+        for split, dataset in questions.items() if train is not None else ():
+            guesses = blind_answers(train.questions_with_answers(), dataset.questions())
+            scores = []
+            for rule, answers in guesses.items():
+                found = [{"question_id": key, "answer": answer} for key, answer in answers.items()]
+                metrics, _ = task.score(found, dataset)
+                scores += [f"{metrics['agg_metrics']:.1f} by {rule}"] if metrics else []
+            if scores:
+                what = "without looking, train's most frequent answer gets"
+                yield f"{name}/{split}: {what} {', '.join(scores)}"
 
 
 def _limits(lengths: TextLengths | WordLengths, report: SplitReport) -> dict[str, int]:

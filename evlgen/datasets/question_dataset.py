@@ -34,6 +34,15 @@ class QuestionMediaDataset(MediaDataset):
     def answers(self) -> dict[Id, list[str]]:
         return {key: answers for key, answers in self._by_question("answers").items() if answers}
 
+    def questions(self) -> dict[Id, str]:
+        """The questions as they are written, by id."""
+        return self._by_question("question")
+
+    def questions_with_answers(self) -> list[tuple[str, list[str]]]:
+        """The questions that have answers, with these."""
+        records = good(self.records)
+        return [(record["question"], record["answers"]) for record in records if record.get("answers")]
+
     def answer_types(self) -> dict[Id, str]:
         return self._by_question("answer_type")
 
