@@ -86,6 +86,20 @@ class LoraConfig:
 
 
 @dataclasses.dataclass
+class SoftPromptMergingConfig:
+    """The most similar soft prompts of an image become one behind a layer of the language model, whose other
+    layers then read fewer; see `evlgen.models.language.soft_prompt_merging`.
+
+    Args:
+        layer: after how many of its layers.
+        r: how many fewer there are then: a number, or a fraction such as 0.5; at least two are left.
+    """
+
+    layer: PositiveInt
+    r: NonNegativeInt | Fraction
+
+
+@dataclasses.dataclass
 class LanguageConfig:
     """The frozen language model.
 
@@ -101,6 +115,7 @@ class LanguageConfig:
             (``vicuna_v1``, ``chatml``, ``question_answer``), or a Jinja file. Conversations always have one:
             this, else the tokenizer's own, else ``question_answer``.
         lora: adapters that are trained; null for none.
+        tome: soft prompts merge inside the model; null: they do not.
         pack: put short conversations of a batch one behind the other into rows as long as its longest, each
             without a view of the others: the same losses with less padding.
     """
@@ -112,6 +127,7 @@ class LanguageConfig:
     quantization: Literal["none", "8bit", "4bit"] = "none"
     chat_template: bool | str = False
     lora: LoraConfig | None = None
+    tome: SoftPromptMergingConfig | None = None
     pack: bool = False
 
 

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
+from evlgen.config.model_config import SoftPromptMergingConfig
 from evlgen.models.language.chat import ChatTemplate, read_template
 from evlgen.models.language.generation import Decoding, can_read_trees, decode, decode_stepwise
 from evlgen.models.language.hugging_face import (
@@ -49,6 +50,7 @@ from evlgen.models.language.segments import (
     packed,
     segments,
 )
+from evlgen.models.language.soft_prompt_merging import SoftPromptMerging
 from evlgen.models.language.text_trees import TextTrees, text_trees
 from evlgen.processors.turns import Turn
 
@@ -63,6 +65,7 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
     START_FIRST = True  # whether the start token stands before a sample's first image, not behind it
     _chat: ChatTemplate | None = None
     _talk: ChatTemplate | None = None
+    _merging: SoftPromptMerging | None = None
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
@@ -295,6 +298,9 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         self._chat = ChatTemplate(self.tokenizer, self.name, self.end_token_ids, template)
         self.end_token_ids = self._chat.end_token_ids
 
+    def _merge_soft_prompts(self, cfg: SoftPromptMergingConfig) -> None:
+        self._merging = SoftPromptMerging(self.model, self.name, cfg)
+
     def _question(self, text: str) -> tuple[list[int], list[int]]:
         words = self._token_ids(text)
         if len(words) > self.max_txt_len:
@@ -315,6 +321,8 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
             soft_prompts: of the images of all rows, in their order: [K, M, C], or K tensors [M, C].
         """
         layout = lay_out(rows, num_soft_of(soft_prompts), self.pad_token_id, padding_side)
+        if self._merging is not None:
+            self._merging.expect(layout, num_soft_of(soft_prompts))
         is_stacked = isinstance(soft_prompts, Tensor)
         soft_prompts = soft_prompts.flatten(0, 1) if is_stacked else torch.cat(list(soft_prompts))  # [P, C]
         device = soft_prompts.device
