@@ -25,6 +25,7 @@ from evlgen.common.registry import registry
 from evlgen.common.safe_text import message_lines
 from evlgen.config.config import Config
 from evlgen.config.machine import MACHINE_FILE, machine_of_run
+from evlgen.config.model_config import TilesConfig
 from evlgen.config.schema import build_dataclass, parameters_of
 from evlgen.config.yaml_io import read_yaml
 from evlgen.files.io import cache_root, write_atomically
@@ -183,12 +184,21 @@ def fill_processor_defaults(cfg: Config) -> None:
 
     vision = cfg.model.vision
     pixels = {"image_size": vision.image_size, **vision_encoder_class(vision.name).normalisation(vision.name)}
+    if tiles := vision.get("tiles"):
+        pixels["max_tiles"] = tiles.get("max", TilesConfig.max)
     prompt = cfg.model.get("prompt")
     text = {"prompt": f"{prompt} "} if prompt else {}
     for name, dataset in cfg.datasets.items():
         for key, follow in (("vis_processor", pixels), ("text_processor", text)):
             for role, section in dataset.get(key, {}).items():
                 known = parameters_of(registry.get_processor_class(section["name"]))
+                if key == "vis_processor" and "max_tiles" in pixels and "max_tiles" not in known:
+                    path = f"datasets.{name}.{key}.{role}.name"
+                    raise ConfigError(
+                        f"{path} ({cfg.source(path) or 'default'}): '{section['name']}' gives no tiles, "
+                        "which model.vision.tiles asks for (blip2_image_train and blip_image_eval do; videos "
+                        "have none). Name another, or set tiles to null."
+                    )
                 section.update({k: v for k, v in follow.items() if k in known and section.get(k) is None})
                 if section.get("image_size", vision.image_size) != vision.image_size:
                     path = f"datasets.{name}.{key}.{role}.image_size"

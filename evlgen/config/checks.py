@@ -106,6 +106,9 @@ def check_together(model: Mapping[str, Any], run: RunConfig | None, problems: Pr
     if vision.get("freeze") is False:
         why = "a trained vision encoder gives other tokens at every step: nothing can be kept"
         problems.add("run.cache_vision", f"{why}. Set model.vision.freeze: true, or this to false")
+    elif vision.get("tiles"):
+        why = "images have different numbers of tiles, whose tokens are not kept"
+        problems.add("run.cache_vision", f"{why}. Set model.vision.tiles: null, or this to false")
     elif isinstance(temporal, Mapping) and temporal.get("form") in ("average", "residual"):
         why = "temporal attention is trained inside the vision encoder: its tokens cannot be kept"
         problems.add("run.cache_vision", f"{why}. Set model.vision.temporal.form: mean, or this to false")

@@ -33,6 +33,25 @@ class TemporalConfig:
 
 
 @dataclasses.dataclass
+class TilesConfig:
+    """Images of high resolution are cut into tiles of ``image_size`` (`vision.tiles`); see
+    `evlgen.models.tiles`.
+
+    Args:
+        max: tiles of an image at most; their grid follows its proportions and its size.
+        overview: whether the whole image, made as small as a tile, stands before them.
+        join: ``after``: the connector reads each tile by itself, and their soft prompts stand in a row;
+            ``before``: it reads the tokens of all at once (a TomeFormer: ``r_per_image: true``).
+        row_markers: whether a learned soft prompt stands behind each row of tiles.
+    """
+
+    max: PositiveInt = 4
+    overview: bool = True
+    join: Literal["after", "before"] = "after"
+    row_markers: bool = False
+
+
+@dataclasses.dataclass
 class VisionConfig:
     """The frozen vision encoder.
 
@@ -49,6 +68,7 @@ class VisionConfig:
             under autocast).
         drop_path_rate: stochastic depth while training (for ``freeze: false``).
         temporal: for videos; null for a model of images.
+        tiles: for images of high resolution; null: an image is resized to one square.
         tome_r: pairs of tokens that merge in each block of a frozen encoder; 0 is off.
         norm_eps: epsilon of the trained LayerNorm between the encoder and the connector; null leaves that
             norm out, as LLaVA does.
@@ -63,6 +83,7 @@ class VisionConfig:
     grad_checkpoint: bool | Literal["offload", "fairscale", "fairscale_offload"] = False
     drop_path_rate: Fraction = 0.0
     temporal: TemporalConfig | None = None
+    tiles: TilesConfig | None = None
     tome_r: NonNegativeInt = 0
     norm_eps: PositiveFloat | None = 1e-5
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)

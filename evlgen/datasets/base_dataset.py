@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,7 +175,7 @@ class BaseDataset(Dataset):
 
     def collater(self, samples: Sequence[Mapping[str, Any] | Skipped]) -> dict[str, Any]:
         """A batch of samples; see `collate`."""
-        return collate(samples)
+        return collate(samples, ("image",) if getattr(self.vis_processor, "shapes_differ", False) else ())
 
 
 class MediaDataset(BaseDataset):
@@ -236,8 +236,13 @@ def about_positions(*texts: str | Sequence[str], num_images: int = 1) -> int:
     return chars // _CHARS_PER_TOKEN + _TOKENS_PER_IMAGE * num_images
 
 
-def collate(samples: Sequence[Mapping[str, Any] | Skipped]) -> dict[str, Any]:
+def collate(
+    samples: Sequence[Mapping[str, Any] | Skipped], may_differ: Collection[str] = ()
+) -> dict[str, Any]:
     """A batch: tensors stacked along a new first dimension, everything else in lists.
+
+    Args:
+        may_differ: keys whose tensors stay in a list where their shapes differ.
 
     ``skipped`` lists what could not be read and is always there; when nothing was read it is the only key.
 
@@ -246,17 +251,20 @@ def collate(samples: Sequence[Mapping[str, Any] | Skipped]) -> dict[str, Any]:
     """
     read = [sample for sample in samples if not isinstance(sample, Skipped)]
     batch: dict[str, Any] = {
-        key: _batched(key, [sample[key] for sample in read]) for key in (read[0] if read else ())
+        key: _batched(key, [sample[key] for sample in read], key in may_differ)
+        for key in (read[0] if read else ())
     }
     batch["skipped"] = [sample for sample in samples if isinstance(sample, Skipped)]
     return batch
 
 
-def _batched(key: str, values: list[Any]) -> torch.Tensor | list[Any]:
+def _batched(key: str, values: list[Any], may_differ: bool) -> torch.Tensor | list[Any]:
     if not isinstance(values[0], torch.Tensor):
         return values
     shapes = {tuple(value.shape) for value in values}
     if len(shapes) > 1:
+        if may_differ:
+            return values
         raise DataError(
             f"'{key}' has samples of different shapes in one batch: {', '.join(map(str, sorted(shapes)))}. "
             "A processor must give every sample the same shape."

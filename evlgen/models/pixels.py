@@ -29,7 +29,7 @@ def with_pixels(model: BaseModel, samples: Any) -> dict[str, Any]:
     return {**samples, "image": pixels_of(model, samples["image"])}
 
 
-def pixels_of(model: BaseModel, images: Any) -> Tensor:
+def pixels_of(model: BaseModel, images: Any) -> Tensor | list[Tensor]:
     """Pillow images through the model's own eval processor.
 
     Args:
@@ -37,7 +37,8 @@ def pixels_of(model: BaseModel, images: Any) -> Tensor:
             of the list may also be a `Clip`, or a list of the frames of one.
 
     Returns:
-        [B, 3, H, W]; for a video model [B, 3, T, H, W].
+        [B, 3, H, W]; for a video model [B, 3, T, H, W]; for a model of tiles (`evlgen.models.tiles`) a list,
+        where the images have different grids.
 
     Raises:
         DataError: something else; an empty list; videos of different numbers of frames.
@@ -53,6 +54,8 @@ def pixels_of(model: BaseModel, images: Any) -> Tensor:
         items = [process(_as_clip(item) if reads_videos else item) for item in items]
     shapes = {tuple(item.shape) for item in items}
     if len(shapes) > 1:
+        if getattr(model, "tiling", None) is not None:
+            return items
         raise DataError(f"the images of one batch have different shapes: {sorted(shapes)}. Give them apart.")
     return torch.stack(items)
 

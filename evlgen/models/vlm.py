@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence, Sized
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from evlgen.files.io import resolve
 from evlgen.models.base_model import BaseModel, MissingAsset
 from evlgen.models.chatting import pixels_of_visual
 from evlgen.models.connectors.base import Connector, ConnectorInputs
-from evlgen.models.language import LanguageModel, build_language_model
+from evlgen.models.language import CausalLanguageModel, LanguageModel, build_language_model
 from evlgen.models.language.loading import find_model, read_config
 from evlgen.models.language.loading import num_positions as most_positions
 from evlgen.models.language.segments import (
@@ -40,6 +41,7 @@ from evlgen.models.pixels import pixels_of, with_pixels
 from evlgen.models.prompts import ask, check_count, fill_ocr_slots
 from evlgen.models.soft_prompts import SoftPromptHead
 from evlgen.models.text_lengths import TextLengths
+from evlgen.models.tiles import Tiling, as_prompts
 from evlgen.models.vision import build_vision_encoder, vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.temporal import pool_frames, temporal_modules
@@ -90,6 +92,7 @@ class VLM(BaseModel):
         self.ln_vision = nn.LayerNorm(vision.embed_dim, eps=1e-5)
         self.connector = connector
         self.prompt_head = prompt_head
+        self.tiling: Tiling | None = None
         self.language = language
         self.prompt = prompt
         self.generation = GenerationConfig()
@@ -127,6 +130,12 @@ class VLM(BaseModel):
             model.ln_vision = nn.Identity()
         else:
             model.ln_vision.eps = cfg.vision.norm_eps
+        model.tiling = Tiling.build(cfg, vision, language.embed_dim, embedding_rms, temporal)
+        if model.tiling is not None and not isinstance(language, CausalLanguageModel):
+            raise ConfigError(
+                "model.vision.tiles: images have different numbers of soft prompts, which needs a decoder. "
+                "Set model.language.name to one."
+            )
         model.generation = cfg.generation
         model.max_sequence_len = cfg.max_sequence_len
         model._log_parts()
@@ -169,7 +178,14 @@ class VLM(BaseModel):
         form = cfg.vision.temporal.form if cfg.vision.temporal else cls.TEMPORAL
         num_soft = cls._num_soft_prompts(cfg, language.embed_dim)
 
+        tiling = None
+        if cfg.vision.tiles is not None:
+            tiling = Tiling(cfg.vision.tiles, cfg.vision.image_size, 1, 1.0)
+            of_views = functools.cache(lambda views: cls._num_soft_prompts(cfg, language.embed_dim, views))
+
         def num_soft_of_shape(shape: Sequence[int]) -> int:
+            if tiling is not None:
+                return tiling.num_soft(shape, of_views)
             return num_soft * (shape[1] if form == "concat" and len(shape) == 4 else 1)
 
         limit = min(cfg.max_sequence_len, language.max_positions or cfg.max_sequence_len)
@@ -187,10 +203,17 @@ class VLM(BaseModel):
         around = 256 if cfg.language.chat_template else 8  # tokens of a template, of a start
         # of queries, maybe
         counts = [n for key, n in cfg.connector.items() if key.startswith("num_") and isinstance(n, int)]
-        most = max((cfg.vision.image_size // 8) ** 2, *counts, 0)
+        views = 1 if cfg.vision.tiles is None else cfg.vision.tiles.max + 1
+        most = views * max((cfg.vision.image_size // 8) ** 2, *counts, 0)
         if limit is not None and texts + around + num_new + most > limit:
             language = cls._language_without_weights(cfg)
-            language.check_room(cls._num_soft_prompts(cfg, language.embed_dim), prompt, num_new, learns)
+            num_soft = cls._num_soft_prompts(cfg, language.embed_dim)
+            if (tiles := cfg.vision.tiles) is not None:
+                tiling = Tiling(tiles, cfg.vision.image_size, 1, 1.0)
+                num_soft = tiling.most_soft(
+                    lambda views: cls._num_soft_prompts(cfg, language.embed_dim, views)
+                )
+            language.check_room(num_soft, prompt, num_new, learns)
 
     @classmethod
     def _language_without_weights(cls, cfg: ModelConfig) -> LanguageModel:
@@ -200,8 +223,9 @@ class VLM(BaseModel):
         )
 
     @staticmethod
-    def _num_soft_prompts(cfg: ModelConfig, language_dim: int) -> int:
-        """The soft prompts of an image (of a video, of a frame); 1 where weights are needed to tell."""
+    def _num_soft_prompts(cfg: ModelConfig, language_dim: int, views: int = 1) -> int:
+        """The soft prompts of an image (of a video, of a frame; of ``views`` in a row); 1 where weights are
+        needed to tell."""
         settings = {key: value for key, value in cfg.connector.items() if key not in ("name", "init")}
         try:
             with torch.device("meta"):
@@ -211,7 +235,7 @@ class VLM(BaseModel):
                 connector = connector_class.build(
                     ConnectorInputs.behind(vision, language_dim, 1.0), **settings
                 )
-            return connector.num_soft_prompts(vision.num_tokens)
+            return connector.num_soft_prompts(views * vision.num_tokens)
         except (EVLGenError, ArithmeticError, RuntimeError, TypeError, ValueError):
             return 1  # a part of a plugin, which may do anything; what is wrong is said when it is built
 
@@ -317,7 +341,7 @@ class VLM(BaseModel):
             return self.soft_prompts(samples)
         images = [image.to(self.device) for of_one in samples.get("images", []) for image in of_one]
         if images:
-            return self._connect(self._encode_each(images))
+            return self._connect(self._encode_each(images)) if self.tiling is None else self._tiled(images)
         size = self.vision.image_size
         learns = any(p.requires_grad for p in self.vision.parameters())
         tokens = (
@@ -325,7 +349,9 @@ class VLM(BaseModel):
             if learns
             else torch.zeros(1, self.vision.num_tokens, self.vision.embed_dim, device=self.device)
         )
-        return self._with_head(self.connector(self._normed(tokens))[:0])
+        prompts = self._with_head(self.connector(self._normed(tokens))[:0])
+        has_markers = self.tiling is not None and self.tiling.marker is not None
+        return prompts + self.tiling.marker if has_markers else prompts
 
     def _encode_each(self, images: list[Tensor]) -> list[Tensor]:
         """The tokens [N, C_vision] of images and videos of any lengths, those of one shape together."""
@@ -345,6 +371,18 @@ class VLM(BaseModel):
         for places, of_group in zip(groups, prompts, strict=True):
             found.update(zip(places, of_group, strict=True))
         return [found[place] for place in range(len(tokens))]
+
+    def _tiled(self, images: Sequence[Tensor]) -> SoftPrompts:
+        """The soft prompts of images [3, H, W] that are grids of tiles; see `Tiling`."""
+        assert self.tiling is not None
+        views = [self.tiling.cut(image.to(self.device)) for image in images]
+        counts = [len(of_one) for of_one in views]
+        tokens = self.encode_frames(torch.cat(views).to(next(self.vision.parameters()).dtype), 1)  # [V, N, C]
+        if self.tiling.join == "before":
+            return as_prompts(self._connect([of_one.flatten(0, 1) for of_one in tokens.split(counts)]))
+        grids = [self.tiling.grid_of(image.shape) for image in images]
+        parts = zip(self._to_prompts(tokens).split(counts), grids, strict=True)
+        return as_prompts([self.tiling.joined(prompts, grid) for prompts, grid in parts])
 
     def _to_prompts(self, tokens: Tensor) -> Tensor:
         """The encoder's tokens [B, N, C_vision] -> [B, M, C_language]."""
@@ -443,6 +481,11 @@ class VLM(BaseModel):
 
     def _num_soft(self, image: Tensor) -> int:
         """The soft prompts of an image [3, H, W] or a video [3, T, H, W]."""
+        if self.tiling is not None:
+            num_tokens = self.vision.num_tokens
+            return self.tiling.num_soft(
+                image.shape, lambda n: self.connector.num_soft_prompts(n * num_tokens)
+            )
         frames = image.shape[1] if image.ndim == 4 and self.temporal == "concat" else 1
         return self.connector.num_soft_prompts(self.vision.num_tokens * frames)
 
@@ -466,14 +509,20 @@ class VLM(BaseModel):
         `encode` gave earlier -> soft prompts [B, M, C_language]. Of ``images`` see `sequence_prompts`."""
         if "images" in samples:
             return self.sequence_prompts(samples)
+        if self.tiling is not None and "image" in samples:
+            return cast(Tensor, self._tiled([*samples["image"]]))
         tokens = samples.get("visual_tokens")
         tokens = self.encode(samples["image"]) if tokens is None else tokens.to(self.device)
         return self._to_prompts(tokens)
 
     def encoded(self, samples: dict[str, Any]) -> dict[str, Any]:
         """Samples that are read more than once: ``visual_tokens`` in place of ``image``, so that the encoder
-        runs once; as they are where it learns."""
-        if "image" not in samples or any(p.requires_grad for p in self.vision.parameters()):
+        runs once; as they are where it learns, or reads tiles."""
+        if (
+            "image" not in samples
+            or self.tiling is not None
+            or any(p.requires_grad for p in self.vision.parameters())
+        ):
             return samples
         rest = {key: value for key, value in samples.items() if key != "image"}
         return {**rest, "visual_tokens": self.encode(samples["image"])}

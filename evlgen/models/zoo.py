@@ -87,6 +87,8 @@ def load_preprocess(
         )
     vision = model.vision
     pixels = {"image_size": vision.image_size, "mean": list(vision.image_mean), "std": list(vision.image_std)}
+    if (tiling := getattr(model, "tiling", None)) is not None:
+        pixels["max_tiles"] = tiling.max
     if getattr(model, "temporal", None) is None:
         names = {"train": {"name": "blip2_image_train"}, "eval": {"name": "blip_image_eval"}}
     else:

@@ -224,6 +224,7 @@ class ImageUseMeter:
             return prompts[order]
         if (
             self._previous is None
+            or not isinstance(prompts, Tensor)  # of images of different numbers of tiles
             or self._previous[0] in keys
             or self._previous[1].shape[1:] != prompts.shape[1:]
         ):
@@ -232,6 +233,9 @@ class ImageUseMeter:
 
     @torch.no_grad()
     def _remember(self, model: BaseModel, prompts: Tensor) -> None:
+        if not isinstance(prompts, Tensor):
+            self._square = math.nan
+            return
         values = prompts.float()
         if (head := getattr(model, "prompt_head", None)) is not None:
             values = values - head.places_for(prompts.shape[1])

@@ -74,6 +74,9 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
     def _predictions_of(
         self, soft_prompts: SoftPrompts, samples: Sequence[Row], num_texts: list[int] | None = None
     ) -> Predictions:
+        if num_texts is not None and not isinstance(soft_prompts, Tensor):
+            pairs = zip(soft_prompts, num_texts, strict=True)
+            soft_prompts, num_texts = [prompts for prompts, count in pairs for _ in range(count)], None
         if num_texts is not None:
             trees = text_trees(samples, num_texts, soft_prompts.shape[1])
             if can_read_trees(self.model, trees.visible.shape[-1]):
