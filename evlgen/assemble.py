@@ -25,8 +25,7 @@ from evlgen.common.registry import registry
 from evlgen.common.safe_text import message_lines
 from evlgen.config.config import Config
 from evlgen.config.machine import MACHINE_FILE, machine_of_run
-from evlgen.config.model_config import TilesConfig
-from evlgen.config.schema import build_dataclass, parameters_of
+from evlgen.config.schema import parameters_of
 from evlgen.config.yaml_io import read_yaml
 from evlgen.files.io import cache_root, write_atomically
 from evlgen.files.locks import sole_writer
@@ -69,7 +68,7 @@ def run_stages(stages: Sequence[Config], listeners: Sequence[Listener] = ()) -> 
     start: str | None = None
     for cfg, (task, builders, own_listeners) in zip(stages, checked, strict=True):
         if start is not None and cfg.stage is not None and not cfg.stage.has_own_start:
-            cfg.model.checkpoint = start
+            cfg = cfg.starting_from(start)
         scores, start = _run(cfg, task, builders, [*own_listeners, *listeners])
     PartialState().destroy_process_group()
     return scores
@@ -77,7 +76,7 @@ def run_stages(stages: Sequence[Config], listeners: Sequence[Listener] = ()) -> 
 
 def _check(cfg: Config) -> tuple[Any, dict[str, Any], list[Listener]]:
     """Task, builders and listeners of a run, after all checks for which no weights and no data are read."""
-    if cfg.run.evaluate and not cfg.model.get("checkpoint"):
+    if cfg.run.evaluate and not cfg.model.checkpoint:
         raise ConfigError(
             "model.checkpoint: evaluating needs the trained weights, such as --options "
             "model.checkpoint=output/coco_ft/latest/checkpoints/best"
@@ -101,7 +100,7 @@ def _run(
     cfg: Config, task: Any, builders: dict[str, Any], listeners: Sequence[Listener]
 ) -> tuple[dict[str, dict[str, float]], str | None]:
     """What `run` does after `_check`. Returns the scores, and the checkpoint of a stage that was trained."""
-    from accelerate.utils import set_seed
+    from accelerate.utils import gather_object, set_seed
 
     from evlgen.common.logs import log_to_file
     from evlgen.loaders.mixed_plan import check_training_data
@@ -111,11 +110,12 @@ def _run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(peers_named())
         stack.enter_context(writing_named(cfg.run.output_dir))
-        resolve_checkpoint(cfg)
-        if cfg.stage is not None and (checkpoint := _finished_stage(cfg, accelerator)):
+        restarted = any(gather_object([was_restarted()]))  # each machine counts its own failures only
+        cfg = cfg.resuming() if restarted else cfg
+        if cfg.stage is not None and (checkpoint := _finished_stage(cfg, accelerator, restarted)):
             logger.info("stage '%s' is finished: %s", cfg.stage.name, checkpoint)
             return {}, checkpoint
-        folder = run_folder(cfg, accelerator, stack)
+        folder = run_folder(cfg, accelerator, stack, restarted)
         stack.enter_context(log_to_file(folder / "log.txt", enabled=accelerator.is_main_process))
         if accelerator.is_main_process:
             logger.info("this run writes to %s", folder)
@@ -134,13 +134,12 @@ def _run(
         return scores, None if cfg.stage is None else _trained_checkpoint(folder, accelerator)
 
 
-def _finished_stage(cfg: Config, accelerator: Any) -> str | None:
+def _finished_stage(cfg: Config, accelerator: Any, restarted: bool) -> str | None:
     """The checkpoint of a stage that is finished, where this run goes on with an earlier one."""
     from accelerate.utils import broadcast_object_list
 
     from evlgen.runners.facts import FACTS_FILE, read_facts
 
-    restarted = _any_restarted()
     found: list[str | None] = [None]
     if accelerator.is_main_process and not cfg.run.evaluate:
         folder = _begun_run(cfg, restarted)
@@ -166,95 +165,45 @@ def ready_builders(cfg: Config) -> dict[str, Any]:
     Raises:
         ConfigError: a dataset's section does not fit the model.
     """
-    fill_processor_defaults(cfg)
-    drop_foreign_sources(cfg)
-    if cfg.env.get("cache_root"):  # downloads and worker processes look there too
-        os.environ.setdefault("EVLGEN_CACHE", str(cfg.env.cache_root))
+    check_image_sizes(cfg)
+    check_tiles(cfg)
+    if cfg.env.cache_root:  # downloads and worker processes look there too
+        os.environ.setdefault("EVLGEN_CACHE", cfg.env.cache_root)
     return make_builders(cfg)
 
 
-def fill_processor_defaults(cfg: Config) -> None:
-    """What the model decides goes into the processors that take it, unless the YAML says otherwise: image
-    size, mean and std of the vision encoder, and the prompt before every caption.
-
-    Raises:
-        ConfigError: a processor's image size differs from the vision encoder's.
-    """
-    from evlgen.models.vision import vision_encoder_class
-
-    vision = cfg.model.vision
-    pixels = {"image_size": vision.image_size, **vision_encoder_class(vision.name).normalisation(vision.name)}
-    if tiles := vision.get("tiles"):
-        pixels["max_tiles"] = tiles.get("max", TilesConfig.max)
-    prompt = cfg.model.get("prompt")
-    text = {"prompt": f"{prompt} "} if prompt else {}
+def check_image_sizes(cfg: Config) -> None:
+    """Raises `ConfigError` where a processor's image size differs from the vision encoder's."""
+    defaults = registry.get_model_class(cfg.model.arch).processor_defaults(cfg.model)
+    size = defaults.get("vis_processor", {}).get("image_size")
     for name, dataset in cfg.datasets.items():
-        for key, follow in (("vis_processor", pixels), ("text_processor", text)):
-            for role, section in dataset.get(key, {}).items():
-                known = parameters_of(registry.get_processor_class(section["name"]))
-                if key == "vis_processor" and "max_tiles" in pixels and "max_tiles" not in known:
-                    path = f"datasets.{name}.{key}.{role}.name"
-                    raise ConfigError(
-                        f"{path} ({cfg.source(path) or 'default'}): '{section['name']}' gives no tiles, "
-                        "which model.vision.tiles asks for (blip2_image_train and blip_image_eval do; videos "
-                        "have none). Name another, or set tiles to null."
-                    )
-                section.update({k: v for k, v in follow.items() if k in known and section.get(k) is None})
-                if section.get("image_size", vision.image_size) != vision.image_size:
-                    path = f"datasets.{name}.{key}.{role}.image_size"
-                    raise ConfigError(
-                        f"{path} ({cfg.source(path)}) is {section['image_size']}, but "
-                        "model.vision.image_size "
-                        f"({cfg.source('model.vision.image_size') or 'default'}) is {vision.image_size}. "
-                        "Leave the processor's out: it follows."
-                    )
+        for role, section in (dataset.get("vis_processor") or {}).items():
+            if size and section.get("image_size", size) != size:
+                path = f"datasets.{name}.vis_processor.{role}.image_size"
+                raise ConfigError(
+                    f"{path} ({cfg.source(path)}) is {section.image_size}, but model.vision.image_size "
+                    f"({cfg.source('model.vision.image_size') or 'default'}) is {size}. Leave the "
+                    "processor's out: it follows."
+                )
 
 
-def resolve_checkpoint(cfg: Config) -> None:
-    """The checkpoint where it really is: the link ``latest`` is about to point at this run's own folder."""
-    path = cfg.model.get("checkpoint")
-    if path and "://" not in path and os.path.exists(os.path.expanduser(path)):
-        cfg.model.checkpoint = os.path.realpath(os.path.expanduser(path))
-
-
-def drop_foreign_sources(cfg: Config) -> None:
-    """Where a file of one's own stands in for a dataset's, the address, checksum and ground truth that are
-    built in for the latter go. What somebody set stays."""
-    for name, dataset in cfg.datasets.items():
-        info = dataset.get("build_info") or {}
-        path = f"datasets.{name}.build_info"
-        truths = info.get("ground_truth") or {}
-        parts = {f"annotations.{split}": part for split, part in info.get("annotations", {}).items()}
-        parts |= {f"ground_truth.{split}": part for split, part in truths.items()}
-        parts |= {key: info[key] for key in ("images", "videos") if info.get(key)}
-        for key, part in parts.items():
-            storage = f"{path}.{key}.storage"
-            if part.get("storage") == part.get("url"):
-                continue  # the published file, fetched: its sum is the one that is known
-            left = [
-                f for f in ("url", "md5") if f in part and cfg.is_left_behind(f"{path}.{key}.{f}", storage)
-            ]
-            for field in left:
-                del part[field]
-            kind, _, split = key.partition(".")
-            truth = f"ground_truth.{split}"
-            if kind == "annotations" and split in truths:
-                if cfg.is_left_behind(f"{path}.{truth}.storage", storage):
-                    del truths[split]
-                    left.append(truth)
-            if left:
-                logger.info(
-                    "%s is '%s' (%s): left out what belongs to the dataset's own: %s",
-                    storage,
-                    part.storage,
-                    cfg.source(storage),
-                    ", ".join(left),
+def check_tiles(cfg: Config) -> None:
+    """Raises `ConfigError` where the model reads tiles and a processor gives none."""
+    vision = getattr(cfg.model, "vision", None)
+    for name, dataset in cfg.datasets.items() if getattr(vision, "tiles", None) else ():
+        for role, section in (dataset.get("vis_processor") or {}).items():
+            if "max_tiles" not in parameters_of(registry.get_processor_class(section["name"])):
+                path = f"datasets.{name}.vis_processor.{role}.name"
+                raise ConfigError(
+                    f"{path} ({cfg.source(path) or 'default'}): '{section['name']}' gives no tiles, "
+                    "which model.vision.tiles asks for (blip2_image_train and blip_image_eval do; videos "
+                    "have none). Name another, or set tiles to null."
                 )
 
 
 def make_builders(cfg: Config) -> dict[str, Any]:
     """The builders of all datasets of a configuration, by name. Reads no data."""
-    root = cache_root(cfg.env.get("cache_root"))
+    root = cache_root(cfg.env.cache_root)
     builders = {}
     for name, section in cfg.datasets_plain().items():
         cls = registry.get_builder_class(section.pop("builder", name))
@@ -303,7 +252,7 @@ def check_nothing_missing(cfg: Config, builders: dict[str, Any]) -> None:
     from evlgen.weights.hub import hub_reachable
 
     model_class = registry.get_model_class(cfg.model.arch)
-    weights = model_class.missing(build_dataclass(model_class.CONFIG, cfg.model_plain(), path="model"))
+    weights = model_class.missing(cfg.model)
     data = [
         line
         for name, builder in builders.items()
@@ -324,13 +273,12 @@ def check_room(cfg: Config, task: Any) -> None:
     """Raises `ConfigError` where texts as long as the settings allow do not fit into the language model
     beside the soft prompts: an evaluation would find out after an epoch."""
     model_class, run = registry.get_model_class(cfg.model.arch), cfg.run
-    config = build_dataclass(model_class.CONFIG, cfg.model_plain(), path="model")
     evaluates = bool(run.test_splits or (run.valid_splits and not run.evaluate))
     writes = evaluates and task.WRITES and run.inference_method == "generate"
     writes |= task.LEARNS_WRITING and not run.evaluate
     learns = not (run.evaluate or task.LEARNS_WRITING)
-    prompt = None if task.ASKS else (config.prompt if run.prompt is None else run.prompt)
-    model_class.check_room(config, prompt, task.max_len if writes else 0, learns)
+    prompt = None if task.ASKS else (cfg.model.prompt if run.prompt is None else run.prompt)
+    model_class.check_room(cfg.model, prompt, task.max_len if writes else 0, learns)
 
 
 def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str, BaseDataset]]:
@@ -351,19 +299,16 @@ def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str,
     return datasets
 
 
-def run_folder(cfg: Config, accelerator: Any, stack: contextlib.ExitStack) -> Path:
+def run_folder(cfg: Config, accelerator: Any, stack: contextlib.ExitStack, restarted: bool) -> Path:
     """The folder of this run: ``output_dir/<date-time>``, or, with ``resume: auto``, the newest one with a
-    checkpoint. Where torchrun started the processes again, that of before: ``run.resume`` becomes ``auto``.
-    No other run writes to it until ``stack`` ends.
+    checkpoint. Where torchrun started the processes again (``restarted``), that of before. No other run
+    writes to it until ``stack`` ends.
 
     Raises:
         TrainingError: it cannot be written to; another run is writing to it.
     """
     from accelerate.utils import broadcast_object_list
 
-    restarted = _any_restarted()
-    if restarted:
-        cfg.run.resume = "auto"
     chosen: list[str | None] = [None, None]
     if accelerator.is_main_process:
         try:
@@ -454,13 +399,6 @@ def _starts_like(folder: Path, cfg: Config) -> bool:
         saved = (read_yaml(folder / "config.yaml").get("model") or {}).get("checkpoint") or ""
         return Path(saved).parts[-3:] == Path(cfg.model.checkpoint or "").parts[-3:]
     return False
-
-
-def _any_restarted() -> bool:
-    """Whether torchrun started processes again, on any machine: each counts its own failures only."""
-    from accelerate.utils import gather_object
-
-    return any(gather_object([was_restarted()]))
 
 
 def _current(folder: Path) -> Path:

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from evlgen.common.errors import ConfigError
 from evlgen.common.precision import DTYPES, resolve_precision
 from evlgen.common.registry import registry
-from evlgen.config.model_config import ModelConfig
+from evlgen.config.model_config import ArchitectureConfig, ModelConfig
 from evlgen.models.connectors import ConnectorInputs
 from evlgen.models.language import build_language_model
 from evlgen.models.soft_prompts import SoftPromptHead
@@ -75,7 +75,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(
-    cfg: ModelConfig,
+    cfg: ArchitectureConfig,
     precision: str = "auto",
     text_tokens: int = 16,
     num_texts: int = 1,
@@ -97,7 +97,13 @@ def estimate(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = resolve_precision(precision, device)
-    model = _without_weights(cfg, precision)
+    cls = registry.get_model_class(cfg.arch)
+    if not isinstance(cfg, ModelConfig) or not issubclass(cls, VLM):
+        raise ConfigError(
+            f"model.arch {cfg.arch} is not made of a vision encoder, a connector and a language model: what "
+            "a step of it costs is not known beforehand."
+        )
+    model = _without_weights(cls, cfg, precision)
     batch = {
         size: _step(model, cfg, size, [" ".join(["a"] * text_tokens)] * num_texts, num_frames)
         for size in (8, 16)
@@ -204,13 +210,7 @@ def _cost(module: nn.Module, cfg: ModelConfig, name: str, forward: int) -> PartC
     )
 
 
-def _without_weights(cfg: ModelConfig, precision: str) -> VLM:
-    cls = registry.get_model_class(cfg.arch)
-    if not issubclass(cls, VLM):
-        raise ConfigError(
-            f"model.arch {cfg.arch} is not made of a vision encoder, a connector and a language model: what "
-            "a step of it costs is not known beforehand."
-        )
+def _without_weights(cls: type[VLM], cfg: ModelConfig, precision: str) -> VLM:
     meta = torch.device("meta")
     own: dict[str, Any] = {
         part: precision for part in ("vision", "language") if getattr(cfg, part).precision == "auto"

@@ -11,15 +11,13 @@ from evlgen.cli import main
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
 from evlgen.config.config import Config
-from evlgen.config.schema import build_dataclass
 from evlgen.estimate import estimate
 
 PROJECT = "projects/shapes/caption.yaml"
 
 
 def model_config(*options: str):
-    cfg = Config.load(PROJECT, options)
-    return build_dataclass(registry.get_model_class(cfg.model.arch).CONFIG, cfg.model_plain(), path="model")
+    return Config.load(PROJECT, options).model
 
 
 @pytest.fixture(scope="module")

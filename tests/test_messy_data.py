@@ -88,7 +88,7 @@ def _bomb(width: int, height: int) -> bytes:
 def project(folder, tiny_project):
     """The project file of a run on the mess; called with the share of it that may be broken."""
 
-    def write(share: float):
+    def write(share: float, **dataset):
         path = tiny_project(run={"max_epoch": 1, "max_skipped_share": share, "valid_splits": ["val"]})
         content = OmegaConf.load(path)
         table = str(folder / "table.csv")
@@ -97,6 +97,7 @@ def project(folder, tiny_project):
                 "annotations": {"train": table, "val": table},
                 "columns": {"id": "id"},
                 "vis_processor": {"train": {"name": "blip_image_eval"}},  # the whole image, unchanged
+                **dataset,
             }
         }
         OmegaConf.save(content, path)
@@ -158,9 +159,7 @@ def test_one_bad_caption_of_several_rows_costs_only_itself(project, folder, tmp_
     (tmp_path / "table.jsonl").write_text(
         '{"image": "0.png", "caption": "one"}\nnot json\n{"image": "0.png", "caption": ["two", ""]}\n'
     )
-    cfg = project(1.0)
-    cfg.datasets.image_text.annotations = {"train": str(tmp_path / "table.jsonl")}
-    cfg.datasets.image_text.columns = {}
+    cfg = project(1.0, annotations={"train": str(tmp_path / "table.jsonl")}, columns={})
     dataset = ready_builders(cfg)["image_text"].get_split("train")
     found = [
         s if isinstance(s, Skipped) else s["text_input"]

@@ -180,11 +180,10 @@ def _task(cfg: Config) -> BaseTask:
 def _lengths(cfg: Config) -> TextLengths | WordLengths:
     """What measures texts: the model's tokenizer with the model's limits where it is here, else in words."""
     from evlgen.common.registry import registry
-    from evlgen.config.schema import build_dataclass
     from evlgen.models.text_lengths import WordLengths
 
     model_class = registry.get_model_class(cfg.model.arch)
-    found = model_class.text_lengths(build_dataclass(model_class.CONFIG, cfg.model_plain(), path="model"))
+    found = model_class.text_lengths(cfg.model)
     if found is None:
         print("texts are counted in words: the model's tokenizer is not on this machine")
     return found or WordLengths()

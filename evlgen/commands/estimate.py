@@ -45,15 +45,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report(cfg: Config, args: argparse.Namespace) -> None:
-    from evlgen.common.registry import registry
-    from evlgen.config.schema import build_dataclass
     from evlgen.estimate import estimate, measured_rate
 
-    cls = registry.get_model_class(cfg.model.arch)
-    model = build_dataclass(cls.CONFIG, cfg.model_plain(), path="model")
     precision = args.precision or cfg.run.precision
-    together = any(section.get("captions_together") for section in cfg.datasets_plain().values())
-    found = estimate(model, precision, args.text_tokens, 5 if together else 1, args.frames)
+    together = any(section.get("captions_together") for section in cfg.datasets.values())
+    found = estimate(cfg.model, precision, args.text_tokens, 5 if together else 1, args.frames)
     rate = args.rate * 1e12 if args.rate else measured_rate(precision)
     print("\n".join(lines(found, cfg, rate, measured=not args.rate)))
 

@@ -17,7 +17,7 @@ from evlgen.config.schema import Problems, Registered, check_section, show, unkn
 SECTIONS = ("plugins", "env", "model", "datasets", "run")
 
 
-@dataclass
+@dataclass(frozen=True)
 class EnvConfig:
     """The ``env`` section: this machine."""
 
@@ -42,11 +42,6 @@ def check_structure(layers: Layers, problems: Problems) -> None:
                 problems.add(name, f"must be a mapping of keys to values, not {show(section)}")
             elif name == "plugins":
                 check_section({"plugins": section or []}, _TopLevel, problems=problems)
-
-
-def check_env(section: Any, problems: Problems) -> dict[str, Any]:
-    """The ``env`` section."""
-    return check_section(section, EnvConfig, "env", problems=problems)
 
 
 def check_run(

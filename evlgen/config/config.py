@@ -1,4 +1,4 @@
-"""Configuration: files and options in, checked sections out.
+"""Configuration: files and options in, one checked, frozen `Config` out.
 
 Layers, the weakest first: ``configs/default.yaml``, the model type's YAML, each dataset's YAML, the project
 file, ``--options``. Everything is checked before anything is built: structure and the ``run`` section before
@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,13 +22,14 @@ from evlgen.common.plugins import load_entry_points, load_plugins
 from evlgen.common.registry import registry
 from evlgen.common.safe_text import message_lines
 from evlgen.config.checks import (
+    EnvConfig,
     check_datasets,
-    check_env,
     check_model,
     check_run,
     check_structure,
     check_together,
 )
+from evlgen.config.derived import drop_foreign_sources, fill_processors, real_path
 from evlgen.config.lavis import (
     datasets_from_lavis,
     from_published,
@@ -44,9 +46,10 @@ from evlgen.config.layers import (
     builder_name,
     read_layer,
 )
+from evlgen.config.model_config import ArchitectureConfig
 from evlgen.config.named_code import check_named, modules_of_paths
 from evlgen.config.run_config import RunConfig
-from evlgen.config.schema import Problems, Registered
+from evlgen.config.schema import Problems, Registered, check_section, instantiate
 from evlgen.config.stages import Stage, check_sequence, layers_of_stage, stage_names
 from evlgen.config.yaml_io import dump_yaml
 from evlgen.files.io import PACKAGE_ROOT, write_atomically
@@ -57,38 +60,29 @@ logger = logging.getLogger(__name__)
 DEFAULTS = PACKAGE_ROOT / "configs" / "default.yaml"
 
 
+@dataclass(frozen=True)
 class Config:
-    """A checked configuration.
+    """A checked configuration, with what follows from other keys filled in. It does not change.
 
     Attributes:
-        model: the ``model`` section, with the model type's defaults filled in.
-        datasets: the ``datasets`` section, each with its dataset's defaults.
+        model: the ``model`` section: its architecture's dataclass (`BaseModel.CONFIG`).
+        datasets: name -> section, read-only: the parameters of its builder's constructor.
         run: the ``run`` section.
         env: the ``env`` section.
         plugins: the plugins loaded, files as absolute paths.
         cfg_path: the project file, None where there was none.
+        layers: where each key came from.
         stage: which stage of the file it is, None where the file has none.
     """
 
-    def __init__(
-        self,
-        model: DictConfig,
-        datasets: DictConfig,
-        run: RunConfig,
-        env: DictConfig,
-        plugins: list[str],
-        cfg_path: Path | None,
-        layers: Layers,
-        stage: Stage | None = None,
-    ) -> None:
-        self.model = model
-        self.datasets = datasets
-        self.run = run
-        self.env = env
-        self.plugins = plugins
-        self.cfg_path = cfg_path
-        self.stage = stage
-        self._layers = layers
+    model: ArchitectureConfig
+    datasets: DictConfig
+    run: RunConfig
+    env: EnvConfig
+    plugins: tuple[str, ...]
+    cfg_path: Path | None
+    layers: Layers = field(repr=False, compare=False)
+    stage: Stage | None = None
 
     @classmethod
     def load(
@@ -143,46 +137,56 @@ class Config:
         merged["datasets"], of_datasets = datasets_from_lavis(merged.get("datasets", {}), arch)
         ignored += [*of_datasets, *(f"run.{key}" for key in run_from_lavis(merged.get("run", {}))[1])]
         problems = Problems(layers.source)
-        model = check_model(merged.get("model", {}), problems)
+        model_values = check_model(merged.get("model", {}), problems)
         datasets = check_datasets(merged.get("datasets", {}), problems)
-        env = check_env(merged.get("env"), problems)
+        env = check_section(merged.get("env"), EnvConfig, "env", problems=problems)
         run = check_run(merged.get("run", {}), problems, list(datasets))
-        check_together(model, run, problems)
+        check_together(model_values, run, problems)
         if beta_problem:
             problems.add("model.beta", beta_problem)
         problems.raise_any()
         assert run is not None  # else there is a problem
         if this_stage is not None:
-            run.output_dir = os.path.join(run.output_dir, this_stage.name)
+            run = dataclasses.replace(run, output_dir=os.path.join(run.output_dir, this_stage.name))
         _warn_of(ignored)
-        sections = (OmegaConf.create(model), OmegaConf.create(datasets), run, OmegaConf.create(env))
-        return cls(*sections, plugins=loaded, cfg_path=path, layers=layers, stage=this_stage)
+        if model_values.get("checkpoint"):
+            model_values["checkpoint"] = real_path(model_values["checkpoint"])
+        model_class = registry.get_model_class(model_values["arch"])
+        model = instantiate(model_class.CONFIG, model_values)
+        fill_processors(datasets, model_class.processor_defaults(model))
+        drop_foreign_sources(datasets, layers)
+        sections = OmegaConf.create(datasets, flags={"readonly": True})
+        return cls(model, sections, run, EnvConfig(**env), tuple(loaded), path, layers, this_stage)
 
     def source(self, key_path: str) -> str:
         """The file (or ``--options``) a key such as ``model.connector.r`` came from; "" if built in."""
-        return self._layers.source(key_path)
-
-    def is_left_behind(self, key_path: str, other: str) -> bool:
-        """Whether a key is built in for what ``other`` no longer is; see `Layers.is_left_behind`."""
-        return self._layers.is_left_behind(key_path, other)
+        return self.layers.source(key_path)
 
     def is_built_in(self, key_path: str) -> bool:
         """Whether a key has the value that a type's or a dataset's own defaults give it."""
-        return self._layers.is_built_in(key_path)
+        return self.layers.is_built_in(key_path)
+
+    def resuming(self) -> Config:
+        """This configuration, of a run that goes on from its latest checkpoint."""
+        return dataclasses.replace(self, run=dataclasses.replace(self.run, resume="auto"))
+
+    def starting_from(self, checkpoint: str) -> Config:
+        """This configuration, of a run that starts from these weights."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, checkpoint=checkpoint))
 
     def model_plain(self) -> dict[str, Any]:
         """The ``model`` section as plain dicts and lists."""
-        return cast(dict[str, Any], OmegaConf.to_container(self.model, resolve=True))
+        return dataclasses.asdict(self.model)
 
     def datasets_plain(self) -> dict[str, dict[str, Any]]:
         """The ``datasets`` section as plain dicts and lists."""
-        return cast(dict[str, dict[str, Any]], OmegaConf.to_container(self.datasets, resolve=True))
+        return cast(dict[str, dict[str, Any]], OmegaConf.to_container(self.datasets))
 
     def to_dict(self) -> dict[str, Any]:
         """The whole configuration as plain dicts and lists."""
         return {
             "plugins": list(self.plugins),
-            "env": OmegaConf.to_container(self.env, resolve=True),
+            "env": dataclasses.asdict(self.env),
             "model": self.model_plain(),
             "datasets": self.datasets_plain(),
             "run": dataclasses.asdict(self.run),
@@ -218,22 +222,6 @@ def load_stages(
         raise ConfigError(message_lines(dict.fromkeys(problems)))
     check_sequence(found)
     return found
-
-
-def validate(config: Config) -> None:
-    """Checks a configuration again, as `Config.load` did: for one that was changed in Python.
-
-    Raises:
-        ConfigError: one line for each problem.
-    """
-    problems = Problems(config.source)
-    content = config.to_dict()
-    check_model(content["model"], problems)
-    check_datasets(content["datasets"], problems)
-    check_env(content["env"], problems)
-    run = check_run(content["run"], problems, list(content["datasets"]))
-    check_together(content["model"], run, problems)
-    problems.raise_any()
 
 
 def find_config(path: str | os.PathLike) -> Path:
@@ -314,7 +302,7 @@ def load_model_file(path: str | os.PathLike) -> DictConfig:
 
     What the file leaves out comes from its ``model_type``; or from the architecture's default type, where
     the file does not name all three parts itself. It may come from somebody else, with weights: only its
-    ``model`` section is read, no plugin of it is imported, and no ``${oc.env:NAME}`` in it is resolved.
+    ``model`` section is read, and no plugin of it is imported.
 
     Raises:
         ConfigError: no such file, no ``model`` section, or problems in it.
@@ -328,12 +316,12 @@ def load_model_layers(layers: Sequence[Layer]) -> DictConfig:
         raise ConfigError(f"{layers[0].source} has no `model:` section.")
     load_entry_points()
     sections = [Layer(layer.source, {"model": layer.content.get("model")}) for layer in layers]
-    return _model_section(Layers(sections, resolvers=False))
+    return _model_section(Layers(sections))
 
 
 def _model_section(layers: Layers) -> DictConfig:
     translated, ignored = from_published(layers.layers, is_project=False)
-    layers = _with_model_type(Layers(translated, layers.resolvers))
+    layers = _with_model_type(Layers(translated))
     _warn_of(ignored)
     problems = Problems(layers.source)
     values = check_model(layers.merged()["model"], problems)
@@ -363,8 +351,8 @@ def _early_problems(layers: Layers, published: bool) -> Problems:
     try:
         merged = layers.merged()
     except ConfigError:
-        return problems  # an interpolation may lead to a key of a layer that is not there yet
-    check_env(merged.get("env"), problems)
+        return problems  # a reference may lead to a key of a layer that is not there yet
+    check_section(merged.get("env"), EnvConfig, "env", problems=problems)
     if not published:
         check_run(merged.get("run", {}), problems)
     if "arch" not in merged.get("model", {}):
@@ -402,7 +390,7 @@ def _with_model_type(layers: Layers) -> Layers:
         return layers
     layer = _default_layer(cls.MODEL_TYPES[model_type], f"type '{model_type}' of {arch}", "model")
     layer.content["model"].update(arch=arch, model_type=model_type)
-    return Layers([layer, *layers.layers], layers.resolvers)
+    return Layers([layer, *layers.layers])
 
 
 def _model_type(layers: Layers, cls: Any) -> str | None:
@@ -431,7 +419,7 @@ def _with_dataset_defaults(layers: Layers) -> Layers:
             )
         layer.content["datasets"] = {name: layer.content["datasets"][builder]}
         defaults.append(layer)
-    return Layers([*defaults, *layers.layers], layers.resolvers)
+    return Layers([*defaults, *layers.layers])
 
 
 def _default_layer(path: str, what: str, section: str) -> Layer:

@@ -10,7 +10,7 @@ from typing import Any
 
 from evlgen.common.errors import CheckpointError, ConfigError, EVLGenError
 from evlgen.common.safe_text import printable, shown_name
-from evlgen.config.config import Config, load_model_file
+from evlgen.config.config import Config
 from evlgen.config.layers import display
 from evlgen.files.io import download_target, scheme_of
 from evlgen.weights.checkpoints import is_checkpoint
@@ -41,7 +41,7 @@ def check_project(cfg: Config, allow: bool | Consent) -> None:
     the model and of the datasets itself. Options, and what is built in, need no consent.
 
     Raises:
-        ConfigError: its model section asks for the environment, ``${oc.env:NAME}``; it has stages.
+        ConfigError: it has stages.
         CheckpointError: the addresses may not be fetched.
     """
     file = cfg.cfg_path
@@ -49,7 +49,6 @@ def check_project(cfg: Config, allow: bool | Consent) -> None:
         return
     if cfg.stage is not None:
         raise ConfigError(f"{shown_name(file)}: a file that comes with weights describes one run: no stages.")
-    load_model_file(file)
     found = list(_addresses(cfg.model_plain()))
     for name, section in cfg.datasets_plain().items():
         found += _addresses(section, f"datasets.{name}")

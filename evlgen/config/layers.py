@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import logging
@@ -10,13 +9,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any
 
 from evlgen.common.errors import ConfigError, did_you_mean
-from evlgen.config.interpolation import check_interpolations, check_resolved
+from evlgen.config.references import References
 from evlgen.config.yaml_io import parse_options, read_yaml
 from evlgen.files.io import PACKAGE_PREFIX, PACKAGE_ROOT
 from evlgen.weights.hub import looks_like_path
@@ -100,12 +96,9 @@ class Layers:
 
     Args:
         layers: the weakest first.
-        resolvers: whether ``${oc.env:NAME}`` and its like are resolved, or refused: keys that come with
-            weights may ask for nothing of this machine.
     """
 
-    def __init__(self, layers: Sequence[Layer], resolvers: bool = True) -> None:
-        self.resolvers = resolvers
+    def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = [dataclasses.replace(layer, content=copy.deepcopy(layer.content)) for layer in layers]
         for i, layer in enumerate(self.layers):
             if layer.source == OPTIONS:
@@ -118,25 +111,23 @@ class Layers:
             _drop_replaced(self.layers, path, keys)
 
     def merged(self) -> dict[str, Any]:
-        """All layers as one plain dict, interpolations resolved.
+        """All layers as one plain dict, references followed.
 
         Raises:
-            ConfigError: an interpolation leads nowhere or is refused (`check_interpolations`), a value is no
-                plain YAML value, or a ``???`` is left.
+            ConfigError: a reference leads nowhere or is refused (`References`), or a ``???`` is left.
         """
-        with self._named_errors():
-            content = OmegaConf.to_container(self._merge(), resolve=True, throw_on_missing=True)
-        check_resolved(content)
-        return cast(dict[str, Any], content)
+        return self._find(())
 
     def has(self, key_path: str) -> bool:
         """Whether any layer has the key, be it null."""
         return any(_has(layer.content, tuple(key_path.split("."))) for layer in self.layers)
 
     def get(self, key_path: str) -> Any:
-        """The strongest layer's value at a key path, interpolations resolved; None where no layer has it."""
-        with self._named_errors():
-            return OmegaConf.select(self._merge(), key_path)
+        """The strongest layer's value at a key path, references followed; None where no layer has it."""
+        try:
+            return self._find(key_path.split("."))
+        except KeyError:
+            return None
 
     def source(self, key_path: str) -> str:
         """The file (or ``--options``) a key, or else its section, came from; "" where no layer has it."""
@@ -182,21 +173,14 @@ class Layers:
             names.update(dict.fromkeys(content if isinstance(content, dict) else ()))
         return list(names)
 
-    def _merge(self) -> DictConfig:
-        plain: dict[str, Any] = {}
+    def _find(self, keys: Sequence[str]) -> Any:
+        merged: dict[str, Any] = {}
         for layer in self.layers:
-            plain = _overlaid(plain, layer.content)
-        check_interpolations(plain, self.resolvers)
-        return OmegaConf.create(plain)
-
-    @contextlib.contextmanager
-    def _named_errors(self) -> Iterator[None]:
+            merged = _overlaid(merged, layer.content)
         try:
-            yield
-        except OmegaConfBaseException as error:
-            key = error.full_key or ""
-            place = f"{key} ({self.source(key)}): " if key else ""
-            raise ConfigError(f"{place}{str(error).splitlines()[0].rstrip('.')}.") from error
+            return References(merged, self.source).find(keys)
+        except RecursionError as error:
+            raise ConfigError("the references ${..} lead on and on.") from error
 
     def _parts(self) -> Iterator[tuple[KeyPath, frozenset[str] | None]]:
         yield from PART_KEYS.items()

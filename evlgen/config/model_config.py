@@ -18,7 +18,7 @@ from evlgen.config.schema import (
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class TemporalConfig:
     """How the frames of a video become one set of visual tokens (`vision.temporal`).
 
@@ -32,7 +32,7 @@ class TemporalConfig:
     form: Literal["average", "residual", "mean", "concat"] = "average"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class TilesConfig:
     """Images of high resolution are cut into tiles of ``image_size`` (`vision.tiles`); see
     `evlgen.models.tiles`.
@@ -51,7 +51,7 @@ class TilesConfig:
     row_markers: bool = False
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class VisionConfig:
     """The frozen vision encoder.
 
@@ -89,7 +89,7 @@ class VisionConfig:
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters (Hu et al., 2021) on a frozen language model, by peft: they are trained and saved.
 
@@ -106,7 +106,7 @@ class LoraConfig:
     target_modules: list[str] | None = None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class SoftPromptMergingConfig:
     """The most similar soft prompts of an image become one behind a layer of the language model, whose other
     layers then read fewer; see `evlgen.models.language.soft_prompt_merging`.
@@ -120,7 +120,7 @@ class SoftPromptMergingConfig:
     r: NonNegativeInt | Fraction
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class LanguageConfig:
     """The frozen language model.
 
@@ -152,7 +152,7 @@ class LanguageConfig:
     pack: bool = False
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class SoftPromptConfig:
     """What stands around a connector's output, so that it does not become constant; see
     `evlgen.models.soft_prompts`.
@@ -164,7 +164,7 @@ class SoftPromptConfig:
     scale: PositiveFloat = 0.4
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class GenerationConfig:
     """What generation does where the caller does not say otherwise; null: as the architecture does.
 
@@ -179,24 +179,18 @@ class GenerationConfig:
     repetition_penalty: PositiveFloat | None = None
 
 
-@dataclasses.dataclass
-class ModelConfig:
-    """The ``model`` section.
+@dataclasses.dataclass(frozen=True)
+class ArchitectureConfig:
+    """What the ``model`` section says of every architecture.
 
     Args:
         arch: a registered model.
         model_type: one of the architecture's types: its default YAML is the layer below this one.
         checkpoint: folder, file or URL, own or published, loaded over the parts.
-        vision, connector, language: the three parts. ``connector`` is ``name`` and that connector's
-            parameters.
-        soft_prompts: what is added around the connector's output; null, as published: nothing.
+        vision: the vision encoder.
+        connector: ``name`` and that connector's parameters.
         prompt: the text before every caption, in training and generation (BLIP-2: "a photo of").
         max_txt_len: text tokens read at most.
-        max_output_txt_len: tokens of ``text_output`` learned at most, where a model reads input and output
-            apart (Vicuna, T5); null: as many as ``max_txt_len``.
-        max_sequence_len: positions of a conversation that is learned, at most, those of its soft prompts
-            included (and no more than the language model has).
-        generation: defaults of generation.
     """
 
     arch: Annotated[str, Registered("model")]
@@ -204,10 +198,26 @@ class ModelConfig:
     checkpoint: str | None = None
     vision: VisionConfig = dataclasses.field(default_factory=VisionConfig)
     connector: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "tomeformer"})
-    language: LanguageConfig = dataclasses.field(default_factory=LanguageConfig)
-    soft_prompts: SoftPromptConfig | None = None
     prompt: str = ""
     max_txt_len: PositiveInt = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(ArchitectureConfig):
+    """The ``model`` section of a vision encoder, a connector and a language model.
+
+    Args:
+        language: the language model.
+        soft_prompts: what is added around the connector's output; null, as published: nothing.
+        max_output_txt_len: tokens of ``text_output`` learned at most, where a model reads input and output
+            apart (Vicuna, T5); null: as many as ``max_txt_len``.
+        max_sequence_len: positions of a conversation that is learned, at most, those of its soft prompts
+            included (and no more than the language model has).
+        generation: defaults of generation.
+    """
+
+    language: LanguageConfig = dataclasses.field(default_factory=LanguageConfig)
+    soft_prompts: SoftPromptConfig | None = None
     max_output_txt_len: PositiveInt | None = None
     max_sequence_len: PositiveInt = 2048
     generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)

@@ -19,7 +19,7 @@ from evlgen.config.schema import (
 CAPTION_LEN, ANSWER_LEN = 30, 10  # what `RunConfig.max_len` is where it is not set, as in LAVIS
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunConfig:
     """A training or evaluation run. None means what the comment says, or that the setting is off."""
 
@@ -171,7 +171,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.runner is None:
             timed = "runner_timed" if self.max_seconds else "runner_base"
-            self.runner = "runner_iter" if self.max_iters else timed
+            object.__setattr__(self, "runner", "runner_iter" if self.max_iters else timed)
 
     def problems(self, datasets: Iterable[str] | None = None) -> list[tuple[str, str]]:
         """Settings that contradict each other: the key and what to do about it.

@@ -20,14 +20,15 @@ from evlgen.common.registry import registry
 from evlgen.config.config import load_model_config, load_model_file
 from evlgen.config.consent import Consent, check_addresses
 from evlgen.config.lavis import own_names
-from evlgen.config.model_config import ModelConfig
+from evlgen.config.model_config import ArchitectureConfig, ModelConfig, VisionConfig
 from evlgen.config.named_code import check_named
-from evlgen.config.schema import build_dataclass
+from evlgen.config.schema import build_dataclass, to_plain
 from evlgen.config.yaml_io import read_yaml
 from evlgen.files.digests import DIGESTS_FILE, check_digests
 from evlgen.files.io import make_readable, resolve, write_atomically
 from evlgen.models.published.checkpoints import is_published, to_own_names
 from evlgen.models.text_lengths import TextLengths
+from evlgen.models.vision import vision_encoder_class
 from evlgen.weights.checkpoints import CONFIG_FILE, WEIGHTS_FILE, write_folder
 from evlgen.weights.hub import looks_like_path
 from evlgen.weights.hub_checkpoints import HUB_PREFIX, fetch_checkpoint, is_hub_id
@@ -93,13 +94,15 @@ class BaseModel(nn.Module):
 
     @classmethod
     def from_config(
-        cls, cfg: Mapping[str, Any] | DictConfig | str | Path, device: str | torch.device = "cpu"
+        cls,
+        cfg: ArchitectureConfig | Mapping[str, Any] | DictConfig | str | Path,
+        device: str | torch.device = "cpu",
     ):
         """Builds the model a config describes and loads its ``checkpoint`` over the parts.
 
         Args:
-            cfg: the ``model`` section, a whole config that has one, or the path of a YAML file that has one
-                (relative paths in it are looked up beside that file first).
+            cfg: the ``model`` section, built (`CONFIG`) or not, a whole config that has one, or the path of a
+                YAML file that has one (relative paths in it are looked up beside that file first).
             device: the device it will run on; decides what ``precision: auto`` means. The model itself stays
                 on CPU, but for quantised weights, which are put there as they are read.
 
@@ -109,10 +112,14 @@ class BaseModel(nn.Module):
         """
         if isinstance(cfg, str | Path):
             cfg = load_model_file(cfg)
-        section: Any = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
-        section = section.get("model", section)
-        _check_arch(cls, section)
-        config = build_dataclass(cls.CONFIG, section, path="model")
+        if isinstance(cfg, cls.CONFIG):
+            _check_arch(cls, vars(cfg))
+            config: Any = cfg
+        else:
+            section = dataclasses.asdict(cfg) if dataclasses.is_dataclass(cfg) else to_plain(cfg)
+            section = section.get("model", section)
+            _check_arch(cls, section)
+            config = build_dataclass(cls.CONFIG, section, path="model")
         try:
             model = cls.from_parts_config(config, torch.device(device))
         except ValueError as error:
@@ -162,15 +169,25 @@ class BaseModel(nn.Module):
             check_digests(folder, [CONFIG_FILE])
         except CheckpointError as error:  # weights are refused, but people do edit this file
             logger.warning("%s: %s.", folder, error)
-        cfg = load_model_file(folder / CONFIG_FILE)
-        cfg.checkpoint = str(folder)
-        section: Any = OmegaConf.to_container(cfg, resolve=True)
+        section = {**to_plain(load_model_file(folder / CONFIG_FILE)), "checkpoint": str(folder)}
         _check_arch(cls, section)
         check_addresses(section, folder / CONFIG_FILE, allow_downloads)
         for item in cls.missing(build_dataclass(cls.CONFIG, section, path="model")):
             if item.fetchable:
                 logger.warning("%s, named in %s, is not here: fetching it", item.what, folder / CONFIG_FILE)
-        return cls.from_config(cfg, device)
+        return cls.from_config(section, device)
+
+    @classmethod
+    def processor_defaults(cls, cfg: Any) -> dict[str, dict[str, Any]]:
+        """What the processors of datasets take from the model a config describes, where the YAML does not say
+        otherwise: by section (``vis_processor``, ``text_processor``) parameter -> value. Builds nothing."""
+        vision, prompt = getattr(cfg, "vision", None), getattr(cfg, "prompt", "")
+        found: dict[str, dict[str, Any]] = {"text_processor": {"prompt": f"{prompt} "} if prompt else {}}
+        if isinstance(vision, VisionConfig):  # a plugin's `CONFIG` may have another vision encoder, or none
+            normalisation = vision_encoder_class(vision.name).normalisation(vision.name)
+            tiles = {} if vision.tiles is None else {"max_tiles": vision.tiles.max}
+            found["vis_processor"] = {"image_size": vision.image_size, **normalisation, **tiles}
+        return found
 
     @classmethod
     def missing(cls, cfg: Any) -> list[MissingAsset]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from evlgen.common.errors import ConfigError
 from evlgen.common.precision import without_autocast
 from evlgen.common.registry import registry
-from evlgen.config.model_config import VisionConfig
-from evlgen.config.schema import PositiveInt, Registered
+from evlgen.config.model_config import ArchitectureConfig
+from evlgen.config.schema import PositiveInt
 from evlgen.files.io import resolve
 from evlgen.models.base_model import BaseModel, MissingAsset
 from evlgen.models.connectors.base import ConnectorInputs
@@ -67,7 +67,7 @@ SECOND_STAGE = (
 )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class TextConfig:
     """How the first stage reads and writes text.
 
@@ -80,12 +80,11 @@ class TextConfig:
     max_position_embeddings: PositiveInt | None = None
 
 
-@dataclasses.dataclass
-class Stage1Config:
+@dataclasses.dataclass(frozen=True)
+class Stage1Config(ArchitectureConfig):
     """The ``model`` section of BLIP-2's first stage.
 
     Args:
-        arch, model_type, checkpoint, vision: as in `evlgen.config.model_config.ModelConfig`.
         connector: ``name: qformer`` and that connector's parameters.
         text: how text is read.
         embed_dim: channels of the features that are contrasted.
@@ -93,15 +92,9 @@ class Stage1Config:
         max_txt_len: text tokens read at most, ``[CLS]`` and ``[SEP]`` included.
     """
 
-    arch: Annotated[str, Registered("model")]
-    model_type: str | None = None
-    checkpoint: str | None = None
-    vision: VisionConfig = dataclasses.field(default_factory=VisionConfig)
     connector: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "qformer"})
     text: TextConfig = dataclasses.field(default_factory=TextConfig)
     embed_dim: PositiveInt = 256
-    prompt: str = ""
-    max_txt_len: PositiveInt = 32
 
 
 class Features(dict[str, Tensor]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -58,9 +59,9 @@ def load_model(
             f"'{model_type}'.{did_you_mean(str(model_type), model_class.MODEL_TYPES)} "
             f"Types: {', '.join(model_class.MODEL_TYPES)}."
         )
-    cfg = load_model_config(name, model_type)  # names as given: a published one stands for more settings
-    if checkpoint is not None:
-        cfg.checkpoint = str(checkpoint)
+    overrides = {} if checkpoint is None else {"checkpoint": str(checkpoint)}
+    # names as given: a published one stands for more settings
+    cfg = load_model_config(name, model_type, overrides)
     return model_class.from_config(cfg, device).to(device).train(not is_eval)
 
 
@@ -160,9 +161,11 @@ def load_model_of(
     if cfg_path is not None:
         cfg = Config.load(cfg_path, options)
         check_project(cfg, allow_downloads)
+        model = cfg.model
         if checkpoint is not None:
-            cfg.model.checkpoint = str(checkpoint_path(checkpoint)) if is_hub_id(checkpoint) else checkpoint
-        return registry.get_model_class(cfg.model.arch).from_config(cfg.model, device).to(device)
+            path = str(checkpoint_path(checkpoint)) if is_hub_id(checkpoint) else checkpoint
+            model = dataclasses.replace(model, checkpoint=path)
+        return registry.get_model_class(model.arch).from_config(model, device).to(device)
     if options:
         raise ConfigError("--options change a configuration: name one with --cfg-path.")
     if checkpoint is None:

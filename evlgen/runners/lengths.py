@@ -15,25 +15,37 @@ from evlgen.runners.training_state import TrainingState
 logger = logging.getLogger(__name__)
 
 
+def length_of(run: RunConfig, batches_per_epoch: int | None) -> Epochs:
+    """The length that a run's settings give it.
+
+    Args:
+        batches_per_epoch: of this process; None where the data has no end, whose length is not in epochs.
+    """
+    if run.max_seconds:
+        inner = min(run.seconds_per_inner_epoch or run.max_seconds, run.max_seconds)
+        return Seconds(run.max_seconds, inner, run.warmup_steps, run.accum_grad_iters)
+    if run.max_iters:
+        return Iterations(min(run.iters_per_inner_epoch or run.max_iters, run.max_iters), run.max_iters)
+    iters_per_epoch = batches_per_epoch or 0
+    return Epochs(iters_per_epoch, iters_per_epoch * (run.max_epoch or 0))
+
+
 class Epochs:
     """``run.max_epoch``: passes through the data.
 
     Args:
-        batches_per_epoch: of this process; None where the data has no end, whose length is not in epochs.
-
-    Attributes:
         iters_per_epoch: iterations (ticks, of seconds) of an (inner) epoch.
         total_iters: of the whole run.
+
+    Attributes:
         shown_total: iterations of the whole run, None where unknown.
     """
 
     UNIT, KEY = "epochs", "max_epoch"
 
-    def __init__(self, run: RunConfig, batches_per_epoch: int | None) -> None:
-        self.run = run
-        self.iters_per_epoch = batches_per_epoch or 0
-        self.total_iters = self.iters_per_epoch * (run.max_epoch or 0)
-        self.shown_total: int | None = self.total_iters
+    def __init__(self, iters_per_epoch: int, total_iters: int) -> None:
+        self.iters_per_epoch, self.total_iters = iters_per_epoch, total_iters
+        self.shown_total: int | None = total_iters
 
     def left_in_epoch(self, state: TrainingState) -> int:
         """How many iterations may follow before the (inner) epoch that ``state`` is in ends."""
@@ -89,12 +101,6 @@ class Iterations(Epochs):
 
     UNIT, KEY = "iterations", "max_iters"
 
-    def __init__(self, run: RunConfig, batches_per_epoch: int | None) -> None:
-        super().__init__(run, batches_per_epoch)
-        inner = run.iters_per_inner_epoch or run.max_iters
-        self.iters_per_epoch, self.total_iters = min(inner, run.max_iters), run.max_iters
-        self.shown_total = self.total_iters
-
 
 class Seconds(Epochs):
     """``run.max_seconds``, in inner epochs of ``seconds_per_inner_epoch``, whatever number of iterations that
@@ -102,26 +108,30 @@ class Seconds(Epochs):
 
     The learning rate warms up by iteration and decays by time, so that it has come to its end when the
     seconds have. Such a run can be interrupted and resumed, but not repeated to the bit.
+
+    Args:
+        seconds: of the whole run.
+        inner_seconds: of an inner epoch.
+        warmup_steps: iterations of the learning rate's warm-up.
+        step_iters: iterations of an optimizer step.
     """
 
     UNIT, KEY = "seconds", "max_seconds"
     TICKS = 1_000_000  # "iterations" of the whole run, for the schedule: fine steps of time
 
-    def __init__(self, run: RunConfig, batches_per_epoch: int | None) -> None:
-        super().__init__(run, batches_per_epoch)
-        whole = run.max_seconds
-        self.inner_seconds = min(run.seconds_per_inner_epoch or whole, whole)
-        self.num_epochs = math.ceil(whole / self.inner_seconds - 1e-9)
-        self.iters_per_epoch = max(1, round(self.TICKS * self.inner_seconds / whole))
-        self.total_iters, self.shown_total = self.TICKS, None
+    def __init__(self, seconds: float, inner_seconds: float, warmup_steps: int, step_iters: int) -> None:
+        super().__init__(max(1, round(self.TICKS * inner_seconds / seconds)), self.TICKS)
+        self.seconds, self.inner_seconds, self.shown_total = seconds, inner_seconds, None
+        self.num_epochs = math.ceil(seconds / inner_seconds - 1e-9)
+        self.warmup_steps, self.step_iters = warmup_steps, step_iters
 
     def left_in_epoch(self, state: TrainingState) -> int:
         """A step's iterations, until the time is up."""
-        end = min(self.run.max_seconds, (state.epoch + 1) * self.inner_seconds)
-        return self.run.accum_grad_iters if state.effort.seconds < end else 0
+        end = min(self.seconds, (state.epoch + 1) * self.inner_seconds)
+        return self.step_iters if state.effort.seconds < end else 0
 
     def is_trained(self, state: TrainingState) -> bool:
-        return state.effort.seconds >= self.run.max_seconds
+        return state.effort.seconds >= self.seconds
 
     def is_done(self, state: TrainingState) -> bool:
         return state.epoch >= self.num_epochs
@@ -134,13 +144,13 @@ class Seconds(Epochs):
         return self.num_epochs if self.is_trained(state) else super().next_epoch(state)
 
     def learning_rate(self, schedule: Schedule, state: TrainingState) -> float:
-        if state.iteration < self.run.warmup_steps:
+        if state.iteration < self.warmup_steps:
             return schedule(state.iteration)
-        fraction = state.effort.seconds / self.run.max_seconds
-        return schedule(max(self.run.warmup_steps, int(fraction * self.TICKS)))
+        fraction = state.effort.seconds / self.seconds
+        return schedule(max(self.warmup_steps, int(fraction * self.TICKS)))
 
     def where(self, state: TrainingState) -> str:
-        seconds, all_seconds = state.effort.seconds, self.run.max_seconds
+        seconds, all_seconds = state.effort.seconds, self.seconds
         return f"iteration {state.iteration}, {seconds:.1f} of {all_seconds:g} s"
 
     def agree(self, state: TrainingState, accelerator: Accelerator) -> None:

@@ -30,7 +30,7 @@ from evlgen.runners.distribution import Distribution, WeightedMeans, make_accele
 from evlgen.runners.evaluation import deciding_metric, evaluate_split
 from evlgen.runners.facts import RunFacts
 from evlgen.runners.image_use import ImageUseWatch
-from evlgen.runners.lengths import Epochs, Iterations, Seconds
+from evlgen.runners.lengths import Epochs
 from evlgen.runners.listener import Evaluation, Listener, Step, ending_noted
 from evlgen.runners.optimizer import set_learning_rate, update_weights
 from evlgen.runners.progress import RunLog
@@ -43,8 +43,11 @@ from evlgen.runners.training_state import TrainingState, kept_random_state, rand
 
 
 @registry.register_runner("runner_base")
+@registry.register_runner("runner_iter")
+@registry.register_runner("runner_timed")
 class Runner:
-    """Trains for ``max_epoch`` epochs, each once through the data; validates, saves and at the end tests.
+    """Trains for so many epochs, iterations or seconds (`length_of`); validates, saves and at the end tests.
+    LAVIS's names of runners, one for each kind of length, are all this one.
 
     An *iteration* is one batch on each process; the optimizer steps after ``accum_grad_iters`` of them and at
     the end of an epoch. Everything that only watches is a `Listener`: the log, checkpoints, trackers.
@@ -59,7 +62,6 @@ class Runner:
         listeners: called besides the runner's own, such as those of ``run.listeners`` (`make_listeners`).
     """
 
-    LENGTH: type[Epochs] = Epochs
     # what `set_up_training` gives it
     length: Epochs
     plan: BatchPlan | MixedPlan
@@ -233,17 +235,3 @@ class Runner:
                         evaluate_split(self, evaluation)
                         scores[key] = evaluation.metrics
         return scores
-
-
-@registry.register_runner("runner_iter")
-class IterRunner(Runner):
-    """Trains for ``max_iters`` iterations; see `Iterations`."""
-
-    LENGTH = Iterations
-
-
-@registry.register_runner("runner_timed")
-class TimedRunner(Runner):
-    """Trains for ``max_seconds``; see `Seconds`."""
-
-    LENGTH = Seconds

@@ -11,6 +11,7 @@ from evlgen.datasets.records import digest
 from evlgen.loaders.data import train_loader
 from evlgen.loaders.mixed_plan import make_plan, recorded, split_ratios
 from evlgen.runners.batches import TrainingBatches
+from evlgen.runners.lengths import length_of
 from evlgen.runners.optimizer import build_optimizer
 from evlgen.runners.training_state import TrainingState
 from evlgen.vision_cache.cache import cached
@@ -45,7 +46,7 @@ def set_up_training(runner: Runner) -> None:
         has_epochs=bool(run.max_epoch),
         group_by_length=run.group_by_length,
     )
-    runner.length = runner.LENGTH(run, runner.plan.batches_per_epoch)
+    runner.length = length_of(run, runner.plan.batches_per_epoch)
     runner.schedule = registry.get_lr_scheduler_class(run.lr_sched)(
         total_iters=runner.length.total_iters,
         iters_per_epoch=runner.length.iters_per_epoch,

@@ -212,7 +212,7 @@ def test_a_part_is_named_by_its_dotted_path(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     start = ["model.arch=evlgen_opt", "model.model_type=shapes"]
     cfg = Config.load(None, [*start, "model.connector.name=own_halves.Halves", "model.connector.depth=2"])
-    assert cfg.plugins == ["own_halves"]
+    assert cfg.plugins == ("own_halves",)
     assert cfg.model_plain()["connector"] == {"name": "own_halves.Halves", "depth": 2}
     model = registry.get_model_class("evlgen_opt").from_config(cfg.model_plain())
     assert type(model.connector).__name__ == "Halves"

@@ -14,10 +14,9 @@ import yaml
 from hypothesis import strategies as st
 
 from evlgen.assemble import (
+    check_image_sizes,
     check_nothing_missing,
     check_splits,
-    drop_foreign_sources,
-    fill_processor_defaults,
     make_builders,
 )
 from evlgen.common.errors import EVLGenError
@@ -183,8 +182,7 @@ def action(folder: Path, drawn: tuple, keep: Callable[[Path], None]) -> Callable
 
 def _prepared(config: Config) -> None:
     """What `assemble.run` does with a configuration before it loads anything."""
-    fill_processor_defaults(config)
-    drop_foreign_sources(config)
+    check_image_sizes(config)
     builders = make_builders(config)
     check_splits(config, builders)
     check_nothing_missing(config, builders)

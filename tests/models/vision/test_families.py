@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from evlgen.assemble import fill_processor_defaults
+from evlgen.assemble import check_image_sizes
 from evlgen.common.registry import registry
 from evlgen.config.config import Config, load_model_file
 from evlgen.models.vision import TimmEncoder, vision_encoder_class
@@ -141,7 +141,7 @@ def config(tmp_path, name: str, **processor) -> Config:
     }
     OmegaConf.save(OmegaConf.create(options), tmp_path / "project.yaml")
     cfg = Config.load(tmp_path / "project.yaml")
-    fill_processor_defaults(cfg)
+    check_image_sizes(cfg)
     return cfg.datasets.shapes_caption.vis_processor
 
 
