@@ -152,7 +152,7 @@ class Answerer:
         ]
         each = first.decoding.num_captions
         return [
-            Answer(texts[place * each : (place + 1) * each], self._num_read(prompt, len(request.images)))
+            Answer(texts[place * each : (place + 1) * each], self._num_read(prompt, request.images))
             for place, (prompt, request) in enumerate(zip(prompts, requests, strict=True))
         ]
 
@@ -174,9 +174,14 @@ class Answerer:
                 raise DataError(f"the text takes {count} tokens, and the model reads {limit}: shorten it.")
         return prompt
 
-    def _num_read(self, prompt: str, num_images: int) -> int:
+    def _num_read(self, prompt: str, images: Sequence[Tensor]) -> int:
         """Soft prompts and text tokens read before an answer; without those of a conversation's template."""
-        soft = num_images * self.model.connector.num_soft_prompts(self.model.vision.num_tokens)
+        tiling = getattr(self.model, "tiling", None)
+        of_views, num_tokens = self.model.connector.num_soft_prompts, self.model.vision.num_tokens
+        if tiling is not None:
+            soft = sum(tiling.num_soft(image.shape, lambda n: of_views(n * num_tokens)) for image in images)
+        else:
+            soft = len(images) * of_views(num_tokens)
         if not hasattr(self.model.language, "to_read"):
             return soft
         (tokens,) = self.model.language.to_read([prompt])
