@@ -7,13 +7,14 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from evlgen.commands.arguments import add_run_arguments, allow_downloads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from evlgen.common.batch import Batch
     from evlgen.config.config import Config
     from evlgen.data_check import SplitReport
     from evlgen.datasets.base_builder import BaseDatasetBuilder
@@ -200,7 +201,7 @@ def _measured(
         return [lengths.of_turns(texts["messages"], texts.get("image_shapes", []), learns)]
     if "text_input" not in texts:
         return []
-    batch = {key: [value] for key, value in texts.items()}
+    batch = cast("Batch", {key: [value] for key, value in texts.items()})
     if role_of(split) == "train":
         batch = task.to_learn(batch)
         return lengths.learned(batch["text_input"], batch.get("text_output"))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from evlgen.common.batch import Batch
 from evlgen.common.errors import DataError
 from evlgen.datasets.media import Media
 from evlgen.processors.base_processor import BaseProcessor
@@ -173,7 +174,7 @@ class BaseDataset(Dataset):
         """
         return {}
 
-    def collater(self, samples: Sequence[Mapping[str, Any] | Skipped]) -> dict[str, Any]:
+    def collater(self, samples: Sequence[Mapping[str, Any] | Skipped]) -> Batch:
         """A batch of samples; see `collate`."""
         return collate(samples, ("image",) if getattr(self.vis_processor, "shapes_differ", False) else ())
 
@@ -236,10 +237,9 @@ def about_positions(*texts: str | Sequence[str], num_images: int = 1) -> int:
     return chars // _CHARS_PER_TOKEN + _TOKENS_PER_IMAGE * num_images
 
 
-def collate(
-    samples: Sequence[Mapping[str, Any] | Skipped], may_differ: Collection[str] = ()
-) -> dict[str, Any]:
-    """A batch: tensors stacked along a new first dimension, everything else in lists.
+def collate(samples: Sequence[Mapping[str, Any] | Skipped], may_differ: Collection[str] = ()) -> Batch:
+    """A batch (`evlgen.common.batch.Batch`): tensors stacked along a new first dimension, everything else in
+    lists.
 
     Args:
         may_differ: keys whose tensors stay in a list where their shapes differ.
@@ -255,7 +255,7 @@ def collate(
         for key in (read[0] if read else ())
     }
     batch["skipped"] = [sample for sample in samples if isinstance(sample, Skipped)]
-    return batch
+    return cast(Batch, batch)
 
 
 def _batched(key: str, values: list[Any], may_differ: bool) -> torch.Tensor | list[Any]:

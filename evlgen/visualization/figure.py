@@ -15,6 +15,7 @@ from PIL import Image
 from evlgen.common.errors import ConfigError
 from evlgen.media.frames import read_frames
 from evlgen.models.base_model import BaseModel
+from evlgen.models.protocols import reads_videos
 from evlgen.visualization.merging import Merging, Stage, find_merging
 from evlgen.visualization.regions import draw_regions
 from evlgen.visualization.sheet import Row, draw_sheet, write_on
@@ -57,7 +58,7 @@ def merge_clips(
     model: BaseModel, clips: Sequence[Sequence[Image.Image]], layers: str | Sequence[int] = "all"
 ) -> list[list[Merging]]:
     """How each video's tokens merge: one `Merging` each; to a model of images every frame is an image."""
-    reads_clips = getattr(model, "temporal", None) is not None
+    reads_clips = reads_videos(model)
     parts = [[clip] if reads_clips else [[frame] for frame in clip] for clip in clips]
     return [[find_merging(model, frames, layers) for frames in part] for part in parts]
 
