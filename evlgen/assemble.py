@@ -25,6 +25,8 @@ from evlgen.common.registry import registry
 from evlgen.common.safe_text import message_lines
 from evlgen.config.config import Config
 from evlgen.config.machine import MACHINE_FILE, machine_of_run
+from evlgen.config.schema import parameters_of
+from evlgen.config.yaml_io import read_yaml
 from evlgen.files.io import cache_root, write_atomically
 from evlgen.files.locks import sole_writer
 from evlgen.weights.checkpoints import STATE_FOLDER, found_checkpoints, update_symlink
@@ -48,6 +50,32 @@ def run(cfg: Config, listeners: Sequence[Listener] = ()) -> dict[str, dict[str, 
     Raises:
         EVLGenError: whatever a user can fix; nothing heavy was loaded where that could be known before.
     """
+    return run_stages([cfg], listeners)
+
+
+def run_stages(stages: Sequence[Config], listeners: Sequence[Listener] = ()) -> dict[str, dict[str, float]]:
+    """As `run`, the stages of a project file one after the other, each from the weights of the one before
+    unless it names a checkpoint itself. With ``run.resume: auto`` the stages that are finished are left out,
+    and the one that was interrupted goes on.
+
+    Returns:
+        What `run` gives, of the last stage.
+    """
+    from accelerate import PartialState
+
+    checked = [_check(cfg) for cfg in stages]
+    scores: dict[str, dict[str, float]] = {}
+    start: str | None = None
+    for cfg, (task, builders, own_listeners) in zip(stages, checked, strict=True):
+        if start is not None and cfg.stage is not None and not cfg.stage.has_own_start:
+            cfg = cfg.starting_from(start)
+        scores, start = _run(cfg, task, builders, [*own_listeners, *listeners])
+    PartialState().destroy_process_group()
+    return scores
+
+
+def _check(cfg: Config) -> tuple[Any, dict[str, Any], list[Listener]]:
+    """Task, builders and listeners of a run, after all checks for which no weights and no data are read."""
     if cfg.run.evaluate and not cfg.model.checkpoint:
         raise ConfigError(
             "model.checkpoint: evaluating needs the trained weights, such as --options "
@@ -60,23 +88,33 @@ def run(cfg: Config, listeners: Sequence[Listener] = ()) -> dict[str, dict[str, 
     check_splits(cfg, builders)
     check_nothing_missing(cfg, builders)
     check_room(cfg, task)
+    from evlgen.runners.listener import make_listeners
+    from evlgen.runners.trackers import check_trackers
 
+    listeners = make_listeners(cfg.run.listeners)
+    check_trackers(cfg.run.trackers)
+    return task, builders, listeners
+
+
+def _run(
+    cfg: Config, task: Any, builders: dict[str, Any], listeners: Sequence[Listener]
+) -> tuple[dict[str, dict[str, float]], str | None]:
+    """What `run` does after `_check`. Returns the scores, and the checkpoint of a stage that was trained."""
     from accelerate.utils import gather_object, set_seed
 
     from evlgen.common.logs import log_to_file
     from evlgen.loaders.mixed_plan import check_training_data
     from evlgen.runners.distribution import make_accelerator, peers_named
-    from evlgen.runners.listener import make_listeners
-    from evlgen.runners.trackers import check_trackers
 
-    all_listeners = [*make_listeners(cfg.run.listeners), *listeners]
-    check_trackers(cfg.run.trackers)
     accelerator = make_accelerator(cfg.run)
     with contextlib.ExitStack() as stack:
         stack.enter_context(peers_named())
         stack.enter_context(writing_named(cfg.run.output_dir))
         restarted = any(gather_object([was_restarted()]))  # each machine counts its own failures only
         cfg = cfg.resuming() if restarted else cfg
+        if cfg.stage is not None and (checkpoint := _finished_stage(cfg, accelerator, restarted)):
+            logger.info("stage '%s' is finished: %s", cfg.stage.name, checkpoint)
+            return {}, checkpoint
         folder = run_folder(cfg, accelerator, stack, restarted)
         stack.enter_context(log_to_file(folder / "log.txt", enabled=accelerator.is_main_process))
         if accelerator.is_main_process:
@@ -89,11 +127,36 @@ def run(cfg: Config, listeners: Sequence[Listener] = ()) -> dict[str, dict[str, 
         set_seed(cfg.run.seed)  # before the model draws its first weights
         model = registry.get_model_class(cfg.model.arch).from_config(cfg.model, accelerator.device)
         runner = registry.get_runner_class(cfg.run.runner)(
-            cfg.run, task, model, datasets, folder, cfg.to_dict(), accelerator, all_listeners
+            cfg.run, task, model, datasets, folder, cfg.to_dict(), accelerator, listeners
         )
         scores = runner.evaluate(cfg.run.test_splits) if cfg.run.evaluate else runner.train()
-        accelerator.end_training()  # shuts down the process group
-        return scores
+        accelerator.free_memory()
+        return scores, None if cfg.stage is None else _trained_checkpoint(folder, accelerator)
+
+
+def _finished_stage(cfg: Config, accelerator: Any, restarted: bool) -> str | None:
+    """The checkpoint of a stage that is finished, where this run goes on with an earlier one."""
+    from accelerate.utils import broadcast_object_list
+
+    from evlgen.runners.facts import FACTS_FILE, read_facts
+
+    found: list[str | None] = [None]
+    if accelerator.is_main_process and not cfg.run.evaluate:
+        folder = _begun_run(cfg, restarted)
+        if folder is not None and read_facts(folder / FACTS_FILE).get("state") == "finished":
+            found = [next(map(str, found_checkpoints(folder / "checkpoints")), None)]
+    broadcast_object_list(found)
+    return found[0]
+
+
+def _trained_checkpoint(folder: Path, accelerator: Any) -> str | None:
+    """The newest checkpoint of a run, for all processes, once the first has written it."""
+    from accelerate.utils import broadcast_object_list
+
+    checkpoints = found_checkpoints(folder / "checkpoints") if accelerator.is_main_process else []
+    found = [str(checkpoints[0]) if checkpoints else None]
+    broadcast_object_list(found)
+    return found[0]
 
 
 def ready_builders(cfg: Config) -> dict[str, Any]:
@@ -103,6 +166,7 @@ def ready_builders(cfg: Config) -> dict[str, Any]:
         ConfigError: a dataset's section does not fit the model.
     """
     check_image_sizes(cfg)
+    check_tiles(cfg)
     if cfg.env.cache_root:  # downloads and worker processes look there too
         os.environ.setdefault("EVLGEN_CACHE", cfg.env.cache_root)
     return make_builders(cfg)
@@ -120,6 +184,20 @@ def check_image_sizes(cfg: Config) -> None:
                     f"{path} ({cfg.source(path)}) is {section['image_size']}, but model.vision.image_size "
                     f"({cfg.source('model.vision.image_size') or 'default'}) is {size}. Leave the "
                     "processor's out: it follows."
+                )
+
+
+def check_tiles(cfg: Config) -> None:
+    """Raises `ConfigError` where the model reads tiles and a processor gives none."""
+    vision = getattr(cfg.model, "vision", None)
+    for name, dataset in cfg.datasets.items() if getattr(vision, "tiles", None) else ():
+        for role, section in (dataset.get("vis_processor") or {}).items():
+            if "max_tiles" not in parameters_of(registry.get_processor_class(section["name"])):
+                path = f"datasets.{name}.vis_processor.{role}.name"
+                raise ConfigError(
+                    f"{path} ({cfg.source(path) or 'default'}): '{section['name']}' gives no tiles, "
+                    "which model.vision.tiles asks for (blip2_image_train and blip_image_eval do; videos "
+                    "have none). Name another, or set tiles to null."
                 )
 
 
@@ -279,17 +357,10 @@ def writing_named(output_dir: str | Path) -> Iterator[None]:
 
 def _choose_folder(cfg: Config, restarted: bool) -> Path:
     parent = Path(os.path.expanduser(cfg.run.output_dir)).absolute()
-    if restarted and os.path.isdir(parent / "latest"):
-        return (parent / "latest").resolve()  # what this command made, with or without a checkpoint
-    if cfg.run.resume == "auto":
-        runs = [p for p in parent.glob("*/") if not p.is_symlink() and (p / "checkpoints").is_dir()]
-        # one that was stopped during its first save has none that is whole: it starts again, in its place
-        runs = [p for p in runs if found_checkpoints(p / "checkpoints")] or runs
-        if runs:
-            # the run begun or continued last; names are times, and clocks are put back
-            newest = parent / (parent / "latest").resolve().name
-            return _current(newest if newest in runs else max(runs))
-    elif cfg.run.resume:
+    begun = _begun_run(cfg, restarted)
+    if begun is not None:
+        return begun if restarted else _current(begun)
+    if cfg.run.resume and cfg.run.resume != "auto":
         checkpoint = Path(os.path.expanduser(cfg.run.resume)).resolve()
         if not os.path.isdir(checkpoint / STATE_FOLDER):
             raise CheckpointError(
@@ -301,6 +372,34 @@ def _choose_folder(cfg: Config, restarted: bool) -> Path:
             return _current(checkpoint.parent.parent)
     is_beside_training = cfg.run.evaluate and bool(found_checkpoints(parent / "latest" / "checkpoints"))
     return new_run_folder(parent, is_latest=not is_beside_training)
+
+
+def _begun_run(cfg: Config, restarted: bool) -> Path | None:
+    """The folder of the run that ``resume: auto`` goes on with, if there is one; of a stage only a run from
+    the same weights: an older one followed another run of the stage before."""
+    parent = Path(os.path.expanduser(cfg.run.output_dir)).absolute()
+    latest = parent / (parent / "latest").resolve().name
+    if restarted and os.path.isdir(parent / "latest") and _starts_like(latest, cfg):
+        return latest  # what this command made, with or without a checkpoint
+    if cfg.run.resume != "auto":
+        return None
+    runs = [p for p in parent.glob("*/") if not p.is_symlink() and (p / "checkpoints").is_dir()]
+    runs = [p for p in runs if _starts_like(p, cfg)]
+    # one that was stopped during its first save has none that is whole: it starts again, in its place
+    runs = [p for p in runs if found_checkpoints(p / "checkpoints")] or runs
+    # the run begun or continued last; names are times, and clocks are put back
+    return latest if latest in runs else max(runs, default=None)
+
+
+def _starts_like(folder: Path, cfg: Config) -> bool:
+    """Whether a run of a later stage started from the checkpoint that this one starts from, wherever both
+    have been moved to; true of any other run."""
+    if cfg.stage is None or cfg.stage.number == 0 or cfg.stage.has_own_start:
+        return True
+    with contextlib.suppress(EVLGenError, OSError):
+        saved = (read_yaml(folder / "config.yaml").get("model") or {}).get("checkpoint") or ""
+        return Path(saved).parts[-3:] == Path(cfg.model.checkpoint or "").parts[-3:]
+    return False
 
 
 def _current(folder: Path) -> Path:

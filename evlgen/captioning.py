@@ -84,7 +84,9 @@ def write_captions(
     for _, alike in groupby(read, key=lambda item: len(item[1])):  # a batch has videos of one length
         while batch := list(islice(alike, batch_size)):
             items = [Pictures(frames) if is_of_clips else frames[0] for _, frames in batch]
-            samples["image"] = torch.stack([processor(item) for item in items]).to(model.device)
+            pixels = [processor(item) for item in items]
+            is_ragged = len({item.shape for item in pixels}) > 1  # grids of tiles
+            samples["image"] = pixels if is_ragged else torch.stack(pixels).to(model.device)
             texts = model.generate(samples, num_beams=num_beams, max_length=max_length)
             yield list(zip((path for path, _ in batch), texts, strict=True))
 

@@ -46,17 +46,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, evaluate: bool) -> int:
-    from evlgen.config.config import Config
+    from evlgen.config.config import Config, load_stages
     from evlgen.config.consent import check_project
 
-    options = [*args.options, "run.evaluate=true"] if evaluate else args.options
-    cfg = Config.load(args.cfg_path, options, args.plugins)
-    check_project(cfg, allow_downloads(args))
+    if evaluate:  # of a file with stages what the last one trains
+        stages = [Config.load(args.cfg_path, [*args.options, "run.evaluate=true"], args.plugins)]
+    else:
+        stages = load_stages(args.cfg_path, args.options, args.plugins)
+    for cfg in stages:
+        check_project(cfg, allow_downloads(args))
     from evlgen.common.logs import quiet_libraries
 
     quiet_libraries()
-    from evlgen.assemble import run, writing_named
+    from evlgen.assemble import run_stages, writing_named
 
-    with writing_named(cfg.run.output_dir):
-        run(cfg)
+    with writing_named(stages[-1].run.output_dir):
+        run_stages(stages)
     return 0

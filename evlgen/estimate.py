@@ -24,6 +24,7 @@ from evlgen.config.model_config import ArchitectureConfig, ModelConfig
 from evlgen.models.connectors import ConnectorInputs
 from evlgen.models.language import build_language_model
 from evlgen.models.soft_prompts import SoftPromptHead
+from evlgen.models.tiles import Tiling
 from evlgen.models.vision import build_vision_encoder
 from evlgen.models.vlm import VLM
 from evlgen.weights.hub import with_settings
@@ -139,7 +140,9 @@ class _Step(NamedTuple):
 def _step(model: VLM, cfg: ModelConfig, batch_size: int, texts: list[str], num_frames: int) -> _Step:
     """A forward and a backward pass, counted."""
     frames = (num_frames,) if model.temporal else ()
-    image = torch.empty(batch_size, 3, *frames, cfg.vision.image_size, cfg.vision.image_size, device="meta")
+    side = cfg.vision.image_size
+    height = side if model.tiling is None else side * model.tiling.max  # an image of the most tiles
+    image = torch.empty(batch_size, 3, *frames, height, side, device="meta")
     counts = {"num_texts": [len(texts)] * batch_size} if len(texts) > 1 else {}
     samples = {"image": image, "text_input": texts * batch_size, **counts}
     weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
@@ -183,7 +186,8 @@ def _step(model: VLM, cfg: ModelConfig, batch_size: int, texts: list[str], num_f
         for handle in handles:
             handle.remove()
     of_parts = {"vision": vision, "connector": connector, "language": forward - vision - connector}
-    return _Step(of_parts, total, kept, prompts[0].shape[1], out["num_tokens"])
+    num_soft_prompts = prompts[0][..., 0].numel() // batch_size
+    return _Step(of_parts, total, kept, num_soft_prompts, out["num_tokens"])
 
 
 def _counted(counts: dict[str, int], part: str) -> int:
@@ -235,6 +239,7 @@ def _without_weights(cfg: ModelConfig, precision: str) -> VLM:
         frozen = (cfg.vision.freeze, cfg.language.freeze)
         model = cls(vision, connector, language, cfg.prompt, *frozen, temporal, **head)
         model.set_norm(cfg.vision.norm_eps)
+        model.tiling = Tiling.build(cfg, vision, language.embed_dim, 1.0, temporal)
     if cfg.language.freeze:  # transformers makes it in the type that its configuration names
         for weight in language.parameters():
             if not weight.requires_grad:

@@ -82,3 +82,12 @@ def test_the_command_prints_parts_memory_and_hours(capsys):
 def test_a_first_stage_is_refused_by_name(capsys):
     assert main(["estimate", "--cfg-path", "projects/blip2/pretrain_stage1.yaml"]) == 1
     assert "model.arch blip2 is not made of" in capsys.readouterr().err
+
+
+def test_tiles_are_counted_at_the_most_and_merging_inside_the_language_model_takes_less():
+    plain = estimate(model_config(), "fp32", text_tokens=10)
+    tiles = estimate(model_config("model.vision.tiles={max: 4}"), "fp32", text_tokens=10)
+    assert tiles.num_soft_prompts == 5 * plain.num_soft_prompts
+    assert tiles.parts["vision"].forward == pytest.approx(5 * plain.parts["vision"].forward, rel=0.01)
+    merging = estimate(model_config("model.language.tome={layer: 1, r: 0.5}"), "fp32", text_tokens=10)
+    assert merging.parts["language"].forward < plain.parts["language"].forward

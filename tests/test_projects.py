@@ -10,9 +10,9 @@ import torch
 import transformers
 from data_root import make_data_root
 
-from evlgen.assemble import run
+from evlgen.assemble import run, run_stages
 from evlgen.common.registry import registry
-from evlgen.config.config import Config, load_model_config
+from evlgen.config.config import Config, load_model_config, load_stages
 from evlgen.files.io import PACKAGE_ROOT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,12 +71,12 @@ def test_a_project_runs_with_tiny_parts(project, data_root, tiny_parts, tmp_path
     options += [f"datasets.{name}.train_size=40" for name in asked.datasets if name.startswith("shapes_")]
     options.append(f"run.output_dir={tmp_path / 'output'}")
     if not asked.run.evaluate:
-        cfg = Config.load(project, [*options, *ONE_STEP])
-        scores = run(cfg)
-        checkpoints = tmp_path / "output" / "latest" / "checkpoints"
-        assert (checkpoints / "latest" / "model.safetensors").is_file()
-        assert {key.rpartition("/")[2] for key in scores} == set(cfg.run.test_splits)
-        losses = [json.loads(line) for line in (tmp_path / "output/latest/log.jsonl").open()]
+        stages = load_stages(project, [*options, *ONE_STEP])
+        scores = run_stages(stages)
+        folders = [Path(cfg.run.output_dir) / "latest" for cfg in stages]
+        assert all((f / "checkpoints" / "latest" / "model.safetensors").is_file() for f in folders)
+        assert {key.rpartition("/")[2] for key in scores} == set(stages[-1].run.test_splits)
+        losses = [json.loads(line) for folder in folders for line in (folder / "log.jsonl").open()]
         assert all(torch.tensor(line["loss"]).isfinite() for line in losses if line["type"] == "train")
         return
     cfg = Config.load(project, options)

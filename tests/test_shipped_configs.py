@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from evlgen.common.registry import registry
-from evlgen.config.config import Config, load_model_config
+from evlgen.config.config import Config, load_model_config, load_stages
 from evlgen.files.io import PACKAGE_ROOT
 
 TYPES = [(arch, t) for arch in registry.list_models() for t in registry.get_model_class(arch).MODEL_TYPES]
@@ -163,10 +163,10 @@ LLAVA = {
 
 EVLGEN_COCO = model("evlgen_opt", 224, prompt="a photo of")
 PUBLISHED = {
-    "chat/llava15_pretrain": {
+    ("chat/llava15", "pretrain"): {
         **{**LLAVA, "run.init_lr": 1e-3, "run.batch_size_train": 256 // 8, "model.language.freeze": True},
     },
-    "chat/llava15_finetune": {
+    ("chat/llava15", "finetune"): {
         **{**LLAVA, "run.init_lr": 2e-5, "run.batch_size_train": 128 // 8, "model.language.freeze": False},
         "run.group_by_length": True,
     },
@@ -221,7 +221,8 @@ PUBLISHED.update(PAPER)
 
 @pytest.mark.parametrize("project", PUBLISHED)
 def test_a_project_has_the_published_settings(project):
-    cfg = Config.load(f"projects/{project}.yaml")
+    name, stage = project if isinstance(project, tuple) else (project, None)
+    cfg = Config.load(f"projects/{name}.yaml", stage=stage)
     whole = {"model": cfg.model_plain(), "datasets": cfg.datasets_plain(), "run": vars(cfg.run)}
     found = OmegaConf.create(whole)
     wanted = PUBLISHED[project]
@@ -234,9 +235,10 @@ def plain(value: Any) -> Any:
 
 def test_every_project_of_a_published_setting_is_in_the_table():
     own = {"evlgen/own_images", "chat/flickr8k_daquar_lite"}
-    own |= {"chat/tomeformer_pretrain", "chat/tomeformer_finetune"}  # our connector in a published recipe
+    own |= {"chat/tomeformer"}  # our connector in a published recipe
     named = {p.removeprefix("projects/").removesuffix(".yaml") for p in PROJECTS}
-    assert {name for name in named if "shapes" not in name and "photos" not in name} == set(PUBLISHED) | own
+    published = {project[0] if isinstance(project, tuple) else project for project in PUBLISHED}
+    assert {name for name in named if "shapes" not in name and "photos" not in name} == published | own
 
 
 @pytest.mark.parametrize(("arch", "model_type"), TYPES)
@@ -254,8 +256,7 @@ def test_every_file_of_model_types_belongs_to_an_architecture():
 
 @pytest.mark.parametrize("project", PROJECTS)
 def test_a_project_file_is_read_without_a_complaint(project, caplog):
-    cfg = Config.load(project)
-    assert cfg.datasets
+    assert all(cfg.datasets for cfg in load_stages(project))
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 

@@ -36,17 +36,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from evlgen.config.config import load_stages
+    from evlgen.config.consent import check_project
+
+    stages = load_stages(args.cfg_path, args.options, args.plugins)
+    for cfg in stages:
+        check_project(cfg, allow_downloads(args))
+    return max(_check(cfg, args) for cfg in stages)
+
+
+def _check(cfg: Config, args: argparse.Namespace) -> int:
+    """Looks at the datasets of a configuration. Returns the exit code."""
     from evlgen.assemble import ready_builders
     from evlgen.common.safe_text import printable
-    from evlgen.config.config import Config
-    from evlgen.config.consent import check_project
     from evlgen.data_check import find_shared, format_counts, write_skipped
     from evlgen.files.io import write_atomically
 
-    cfg = Config.load(args.cfg_path, args.options, args.plugins)
-    check_project(cfg, allow_downloads(args))
     builders = ready_builders(cfg)
-    folder = Path(os.path.expanduser(args.to or os.path.join(cfg.run.output_dir, "check")))
+    to = os.path.join(args.to, cfg.stage.name) if args.to and cfg.stage else args.to
+    folder = Path(os.path.expanduser(to or os.path.join(cfg.run.output_dir, "check")))
     workers = cfg.run.num_workers if args.num_workers is None else args.num_workers
     lengths, task = _lengths(cfg), _task(cfg)
     reports = []

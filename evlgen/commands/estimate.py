@@ -30,20 +30,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from evlgen.config.config import Config
+    from evlgen.config.config import load_stages
 
-    cfg = Config.load(args.cfg_path, args.options, args.plugins)
+    stages = load_stages(args.cfg_path, args.options, args.plugins)
 
     from evlgen.common.logs import quiet_libraries
-    from evlgen.estimate import estimate, measured_rate
 
     quiet_libraries()
+    for cfg in stages:
+        if cfg.stage is not None:
+            print(f"{cfg.stage.name}:")
+        _report(cfg, args)
+    return 0
+
+
+def _report(cfg: Config, args: argparse.Namespace) -> None:
+    from evlgen.estimate import estimate, measured_rate
+
     precision = args.precision or cfg.run.precision
     together = any(section.get("captions_together") for section in cfg.datasets.values())
     found = estimate(cfg.model, precision, args.text_tokens, 5 if together else 1, args.frames)
     rate = args.rate * 1e12 if args.rate else measured_rate(precision)
     print("\n".join(lines(found, cfg, rate, measured=not args.rate)))
-    return 0
 
 
 def lines(found: Estimate, cfg: Config, rate: float, measured: bool) -> list[str]:

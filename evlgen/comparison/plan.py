@@ -205,6 +205,8 @@ def _stages(entry: _Entry, settings: Settings, allow_downloads: bool | Consent) 
             *_evaluation_options(settings, is_last),
         )
         cfg = Config.load(path, options, settings.plugins)
+        if cfg.stage is not None:
+            raise ConfigError(f"{path} has stages, and runs of one stage are compared: give each a file.")
         check_project(cfg, allow_downloads)
         config = cfg.to_dict()
         if config["run"]["task"] == "captioning" and config["run"]["metrics"] is None:

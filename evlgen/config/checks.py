@@ -37,7 +37,7 @@ def check_structure(layers: Layers, problems: Problems) -> None:
             if name in IGNORED_SECTIONS:
                 continue
             if name not in SECTIONS:
-                problems.add(str(name), unknown_key(name, SECTIONS))
+                problems.add(str(name), unknown_key(name, (*SECTIONS, "stages")))
             elif name != "plugins" and not isinstance(section, Mapping):
                 problems.add(name, f"must be a mapping of keys to values, not {show(section)}")
             elif name == "plugins":
@@ -101,6 +101,9 @@ def check_together(model: Mapping[str, Any], run: RunConfig | None, problems: Pr
     if vision.get("freeze") is False:
         why = "a trained vision encoder gives other tokens at every step: nothing can be kept"
         problems.add("run.cache_vision", f"{why}. Set model.vision.freeze: true, or this to false")
+    elif vision.get("tiles"):
+        why = "images have different numbers of tiles, whose tokens are not kept"
+        problems.add("run.cache_vision", f"{why}. Set model.vision.tiles: null, or this to false")
     elif isinstance(temporal, Mapping) and temporal.get("form") in ("average", "residual"):
         why = "temporal attention is trained inside the vision encoder: its tokens cannot be kept"
         problems.add("run.cache_vision", f"{why}. Set model.vision.temporal.form: mean, or this to false")

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from evlgen.common.errors import ConfigError, did_you_mean
 from evlgen.common.plugins import load_entry_points, load_plugins
 from evlgen.common.registry import registry
+from evlgen.common.safe_text import message_lines
 from evlgen.config.checks import (
     EnvConfig,
     check_datasets,
@@ -43,13 +44,13 @@ from evlgen.config.layers import (
     Layer,
     Layers,
     builder_name,
-    options_layer,
     read_layer,
 )
 from evlgen.config.model_config import ArchitectureConfig
 from evlgen.config.named_code import check_named, modules_of_paths
 from evlgen.config.run_config import RunConfig
 from evlgen.config.schema import Problems, Registered, check_section, instantiate
+from evlgen.config.stages import Stage, check_sequence, layers_of_stage, stage_names
 from evlgen.config.yaml_io import dump_yaml
 from evlgen.files.io import PACKAGE_ROOT, write_atomically
 from evlgen.weights.hub_checkpoints import is_from_hub
@@ -71,6 +72,7 @@ class Config:
         plugins: the plugins loaded, files as absolute paths.
         cfg_path: the project file, None where there was none.
         layers: where each key came from.
+        stage: which stage of the file it is, None where the file has none.
     """
 
     model: ArchitectureConfig
@@ -80,10 +82,15 @@ class Config:
     plugins: tuple[str, ...]
     cfg_path: Path | None
     layers: Layers = field(repr=False, compare=False)
+    stage: Stage | None = None
 
     @classmethod
     def load(
-        cls, cfg_path: str | os.PathLike | None, options: Sequence[str] = (), plugins: Sequence[str] = ()
+        cls,
+        cfg_path: str | os.PathLike | None,
+        options: Sequence[str] = (),
+        plugins: Sequence[str] = (),
+        stage: str | None = None,
     ) -> Config:
         """Reads, layers and checks a project file.
 
@@ -91,6 +98,7 @@ class Config:
             cfg_path: the project file, looked up as `find_config` says; None: only defaults and options.
             options: ``key.path=value``, the value in YAML; they win over everything.
             plugins: modules or ``.py`` files to import besides the file's own ``plugins``.
+            stage: which of the file's ``stages``; None: the last one, where it has any.
 
         Raises:
             ConfigError: the file is not there, or there are problems in it: one line for each, with the key's
@@ -99,7 +107,8 @@ class Config:
         """
         path = find_config(cfg_path) if cfg_path is not None else None
         defaults = read_layer(DEFAULTS)
-        own = Layers([*([read_layer(path)] if path else []), options_layer(options)])
+        of_stage, this_stage = layers_of_stage(read_layer(path) if path else None, options, stage)
+        own = Layers(of_stage)
         layers = Layers([defaults, *own.layers])
         published = has_published_file(own.layers)
         early = _early_problems(layers, published)
@@ -137,6 +146,8 @@ class Config:
             problems.add("model.beta", beta_problem)
         problems.raise_any()
         assert run is not None  # else there is a problem
+        if this_stage is not None:
+            run = dataclasses.replace(run, output_dir=os.path.join(run.output_dir, this_stage.name))
         _warn_of(ignored)
         if model_values.get("checkpoint"):
             model_values["checkpoint"] = real_path(model_values["checkpoint"])
@@ -145,7 +156,7 @@ class Config:
         fill_processors(datasets, model_class.processor_defaults(model))
         drop_foreign_sources(datasets, layers)
         sections = OmegaConf.create(datasets, flags={"readonly": True})
-        return cls(model, sections, run, EnvConfig(**env), tuple(loaded), path, layers)
+        return cls(model, sections, run, EnvConfig(**env), tuple(loaded), path, layers, this_stage)
 
     def source(self, key_path: str) -> str:
         """The file (or ``--options``) a key such as ``model.connector.r`` came from; "" if built in."""
@@ -158,6 +169,10 @@ class Config:
     def resuming(self) -> Config:
         """This configuration, of a run that goes on from its latest checkpoint."""
         return dataclasses.replace(self, run=dataclasses.replace(self.run, resume="auto"))
+
+    def starting_from(self, checkpoint: str) -> Config:
+        """This configuration, of a run that starts from these weights."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, checkpoint=checkpoint))
 
     def model_plain(self) -> dict[str, Any]:
         """The ``model`` section as plain dicts and lists."""
@@ -184,6 +199,29 @@ class Config:
     def save(self, path: str | os.PathLike) -> None:
         """Writes `to_yaml` to a file."""
         write_atomically(path, self.to_yaml())
+
+
+def load_stages(
+    cfg_path: str | os.PathLike, options: Sequence[str] = (), plugins: Sequence[str] = ()
+) -> list[Config]:
+    """As `Config.load`, all stages of a project file; one configuration where it has none.
+
+    Raises:
+        ConfigError: as there, the problems of all stages; and see `check_sequence`.
+    """
+    names = stage_names(read_layer(find_config(cfg_path)))
+    if not names:
+        return [Config.load(cfg_path, options, plugins)]
+    found, problems = [], []
+    for name in names:
+        try:
+            found.append(Config.load(cfg_path, options, plugins, name))
+        except ConfigError as error:
+            problems += str(error).splitlines()
+    if problems:
+        raise ConfigError(message_lines(dict.fromkeys(problems)))
+    check_sequence(found)
+    return found
 
 
 def find_config(path: str | os.PathLike) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from evlgen.common.errors import CheckpointError, EVLGenError
+from evlgen.common.errors import CheckpointError, ConfigError, EVLGenError
 from evlgen.common.safe_text import printable, shown_name
 from evlgen.config.config import Config
 from evlgen.config.layers import display
@@ -41,11 +41,14 @@ def check_project(cfg: Config, allow: bool | Consent) -> None:
     the model and of the datasets itself. Options, and what is built in, need no consent.
 
     Raises:
+        ConfigError: it has stages.
         CheckpointError: the addresses may not be fetched.
     """
     file = cfg.cfg_path
     if file is None or not is_checkpoint(file.parent):
         return
+    if cfg.stage is not None:
+        raise ConfigError(f"{shown_name(file)}: a file that comes with weights describes one run: no stages.")
     found = list(_addresses(cfg.model_plain()))
     for name, section in cfg.datasets_plain().items():
         found += _addresses(section, f"datasets.{name}")

@@ -62,7 +62,10 @@ class Layer:
 def read_layer(path: Path) -> Layer:
     """The layer of a YAML file, its relative paths looked up beside it."""
     content = read_yaml(path)
-    _resolve_paths(content, path.parent)
+    stages = content.get("stages")
+    for section in [content, *(stages if isinstance(stages, list) else ())]:
+        if isinstance(section, dict):
+            _resolve_paths(section, path.parent)
     return Layer(display(path), content)
 
 

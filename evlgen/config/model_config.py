@@ -33,6 +33,25 @@ class TemporalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TilesConfig:
+    """Images of high resolution are cut into tiles of ``image_size`` (`vision.tiles`); see
+    `evlgen.models.tiles`.
+
+    Args:
+        max: tiles of an image at most; their grid follows its proportions and its size.
+        overview: whether the whole image, made as small as a tile, stands before them.
+        join: ``after``: the connector reads each tile by itself, and their soft prompts stand in a row;
+            ``before``: it reads the tokens of all at once (a TomeFormer: ``r_per_image: true``).
+        row_markers: whether a learned soft prompt stands behind each row of tiles.
+    """
+
+    max: PositiveInt = 4
+    overview: bool = True
+    join: Literal["after", "before"] = "after"
+    row_markers: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class VisionConfig:
     """The frozen vision encoder.
 
@@ -49,6 +68,7 @@ class VisionConfig:
             under autocast).
         drop_path_rate: stochastic depth while training (for ``freeze: false``).
         temporal: for videos; null for a model of images.
+        tiles: for images of high resolution; null: an image is resized to one square.
         tome_r: pairs of tokens that merge in each block of a frozen encoder; 0 is off.
         norm_eps: epsilon of the trained LayerNorm between the encoder and the connector; null leaves that
             norm out, as LLaVA does.
@@ -63,6 +83,7 @@ class VisionConfig:
     grad_checkpoint: bool | Literal["offload", "fairscale", "fairscale_offload"] = False
     drop_path_rate: Fraction = 0.0
     temporal: TemporalConfig | None = None
+    tiles: TilesConfig | None = None
     tome_r: NonNegativeInt = 0
     norm_eps: PositiveFloat | None = 1e-5
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -86,6 +107,20 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SoftPromptMergingConfig:
+    """The most similar soft prompts of an image become one behind a layer of the language model, whose other
+    layers then read fewer; see `evlgen.models.language.soft_prompt_merging`.
+
+    Args:
+        layer: after how many of its layers.
+        r: how many fewer there are then: a number, or a fraction such as 0.5; at least two are left.
+    """
+
+    layer: PositiveInt
+    r: NonNegativeInt | Fraction
+
+
+@dataclasses.dataclass(frozen=True)
 class LanguageConfig:
     """The frozen language model.
 
@@ -101,6 +136,7 @@ class LanguageConfig:
             (``vicuna_v1``, ``chatml``, ``question_answer``), or a Jinja file. Conversations always have one:
             this, else the tokenizer's own, else ``question_answer``.
         lora: adapters that are trained; null for none.
+        tome: soft prompts merge inside the model; null: they do not.
         pack: put short conversations of a batch one behind the other into rows as long as its longest, each
             without a view of the others: the same losses with less padding.
     """
@@ -112,6 +148,7 @@ class LanguageConfig:
     quantization: Literal["none", "8bit", "4bit"] = "none"
     chat_template: bool | str = False
     lora: LoraConfig | None = None
+    tome: SoftPromptMergingConfig | None = None
     pack: bool = False
 
 

@@ -66,7 +66,7 @@ class RunConfig:
     batch_size_train: PositiveInt = 32
     #: Samples per batch and process in evaluation.
     batch_size_eval: PositiveInt = 32
-    #: Whether a batch has conversations of similar length, so that little of it is padding.
+    #: Whether a batch has samples of similar length, so that little of it is padding.
     group_by_length: bool = False
     #: Batches whose gradients are summed before one optimizer step.
     accum_grad_iters: PositiveInt = 1

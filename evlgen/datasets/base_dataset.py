@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +14,14 @@ from evlgen.common.batch import Batch
 from evlgen.common.errors import DataError
 from evlgen.datasets.media import Media
 from evlgen.processors.base_processor import BaseProcessor
+
+_CHARS_PER_TOKEN = 4  # about; an image counts as many tokens as a model commonly has soft prompts for it
+_TOKENS_PER_IMAGE = 64
+_TEXTS = (
+    "caption",
+    "question",
+    "answers",
+)  # keys of records: a text, or a list of which one is read at a time
 
 
 @dataclass(frozen=True)
@@ -178,7 +186,7 @@ class BaseDataset(CollatedDataset):
 
     def collater(self, samples: Sequence[Mapping[str, Any] | Skipped]) -> Batch:
         """A batch of samples; see `collate`."""
-        return collate(samples)
+        return collate(samples, ("image",) if getattr(self.vis_processor, "shapes_differ", False) else ())
 
 
 class MediaDataset(BaseDataset):
@@ -218,6 +226,14 @@ class MediaDataset(BaseDataset):
         record = self.records[index]
         return record.id if isinstance(record, BadRecord) else record["visual"]
 
+    def size(self, index: int) -> int:
+        """About how many positions a sample takes, for batches of samples of similar length
+        (``run.group_by_length``), by the texts of its record; 0 for a `BadRecord`."""
+        record = self.records[index]
+        return (
+            0 if isinstance(record, BadRecord) else about_positions(*(record.get(key, "") for key in _TEXTS))
+        )
+
     def _visual(self, index: int) -> str:
         record = self.records[index]
         if isinstance(record, BadRecord):
@@ -225,9 +241,18 @@ class MediaDataset(BaseDataset):
         return record["visual"]
 
 
-def collate(samples: Sequence[Mapping[str, Any] | Skipped]) -> Batch:
+def about_positions(*texts: str | Sequence[str], num_images: int = 1) -> int:
+    """About how many positions a sample takes: of a list of texts the longest counts."""
+    chars = sum(len(text) if isinstance(text, str) else max(map(len, text), default=0) for text in texts)
+    return chars // _CHARS_PER_TOKEN + _TOKENS_PER_IMAGE * num_images
+
+
+def collate(samples: Sequence[Mapping[str, Any] | Skipped], may_differ: Collection[str] = ()) -> Batch:
     """A batch (`evlgen.common.batch.Batch`): tensors stacked along a new first dimension, everything else in
     lists.
+
+    Args:
+        may_differ: keys whose tensors stay in a list where their shapes differ.
 
     ``skipped`` lists what could not be read and is always there; when nothing was read it is the only key.
 
@@ -236,17 +261,20 @@ def collate(samples: Sequence[Mapping[str, Any] | Skipped]) -> Batch:
     """
     read = [sample for sample in samples if not isinstance(sample, Skipped)]
     batch: dict[str, Any] = {
-        key: _batched(key, [sample[key] for sample in read]) for key in (read[0] if read else ())
+        key: _batched(key, [sample[key] for sample in read], key in may_differ)
+        for key in (read[0] if read else ())
     }
     batch["skipped"] = [sample for sample in samples if isinstance(sample, Skipped)]
     return cast(Batch, batch)
 
 
-def _batched(key: str, values: list[Any]) -> torch.Tensor | list[Any]:
+def _batched(key: str, values: list[Any], may_differ: bool) -> torch.Tensor | list[Any]:
     if not isinstance(values[0], torch.Tensor):
         return values
     shapes = {tuple(value.shape) for value in values}
     if len(shapes) > 1:
+        if may_differ:
+            return values
         raise DataError(
             f"'{key}' has samples of different shapes in one batch: {', '.join(map(str, sorted(shapes)))}. "
             "A processor must give every sample the same shape."

@@ -14,7 +14,7 @@ from evlgen.common.errors import DataError
 from evlgen.common.registry import registry
 from evlgen.datasets.annotations import check_inside
 from evlgen.datasets.base_builder import role_of
-from evlgen.datasets.base_dataset import BaseDataset
+from evlgen.datasets.base_dataset import BaseDataset, about_positions
 from evlgen.datasets.conversation_records import read_conversations
 from evlgen.datasets.media import ImageFiles, Media, VideoFiles, is_address
 from evlgen.datasets.records import good
@@ -28,9 +28,6 @@ from evlgen.processors.base_processor import BaseProcessor
 from evlgen.processors.video import VideoProcessor
 
 logger = logging.getLogger(__name__)
-
-_CHARS_PER_TOKEN = 4  # about; an image counts as many tokens as a model commonly has soft prompts for it
-_TOKENS_PER_IMAGE = 64
 
 
 class ConversationDataset(BaseDataset):
@@ -103,8 +100,8 @@ class ConversationDataset(BaseDataset):
         record = self.records[index]
         if not isinstance(record, dict):
             return 0
-        chars = sum(len(str(message["content"])) for message in record["messages"])
-        return chars // _CHARS_PER_TOKEN + _TOKENS_PER_IMAGE * len(record["visuals"])
+        texts = [str(message["content"]) for message in record["messages"]]
+        return about_positions(*texts, num_images=len(record["visuals"]))
 
     def _pixels(self, kind: str, name: str) -> torch.Tensor:
         reads_videos = isinstance(self.vis_processor, VideoProcessor)

@@ -13,7 +13,7 @@ from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
 from evlgen.config.constraints import PositiveInt
 from evlgen.datasets.base_builder import BaseDatasetBuilder, role_of
-from evlgen.datasets.base_dataset import BaseDataset
+from evlgen.datasets.base_dataset import BaseDataset, about_positions
 from evlgen.datasets.shapes.captions import captions as write_captions
 from evlgen.datasets.shapes.checker import check
 from evlgen.datasets.shapes.world import SPLITS, draw, scene
@@ -57,6 +57,10 @@ class ShapesCaptionDataset(BaseDataset):
 
     def visual_source(self, index: int) -> str:
         return f"shapes/{self.seed}/{self.split}/{self.records[index]}"
+
+    def size(self, index: int) -> int:
+        """See `MediaDataset.size`."""
+        return about_positions(self.captions_of(self.records[index]))
 
     def picture(self, index: int) -> Image.Image:
         return Image.fromarray(draw(scene(self.split, self.records[index], self.seed)))

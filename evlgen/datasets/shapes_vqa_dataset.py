@@ -9,7 +9,7 @@ from PIL import Image
 
 from evlgen.common.registry import registry
 from evlgen.datasets.base_builder import role_of
-from evlgen.datasets.base_dataset import BaseDataset
+from evlgen.datasets.base_dataset import BaseDataset, about_positions
 from evlgen.datasets.shapes.questions import ANSWERS, Question, question
 from evlgen.datasets.shapes.world import draw
 from evlgen.datasets.shapes_dataset import ShapesCaptionBuilder
@@ -63,6 +63,11 @@ class ShapesQuestionDataset(BaseDataset):
 
     def visual_source(self, index: int) -> str:
         return f"shapes/{self.seed}/{self.split}/{self._question(index).scene.index}"
+
+    def size(self, index: int) -> int:
+        """See `MediaDataset.size`."""
+        asked = self._question(index)
+        return about_positions(asked.text, asked.answer)
 
     def picture(self, index: int) -> Image.Image:
         return Image.fromarray(draw(self._question(index).scene))

@@ -163,7 +163,7 @@ def make_plan(
     similar sizes, by the datasets' ``size(index)``.
 
     Raises:
-        ConfigError: a dataset does not tell how long its samples are.
+        ConfigError: samples cannot be grouped by their length: a stream, or a dataset without `size`.
     """
     streams = [isinstance(dataset, StreamDataset) for dataset in datasets]
     if any(streams) and group_by_length:
@@ -193,10 +193,16 @@ def _sized(datasets: Iterable[BaseDataset]) -> list[HasSizes]:
     """The datasets, which tell how long their samples are. Raises `ConfigError` where one does not."""
     found: list[HasSizes] = []
     for dataset in datasets:
+        if isinstance(dataset, StreamDataset):
+            raise ConfigError(
+                f"run.group_by_length: {type(dataset).__name__} is a stream, whose samples are read in their "
+                "order. Set it to false."
+            )
         if not isinstance(dataset, HasSizes):
             raise ConfigError(
-                f"run.group_by_length: {type(dataset).__name__} does not tell how long its samples are. Give "
-                "it a method size(index), as datasets of conversations have, or set it to false."
+                f"run.group_by_length: {type(dataset).__name__} does not say how long its samples are. Give "
+                "it a method size(index), see evlgen.datasets.base_dataset.MediaDataset.size, or set it to "
+                "false."
             )
         found.append(dataset)
     return found

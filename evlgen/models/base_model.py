@@ -164,7 +164,8 @@ class BaseModel(nn.Module):
         found: dict[str, dict[str, Any]] = {"text_processor": {"prompt": f"{prompt} "} if prompt else {}}
         if isinstance(vision, VisionConfig):  # a plugin's `CONFIG` may have another vision encoder, or none
             normalisation = vision_encoder_class(vision.name).normalisation(vision.name)
-            found["vis_processor"] = {"image_size": vision.image_size, **normalisation}
+            tiles = {} if vision.tiles is None else {"max_tiles": vision.tiles.max}
+            found["vis_processor"] = {"image_size": vision.image_size, **normalisation, **tiles}
         return found
 
     @classmethod

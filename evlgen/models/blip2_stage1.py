@@ -174,6 +174,8 @@ class Blip2Stage1(VisionModel):
             )
         if cfg.vision.temporal:
             raise ConfigError("model.vision.temporal: BLIP-2's first stage is of images. Leave it out.")
+        if cfg.vision.tiles:
+            raise ConfigError("model.vision.tiles: BLIP-2's first stage reads no tiles. Leave it out.")
         if cfg.vision.norm_eps is None:
             raise ConfigError("model.vision.norm_eps: BLIP-2's first stage has the norm. Leave it out.")
         tokenizer = QFormerTokenizer(cfg.text.tokenizer, cfg.max_txt_len)

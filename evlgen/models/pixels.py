@@ -28,7 +28,7 @@ def with_pixels(model: HasVision, samples: Any) -> Batch:
     return cast(Batch, {**samples, "image": pixels_of(model, samples["image"])})
 
 
-def pixels_of(model: HasVision, images: Any) -> Tensor:
+def pixels_of(model: HasVision, images: Any) -> Tensor | list[Tensor]:
     """Pillow images through the model's own eval processor.
 
     Args:
@@ -36,7 +36,8 @@ def pixels_of(model: HasVision, images: Any) -> Tensor:
             of the list may also be a `Clip`, or a list of the frames of one.
 
     Returns:
-        [B, 3, H, W]; for a video model [B, 3, T, H, W].
+        [B, 3, H, W]; for a video model [B, 3, T, H, W]; for a model of tiles (`evlgen.models.tiles`) a list,
+        where the images have different grids.
 
     Raises:
         DataError: something else; an empty list; videos of different numbers of frames.
@@ -52,6 +53,8 @@ def pixels_of(model: HasVision, images: Any) -> Tensor:
         items = [process(_as_clip(item) if of_videos else item) for item in items]
     shapes = {tuple(item.shape) for item in items}
     if len(shapes) > 1:
+        if getattr(model, "tiling", None) is not None:
+            return items
         raise DataError(f"the images of one batch have different shapes: {sorted(shapes)}. Give them apart.")
     return torch.stack(items)
 

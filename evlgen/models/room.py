@@ -4,6 +4,7 @@ they have room."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,7 @@ from evlgen.models.language import LanguageModel, build_language_model
 from evlgen.models.language.loading import find_model, num_positions, read_config
 from evlgen.models.protocols import offers
 from evlgen.models.text_lengths import TextLengths, TextReader
+from evlgen.models.tiles import Tiling
 from evlgen.models.vision import build_vision_encoder
 from evlgen.weights.hub import missing_model, with_settings
 
@@ -30,10 +32,13 @@ def text_lengths(cfg: ModelConfig, kind: str, temporal: str | None) -> TextLengt
     if missing_model(cfg.language.name):
         return None
     language = _language_without_weights(cfg, kind)
-    num_soft = _num_soft_prompts(cfg, language.embed_dim)
+    num_soft = functools.cache(lambda views: _num_soft_prompts(cfg, language.embed_dim, views))
+    tiling = _tiling(cfg)
 
     def num_soft_of_shape(shape: Sequence[int]) -> int:
-        return num_soft * (shape[1] if temporal == "concat" and len(shape) == 4 else 1)
+        if tiling is not None:
+            return tiling.num_soft(shape, num_soft)
+        return num_soft(1) * (shape[1] if temporal == "concat" and len(shape) == 4 else 1)
 
     limit = min(cfg.max_sequence_len, language.max_positions or cfg.max_sequence_len)
     return TextLengths(language, num_soft_of_shape, limit) if offers(language, TextReader) else None
@@ -55,10 +60,17 @@ def check_room(cfg: ModelConfig, kind: str, prompt: str | None, num_new: int, le
     around = 256 if cfg.language.chat_template else 8  # tokens of a template, of a start
     # of queries, maybe
     counts = [n for key, n in cfg.connector.items() if key.startswith("num_") and isinstance(n, int)]
-    most = max((cfg.vision.image_size // 8) ** 2, *counts, 0)
+    tiling = _tiling(cfg)
+    views = 1 if tiling is None else tiling.max + 1
+    most = views * max((cfg.vision.image_size // 8) ** 2, *counts, 0)
     if limit is not None and texts + around + num_new + most > limit:
         language = _language_without_weights(cfg, kind)
-        language.check_room(_num_soft_prompts(cfg, language.embed_dim), prompt, num_new, learns)
+
+        def num_soft(views: int) -> int:
+            return _num_soft_prompts(cfg, language.embed_dim, views)
+
+        most = num_soft(1) if tiling is None else tiling.most_soft(num_soft)
+        language.check_room(most, prompt, num_new, learns)
 
 
 def _language_without_weights(cfg: ModelConfig, kind: str) -> LanguageModel:
@@ -66,8 +78,14 @@ def _language_without_weights(cfg: ModelConfig, kind: str) -> LanguageModel:
     return build_language_model(dataclasses.replace(cfg, language=plain), kind, torch.device("meta"))
 
 
-def _num_soft_prompts(cfg: ModelConfig, language_dim: int) -> int:
-    """The soft prompts of an image (of a video, of a frame); 1 where weights are needed to tell."""
+def _tiling(cfg: ModelConfig) -> Tiling | None:
+    """How images are cut into tiles; its weights are none."""
+    return None if cfg.vision.tiles is None else Tiling(cfg.vision.tiles, cfg.vision.image_size, 1, 1.0)
+
+
+def _num_soft_prompts(cfg: ModelConfig, language_dim: int, views: int) -> int:
+    """The soft prompts of an image (of a video, of a frame; of ``views`` in a row); 1 where weights are
+    needed to tell."""
     settings = {key: value for key, value in cfg.connector.items() if key not in ("name", "init")}
     try:
         with torch.device("meta"):
@@ -75,6 +93,6 @@ def _num_soft_prompts(cfg: ModelConfig, language_dim: int) -> int:
             vision = build_vision_encoder(plain, "meta")
             connector_class = registry.get_connector_class(cfg.connector.get("name", "tomeformer"))
             connector = connector_class.build(ConnectorInputs.behind(vision, language_dim, 1.0), **settings)
-        return connector.num_soft_prompts(vision.num_tokens)
+        return connector.num_soft_prompts(views * vision.num_tokens)
     except (EVLGenError, ArithmeticError, RuntimeError, TypeError, ValueError):
         return 1  # a part of a plugin, which may do anything; what is wrong is said when it is built

@@ -24,11 +24,12 @@ from evlgen.models import room, sequences
 from evlgen.models.base_model import MissingAsset
 from evlgen.models.chatting import Chatting
 from evlgen.models.connectors.base import Connector, ConnectorInputs
-from evlgen.models.language import LanguageModel, build_language_model
+from evlgen.models.language import CausalLanguageModel, LanguageModel, build_language_model
 from evlgen.models.language.segments import Row, SoftPrompts
 from evlgen.models.ops import cuda_graphs
 from evlgen.models.soft_prompts import SoftPromptHead
 from evlgen.models.text_lengths import TextLengths
+from evlgen.models.tiles import Tiling, as_prompts
 from evlgen.models.vision import build_vision_encoder
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.temporal import pool_frames
@@ -74,6 +75,7 @@ class VLM(Chatting):
         self.temporal = temporal
         self.connector = connector
         self.prompt_head = prompt_head
+        self.tiling: Tiling | None = None
         self.language = language
         self.freezes_language = freeze_language
         self.prompt = prompt
@@ -103,6 +105,12 @@ class VLM(Chatting):
         frozen = (cfg.vision.freeze, cfg.language.freeze)
         model = cls(vision, connector, language, cfg.prompt, *frozen, temporal, **head)
         model.set_norm(cfg.vision.norm_eps)
+        model.tiling = Tiling.build(cfg, vision, language.embed_dim, embedding_rms, temporal)
+        if model.tiling is not None and not isinstance(language, CausalLanguageModel):
+            raise ConfigError(
+                "model.vision.tiles: images have different numbers of soft prompts, which needs a decoder. "
+                "Set model.language.name to one."
+            )
         model.generation = cfg.generation
         model.max_sequence_len = cfg.max_sequence_len
         model._log_parts()
@@ -189,6 +197,8 @@ class VLM(Chatting):
         `encode` gave earlier -> soft prompts [B, M, C_language]. Of ``images`` see `sequence_prompts`."""
         if "images" in samples:
             return cast(Tensor, self.sequence_prompts(samples))
+        if self.tiling is not None and "image" in samples:
+            return cast(Tensor, self._tiled([*samples["image"]]))
         return self._to_prompts(self.image_tokens(samples))
 
     def _to_prompts(self, tokens: Tensor) -> Tensor:
@@ -201,7 +211,7 @@ class VLM(Chatting):
         is_plain = (
             isinstance(image, Tensor) and image.ndim == 4 and not {"images", "visual_tokens"} & {*samples}
         )
-        is_own = type(self).soft_prompts is VLM.soft_prompts and self.temporal is None
+        is_own = type(self).soft_prompts is VLM.soft_prompts and self.temporal is None and self.tiling is None
         if not (is_plain and is_own) or self.training or len(image) > _RECORDED_IMAGES:
             return self.soft_prompts(samples)
         self._check_image(image)
@@ -331,7 +341,7 @@ class VLM(Chatting):
             return self.soft_prompts(samples)
         images = [image.to(self.device) for of_one in samples.get("images", []) for image in of_one]
         if images:
-            return self._connect(self._encode_each(images))
+            return self._connect(self._encode_each(images)) if self.tiling is None else self._tiled(images)
         size = self.vision.image_size
         learns = any(p.requires_grad for p in self.vision.parameters())
         tokens = (
@@ -339,7 +349,9 @@ class VLM(Chatting):
             if learns
             else torch.zeros(1, self.vision.num_tokens, self.vision.embed_dim, device=self.device)
         )
-        return self._with_head(self.connector(self._normed(tokens))[:0])
+        prompts = self._with_head(self.connector(self._normed(tokens))[:0])
+        marker = None if self.tiling is None else self.tiling.marker
+        return prompts if marker is None else prompts + marker
 
     def _encode_each(self, images: list[Tensor]) -> list[Tensor]:
         """The tokens [N, C_vision] of images and videos of any lengths, those of one shape together."""
@@ -359,6 +371,21 @@ class VLM(Chatting):
         for places, of_group in zip(groups, prompts, strict=True):
             found.update(zip(places, of_group, strict=True))
         return [found[place] for place in range(len(tokens))]
+
+    def _tiled(self, images: Sequence[Tensor]) -> SoftPrompts:
+        """The soft prompts of images [3, H, W] that are grids of tiles; see `Tiling`."""
+        assert self.tiling is not None
+        views = [self.tiling.cut(image.to(self.device)) for image in images]
+        counts = [len(of_one) for of_one in views]
+        tokens = self.encode_frames(torch.cat(views).to(next(self.vision.parameters()).dtype), 1)  # [V, N, C]
+        if self.tiling.join == "before":
+            return as_prompts(self._connect([of_one.flatten(0, 1) for of_one in tokens.split(counts)]))
+        grids = [self.tiling.grid_of(image.shape) for image in images]
+        parts = zip(self._to_prompts(tokens).split(counts), grids, strict=True)
+        return as_prompts([self.tiling.joined(prompts, grid) for prompts, grid in parts])
+
+    def encoded(self, samples: Batch) -> Batch:
+        return samples if self.tiling is not None else super().encoded(samples)
 
     @property
     def _most_positions(self) -> int:
@@ -383,6 +410,11 @@ class VLM(Chatting):
 
     def _num_soft(self, image: Tensor) -> int:
         """The soft prompts of an image [3, H, W] or a video [3, T, H, W]."""
+        if self.tiling is not None:
+            num_tokens = self.vision.num_tokens
+            return self.tiling.num_soft(
+                image.shape, lambda n: self.connector.num_soft_prompts(n * num_tokens)
+            )
         frames = image.shape[1] if image.ndim == 4 and self.temporal == "concat" else 1
         return self.connector.num_soft_prompts(self.vision.num_tokens * frames)
 

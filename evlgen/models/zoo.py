@@ -90,6 +90,8 @@ def load_preprocess(
         )
     vision = model.vision
     pixels = {"image_size": vision.image_size, "mean": list(vision.image_mean), "std": list(vision.image_std)}
+    if (tiling := getattr(model, "tiling", None)) is not None:
+        pixels["max_tiles"] = tiling.max
     if reads_videos(model):
         train = {"name": "alpro_video_train", "augment": "none"}  # as EVLGen's video models are trained
         names = {"train": train, "eval": {"name": "alpro_video_eval"}}

@@ -10,6 +10,9 @@ Two keys trade the published pixels for speed (`benchmarks/loader.py` has number
   these shrink more, and where black and white pixels meet that makes a larger difference.
 - ``draft: true`` lets a JPEG be decoded at a half or less of its size where no part that is looked at falls
   below ``image_size``. What is then resized is an image that was averaged before.
+
+With ``max_tiles`` above 1, which follows ``model.vision.tiles``, pixels are [3, rows * image_size, columns *
+image_size]: a grid of at most so many tiles (`evlgen.processors.tiles`).
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from evlgen.config.constraints import Fraction, PositiveInt
 from evlgen.media.images import to_rgb
 from evlgen.processors.base_processor import BaseProcessor
 from evlgen.processors.randaugment import RandAugment
+from evlgen.processors.tiles import RandomPartToGrid, ToGrid
 
 # OpenAI CLIP's normalisation, which EVA-CLIP shares (open_clip/constants.py).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -71,6 +75,10 @@ class ImageProcessor(BaseProcessor):
         transform: RGB image -> RGB image.
         mean, std: see `Normalisation`.
         draft_size: see `evlgen.media.images.open_image`; for those who open images for this processor.
+        max_tiles: see above.
+
+    Attributes:
+        shapes_differ: whether images come out in different shapes, so that a batch of them is a list.
     """
 
     def __init__(
@@ -79,8 +87,10 @@ class ImageProcessor(BaseProcessor):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         draft_size: int | None = None,
+        max_tiles: int = 1,
     ) -> None:
         self.transform, self.draft_size = transform, draft_size
+        self.shapes_differ = max_tiles > 1
         self._normalise = Normalisation(mean, std)
 
     def __call__(self, item: Image.Image) -> torch.Tensor:
@@ -102,9 +112,16 @@ class Blip2ImageTrainProcessor(ImageProcessor):
         max_scale: Fraction = 1.0,
         resize: Resize = "pillow",
         draft: bool = False,
+        max_tiles: PositiveInt = 1,
     ) -> None:
-        steps = _crop_and_flip(image_size, min_scale, max_scale, resize)
-        super().__init__(v2.Compose(steps), mean, std, _crop_draft_size(image_size, min_scale, draft))
+        steps = _crop_and_flip(image_size, min_scale, max_scale, resize, max_tiles)
+        super().__init__(
+            v2.Compose(steps),
+            mean,
+            std,
+            _crop_draft_size(image_size, min_scale, draft and max_tiles == 1),
+            max_tiles,
+        )
 
 
 @registry.register_processor("blip_image_train")
@@ -120,12 +137,19 @@ class BlipImageTrainProcessor(ImageProcessor):
         max_scale: Fraction = 1.0,
         resize: Resize = "pillow",
         draft: bool = False,
+        max_tiles: PositiveInt = 1,
     ) -> None:
         steps = [
-            *_crop_and_flip(image_size, min_scale, max_scale, resize),
+            *_crop_and_flip(image_size, min_scale, max_scale, resize, max_tiles),
             RandAugment(num_ops=2, magnitude=5),
         ]
-        super().__init__(v2.Compose(steps), mean, std, _crop_draft_size(image_size, min_scale, draft))
+        super().__init__(
+            v2.Compose(steps),
+            mean,
+            std,
+            _crop_draft_size(image_size, min_scale, draft and max_tiles == 1),
+            max_tiles,
+        )
 
 
 @registry.register_processor("blip_image_eval")
@@ -139,9 +163,13 @@ class BlipImageEvalProcessor(ImageProcessor):
         std: tuple[float, float, float] | None = None,
         resize: Resize = "pillow",
         draft: bool = False,
+        max_tiles: PositiveInt = 1,
     ) -> None:
-        whole = _RESIZES[resize][0]((image_size, image_size), interpolation=v2.InterpolationMode.BICUBIC)
-        super().__init__(whole, mean, std, image_size if draft else None)
+        if max_tiles > 1:
+            whole: Callable = _to_grid(image_size, max_tiles, resize)
+        else:
+            whole = _RESIZES[resize][0]((image_size, image_size), interpolation=v2.InterpolationMode.BICUBIC)
+        super().__init__(whole, mean, std, image_size if draft and max_tiles == 1 else None, max_tiles)
 
 
 def check_scales(min_scale: float, max_scale: float) -> None:
@@ -187,8 +215,20 @@ def _crop_draft_size(image_size: int, min_scale: float, draft: bool) -> int | No
     return math.ceil(image_size / math.sqrt(0.75 * min_scale)) if draft else None
 
 
-def _crop_and_flip(image_size: int, min_scale: float, max_scale: float, resize: Resize) -> list[Callable]:
+def _to_grid(image_size: int, max_tiles: int, resize: Resize) -> ToGrid:
+    def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+        return _RESIZES[resize][0](size, interpolation=v2.InterpolationMode.BICUBIC)(image)
+
+    return ToGrid(image_size, max_tiles, resized)
+
+
+def _crop_and_flip(
+    image_size: int, min_scale: float, max_scale: float, resize: Resize, max_tiles: int = 1
+) -> list[Callable]:
     check_scales(min_scale, max_scale)
+    if max_tiles > 1:
+        part = RandomPartToGrid(_to_grid(image_size, max_tiles, resize), (min_scale, max_scale))
+        return [part, v2.RandomHorizontalFlip()]
     crop = _RESIZES[resize][1](
         (image_size, image_size), scale=(min_scale, max_scale), interpolation=v2.InterpolationMode.BICUBIC
     )

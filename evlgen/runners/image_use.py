@@ -226,6 +226,8 @@ class ImageUseMeter:
             return prompts[order]
         if (
             self._previous is None
+            # images of different numbers of tiles have none
+            or not (isinstance(prompts, Tensor) and isinstance(self._previous[1], Tensor))
             or self._previous[0] in keys
             or self._previous[1].shape[1:] != prompts.shape[1:]
         ):
@@ -234,6 +236,9 @@ class ImageUseMeter:
 
     @torch.no_grad()
     def _remember(self, model: object, prompts: Tensor) -> None:
+        if not isinstance(prompts, Tensor):
+            self._square = math.nan
+            return
         values = prompts.float()
         if offers(model, HasPromptHead) and model.prompt_head is not None:
             values = values - model.prompt_head.places_for(prompts.shape[1])

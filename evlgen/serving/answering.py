@@ -155,7 +155,7 @@ class Answerer:
         ]
         each = first.decoding.num_captions
         return [
-            Answer(texts[place * each : (place + 1) * each], self._num_read(prompt, len(request.images)))
+            Answer(texts[place * each : (place + 1) * each], self._num_read(prompt, request.images))
             for place, (prompt, request) in enumerate(zip(prompts, requests, strict=True))
         ]
 
@@ -167,9 +167,14 @@ class Answerer:
         self.model.language.check_whole(prompt)
         return prompt
 
-    def _num_read(self, prompt: str, num_images: int) -> int:
+    def _num_read(self, prompt: str, images: Sequence[Tensor]) -> int:
         """Soft prompts and text tokens read before an answer; without those of a conversation's template."""
-        soft = num_images * self.model.connector.num_soft_prompts(self.model.vision.num_tokens)
+        tiling = getattr(self.model, "tiling", None)
+        of_views, num_tokens = self.model.connector.num_soft_prompts, self.model.vision.num_tokens
+        if tiling is not None:
+            soft = sum(tiling.num_soft(image.shape, lambda n: of_views(n * num_tokens)) for image in images)
+        else:
+            soft = len(images) * of_views(num_tokens)
         return soft + self.model.language.num_read(prompt)
 
     @contextlib.contextmanager

@@ -77,7 +77,7 @@ def test_a_project_file_beside_weights_fetches_only_what_is_allowed(strangers, s
     content.run = {"max_epoch": 1, "test_splits": ["test"], "output_dir": str(strangers.parent / "output")}
     OmegaConf.save(content, strangers / "config.yaml")
     named = ["--cfg-path", str(strangers / "config.yaml")]
-    monkeypatch.setattr("evlgen.assemble.run", lambda cfg: None)
+    monkeypatch.setattr("evlgen.assemble.run_stages", lambda stages: None)
     to = ["--to", str(strangers.parent / "to")]
     budget = ["--budget", "1it", "--output", str(strangers.parent / "compared")]
     for command in (
@@ -156,3 +156,15 @@ def test_hub_ids_are_shown_before_they_are_fetched(strangers, caplog, monkeypatc
     with caplog.at_level(logging.WARNING), pytest.raises(CheckpointError, match="somebody/some-model"):
         registry.get_model_class("evlgen_opt").from_pretrained(strangers)
     assert f"language model somebody/some-model, named in {strangers / 'config.yaml'}" in caplog.text
+
+
+def test_a_project_file_beside_weights_has_no_stages(strangers, server, capsys):
+    content = OmegaConf.load(strangers / "config.yaml")
+    content.run = {"max_epoch": 1}
+    content.datasets = {"shapes_caption": {}}
+    content.stages = [{"model": {"vision": {"pretrained": f"{server.address}/other.safetensors"}}}]
+    OmegaConf.save(content, strangers / "config.yaml")
+    for command in (["train"], ["data", "check"]):
+        assert cli.main([*command, "--cfg-path", str(strangers / "config.yaml"), "--allow-downloads"]) == 1
+        assert "describes one run: no stages" in capsys.readouterr().err
+    assert server.requests == []

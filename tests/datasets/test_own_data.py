@@ -21,9 +21,11 @@ from evlgen.config.run_config import RunConfig
 from evlgen.config.schema import check_section
 from evlgen.datasets import Skipped
 from evlgen.datasets.base_dataset import BadRecord
+from evlgen.datasets.shards import ShardDataset
 from evlgen.datasets.table_dataset import ImageTextBuilder, Shares, divide
 from evlgen.datasets.table_records import ImageColumns, read_records
 from evlgen.datasets.tables import open_table
+from evlgen.loaders.mixed_plan import make_plan
 
 CAPTIONS = {"a.png": ["a dog", "the dog"], "b.png": ["red, and green"], "c.png": ["x", "y", "z"]}
 ROWS = [{"image": name, "caption": text} for name, texts in CAPTIONS.items() for text in texts]
@@ -629,3 +631,39 @@ def test_captions_together_of_questions_are_named(folder):
         ConfigError, match="datasets.image_text.captions_together: this is a table of questions"
     ):
         own.build_split("train")
+
+
+@pytest.mark.parametrize("kind", ["caption", "captions", "question", "shapes_caption", "shapes_vqa"])
+def test_batches_of_similar_length_can_be_made_of_every_dataset_of_texts(folder, kind):
+    texts = ["x" * (1 + 40 * (i % 5)) for i in range(20)]
+    rows = [
+        {"image": "a.png", "question": text, "answer": "yes"}
+        if kind == "question"
+        else {"image": f"{i % 3}.png" if kind == "caption" else f"{i}.png", "caption": text}
+        for i, text in enumerate(texts)
+    ]
+    Path("own.json").write_text(json.dumps(rows))
+    for name in {row["image"] for row in rows}:
+        Image.new("RGB", (8, 8)).save(name)
+    if kind.startswith("shapes"):
+        own = builder(kind, kind == "shapes_vqa", train_size=20)
+    else:
+        together = {"captions_together": True} if kind == "captions" else {}
+        own = builder(questions=kind == "question", annotations={"train": "own.json"}, **together)
+    dataset = own.build_split("train")
+    order = make_plan([dataset], 4, seed=1, group_by_length=True).order(0)
+    assert sorted(order) == list(range(20))
+    assert all(
+        max(sizes) - min(sizes) <= (10 if kind.startswith("shapes") else 0)
+        for sizes in ([dataset.size(i) for i in order[first : first + 4]] for first in range(0, 20, 4))
+    )
+    if kind == "caption":
+        assert dataset.size(1) - dataset.size(0) == 10
+
+
+def test_bad_rows_have_no_length_and_streams_are_not_grouped(folder, tmp_path):
+    Path("own.json").write_text(json.dumps([*ROWS, {"image": "a.png", "caption": ""}]))
+    dataset = builder(annotations={"train": "own.json"}).build_split("train")
+    assert dataset.size(len(dataset) - 1) == 0
+    with pytest.raises(ConfigError, match="group_by_length: ShardDataset is a stream"):
+        make_plan([ShardDataset(["a.tar"], None, None)], 4, seed=1, group_by_length=True)

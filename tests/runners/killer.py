@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 
-from evlgen import registry
+from evlgen import assemble, registry
 from evlgen.runners import checkpointer, training_state
 from evlgen.tasks.captioning import CaptioningTask
 from evlgen.weights import checkpoints
@@ -75,3 +75,4 @@ killed_before(checkpointer, "update_symlink", "before latest")
 killed_before(checkpointer, "remove_old", "before removing old ones")
 killed_before(checkpointer, "clear_unfinished", "clearing")
 killed_before(training_state, "set_random_state", "after validation")
+killed_before(assemble, "_trained_checkpoint", "between stages")

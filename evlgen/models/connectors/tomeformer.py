@@ -125,6 +125,8 @@ class TomeFormer(Connector):
         num_layers: BERT layers.
         r: pairs of tokens merged in each layer; a list with one number per layer; or ``[r, inflection]``
             (`token_merging.merge_schedule`).
+        r_per_image: whether ``r`` is of one image's tokens, so that it is as many times as much where the
+            tokens of several stand in a row: tiles (``vision.tiles.join: before``), frames (``concat``).
         merge: ``mean``, of the tokens that merge, each an equal share, as published; or ``size_weighted``,
             each by the number of visual tokens it stands for, so that a soft prompt is a mean over all of
             its visual tokens.
@@ -146,6 +148,7 @@ class TomeFormer(Connector):
         inputs: ConnectorInputs,
         num_layers: PositiveInt = 12,
         r: NonNegativeInt | list[Annotated[int | float, AtLeast(-1)]] = 19,
+        r_per_image: bool = False,
         merge: Literal["mean", "size_weighted"] = "mean",
         proportional_attention: bool = False,
         residual: bool = False,
@@ -176,7 +179,7 @@ class TomeFormer(Connector):
             sizes.num_weights(num_layers) + width * (inputs.vision_dim + inputs.language_dim),
             "model.connector",
         )
-        self.r = merge_schedule(r, num_layers)
+        self.r, self.r_per_image = merge_schedule(r, num_layers), r_per_image
         self.num_tokens, self.num_prefix_tokens = inputs.num_tokens, inputs.num_prefix_tokens
         self.num_protected = min(inputs.num_prefix_tokens, 1)
         self.counts_tokens = proportional_attention or merge == "size_weighted"
@@ -200,7 +203,7 @@ class TomeFormer(Connector):
         if self.proj_residual is not None:
             return self.forward_details(tokens)["soft_prompts"]
         x, counts = self._embed(tokens), None
-        for layer, r in zip(self.layers, self.r, strict=True):
+        for layer, r in zip(self.layers, self._rs(tokens.shape[1]), strict=True):
             x, layer_map = layer(x, r, self.num_protected, counts)
             counts = self._count(counts, layer_map, x.shape[1])
         return self.proj_out(x)
@@ -217,7 +220,7 @@ class TomeFormer(Connector):
         x, counts = self._embed(tokens), None
         hidden_states, layer_maps = [x], []
         merge_map = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-        for layer, r in zip(self.layers, self.r, strict=True):
+        for layer, r in zip(self.layers, self._rs(tokens.shape[1]), strict=True):
             x, layer_map = layer(x, r, self.num_protected, counts)
             counts = self._count(counts, layer_map, x.shape[1])
             hidden_states.append(x)
@@ -241,9 +244,14 @@ class TomeFormer(Connector):
 
     def num_soft_prompts(self, num_tokens: int) -> int:
         """M for N visual tokens."""
-        for r in self.r:
+        for r in self._rs(num_tokens):
             num_tokens -= limit_r(num_tokens, r, self.num_protected)
         return num_tokens
+
+    def _rs(self, num_tokens: int) -> list[int]:
+        """The pairs that merge in each layer, of so many visual tokens."""
+        times = count_frames(num_tokens, self.num_tokens) if self.r_per_image else 1
+        return [times * r for r in self.r]
 
     def _count(self, counts: Tensor | None, layer_map: Tensor | None, num_out: int) -> Tensor | None:
         """How many visual tokens each token stands for after a layer, where an option asks for it."""

@@ -52,7 +52,8 @@ def build_language_model(
         quantization=language.quantization,
         lora=language.lora,
         chat_template=language.chat_template,
-        **({"pack": True} if language.pack else {}),  # a plugin's may not know it
+        **({"pack": True} if language.pack else {}),  # a plugin's may not know these
+        **({} if language.tome is None else {"tome": language.tome}),
         device=device,
     )
 

@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
 
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
+from evlgen.config.model_config import SoftPromptMergingConfig
 from evlgen.models.language.chat import ChatTemplate, read_template
 from evlgen.models.language.generation import Decoding, decode, decode_stepwise
 from evlgen.models.language.hugging_face import (
@@ -52,6 +53,7 @@ from evlgen.models.language.segments import (
     packed,
     segments,
 )
+from evlgen.models.language.soft_prompt_merging import SoftPromptMerging
 from evlgen.models.language.text_trees import TextTrees, text_trees
 from evlgen.processors.turns import Turn
 
@@ -67,6 +69,7 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
     end_token_ids: list[int]
     _chat: ChatTemplate | None = None
     _talk: ChatTemplate | None = None
+    _merging: SoftPromptMerging | None = None
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
@@ -79,6 +82,9 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
     def _predictions_of(
         self, soft_prompts: SoftPrompts, samples: Sequence[Row], num_texts: list[int] | None = None
     ) -> Predictions:
+        if num_texts is not None and not isinstance(soft_prompts, Tensor):
+            pairs = zip(soft_prompts, num_texts, strict=True)
+            soft_prompts, num_texts = [prompts for prompts, count in pairs for _ in range(count)], None
         if num_texts is not None:
             of_images = cast(Tensor, soft_prompts)  # texts of one image each
             trees = text_trees(cast(list[Tokens], samples), num_texts, of_images.shape[1])
@@ -305,6 +311,9 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         self._chat = ChatTemplate(self.tokenizer, self.name, self.end_token_ids, template)
         self.end_token_ids = self._chat.end_token_ids
 
+    def _merge_soft_prompts(self, cfg: SoftPromptMergingConfig) -> None:
+        self._merging = SoftPromptMerging(self.model, self.name, cfg)
+
     def _question(self, text: str) -> tuple[list[int], list[int]]:
         words = self._token_ids(text)
         if len(words) > self.max_txt_len:
@@ -326,6 +335,8 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         """
         width_of = self._training_width if padding_side == "right" else None
         layout = lay_out(rows, num_soft_of(soft_prompts), self.pad_token_id, padding_side, width_of)
+        if self._merging is not None:
+            self._merging.expect(layout, num_soft_of(soft_prompts))
         if isinstance(soft_prompts, Tensor):
             prompts = soft_prompts.flatten(0, 1)  # [P, C]
         else:

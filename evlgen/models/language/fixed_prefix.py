@@ -29,7 +29,7 @@ def prefix_behind(
 ) -> Iterator[Prefix]:
     """The sequences read by a model that can read trees, in the form that is fastest on their device; for use
     inside the block. Arguments as of `SharedPrefix`."""
-    if max_length < _LEAST_TOKENS:
+    if max_length < _LEAST_TOKENS or getattr(model, "merges_soft_prompts", False):
         yield SharedPrefix(model, embeds, mask, branches, max_length)
         return
     shape = fixed_shape(embeds, branches, max_length)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from evlgen.common.errors import CheckpointError, ConfigError, DataError
-from evlgen.config.model_config import LoraConfig
+from evlgen.config.model_config import LoraConfig, SoftPromptMergingConfig
 from evlgen.models.language.adapters import adapter_modules, add_adapters
 from evlgen.models.language.base import LanguageModel
 from evlgen.models.language.chat import read_template
@@ -79,7 +79,7 @@ class HuggingFaceLanguageModel(LanguageModel):
         lora: adapters that are trained.
         chat_template: put prompts into the tokenizer's chat template, or into the named one; see
             `evlgen.models.language.chat.read_template`.
-        pack: see `LanguageConfig`.
+        pack, tome: see `LanguageConfig`.
         device: where it will run; it matters to ``quantization``, and ``meta`` makes a model without weights,
             that only knows how texts become tokens.
 
@@ -105,6 +105,7 @@ class HuggingFaceLanguageModel(LanguageModel):
         chat_template: bool | str = False,
         device: str | torch.device = "cpu",
         pack: bool = False,
+        tome: SoftPromptMergingConfig | None = None,
     ) -> None:
         super().__init__()
         self.pack = pack
@@ -129,6 +130,8 @@ class HuggingFaceLanguageModel(LanguageModel):
         self.pad_token_id = self._pad_token()
         if chat_template:
             self._read_chat_template(read_template(chat_template) if isinstance(chat_template, str) else None)
+        if tome is not None:
+            self._merge_soft_prompts(tome)
         if lora is not None:
             add_adapters(self.model, lora)
         self.embed_dim = self.model.get_input_embeddings().embedding_dim
@@ -269,6 +272,12 @@ class HuggingFaceLanguageModel(LanguageModel):
         raise ConfigError(
             f"model.language.chat_template: a language model of kind '{self.KIND}' has no place for one. Set "
             "it to false."
+        )
+
+    def _merge_soft_prompts(self, cfg: SoftPromptMergingConfig) -> None:
+        raise ConfigError(
+            f"model.language.tome: a language model of kind '{self.KIND}' merges no soft prompts. Take it "
+            "out, or name a decoder in model.language.name."
         )
 
     def _pad_token(self) -> int:

@@ -124,13 +124,13 @@ class SharedPrefix:
             logits_to_keep=1,
             **{self.cache_name: self.cache},
         ).logits
-        self._start = next_position, visible, embeds.shape[1]
+        self._start = next_position, visible, [layer.length for layer in self.cache.layers]
         self.rewind()
 
     def rewind(self) -> None:
         """Forgets what was read behind the prefix."""
-        self.next_position, self.visible, length = self._start
-        for layer in self.cache.layers:
+        self.next_position, self.visible, lengths = self._start
+        for layer, length in zip(self.cache.layers, lengths, strict=True):
             layer.length = length
 
     def read(self, tokens: Tensor, branches: Tensor | None = None) -> Tensor:
