@@ -6,15 +6,16 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
-from typing import Any
 
 import torch
 
+from evlgen.common.batch import Batch
 from evlgen.common.errors import DataError
 from evlgen.config.consent import Consent
 from evlgen.media.frames import find_files, read_files, without_result
 from evlgen.media.video import Pictures
 from evlgen.models.base_model import BaseModel
+from evlgen.models.protocols import reads_videos
 from evlgen.models.zoo import load_model_of, load_preprocess
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def write_captions(
         on_error: called for each file that cannot be read, which is named in a warning and left out.
     """
     processor = load_preprocess(model, num_frames=None)[0]["eval"]
-    samples: dict[str, Any] = {} if prompt is None else {"prompt": prompt}
+    samples: Batch = {} if prompt is None else {"prompt": prompt}
     is_of_clips = reads_videos(model)
     read = read_files(paths, num_frames if is_of_clips else None, on_error)
     for _, alike in groupby(read, key=lambda item: len(item[1])):  # a batch has videos of one length
@@ -91,8 +92,3 @@ def write_captions(
 def default_device() -> str:
     """The GPU of this process (of several that torchrun starts, its own), or the CPU."""
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-
-
-def reads_videos(model: BaseModel) -> bool:
-    """Whether a model is one of videos."""
-    return getattr(model, "temporal", None) is not None

@@ -7,13 +7,14 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from evlgen.commands.arguments import add_run_arguments, allow_downloads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from evlgen.common.batch import Batch
     from evlgen.config.config import Config
     from evlgen.data_check import SplitReport
     from evlgen.datasets.base_builder import BaseDatasetBuilder
@@ -86,8 +87,9 @@ def _without_images(builders: dict, reports: Sequence[SplitReport], task: BaseTa
         splits = [split for split in builder.splits if f"{name}/{split}" in readable]
         read = {split: builder.get_split(split) for split in splits}
         questions = {split: d for split, d in read.items() if isinstance(d, QuestionMediaDataset)}
-        train = questions.pop("train", None)
-        for split, dataset in questions.items() if train is not None else ():
+        if (train := questions.pop("train", None)) is None:
+            continue
+        for split, dataset in questions.items():
             guesses = blind_answers(train.questions_with_answers(), dataset.questions())
             scores = []
             for rule, answers in guesses.items():
@@ -192,7 +194,7 @@ def _measured(
         return [lengths.of_turns(texts["messages"], texts.get("image_shapes", []), learns)]
     if "text_input" not in texts:
         return []
-    batch = {key: [value] for key, value in texts.items()}
+    batch = cast("Batch", {key: [value] for key, value in texts.items()})
     if role_of(split) == "train":
         batch = task.to_learn(batch)
         return lengths.learned(batch["text_input"], batch.get("text_output"))

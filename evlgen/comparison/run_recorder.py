@@ -14,6 +14,7 @@ from torch import nn
 from evlgen.comparison.stages import DONE_FILE, FACTS_FILE, SHOWN_FILE
 from evlgen.files.io import write_atomically
 from evlgen.loaders.data import evenly_spread
+from evlgen.models.protocols import HasConnector, offers
 from evlgen.runners.facts import device_name, model_size, peak_memory
 from evlgen.runners.listener import Evaluation, Listener
 from evlgen.runners.runner import Runner
@@ -44,9 +45,8 @@ class RunRecorder(Listener):
     def before_training(self, runner: Runner) -> None:
         self._note(**model_size(runner.model), device=device_name(runner.accelerator.device))
         self._note(data={**runner.state.data, "ratios": runner.run.train_dataset_ratios})
-        connector = getattr(runner.model, "connector", None)
-        if isinstance(connector, nn.Module):
-            _call_once(connector, lambda out: self._note(soft_prompts=int(out.shape[1])))
+        if offers(runner.model, HasConnector):
+            _call_once(runner.model.connector, lambda out: self._note(soft_prompts=int(out.shape[1])))
 
     def after_evaluation(self, runner: Runner, evaluation: Evaluation) -> None:
         if runner.accelerator.is_main_process:

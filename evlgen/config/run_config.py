@@ -96,6 +96,10 @@ class RunConfig:
     #: needs spaCy.
     apply_lemmatizer: bool = False
 
+    #: Task ``retrieval``: how many of the best texts of an image, and images of a text, are ordered again by
+    #: image-text matching; 0: none.
+    k_test: NonNegativeInt = 128
+
     #: What a sampled caption's CIDEr is compared with in self-critical training (task ``captioning_scst``):
     #: that of the image's other samples, or of the caption a greedy search writes.
     scst_baseline: Literal["mean", "greedy"] = "mean"

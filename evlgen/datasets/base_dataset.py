@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from evlgen.common.batch import Batch
 from evlgen.common.errors import DataError
 from evlgen.datasets.media import Media
 from evlgen.processors.base_processor import BaseProcessor
@@ -165,7 +166,7 @@ class BaseDataset(Dataset):
         """
         return {}
 
-    def collater(self, samples: Sequence[Mapping[str, Any] | Skipped]) -> dict[str, Any]:
+    def collater(self, samples: Sequence[Mapping[str, Any] | Skipped]) -> Batch:
         """A batch of samples; see `collate`."""
         return collate(samples)
 
@@ -214,8 +215,9 @@ class MediaDataset(BaseDataset):
         return record["visual"]
 
 
-def collate(samples: Sequence[Mapping[str, Any] | Skipped]) -> dict[str, Any]:
-    """A batch: tensors stacked along a new first dimension, everything else in lists.
+def collate(samples: Sequence[Mapping[str, Any] | Skipped]) -> Batch:
+    """A batch (`evlgen.common.batch.Batch`): tensors stacked along a new first dimension, everything else in
+    lists.
 
     ``skipped`` lists what could not be read and is always there; when nothing was read it is the only key.
 
@@ -227,7 +229,7 @@ def collate(samples: Sequence[Mapping[str, Any] | Skipped]) -> dict[str, Any]:
         key: _batched(key, [sample[key] for sample in read]) for key in (read[0] if read else ())
     }
     batch["skipped"] = [sample for sample in samples if isinstance(sample, Skipped)]
-    return batch
+    return cast(Batch, batch)
 
 
 def _batched(key: str, values: list[Any]) -> torch.Tensor | list[Any]:

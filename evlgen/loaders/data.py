@@ -21,12 +21,13 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from multiprocessing.reduction import ForkingPickler
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from evlgen.common.batch import Batch
 from evlgen.common.errors import EVLGenError, TrainingError
 from evlgen.datasets.base_dataset import BaseDataset, Skipped
 from evlgen.datasets.stream import StreamDataset
@@ -327,11 +328,12 @@ def _start_worker(worker: int) -> None:
     leave_to_parent()
 
 
-def to_device(samples: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def to_device(samples: Batch, device: torch.device) -> Batch:
     """Moves the tensors of a batch."""
-    return {
+    moved = {
         k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in samples.items()
     }
+    return cast(Batch, moved)
 
 
 def batch_size(samples: Mapping[str, Any]) -> int:
@@ -339,10 +341,12 @@ def batch_size(samples: Mapping[str, Any]) -> int:
     return max((len(v) for v in samples.values() if hasattr(v, "__len__")), default=0)
 
 
-def rows_of(samples: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+def rows_of(samples: Batch, rows: Sequence[int]) -> Batch:
     """Some of the samples of a batch."""
-    return {
+    values: Mapping[str, Any] = samples
+    chosen = {
         key: value[list(rows)] if isinstance(value, torch.Tensor) else [value[row] for row in rows]
-        for key, value in samples.items()
+        for key, value in values.items()
         if rows
     }
+    return cast(Batch, chosen)

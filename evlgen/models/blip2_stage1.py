@@ -14,20 +14,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evlgen.common.batch import Batch
 from evlgen.common.errors import ConfigError
 from evlgen.common.precision import without_autocast
 from evlgen.common.registry import registry
 from evlgen.config.model_config import ArchitectureConfig
 from evlgen.config.schema import PositiveInt
-from evlgen.files.io import resolve
-from evlgen.models.base_model import BaseModel, MissingAsset
 from evlgen.models.connectors.base import ConnectorInputs
 from evlgen.models.connectors.bert_weights import bert_sizes
 from evlgen.models.connectors.qformer import QFormer
@@ -48,13 +46,12 @@ from evlgen.models.image_text_losses import (
     similarities,
 )
 from evlgen.models.language.generation import Decoding
-from evlgen.models.ops import use_fast_linear
-from evlgen.models.pixels import pixels_of, with_pixels
+from evlgen.models.pixels import with_pixels
 from evlgen.models.text_lengths import TextLengths
-from evlgen.models.vision import build_vision_encoder, vision_encoder_class
+from evlgen.models.vision import build_vision_encoder
 from evlgen.models.vision.base import VisionEncoder
-from evlgen.weights.hub import looks_like_path, missing_model, with_settings
-from evlgen.weights.hub_checkpoints import HUB_PREFIX
+from evlgen.models.vision_model import VisionModel
+from evlgen.weights.hub import missing_model, with_settings
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +105,7 @@ class Features(dict[str, Tensor]):
 
 
 @registry.register_model("blip2")
-class Blip2Stage1(BaseModel):
+class Blip2Stage1(VisionModel):
     """A frozen vision encoder and a Q-Former with its text branch. A second stage (``blip2_opt``) starts from
     its checkpoints.
 
@@ -127,6 +124,16 @@ class Blip2Stage1(BaseModel):
         name: f"configs/models/blip2/{name}.yaml" for name in ("shapes", "pretrain")
     }
     CONFIG = Stage1Config
+    LACKS: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(
+            ("predict_answers", "rank_answers"),
+            f"BLIP-2's first stage answers no questions. {SECOND_STAGE}",
+        ),
+        "generate_tokens": f"BLIP-2's first stage does not learn from its own captions. {SECOND_STAGE}",
+        "soft_prompts": f"BLIP-2's first stage has no soft prompts. {SECOND_STAGE}",
+    }
+
+    connector: QFormer
 
     def __init__(
         self,
@@ -138,22 +145,17 @@ class Blip2Stage1(BaseModel):
         prompt: str = "",
         freeze_vision: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(vision, freeze_vision)
         width = connector.sizes.hidden_size
         self.tokenizer = tokenizer
         self.prompt = prompt
-        self.freezes_vision = freeze_vision
-        self.vision = vision
-        self.ln_vision = nn.LayerNorm(vision.embed_dim, eps=1e-5)
         self.connector = connector
         self.text = QFormerText(connector, len(tokenizer), num_positions)
         self.vision_proj = nn.Linear(width, embed_dim)
         self.text_proj = nn.Linear(width, embed_dim)
         self.itm_head = nn.Linear(width, 2)
         self.temp = nn.Parameter(torch.tensor(TEMPERATURE))
-        for module in self.frozen_modules():
-            module.requires_grad_(False)
-        use_fast_linear(self)
+        self.freeze_parts()
 
     @classmethod
     def from_parts_config(cls, cfg: Stage1Config, device: torch.device) -> Blip2Stage1:
@@ -180,7 +182,7 @@ class Blip2Stage1(BaseModel):
         num_positions = cfg.text.max_position_embeddings or connector.sizes.max_position_embeddings
         _check_learned(cfg.max_txt_len, num_positions)
         model = cls(vision, connector, tokenizer, num_positions, cfg.embed_dim, cfg.prompt, cfg.vision.freeze)
-        model.ln_vision.eps = cfg.vision.norm_eps
+        model.set_norm(cfg.vision.norm_eps)
         logger.info(
             "BLIP-2's first stage: %.1f million weights trained, %.1f million frozen",
             sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6,
@@ -189,19 +191,11 @@ class Blip2Stage1(BaseModel):
         return model
 
     @classmethod
-    def missing(cls, cfg: Stage1Config) -> list[MissingAsset]:
-        """Weights the config names that are not on this machine."""
-        vision, start, tokenizer = cfg.vision, cfg.connector.get("init"), cfg.text.tokenizer
-        why = vision_encoder_class(vision.name).missing(vision.pretrained)
-        found = [MissingAsset(f"vision encoder {vision.name}", why, vision.pretrained is True)]
-        named = [(f"tokenizer {tokenizer}", tokenizer)]
-        named += [(f"connector start {start}", start)] if start and start != tokenizer else []
-        found += [MissingAsset(what, missing_model(name), not looks_like_path(name)) for what, name in named]
-        if cfg.checkpoint and not cfg.checkpoint.startswith(("http://", "https://", HUB_PREFIX)):
-            if not os.path.exists(resolve(cfg.checkpoint)):
-                why = "there is no such file or folder; see model.checkpoint"
-                found.append(MissingAsset(f"checkpoint {cfg.checkpoint}", why, False))
-        return [item for item in found if item.why]
+    def _hub_parts(cls, cfg: Stage1Config) -> dict[str, str]:
+        parts = {"tokenizer": cfg.text.tokenizer}
+        if (start := cfg.connector.get("init")) and start != cfg.text.tokenizer:
+            parts["connector start"] = start
+        return parts
 
     @classmethod
     def text_lengths(cls, cfg: Stage1Config) -> TextLengths | None:
@@ -220,12 +214,9 @@ class Blip2Stage1(BaseModel):
             tokenizer = QFormerTokenizer(tokenizer_name, cfg.max_txt_len)
             _check_written(tokenizer.to_write_after(prompt or "").shape[1] + num_new, known)
 
-    def frozen_modules(self) -> list[nn.Module]:
-        return [self.vision] if self.freezes_vision else []
-
     # ---- training ----
 
-    def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(self, samples: Batch) -> dict[str, Tensor]:
         """The three losses of a batch and their sum. In training, images and texts of other processes are
         negatives too.
 
@@ -238,7 +229,7 @@ class Blip2Stage1(BaseModel):
             ``loss``, ``loss_itc``, ``loss_itm``, ``loss_lm``: scalars, float32. In training their means over
             processes, weighed by samples, are the losses of all samples in one batch.
         """
-        tokens = self._tokens(samples)
+        tokens = self.image_tokens(samples)
         ids = self.tokenizer(samples["text_input"])  # [B, L], on the CPU
         visual = self.connector.keys_values(self._normed(tokens))
         queries, past = self.connector.read(visual, len(tokens))
@@ -283,7 +274,7 @@ class Blip2Stage1(BaseModel):
             losses = [
                 contrastive_loss(sims, positive, LABEL_SMOOTHING) for sims in (image_to_text, text_to_image)
             ]
-        return sum(losses) / 2, image_to_text, text_to_image, positive
+        return (losses[0] + losses[1]) / 2, image_to_text, text_to_image, positive
 
     def _matching_loss(
         self,
@@ -308,7 +299,7 @@ class Blip2Stage1(BaseModel):
         logits = self._matching_logits(
             torch.cat([wide, wide, other_ids])[:, :length],
             [
-                None if own is None else torch.cat([own, other, own])
+                None if own is None or other is None else torch.cat([own, other, own])
                 for own, other in zip(visual, other_visual, strict=True)
             ],
         )
@@ -345,7 +336,7 @@ class Blip2Stage1(BaseModel):
     @torch.no_grad()
     def generate(
         self,
-        samples: dict[str, Any],
+        samples: Batch,
         num_beams: int = 5,
         max_length: int = 30,
         min_length: int = 1,
@@ -382,31 +373,15 @@ class Blip2Stage1(BaseModel):
         samples = with_pixels(self, samples)
         start = self.tokenizer.to_write_after(self._prompt(samples)).to(self.device)
         _check_written(start.shape[1] + max_length, self.text.positions.num_embeddings)
-        tokens = self._tokens(samples)
+        tokens = self.image_tokens(samples)
         _, past = self.connector.read(self.connector.keys_values(self._normed(tokens)), len(tokens))
         start = start.expand(len(tokens), -1)
         ends = self.tokenizer.end, self.tokenizer.pad
         return self.tokenizer.decode(generate(self.connector, self.text, past, start, options, *ends))
 
-    def predict_answers(self, samples: dict[str, Any], **options) -> list[str]:
-        """Raises `ConfigError`: what answers is a language model."""
-        raise ConfigError(f"BLIP-2's first stage answers no questions. {SECOND_STAGE}")
-
-    def rank_answers(self, samples: dict[str, Any], candidates: Any, **options) -> list[str]:
-        """Raises `ConfigError`, as `predict_answers` does."""
-        return self.predict_answers(samples)
-
-    def generate_tokens(self, samples: dict[str, Any], **options) -> list[list[int]]:
-        """Raises `ConfigError`: what learns from its own texts is a model with a language model."""
-        raise ConfigError(f"BLIP-2's first stage does not learn from its own captions. {SECOND_STAGE}")
-
-    def soft_prompts(self, samples: dict[str, Any]) -> Tensor:
-        """Raises `ConfigError`: what reads soft prompts is a language model."""
-        raise ConfigError(f"BLIP-2's first stage has no soft prompts. {SECOND_STAGE}")
-
     @torch.no_grad()
     def extract_features(
-        self, samples: dict[str, Any], mode: Literal["image", "text", "multimodal"] = "multimodal"
+        self, samples: Batch, mode: Literal["image", "text", "multimodal"] = "multimodal"
     ) -> Features:
         """Features under LAVIS's names, as items and as attributes.
 
@@ -432,12 +407,26 @@ class Blip2Stage1(BaseModel):
         both = encode_multimodal(self.connector, self.text, ids, self._is_text(ids), visual)
         return Features(multimodal_embeds=both)
 
+    @staticmethod
+    def similarities(image_features: Tensor, text_features: Tensor) -> Tensor:
+        """The cosine of each text with the query of each image that is nearest to it.
+
+        Args:
+            image_features: ``image_embeds_proj`` of B images, [B, M, embed_dim].
+            text_features: the first token's of ``text_embeds_proj`` of K texts, [K, embed_dim].
+
+        Returns:
+            [B, K], float32.
+        """
+        with without_autocast(text_features.device):
+            return similarities(image_features.float(), text_features.float())
+
     @torch.no_grad()
-    def match(self, samples: dict[str, Any], head: Literal["itm", "itc"] = "itm") -> Tensor:
+    def match(self, samples: Batch, head: Literal["itm", "itc"] = "itm") -> Tensor:
         """How well each image and its text fit.
 
         Args:
-            samples: ``image`` [B, 3, H, W], ``text_input`` list[str].
+            samples: ``image`` [B, 3, H, W], or [1, 3, H, W] for all texts; ``text_input`` list[str].
             head: ``itm``: logits of *does not fit* and *fits*, [B, 2]; ``itc``: the cosine of their features,
                 [B, 1].
         """
@@ -445,47 +434,29 @@ class Blip2Stage1(BaseModel):
             raise ConfigError(f"head '{head}' for matching is none of itm, itc.")
         visual, ids = self._visual(samples), self._ids(samples)
         if head == "itm":
+            visual = [None if seen is None else seen.expand(len(ids), -1, -1) for seen in visual]
             return self._matching_logits(ids, visual)
-        queries, _ = self.connector.read(visual, len(ids))
+        queries, _ = self.connector.read(visual, _batch(visual))
         image, text = self._features(self.vision_proj(queries)), self._text_features(ids)
         return (image @ text[:, :, None]).amax(1)  # [B, M, E] by [B, E, 1]
 
     # ---- parts ----
 
-    def encode(self, image: Tensor) -> Tensor:
-        """The encoder's own tokens of images [B, 3, H, W], in the type its weights are kept in: [B, N,
-        C_vision].
-
-        Raises:
-            ConfigError: videos.
-        """
-        image = image if isinstance(image, Tensor) else pixels_of(self, image)
+    def _check_image(self, image: Tensor) -> None:
         if image.ndim != 4:
             raise ConfigError("BLIP-2's first stage is a model of images, and a video was given to it.")
-        pixels = image.to(self.device, next(self.vision.parameters()).dtype)
-        if not self.freezes_vision:
-            return self.vision(pixels)
-        with torch.no_grad(), without_autocast(pixels.device):
-            return self.vision(pixels)
 
-    def _prompt(self, samples: dict[str, Any]) -> str:
-        prompts = samples.get("prompt", self.prompt)
-        prompts = {prompts} if isinstance(prompts, str) else set(prompts)
+    def _prompt(self, samples: Batch) -> str:
+        given = samples.get("prompt", self.prompt)
+        prompts = {given} if isinstance(given, str) else set(given)
         if len(prompts) != 1:
             raise ConfigError("BLIP-2's first stage writes after one prompt for all images of a batch.")
         return prompts.pop()
 
-    def _tokens(self, samples: dict[str, Any]) -> Tensor:
-        tokens = samples.get("visual_tokens")
-        return self.encode(samples["image"]) if tokens is None else tokens.to(self.device)
+    def _visual(self, samples: Batch) -> list[Tensor | None]:
+        return self.connector.keys_values(self._normed(self.image_tokens(samples)))
 
-    def _normed(self, tokens: Tensor) -> Tensor:
-        return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
-
-    def _visual(self, samples: dict[str, Any]) -> list[Tensor | None]:
-        return self.connector.keys_values(self._normed(self._tokens(samples)))
-
-    def _ids(self, samples: dict[str, Any]) -> Tensor:
+    def _ids(self, samples: Batch) -> Tensor:
         texts = samples["text_input"]
         return self.tokenizer([texts] if isinstance(texts, str) else texts).to(self.device)
 
@@ -508,7 +479,7 @@ class Blip2Stage1(BaseModel):
         queries = encode_multimodal(self.connector, self.text, ids, self._is_text(ids), visual)
         return self.itm_head(queries).float().mean(1)
 
-    def _picture_keys(self, samples: dict[str, Any], everyone: GlobalBatch) -> Tensor:
+    def _picture_keys(self, samples: Batch, everyone: GlobalBatch) -> Tensor:
         if "image_id" in samples:
             return picture_keys(samples["image_id"], self.device)
         own = len(samples["text_input"])
@@ -519,7 +490,9 @@ class Blip2Stage1(BaseModel):
 class Blip2ITM(Blip2Stage1):
     """The first stage under LAVIS's name for matching: ``model(samples, match_head="itm")``."""
 
-    def forward(self, samples: dict[str, Any], match_head: Literal["itm", "itc"] = "itm") -> Tensor:
+    def forward(  # type: ignore[override]  # as LAVIS has it
+        self, samples: Batch, match_head: Literal["itm", "itc"] = "itm"
+    ) -> Tensor:
         """How well each image and its text fit: `match`.
 
         Raises:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from evlgen.common.batch import Batch
 from evlgen.common.errors import DataError
 from evlgen.media.images import to_rgb
 from evlgen.media.video import Clip, Pictures
-
-if TYPE_CHECKING:
-    from evlgen.models.base_model import BaseModel
+from evlgen.models.protocols import HasVision, reads_videos
 
 
-def with_pixels(model: BaseModel, samples: Any) -> dict[str, Any]:
+def with_pixels(model: HasVision, samples: Any) -> Batch:
     """Samples whose ``image`` is a tensor; see `pixels_of`.
 
     Args:
@@ -25,11 +24,11 @@ def with_pixels(model: BaseModel, samples: Any) -> dict[str, Any]:
     if not isinstance(samples, Mapping):
         samples = {"image": samples}
     if "image" not in samples or isinstance(samples["image"], Tensor):
-        return samples
-    return {**samples, "image": pixels_of(model, samples["image"])}
+        return cast(Batch, samples)
+    return cast(Batch, {**samples, "image": pixels_of(model, samples["image"])})
 
 
-def pixels_of(model: BaseModel, images: Any) -> Tensor:
+def pixels_of(model: HasVision, images: Any) -> Tensor:
     """Pillow images through the model's own eval processor.
 
     Args:
@@ -49,8 +48,8 @@ def pixels_of(model: BaseModel, images: Any) -> Tensor:
         raise DataError("image is an empty list: a batch needs at least one image.")
     if not all(isinstance(item, Tensor) for item in items):
         process = load_preprocess(model, num_frames=None)[0]["eval"]
-        reads_videos = getattr(model, "temporal", None) is not None
-        items = [process(_as_clip(item) if reads_videos else item) for item in items]
+        of_videos = reads_videos(model)
+        items = [process(_as_clip(item) if of_videos else item) for item in items]
     shapes = {tuple(item.shape) for item in items}
     if len(shapes) > 1:
         raise DataError(f"the images of one batch have different shapes: {sorted(shapes)}. Give them apart.")

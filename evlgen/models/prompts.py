@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import itertools
 import string
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence, Sized
 
+from evlgen.common.batch import Batch
 from evlgen.common.errors import ConfigError
 
 SLOT = "{}"
 MOST_OCR_TOKENS = 30  # as published
 
 
-def ask(prompt: str, samples: dict[str, Any], count: int) -> list[str]:
+def ask(prompt: str, samples: Batch, count: int) -> list[str]:
     """The prompts of a batch of questions.
 
     Args:
@@ -41,8 +41,8 @@ def ask(prompt: str, samples: dict[str, Any], count: int) -> list[str]:
     if slots == 1:
         return [_fill(prompt, question) for question in questions]
     if slots == 2 and "ocr_tokens" in samples:
-        pairs = zip(samples["ocr_tokens"], questions, strict=True)
-        return [_fill(prompt, _joined(words), question) for words, question in pairs]
+        read = zip(samples["ocr_tokens"], questions, strict=True)
+        return [_fill(prompt, _joined(words), question) for words, question in read]
     if slots == 2 and "choices" in samples:
         pairs = zip(questions, samples["choices"], strict=True)
         return [_fill(prompt, question, _lettered(choices)) for question, choices in pairs]
@@ -62,7 +62,7 @@ def check_slots(prompt: str) -> None:
         )
 
 
-def fill_ocr_slots(prompts: Sequence[str], samples: dict[str, Any]) -> list[str]:
+def fill_ocr_slots(prompts: Sequence[str], samples: Batch) -> list[str]:
     """Prompts to continue, their slot filled with the words read in the image, where samples have them."""
     if "ocr_tokens" not in samples:
         return list(prompts)
@@ -70,7 +70,7 @@ def fill_ocr_slots(prompts: Sequence[str], samples: dict[str, Any]) -> list[str]
     return [_fill(prompt, _joined(words)) if SLOT in prompt else prompt for prompt, words in pairs]
 
 
-def check_count(texts: Sequence[str], count: int, what: str) -> None:
+def check_count(texts: Sized, count: int, what: str) -> None:
     """Raises `ConfigError` unless there is one text for each sample."""
     if len(texts) != count:
         raise ConfigError(f"{len(texts)} {what} for {count} images: give one for all, or one for each.")

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
+from evlgen.models.protocols import offering
 from evlgen.processors.turns import Turn, read_turns
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ class TextReader(Protocol):
     def to_read(self, prompts: list[str]) -> Sequence[Any]:
         """What is ``read`` of each prompt: objects with this list of tokens."""
 
+
+class TurnReader(Protocol):
+    """What makes tokens of conversations."""
+
     def row_of_turns(self, turns: Sequence[Turn], answers_next: bool = False) -> Row:
         """The segments of a conversation."""
 
@@ -63,13 +68,12 @@ class TextLengths:
     ) -> None:
         self._num_soft, self._max_positions = num_soft, max_positions
         self.turn_limits = {} if max_positions is None else {"model.max_sequence_len": max_positions}
-        self.limits = {f"model.{key}": getattr(reader, key) for key in _LIMITS if hasattr(reader, key)}
+        limits = {key: vars(reader)[key] for key in _LIMITS if key in vars(reader)}
+        self.limits = {f"model.{key}": limit for key, limit in limits.items()}
         if len(set(self.limits.values())) == 1:
             self.limits = dict(list(self.limits.items())[:1])
         self._cut, self._whole = reader, copy.copy(reader)
-        for key in _LIMITS:
-            if hasattr(reader, key):
-                setattr(self._whole, key, _NO_LIMIT)
+        vars(self._whole).update(dict.fromkeys(limits, _NO_LIMIT))
 
     def learned(self, text_in: list[str], text_out: list[str] | None = None) -> list[TextLength]:
         """The lengths of texts in training; see `LanguageModel.loss`."""
@@ -103,7 +107,7 @@ class TextLengths:
         """
         from evlgen.models.language.segments import cut, has_learned, segments
 
-        row = self._whole.row_of_turns(read_turns(messages), answers_next=not learns)
+        row = offering(self._whole, TurnReader).row_of_turns(read_turns(messages), answers_next=not learns)
         counts = [1 if self._num_soft is None else self._num_soft(shape) for shape in shapes]
         parts = segments(row)
         learned = sum(len(part.ids) for part in parts if part.learned) if learns else 0

@@ -11,6 +11,8 @@ merges in a row are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def limit_r(num_tokens: int, r: int, num_protected: int = 1) -> int:
     return max(0, min(int(r), (num_tokens - num_protected) // 2))
 
 
-def merge_schedule(r: int | list[int] | tuple[int, float], num_layers: int) -> list[int]:
+def merge_schedule(r: int | Sequence[float], num_layers: int) -> list[int]:
     """How many pairs each layer merges.
 
     Args:
@@ -38,7 +40,7 @@ def merge_schedule(r: int | list[int] | tuple[int, float], num_layers: int) -> l
     if isinstance(r, int):
         rs = [r] * num_layers
     elif len(r) == num_layers and all(isinstance(x, int) for x in r):
-        rs = list(r)
+        rs = [int(x) for x in r]
     elif len(r) == 2 and isinstance(r[0], int):
         mean, inflection = r
         if not -1 <= inflection <= 1:

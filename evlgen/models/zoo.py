@@ -17,7 +17,9 @@ from evlgen.config.config import Config, load_model_config, load_model_file
 from evlgen.config.consent import Consent, check_project
 from evlgen.config.lavis import own_names
 from evlgen.config.schema import show
-from evlgen.models.base_model import BaseModel, checkpoint_path
+from evlgen.models.base_model import BaseModel
+from evlgen.models.checkpoint_io import checkpoint_path
+from evlgen.models.protocols import HasVision, offers, reads_videos
 from evlgen.processors import build_processor
 from evlgen.processors.base_processor import BaseProcessor, UnchangedProcessor
 from evlgen.weights.checkpoints import CONFIG_FILE
@@ -66,7 +68,7 @@ def load_model(
 
 
 def load_preprocess(
-    model: BaseModel | Mapping[str, Any], num_frames: int | None = 4
+    model: BaseModel | HasVision | Mapping[str, Any], num_frames: int | None = 4
 ) -> tuple[Processors, Processors]:
     """The visual and text processors that fit a model, each as ``{"train": .., "eval": ..}``, with the vision
     encoder's image size, mean and std: BLIP-2's for images, and ALPRO's where the model reads video.
@@ -82,20 +84,20 @@ def load_preprocess(
     """
     if isinstance(model, Mapping):
         return _named_processors(model, "vis_processor"), _named_processors(model, "text_processor")
-    if not hasattr(model, "vision"):
+    if not offers(model, HasVision):
         raise ConfigError(
             f"load_preprocess takes a model, or a section that names processors, not {type(model).__name__}."
         )
     vision = model.vision
     pixels = {"image_size": vision.image_size, "mean": list(vision.image_mean), "std": list(vision.image_std)}
-    if getattr(model, "temporal", None) is None:
-        names = {"train": {"name": "blip2_image_train"}, "eval": {"name": "blip_image_eval"}}
-    else:
+    if reads_videos(model):
         train = {"name": "alpro_video_train", "augment": "none"}  # as EVLGen's video models are trained
         names = {"train": train, "eval": {"name": "alpro_video_eval"}}
         pixels["n_frms"] = num_frames
+    else:
+        names = {"train": {"name": "blip2_image_train"}, "eval": {"name": "blip_image_eval"}}
     visuals = {role: build_processor({**names[role], **pixels}) for role in names}
-    prompt = getattr(model, "prompt", "")
+    prompt = model.prompt if isinstance(model, BaseModel) else ""
     prompts = {"train": f"{prompt} " if prompt else "", "eval": ""}  # in generation the model puts its own
     texts = {role: build_processor({"name": "blip_caption", "prompt": p}) for role, p in prompts.items()}
     return visuals, texts

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
+from evlgen.common.batch import Batch
 from evlgen.common.errors import TrainingError
 from evlgen.datasets.base_dataset import BaseDataset, Skipped
 from evlgen.loaders.data import batch_size, rows_of, seeded
@@ -27,7 +27,7 @@ class TrainingBatches:
 
     def __init__(
         self,
-        batches: Iterator[dict[str, Any]],
+        batches: Iterator[Batch],
         datasets: Mapping[str, BaseDataset],
         model: BaseModel,
         task: Task,
@@ -37,9 +37,9 @@ class TrainingBatches:
     ) -> None:
         self.batches, self.datasets, self.model, self.task = batches, datasets, model, task
         self.skipped, self.processes, self.seed = skipped, processes, seed
-        self._last: dict[str, Any] | None = None
+        self._last: Batch | None = None
 
-    def next(self, iteration: int) -> tuple[dict[str, Any] | None, int]:
+    def next(self, iteration: int) -> tuple[Batch | None, int]:
         """The next batch, and how many samples of it count: 0 of one that only stands in for an empty one.
         None for an empty one where there is one process.
 
@@ -56,9 +56,10 @@ class TrainingBatches:
         self._last = samples
         return samples, count
 
-    def _learnable(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def _learnable(self, batch: Batch) -> Batch:
         """A batch whose samples that leave nothing to learn are among its ``skipped`` ones."""
-        samples = {key: value for key, value in batch.items() if key != "skipped"}
+        samples: Batch = {**batch}
+        samples.pop("skipped", None)
         reasons = self.model.not_learnable(self.task.to_learn(samples)) if samples else {}
         if not reasons:
             return batch
@@ -67,7 +68,7 @@ class TrainingBatches:
         rest = rows_of(samples, [row for row in range(batch_size(samples)) if row not in reasons])
         return {**rest, "skipped": [*batch.get("skipped", []), *skipped]}
 
-    def _stand_in(self) -> dict[str, Any]:
+    def _stand_in(self) -> Batch:
         """The batch before, where nothing of one could be read; for a run's first, any readable sample."""
         if self._last is not None:
             return self._last

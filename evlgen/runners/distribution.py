@@ -19,6 +19,7 @@ from evlgen.common.errors import ConfigError, ProcessLost
 from evlgen.common.precision import resolve_precision
 from evlgen.config.run_config import RunConfig
 from evlgen.models.base_model import BaseModel
+from evlgen.models.protocols import HasLanguageModel, offers
 from evlgen.runners.compilation import compile_blocks, uncompiled
 from evlgen.runners.rendezvous import meeting
 
@@ -114,13 +115,12 @@ class Distribution:
 
 
 def _language_of(model: BaseModel) -> nn.Module:
-    language = getattr(model, "language", None)
-    if not isinstance(language, nn.Module):
+    if not offers(model, HasLanguageModel):
         raise ConfigError(
             f"run.shard_language: the architecture ({type(model).__name__}) has no language model to spread "
             "over the processes. Set it to false."
         )
-    return language
+    return model.language
 
 
 def _move(model: nn.Module, device: torch.device, apart: set[nn.Parameter]) -> None:

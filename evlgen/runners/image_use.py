@@ -12,15 +12,17 @@ import logging
 import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from evlgen.common.batch import Batch
 from evlgen.common.errors import EVLGenError
 from evlgen.loaders.data import batch_size
 from evlgen.models.base_model import BaseModel
+from evlgen.models.protocols import HasPromptHead, HasSoftPrompts, offers
 from evlgen.runners.listener import Evaluation, Listener
 from evlgen.runners.log_fields import IMAGE_USE
 from evlgen.runners.training_state import kept_random_state
@@ -148,9 +150,9 @@ class ImageUseMeter:
     def measure(
         self,
         model: BaseModel,
-        samples: dict[str, Any],
-        held_out: Callable[[dict[str, Any]], dict[str, Any] | None],
-    ) -> dict[str, Any]:
+        samples: Batch,
+        held_out: Callable[[Batch], Batch | None],
+    ) -> Batch:
         """Measures a batch, unless there are enough. An evaluation never ends here: what fails is left out
         and logged once.
 
@@ -170,7 +172,7 @@ class ImageUseMeter:
                 learned = held_out(samples)
                 if learned is not None:
                     self.add(model, learned)
-                elif hasattr(model, "sample_losses") and "images" not in samples:
+                elif offers(model, HasSoftPrompts) and "images" not in samples:
                     self.count += batch_size(samples)
                     self._remember(model, model.soft_prompts(samples))
         except EVLGenError as error:  # texts that cannot be learned, such as a question beyond all limits
@@ -186,13 +188,13 @@ class ImageUseMeter:
         return samples
 
     @torch.no_grad()
-    def add(self, model: BaseModel, samples: dict[str, Any]) -> None:
+    def add(self, model: BaseModel, samples: Batch) -> None:
         """Measures samples as the model's `forward` reads them, one text for each image. The model is in eval
         mode."""
         batch = batch_size(samples)
         keys = list(samples.get("image_id", range(self.count, self.count + batch)))
         self.count += batch
-        if not hasattr(model, "sample_losses"):
+        if not offers(model, HasSoftPrompts):
             self._add_whole(model, samples, keys)
             return
         prompts = model.soft_prompts(samples)
@@ -205,7 +207,7 @@ class ImageUseMeter:
         columns = (right["losses"], exchanged["losses"], right["num_tokens"])
         self._rows += zip(*(column.tolist() for column in columns), strict=True)
 
-    def _add_whole(self, model: BaseModel, samples: dict[str, Any], keys: Sequence[Hashable]) -> None:
+    def _add_whole(self, model: BaseModel, samples: Batch, keys: Sequence[Hashable]) -> None:
         """Of a model that gives the loss of a batch only, such as BLIP-2's first stage, whose loss of writing
         the text is the one in nats per token."""
         order = exchange(keys)
@@ -231,10 +233,10 @@ class ImageUseMeter:
         return self._previous[1].expand_as(prompts)
 
     @torch.no_grad()
-    def _remember(self, model: BaseModel, prompts: Tensor) -> None:
+    def _remember(self, model: object, prompts: Tensor) -> None:
         values = prompts.float()
-        if (head := getattr(model, "prompt_head", None)) is not None:
-            values = values - head.places_for(prompts.shape[1])
+        if offers(model, HasPromptHead) and model.prompt_head is not None:
+            values = values - model.prompt_head.places_for(prompts.shape[1])
         total = values.sum(0).cpu().double()
         if self._mean is None:
             self._mean = torch.zeros_like(total)
@@ -275,9 +277,7 @@ class ImageUseWatch(Listener):
     def before_evaluation(self, runner: Runner, evaluation: Evaluation) -> None:
         self._meter = ImageUseMeter(runner.run.image_use_samples)
 
-    def before_answers(
-        self, runner: Runner, evaluation: Evaluation, samples: dict[str, Any]
-    ) -> dict[str, Any]:
+    def before_answers(self, runner: Runner, evaluation: Evaluation, samples: Batch) -> Batch:
         held_out = partial(runner.task.held_out, dataset=evaluation.dataset)
         return self._meter.measure(runner.model, samples, held_out)
 
@@ -285,9 +285,9 @@ class ImageUseWatch(Listener):
         evaluation.image_use = self._meter.over_processes()
 
 
-def _kept(encoded: dict[str, Any]) -> dict[str, Any]:
+def _kept(encoded: Batch) -> Batch:
     """What of encoded samples need not be computed again."""
-    return {key: encoded[key] for key in ("visual_tokens",) if key in encoded}
+    return {"visual_tokens": encoded["visual_tokens"]} if "visual_tokens" in encoded else {}
 
 
 def exchange(keys: Sequence[Hashable]) -> list[int] | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from evlgen.common.batch import Batch
 from evlgen.common.registry import registry
 from evlgen.config.schema import check_section
 from evlgen.runners.training_state import TrainingState
@@ -133,9 +134,7 @@ class Listener:
     def before_evaluation(self, runner: Runner, evaluation: Evaluation) -> None:
         """A split is about to be evaluated, the model in eval mode."""
 
-    def before_answers(
-        self, runner: Runner, evaluation: Evaluation, samples: dict[str, Any]
-    ) -> dict[str, Any] | None:
+    def before_answers(self, runner: Runner, evaluation: Evaluation, samples: Batch) -> Batch | None:
         """A batch of an evaluation is about to be answered. Returns the samples to answer, or None for the
         same."""
 

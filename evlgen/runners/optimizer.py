@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from evlgen.common.errors import ConfigError, did_you_mean
+from evlgen.models.base_model import BaseModel
 from evlgen.runners.dtensor import by_kind, multiply, total_norm
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def build_optimizer(
         ConfigError: no trained weight has such a name.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    factors = {**(model.lr_scales() if hasattr(model, "lr_scales") else {}), **(lr_scale or {})}
+    factors = {**(model.lr_scales() if isinstance(model, BaseModel) else {}), **(lr_scale or {})}
     for prefix in lr_scale or {}:
         if not any(_starts(name, prefix) for name, _ in named):
             parts = sorted({".".join(name.split(".")[:depth]) for name, _ in named for depth in (1, 2)})

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from accelerate.utils import gather_object
 
+from evlgen.common.batch import Batch
 from evlgen.common.errors import CheckpointError, TrainingError
 from evlgen.common.safe_text import shown_name
 from evlgen.datasets.base_dataset import Skipped
@@ -66,7 +67,7 @@ class SkippedSamples:
             for dataset in sorted({dataset for _, _, lost in counts for dataset in lost})
         }
 
-    def pop_skipped(self, batch: dict[str, Any], iteration: int | None) -> dict[str, Any] | None:
+    def pop_skipped(self, batch: Batch, iteration: int | None) -> Batch | None:
         """The batch without its list of skipped samples; None where nothing is left."""
         skipped = batch.pop("skipped", [])
         self.seen += len(skipped) + batch_size(batch)

@@ -12,11 +12,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from evlgen.common.errors import ConfigError, DataError
+from evlgen.common.batch import Batch
+from evlgen.common.errors import ConfigError
 from evlgen.media.video import Pictures
 from evlgen.models.base_model import BaseModel
 from evlgen.models.language.generation import Decoding
 from evlgen.models.prompts import SLOT, ask, check_slots
+from evlgen.models.protocols import reads_videos
 from evlgen.models.vlm import VLM
 from evlgen.models.zoo import load_preprocess
 from evlgen.processors.turns import Turn
@@ -91,7 +93,7 @@ class Answerer:
         if not isinstance(model, VLM):
             raise ConfigError(f"{type(model).__name__} writes no texts, so it cannot be served.")
         if question is None:
-            question = SLOT if getattr(model.language, "_chat", None) is not None else QUESTION
+            question = SLOT if model.language.has_chat_template else QUESTION
         if question.count(SLOT) != 1:
             raise ConfigError(
                 f"the prompt {question!r} must have one slot {SLOT}, for the text of a request."
@@ -100,7 +102,7 @@ class Answerer:
         self.model = model
         self.question = question
         self.only_turns = only_turns
-        self._reads_videos = getattr(model, "temporal", None) is not None
+        self._reads_videos = reads_videos(model)
         self._process = load_preprocess(model, num_frames=None)[0]["eval"]
 
     def pixels(self, image: Image.Image) -> Tensor:
@@ -117,8 +119,9 @@ class Answerer:
         """How texts are chosen: ``options``, without those that are None, over what the model's own
         configuration says."""
         given = {key: value for key, value in options.items() if value is not None}
+        default = self.model.generation_default
         length = "answer_length_penalty" if has_text else "length_penalty"
-        own = {"length_penalty": self._own(length), "repetition_penalty": self._own("repetition_penalty")}
+        own = {"length_penalty": default(length), "repetition_penalty": default("repetition_penalty")}
         return Decoding(**{**own, **given})
 
     def answer(self, requests: Sequence[Ask], is_wanted: Callable[[], bool] = lambda: True) -> list[Answer]:
@@ -140,12 +143,12 @@ class Answerer:
                 tokens = model.generate_tokens({"image": images, "prompt": prompts}, **options)
             else:
                 prompts = ["".join(turn.text for turn in request.turns or ()) for request in requests]
-                samples = {
-                    "messages": [request.turns for request in requests],
+                samples: Batch = {
+                    "messages": [request.turns or () for request in requests],
                     "images": [list(request.images) for request in requests],
                 }
                 tokens = model.answer_turns_tokens(samples, **options)
-        ends = set(getattr(model.language, "end_token_ids", ()))
+        ends = set(model.language.end_token_ids)
         texts = [
             Text(text, len(ids), len(ids) >= first.decoding.max_length and ids[-1] not in ends)
             for text, ids in zip(model.texts(tokens), tokens, strict=True)
@@ -156,31 +159,18 @@ class Answerer:
             for place, (prompt, request) in enumerate(zip(prompts, requests, strict=True))
         ]
 
-    def _own(self, key: str) -> float:
-        """A setting of generation as the model's configuration says, else as its architecture does."""
-        value = getattr(self.model.generation, key)
-        return getattr(self.model.GENERATION, key) if value is None else value
-
     def _prompt(self, text: str | None) -> str:
         """What is read before the answer. Raises `DataError` for a text that would be cut."""
         if text is None:
             return self.model.prompt
         (prompt,) = ask(self.question, {"text_input": [text]}, 1)
-        language = self.model.language
-        limit = getattr(language, "max_txt_len", None)
-        if limit is not None and hasattr(language, "tokenizer"):
-            count = len(language.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids)
-            if count > limit:
-                raise DataError(f"the text takes {count} tokens, and the model reads {limit}: shorten it.")
+        self.model.language.check_whole(prompt)
         return prompt
 
     def _num_read(self, prompt: str, num_images: int) -> int:
         """Soft prompts and text tokens read before an answer; without those of a conversation's template."""
         soft = num_images * self.model.connector.num_soft_prompts(self.model.vision.num_tokens)
-        if not hasattr(self.model.language, "to_read"):
-            return soft
-        (tokens,) = self.model.language.to_read([prompt])
-        return soft + len(tokens.before) + len(tokens.read)
+        return soft + self.model.language.num_read(prompt)
 
     @contextlib.contextmanager
     def _as_long_as(self, is_wanted: Callable[[], bool]) -> Iterator[None]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from evlgen.common.batch import Batch
 from evlgen.common.errors import DataError
 from evlgen.config.run_config import CAPTION_LEN, RunConfig
 from evlgen.models.base_model import BaseModel
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def select(samples: Mapping[str, Any], indices: list[int]) -> dict[str, Any]:
+def select(samples: Batch, indices: list[int]) -> Batch:
     """The samples of a batch with these indices."""
-    return {
+    values: Mapping[str, Any] = samples
+    chosen = {
         key: value[indices] if isinstance(value, Tensor) else [value[i] for i in indices]
-        for key, value in samples.items()
+        for key, value in values.items()
     }
+    return cast(Batch, chosen)
 
 
 class BaseTask:
@@ -67,11 +70,11 @@ class BaseTask:
             distribution: how the model is spread; `Distribution.writing` is where a step may generate.
         """
 
-    def train_step(self, model: BaseModel, samples: dict[str, Any]) -> dict[str, Tensor]:
+    def train_step(self, model: BaseModel, samples: Batch) -> dict[str, Any]:
         """The losses of a batch; ``loss`` is what is minimised, the others are logged."""
         return model(self.to_learn(samples))
 
-    def to_learn(self, samples: dict[str, Any]) -> dict[str, Any]:
+    def to_learn(self, samples: Batch) -> Batch:
         """The samples of a batch as the model's `forward` reads them. Where each has a list of texts, these
         become one list, with ``num_texts``.
 
@@ -84,14 +87,14 @@ class BaseTask:
         flat = [text for of_one in texts for text in of_one]
         return {**samples, "text_input": flat, "num_texts": [len(of_one) for of_one in texts]}
 
-    def to_ask(self, samples: dict[str, Any]) -> list[str]:
+    def to_ask(self, samples: Batch) -> list[str]:
         """The samples' own texts that the model is given to continue; empty where it is given none."""
         return []
 
     def before_evaluation(self, dataset: BaseDataset, split: str) -> None:
         """Called before the first `valid_step` of a split, on every process."""
 
-    def held_out(self, samples: dict[str, Any], dataset: BaseDataset) -> dict[str, Any] | None:
+    def held_out(self, samples: Batch, dataset: BaseDataset) -> Batch | None:
         """Those samples of an evaluation to which people wrote a text, with it, as `to_learn` gives those of
         training: what `evlgen.runners.image_use` measures. None where there are none."""
         known = self.references_of(dataset)
@@ -110,9 +113,16 @@ class BaseTask:
             self._referenced, self._references = dataset, dataset.references()
         return self._references
 
-    def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]:
+    def valid_step(self, model: BaseModel, samples: Batch) -> list[dict[str, Any]]:
         """One JSON-able result for each sample of a batch."""
         raise NotImplementedError(f"{type(self).__name__} must define valid_step(model, samples)")
+
+    def finish_evaluation(
+        self, model: BaseModel, results: list[dict[str, Any]], dataset: BaseDataset
+    ) -> list[dict[str, Any]]:
+        """Called after the last `valid_step` of a split, on every process, with the results it has so far:
+        for what needs the model and all samples. Returns the results of this process."""
+        return results
 
     def after_evaluation(
         self, results: list[dict[str, Any]], dataset: BaseDataset, split: str, folder: Path

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evlgen.common.batch import Batch
 from evlgen.common.registry import registry
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.files.io import write_atomically
@@ -31,7 +32,7 @@ class CaptioningTask(BaseTask):
     servers are sent, and LAVIS writes for videos too. Ids are those of the ground truth, numbers or texts.
     """
 
-    def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]:
+    def valid_step(self, model: BaseModel, samples: Batch) -> list[dict[str, Any]]:
         """``{"image_id", "caption", "instance_id"}`` for each sample of a batch."""
         self.check_keys(samples, ("image_id", "instance_id"))
         if self.run.prompt is not None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from evlgen.common.batch import Batch
 from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.registry import registry
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.models.base_model import BaseModel
+from evlgen.models.protocols import WritesTokens, offering
 from evlgen.tasks.captioning import CaptioningTask
 from evlgen.tasks.metrics.cider_reward import CiderReward
 
@@ -68,7 +70,7 @@ class SelfCriticalCaptioningTask(CaptioningTask):
         self._reward = CiderReward(references)
         self._distribution = distribution
 
-    def train_step(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Tensor]:
+    def train_step(self, model: nn.Module, samples: Batch) -> dict[str, Any]:
         """``loss``, whose gradient is that of the expected reward, negated; its value says nothing.
         ``reward``: mean of the samples; ``baseline``."""
         pictures = self._pictures(samples)
@@ -76,7 +78,7 @@ class SelfCriticalCaptioningTask(CaptioningTask):
         model.eval()
         with self._distribution.writing() as writer:
             read = writer.encoded(self._read(samples))
-            tokens = writer.generate_tokens(
+            tokens = offering(writer, WritesTokens).generate_tokens(
                 read, num_captions=self.run.scst_samples, max_length=self.max_len, **FREELY
             )
             rewards = self._rewards(pictures, writer.texts(tokens))  # [B, K]
@@ -95,12 +97,12 @@ class SelfCriticalCaptioningTask(CaptioningTask):
         means = {"reward": rewards.mean().to(device), "baseline": baselines.mean().to(device)}
         return {**losses, **means}
 
-    def _read(self, samples: dict[str, Any]) -> dict[str, Any]:
+    def _read(self, samples: Batch) -> Batch:
         """What a caption is written from."""
-        read: dict[str, Any] = {key: samples[key] for key in ("image", "visual_tokens") if key in samples}
+        read = cast(Batch, {key: samples[key] for key in ("image", "visual_tokens") if key in samples})
         return read if self.run.prompt is None else {**read, "prompt": self.run.prompt}
 
-    def _pictures(self, samples: dict[str, Any]) -> list[Hashable]:
+    def _pictures(self, samples: Batch) -> list[Hashable]:
         """What the reward knows a batch's images by."""
         if "image_id" not in samples:
             raise ConfigError(
@@ -123,9 +125,7 @@ class SelfCriticalCaptioningTask(CaptioningTask):
         by_picture = [captions[i : i + each] for i in range(0, len(captions), each)]
         return torch.tensor(self._reward(pictures, by_picture))
 
-    def _baselines(
-        self, writer: BaseModel, read: dict[str, Any], pictures: list[Hashable], rewards: Tensor
-    ) -> Tensor:
+    def _baselines(self, writer: BaseModel, read: Batch, pictures: list[Hashable], rewards: Tensor) -> Tensor:
         """What each sample's reward is compared with, [B, K]."""
         if self.run.scst_baseline == "mean":
             others = rewards.sum(1, keepdim=True) - rewards

@@ -6,13 +6,15 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from evlgen.common.batch import Batch
 from evlgen.common.errors import DataError
 from evlgen.common.registry import registry
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.files.io import write_atomically
 from evlgen.models.base_model import BaseModel
+from evlgen.models.protocols import HoldsConversations, offering
 from evlgen.tasks.base_task import BaseTask, select
 from evlgen.tasks.caption_sheet import caption_sheet
 from evlgen.tasks.metrics import score_captions
@@ -37,7 +39,7 @@ class ConversationTask(BaseTask):
     ASKS = True
     MAX_LEN = 128
 
-    def to_learn(self, samples: dict[str, Any]) -> dict[str, Any]:
+    def to_learn(self, samples: Batch) -> Batch:
         """The samples as they are. Raises `DataError` where they are no conversations."""
         if "messages" not in samples and "segments" not in samples:
             raise DataError(
@@ -46,7 +48,7 @@ class ConversationTask(BaseTask):
             )
         return samples
 
-    def held_out(self, samples: dict[str, Any], dataset: BaseDataset) -> dict[str, Any] | None:
+    def held_out(self, samples: Batch, dataset: BaseDataset) -> Batch | None:
         """The conversations about one image, with their last answers."""
         if "messages" not in samples:
             return None
@@ -58,17 +60,18 @@ class ConversationTask(BaseTask):
         ]
         if not rows:
             return None
-        found = select({key: samples[key] for key in ("messages", "images", "instance_id")}, rows)
+        keys = ("messages", "images", "instance_id")
+        found = select(cast(Batch, {key: samples[key] for key in keys}), rows)
         answers = [known[int(index)][0] for index in found["instance_id"]]
         pairs = zip(found["messages"], answers, strict=True)
         messages = [[*turns, {"role": "assistant", "content": answer}] for turns, answer in pairs]
         image_ids = [dataset.records[int(index)]["visual"] for index in found["instance_id"]]
         return {**found, "messages": messages, "image_id": image_ids}
 
-    def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]:
+    def valid_step(self, model: BaseModel, samples: Batch) -> list[dict[str, Any]]:
         """``{"instance_id", "question", "answer"}`` for each sample of a batch."""
         self.check_keys(samples, ("messages", "instance_id"))
-        answers = model.answer_turns(
+        answers = offering(model, HoldsConversations).answer_turns(
             samples, max_length=self.max_len, **self.generation_options(min_length="min_len")
         )
         return [

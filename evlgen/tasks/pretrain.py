@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from evlgen.common.batch import Batch
 from evlgen.common.registry import registry
 from evlgen.models.base_model import BaseModel
 from evlgen.tasks.base_task import BaseTask
@@ -21,7 +22,7 @@ class ImageTextPretrainTask(BaseTask):
 
     WRITES = False
 
-    def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]:
+    def valid_step(self, model: BaseModel, samples: Batch) -> list[dict[str, Any]]:
         """No results."""
         return []
 

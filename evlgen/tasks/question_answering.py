@@ -9,12 +9,14 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evlgen.common.batch import Batch
 from evlgen.common.errors import ConfigError, DataError
 from evlgen.config.run_config import ANSWER_LEN, RunConfig
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.files.io import write_atomically
 from evlgen.models.base_model import BaseModel
 from evlgen.models.prompts import ask, check_slots
+from evlgen.models.protocols import AnswersQuestions, RanksAnswers, offering
 from evlgen.tasks.base_task import BaseTask, select
 from evlgen.tasks.caption_sheet import caption_sheet
 from evlgen.tasks.lemmatizer import load_lemmatizer
@@ -57,10 +59,10 @@ class QuestionAnsweringTask(BaseTask):
 
     # ---- training
 
-    def to_ask(self, samples: dict[str, Any]) -> list[str]:
+    def to_ask(self, samples: Batch) -> list[str]:
         return ask(self.prompt, samples, len(samples["text_input"]))
 
-    def to_learn(self, samples: dict[str, Any]) -> dict[str, Any]:
+    def to_learn(self, samples: Batch) -> Batch:
         """The samples as `VLM.forward` reads them, whose loss is that of answers after their questions.
 
         Of one answer for each question (``text_output``) it is the mean over the tokens of all. Of several
@@ -80,14 +82,15 @@ class QuestionAnsweringTask(BaseTask):
                 )
             return {**samples, "text_input": questions}
         counts = [len(answers) for answers in samples["answers"]]
-        rest = {key: value for key, value in samples.items() if key not in ("answers", "weights")}
-        return {
-            **rest,
+        learned: Batch = {
+            **samples,
             "text_input": [q for q, count in zip(questions, counts, strict=True) for _ in range(count)],
             "text_output": [answer for answers in samples["answers"] for answer in answers],
             "text_weights": [weight for weights in samples["weights"] for weight in weights],
             "num_texts": counts,
         }
+        del learned["answers"], learned["weights"]
+        return learned
 
     # ---- evaluation
 
@@ -104,7 +107,7 @@ class QuestionAnsweringTask(BaseTask):
                 "Give the dataset an answer_list, or set run.inference_method: generate."
             )
 
-    def held_out(self, samples: dict[str, Any], dataset: BaseDataset) -> dict[str, Any] | None:
+    def held_out(self, samples: Batch, dataset: BaseDataset) -> Batch | None:
         """The questions that people answered, with the commonest answer of each."""
         answers = {}
         for i, question_id in enumerate(samples.get("question_id", [])):
@@ -116,7 +119,7 @@ class QuestionAnsweringTask(BaseTask):
         asked = select(samples, list(answers))
         return {**asked, "text_input": self.to_ask(asked), "text_output": list(answers.values())}
 
-    def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]:
+    def valid_step(self, model: BaseModel, samples: Batch) -> list[dict[str, Any]]:
         """``{"question_id", "answer", "question", "instance_id"}`` for each sample of a batch."""
         keys = ("question_id", "instance_id", "text_input")
         self.check_keys(samples, keys)
@@ -126,14 +129,14 @@ class QuestionAnsweringTask(BaseTask):
             for i, n, question, answer in zip(*(samples[key] for key in keys), answers, strict=True)
         ]
 
-    def answer(self, model: BaseModel, samples: dict[str, Any]) -> list[str]:
-        """An answer to each question."""
+    def answer(self, model: BaseModel, samples: Batch) -> list[str]:
+        """An answer to each question. Raises `ConfigError` where the model answers none."""
         run = self.run
         if run.inference_method == "rank":
-            return model.rank_answers(
+            return offering(model, RanksAnswers).rank_answers(
                 samples, self.candidates, prompt=self.prompt, num_candidates=run.num_ans_candidates
             )
-        answers = model.predict_answers(
+        answers = offering(model, AnswersQuestions).predict_answers(
             samples, max_len=self.max_len, prompt=self.prompt, **self.generation_options(min_len="min_len")
         )
         return answers if self.lemmatizer is None else self.lemmatizer(answers)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evlgen.common.batch import Batch
 from evlgen.common.registry import registry
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.models.base_model import BaseModel
+from evlgen.models.protocols import RanksAnswers, offering
 from evlgen.tasks.metrics.vqa_accuracy import normalized, vqa_accuracy
 from evlgen.tasks.question_answering import QuestionAnsweringTask, accuracies, percent
 
@@ -79,13 +81,14 @@ class AOKVQATask(QuestionAnsweringTask):
     checkpoint is chosen. ``answers.json`` is what the leaderboard takes.
     """
 
-    def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]:
+    def valid_step(self, model: BaseModel, samples: Batch) -> list[dict[str, Any]]:
         """As of other tasks, and ``choice`` where the question has choices."""
         results = super().valid_step(model, samples)
         lists = samples.get("choices", [])
         if not any(lists):
             return results
-        chosen = model.rank_answers(samples, [choices or [""] for choices in lists], prompt=self.prompt)
+        candidates = [choices or [""] for choices in lists]
+        chosen = offering(model, RanksAnswers).rank_answers(samples, candidates, prompt=self.prompt)
         rows = zip(results, lists, chosen, strict=True)
         return [{**row, "choice": choice} if choices else row for row, choices, choice in rows]
 

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -33,6 +32,7 @@ from evlgen.files.locks import lock_at, try_lock
 from evlgen.loaders.data import eval_loader, mix_seed
 from evlgen.loaders.interruption import StopNow, StopRequest
 from evlgen.models.base_model import BaseModel
+from evlgen.models.protocols import EncodesImages, offers
 from evlgen.vision_cache.key import CacheKey, Pictures
 from evlgen.vision_cache.store import (
     CARD_FILE,
@@ -114,7 +114,7 @@ def cached(
 
 def check_encoder(model: BaseModel) -> None:
     """Raises `ConfigError` where a model's visual tokens cannot be kept."""
-    if not (hasattr(model, "encode") and isinstance(getattr(model, "vision", None), nn.Module)):
+    if not offers(model, EncodesImages):
         raise ConfigError(
             f"run.cache_vision: {type(model).__name__} has no `vision` and `encode(image)`. Derive it from "
             "evlgen.models.vlm.VLM, or set run.cache_vision: false."

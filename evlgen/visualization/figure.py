@@ -15,6 +15,7 @@ from PIL import Image
 from evlgen.common.errors import ConfigError
 from evlgen.media.frames import read_frames
 from evlgen.models.base_model import BaseModel
+from evlgen.models.protocols import reads_videos
 from evlgen.visualization.merging import Merging, Stage, find_merging
 from evlgen.visualization.regions import draw_regions
 from evlgen.visualization.sheet import Row, draw_sheet, write_on
@@ -57,7 +58,7 @@ def merge_clips(
     model: BaseModel, clips: Sequence[Sequence[Image.Image]], layers: str | Sequence[int] = "all"
 ) -> list[list[Merging]]:
     """How each video's tokens merge: one `Merging` each; to a model of images every frame is an image."""
-    reads_clips = getattr(model, "temporal", None) is not None
+    reads_clips = reads_videos(model)
     parts = [[clip] if reads_clips else [[frame] for frame in clip] for clip in clips]
     return [[find_merging(model, frames, layers) for frames in part] for part in parts]
 
@@ -84,6 +85,27 @@ def draw_found(found: Mapping[str, Sequence[Sequence[Merging]]], names: Sequence
         for title, clips in found.items():
             rows += _rows(clips[i], name, title, scale, opens=title == next(iter(found)))
     return draw_sheet(_headings(mergings), rows, _note(mergings))
+
+
+def draw_stage(clip: Sequence[Merging], stage: int) -> Image.Image:
+    """One stage of `merging.find_merging` over the image; the frames of a video beside each other.
+
+    Args:
+        clip: of one image or video, as `merge_clips` has it.
+        stage: 0: the image as the model sees it; the last one: the soft prompts, each with its number from 1
+            on one of its patches. Higher numbers mean the last one.
+    """
+    scale = _scale(clip[0])
+    panels = [panel for merging in clip for panel in _panels_at(merging, stage, scale)]
+    gap = np.full((len(panels[0]), 4, 3), 255, np.uint8)
+    parts = [part for panel in panels for part in (gap, panel)][1:]
+    return Image.fromarray(np.concatenate(parts, axis=1))
+
+
+def describe_stage(clip: Sequence[Merging], stage: int) -> str:
+    """``layer 3: 40 tokens, 39 regions + class token``, of what `draw_stage` draws."""
+    name, *counts = _headings(clip)[min(stage, len(clip[0].stages) - 1)]
+    return f"{name}: {', '.join(counts)}"
 
 
 def untrained(model: BaseModel, seed: int) -> BaseModel:
@@ -130,6 +152,30 @@ def _panels(merging: Merging, scale: int) -> list[list[np.ndarray]]:
     large = merging.pictures.repeat(scale, axis=1).repeat(scale, axis=2)
     columns = [large, *(_drawn(merging, stage, scale) for stage in merging.stages[1:])]
     return [[column[frame] for column in columns] for frame in range(len(large))]
+
+
+def _panels_at(merging: Merging, number: int, scale: int) -> list[np.ndarray]:
+    """What `draw_stage` shows of each frame: the regions, with the image shining through."""
+    large = merging.pictures.repeat(scale, axis=1).repeat(scale, axis=2)
+    if number <= 0:
+        return list(large)
+    stage = merging.stages[min(number, len(merging.stages) - 1)]
+    drawn = (0.7 * _drawn(merging, stage, scale) + 0.3 * large).round().astype(np.uint8)
+    patch = large.shape[1] // stage.groups.shape[1]
+    is_last = stage is merging.stages[-1]
+    return [
+        _with_numbers(panel, stage.groups[f], patch) if is_last else panel for f, panel in enumerate(drawn)
+    ]
+
+
+def _with_numbers(panel: np.ndarray, groups: np.ndarray, patch: int) -> np.ndarray:
+    """Writes the number of each region on that of its patches which is nearest to its middle."""
+    for token in np.unique(groups):
+        places = np.argwhere(groups == token)
+        row, column = places[((places - places.mean(0)) ** 2).sum(1).argmin()]
+        centre = ((column + 0.5) * patch, (row + 0.5) * patch)
+        panel = write_on(panel, str(token + 1), centre, max(8, round(patch * 0.45)))
+    return panel
 
 
 def _drawn(merging: Merging, stage: Stage, scale: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
 from evlgen.models.base_model import BaseModel
 from evlgen.models.connectors.base import Connector
+from evlgen.models.protocols import HasConnector, MergesTokens, offers, reads_videos
 from evlgen.models.token_merging import compose_maps
 from evlgen.processors import build_processor
 
@@ -71,7 +72,7 @@ def find_merging(
     """
     connector = _merging_connector(model)
     pixels = _pixels(model, frames)  # [F, 3, H, W]
-    clip = pixels.transpose(0, 1) if getattr(model, "temporal", None) else pixels[0]
+    clip = pixels.transpose(0, 1) if reads_videos(model) else pixels[0]
     was_training = model.training
     model.eval()
     try:
@@ -115,11 +116,11 @@ def layer_numbers(layers: str | Sequence[int], num_layers: int) -> list[int]:
 
 
 def _merges(connector: type[Connector] | Connector) -> bool:
-    return callable(getattr(connector, "forward_details", None))
+    return offers(connector, MergesTokens)
 
 
 def _merging_connector(model: BaseModel) -> Connector:
-    connector = getattr(model, "connector", None)
+    connector = model.connector if offers(model, HasConnector) else None
     if connector is None or not _merges(connector):
         raise _does_not_merge(type(connector).__name__)
     return connector
@@ -134,7 +135,7 @@ def _does_not_merge(name: str) -> ConfigError:
 
 def _pixels(model: BaseModel, frames: Sequence[Image.Image]) -> Tensor:
     """The frames as the model's eval processor gives them, [F, 3, H, W]."""
-    if len(frames) > 1 and not getattr(model, "temporal", None):
+    if len(frames) > 1 and not reads_videos(model):
         raise ConfigError(
             f"this is a model of images, and {len(frames)} frames are one video: give them one by one, or "
             "set model.vision.temporal."

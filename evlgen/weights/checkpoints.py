@@ -29,7 +29,7 @@ PROGRESS_FILE = "progress.json"  # in it: the counters
 _REPLACED = ".replaced"
 
 
-def write_folder(target: Path, write: Callable[[Path], None]) -> Path:
+def write_folder(target: Path, write: Callable[[Path], object]) -> Path:
     """Lets ``write`` fill a temporary folder beside ``target``, flushes it to disk and puts it at ``target``.
 
     A folder that is there already is replaced in one step where the system can exchange two folders (Linux on

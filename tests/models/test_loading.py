@@ -13,6 +13,7 @@ from evlgen.common.registry import registry
 from evlgen.config.config import load_model_config
 from evlgen.models.architectures import EvlgenOPT, EvlgenVideoOPT
 from evlgen.models.base_model import BaseModel
+from evlgen.models.protocols import AnswersQuestions, HasSoftPrompts, offering, offers
 from evlgen.models.published.checkpoints import to_published_names
 
 VISION = {
@@ -162,16 +163,25 @@ def test_text_weights_are_spare_in_a_first_stage_alone(tmp_path):
     assert not second.load_checkpoint(tmp_path / "second.pth").missing
 
 
-@pytest.mark.parametrize("ask", ["predict_answers", "soft_prompts"])
+@pytest.mark.parametrize("ask", ["predict_answers", "rank_answers", "soft_prompts", "generate_tokens"])
 def test_what_a_first_stage_cannot_do_names_the_second(ask):
     with pytest.raises(ConfigError, match="model.arch: blip2_opt"):
         getattr(first_stage(), ask)({"image": torch.zeros(1, 3, 32, 32), "text_input": ["what?"]})
 
 
-@pytest.mark.parametrize("ask", ["predict_answers", "soft_prompts", "generate"])
-def test_what_an_architecture_must_define_is_named(ask):
-    with pytest.raises(NotImplementedError, match=f"BaseModel must define {ask}"):
-        getattr(BaseModel(), ask)({})
+@pytest.mark.parametrize(
+    ("protocol", "method"), [(AnswersQuestions, "predict_answers"), (HasSoftPrompts, "sample_losses")]
+)
+def test_what_a_task_needs_is_in_a_protocol_and_named_where_a_model_lacks_it(protocol, method):
+    assert offers(build(), protocol) and not offers(BaseModel(), protocol)
+    assert offering(model := build(), protocol) is model
+    with pytest.raises(ConfigError, match=f"BaseModel must define {method}.*{protocol.__name__}"):
+        offering(BaseModel(), protocol)
+
+
+def test_an_architecture_must_define_how_it_writes():
+    with pytest.raises(NotImplementedError, match="BaseModel must define generate"):
+        BaseModel().generate({})
 
 
 # ---- shapes

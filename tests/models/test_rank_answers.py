@@ -80,4 +80,4 @@ def test_what_cannot_be_ranked_is_named(model, samples):
 
 def test_a_first_stage_ranks_nothing():
     with pytest.raises(ConfigError, match="BLIP-2's first stage answers no questions"):
-        Blip2Stage1.rank_answers(Blip2Stage1.__new__(Blip2Stage1), {}, ANSWERS)
+        Blip2Stage1.__new__(Blip2Stage1).rank_answers({}, ANSWERS)

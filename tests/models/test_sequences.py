@@ -8,6 +8,7 @@ from PIL import Image
 
 from evlgen.common.errors import ConfigError, DataError
 from evlgen.models.language.segments import Learn, Read, Visual
+from evlgen.models.sequences import rows_to_continue
 from evlgen.models.soft_prompts import SoftPromptHead
 from evlgen.models.zoo import load_model
 
@@ -182,7 +183,9 @@ def test_old_turns_make_room_for_an_answer(model, images, caplog):
     long = {"messages": [talk, TALK], "images": [list(images[[0, 1, 2, 1]]), [images[0]]]}
     short = {"messages": [[talk[0], *talk[3:]], TALK], "images": [list(images[[1, 2, 1]]), [images[0]]]}
     with torch.no_grad():
-        found, wanted = (model._rows(s, model.sequence_prompts(s), room=20) for s in (long, short))
+        found, wanted = (
+            rows_to_continue(model.language, s, model.sequence_prompts(s), room=20) for s in (long, short)
+        )
     assert found[0] == wanted[0] and torch.equal(found[1], wanted[1])
     assert "its turns before turn 4 are left out" in caplog.text
     assert len(model.answer_turns(long, max_length=20)) == 2

@@ -16,6 +16,7 @@ from evlgen.config.config import Config, load_model_file
 from evlgen.config.run_config import RunConfig
 from evlgen.datasets.base_dataset import BaseDataset, collate
 from evlgen.loaders.data import BatchPlan, train_loader
+from evlgen.models.protocols import WritesTokens, offering
 from evlgen.tasks.captioning_scst import SelfCriticalCaptioningTask
 
 
@@ -247,4 +248,4 @@ def test_a_mean_of_no_other_samples_is_refused_before_anything_loads():
 def test_a_first_stage_without_a_language_model_says_what_to_take():
     model = registry.get_model_class("blip2")
     with pytest.raises(ConfigError, match="does not learn from its own captions. Take model.arch"):
-        model.generate_tokens(None, {})
+        offering(model.__new__(model), WritesTokens)

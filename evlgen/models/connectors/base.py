@@ -54,6 +54,12 @@ class Connector(nn.Module):
     #: Constructor parameters that are no keys in YAML: ``inputs``, or its fields by name in an older plugin.
     FROM_FRAMEWORK: ClassVar[tuple[str, ...]] = ("inputs", *ConnectorInputs.__dataclass_fields__)
 
+    #: Starts of the names of weights in a checkpoint of an earlier stage that have no place here, by intent;
+    SPARE_WEIGHTS: ClassVar[tuple[str, ...]] = ()
+    #: those of text, which are spare where the checkpoint has all of ``FIRST_STAGE`` too.
+    SPARE_TEXT: ClassVar[tuple[str, ...]] = ()
+    FIRST_STAGE: ClassVar[tuple[str, ...]] = ()
+
     @classmethod
     def build(cls, inputs: ConnectorInputs, **settings: Any) -> Connector:
         """A connector between these two models. A constructor without ``inputs`` gets its fields by name."""

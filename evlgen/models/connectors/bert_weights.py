@@ -122,8 +122,9 @@ def bert_to_tomeformer(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if name in _LAYER_NAMES:
             out[f"layers.{index}.{_LAYER_NAMES[name]}.{kind}"] = value
         elif name == "attention.self.query":
-            parts = [state.get(key.replace("query", part)) for part in ("query", "key", "value")]
-            if any(part is None or part.shape[1:] != value.shape[1:] for part in parts):
+            joined = [key.replace("query", part) for part in ("query", "key", "value")]
+            parts = [state[part] for part in joined if part in state]
+            if len(parts) < len(joined) or any(part.shape[1:] != value.shape[1:] for part in parts):
                 raise CheckpointError(
                     f"{key} has no key or value weights of its shape beside it. Get the file again."
                 )

@@ -45,8 +45,8 @@ def attention(
     return F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2).flatten(2)
 
 
-class FeedForward(nn.Module):
-    """BERT's post-norm feed-forward block. The queries have one in each layer, and the text another."""
+class _FeedForward(nn.Module):
+    """BERT's post-norm feed-forward block."""
 
     def __init__(self, sizes: BertSizes) -> None:
         super().__init__()
@@ -55,12 +55,20 @@ class FeedForward(nn.Module):
         self.out_norm = nn.LayerNorm(sizes.hidden_size, eps=sizes.layer_norm_eps)
         self.dropout = Dropout(sizes.hidden_dropout_prob)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def feed_forward(self, x: Tensor) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
         return self.out_norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
 
 
-class QFormerLayer(FeedForward):
+class FeedForward(_FeedForward):
+    """The feed-forward block of the text, beside that of the queries in each layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, C] -> [B, N, C]."""
+        return self.feed_forward(x)
+
+
+class QFormerLayer(_FeedForward):
     """One post-norm BERT layer: self-attention, cross-attention to the visual tokens, feed-forward.
 
     Args:
@@ -87,7 +95,7 @@ class QFormerLayer(FeedForward):
         """Queries [B, M, C] and keys and values of the visual tokens -> [B, M, C], and the queries' own keys
         and values [B, M, 2 C]."""
         x, kv = self.attend(x)
-        return super().forward(self.cross_attend(x, visual)), kv
+        return self.feed_forward(self.cross_attend(x, visual)), kv
 
     def attend(
         self, x: Tensor, past: Tensor | None = None, mask: Tensor | None = None
@@ -116,16 +124,12 @@ class QFormerLayer(FeedForward):
         """The cross-attention block, [B, M, C] -> [B, M, C]; nothing in a layer that has none.
 
         Args:
-            visual: ``cross_key_value`` of the visual tokens, [B, N, 2 C].
+            visual: ``cross_key_value`` of the visual tokens, [B, N, 2 C]; None where a layer has none.
         """
-        if not self.has_cross_attention:
+        if visual is None:
             return x
         attended = attention(self.cross_query(x), visual, self.num_heads, self._attention_dropout())
         return self.cross_norm(x + self.dropout(self.cross_out(attended)))
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """The queries' feed-forward block, [B, M, C] -> [B, M, C]."""
-        return super().forward(x)
 
     def _attention_dropout(self) -> float:
         return self.attention_dropout if self.training else 0.0

@@ -77,10 +77,11 @@ def own_to_qformer(state: dict[str, Tensor]) -> dict[str, Tensor]:
         found = re.fullmatch(r"(connector|text)\.layers\.(\d+)\.(.+)\.(weight|bias)", key)
         own = f"{found[1]} {found[3]}" if found else ""
         parts = _JOINED.get(own, (layer_names[own],) if own in layer_names else ())
-        for part, piece in zip(parts, value.chunk(len(parts)) if parts else (), strict=True):
-            out[f"Qformer.bert.encoder.layer.{found[2]}.{part}.{found[4]}"] = piece
-        if not parts:
+        if found is None or not parts:
             out[_renamed(key, names)] = value
+            continue
+        for part, piece in zip(parts, value.chunk(len(parts)), strict=True):
+            out[f"Qformer.bert.encoder.layer.{found[2]}.{part}.{found[4]}"] = piece
     out.update({copy: out[original] for copy, original in _COPIES.items() if original in out})
     return out
 
@@ -93,8 +94,10 @@ def _own_layer(
         if name not in parts:
             continue
         branch, own = joined.split()
-        pieces = [state.get(key.replace(f".{name}.", f".{part}.")) for part in parts]
-        if any(piece is None or not piece.ndim or piece.shape[1:] != value.shape[1:] for piece in pieces):
+        keys = [key.replace(f".{name}.", f".{part}.") for part in parts]
+        pieces = [state[part] for part in keys if part in state]
+        is_whole = all(piece.ndim and piece.shape[1:] == value.shape[1:] for piece in pieces)
+        if len(pieces) < len(keys) or not is_whole:
             raise CheckpointError(
                 f"{key} has not all of {', '.join(parts)} of its shape beside it. Get the file again."
             )

@@ -122,7 +122,7 @@ class Resampler(Connector):
         if self.frame_embeddings is None:
             return x
         frames = count_frames(x.shape[1], self.num_tokens)
-        table = self.frame_embeddings
+        table: Tensor = self.frame_embeddings
         if frames > len(table):
             line = table.T.unsqueeze(0)
             table = F.interpolate(line, size=frames, mode="linear", align_corners=True).squeeze(0).T

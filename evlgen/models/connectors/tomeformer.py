@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -205,7 +205,7 @@ class TomeFormer(Connector):
             counts = self._count(counts, layer_map, x.shape[1])
         return self.proj_out(x)
 
-    def forward_details(self, tokens: Tensor) -> dict[str, Tensor | list[Tensor]]:
+    def forward_details(self, tokens: Tensor) -> dict[str, Any]:
         """The forward pass with its insides, for images and tests.
 
         Returns:

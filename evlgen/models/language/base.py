@@ -18,9 +18,16 @@ class LanguageModel(nn.Module):
 
     Attributes:
         embed_dim: C, the channels of its word embeddings.
+        end_token_ids: the tokens that end a text; empty where they are not known.
     """
 
     embed_dim: int
+    end_token_ids: Sequence[int] = ()
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether prompts are put into a chat template."""
+        return False
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
@@ -97,6 +104,13 @@ class LanguageModel(nn.Module):
             num_new: tokens generated at most; 0: none are.
             learns: whether texts are learned.
         """
+
+    def check_whole(self, text: str) -> None:
+        """Raises `DataError` for a text to read that would be cut."""
+
+    def num_read(self, prompt: str) -> int:
+        """How many tokens are read for a prompt, those around it included; 0 where that is not known."""
+        return 0
 
     def without_answer(self, text_in: list[str], text_out: list[str]) -> list[int]:
         """The places of texts that are so long that nothing of their ``text_out`` is left to learn."""

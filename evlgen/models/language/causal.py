@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,7 @@ from evlgen.models.language.segments import (
     SoftPrompts,
     Tokens,
     Visual,
+    chosen,
     lay_out,
     num_positions,
     num_soft_of,
@@ -63,6 +64,7 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
     KIND = "causal"
     AUTO_CLASS = AutoModelForCausalLM
     START_FIRST = True  # whether the start token stands before a sample's first image, not behind it
+    end_token_ids: list[int]
     _chat: ChatTemplate | None = None
     _talk: ChatTemplate | None = None
 
@@ -70,14 +72,19 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
     def reads(cls, config: Mapping[str, Any]) -> bool:
         return is_causal(config)
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat is not None
+
     def _predictions_of(
         self, soft_prompts: SoftPrompts, samples: Sequence[Row], num_texts: list[int] | None = None
     ) -> Predictions:
         if num_texts is not None:
-            trees = text_trees(samples, num_texts, soft_prompts.shape[1])
+            of_images = cast(Tensor, soft_prompts)  # texts of one image each
+            trees = text_trees(cast(list[Tokens], samples), num_texts, of_images.shape[1])
             if can_read_trees(self.model, trees.visible.shape[-1]):
-                return self._predictions_of_trees(soft_prompts, trees)
-            soft_prompts = for_each_text(soft_prompts, num_texts)
+                return self._predictions_of_trees(of_images, trees)
+            soft_prompts = for_each_text(of_images, num_texts)
         if self.pack and num_texts is None and len(samples) > 1:
             found = self._predictions_of_packed(soft_prompts, samples)
             if found is not None:
@@ -104,9 +111,7 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
             return None
         order = [place for row in bins for sample in row for place, _ in visuals[sample]]
         rows = [[segment for sample in row for segment in segments(samples[sample])] for row in bins]
-        is_stacked = isinstance(soft_prompts, Tensor)
-        soft_prompts = soft_prompts[order] if is_stacked else [soft_prompts[place] for place in order]
-        embeds, layout = self._embed(soft_prompts, rows, padding_side="right")
+        embeds, layout = self._embed(chosen(soft_prompts, order), rows, padding_side="right")
         self._check_length(layout.ids.shape[1], "model.max_txt_len")
         places = [torch.cat([torch.arange(lengths[sample]) for sample in row]) for row in bins]
         owners = [torch.tensor([sample for sample in row for _ in range(lengths[sample])]) for row in bins]
@@ -156,8 +161,8 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
             the tokens of B x num_captions texts without the prompt, those of one image in a row; the last
             one is an end token unless ``max_length`` cut the text.
         """
-        options = Decoding(**options)
-        return self._continue(soft_prompts, self.to_read(prompts), options, self.end_token_ids)
+        decoding = Decoding(**options)
+        return self._continue(soft_prompts, self.to_read(prompts), decoding, self.end_token_ids)
 
     @torch.no_grad()
     def continue_rows(self, soft_prompts: SoftPrompts, rows: Sequence[Row], **options) -> list[list[int]]:
@@ -165,12 +170,12 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
 
     @torch.no_grad()
     def stream_row(self, soft_prompts: SoftPrompts, row: Row, **options) -> Iterator[list[int]]:
-        options = Decoding(**options)
+        decoding = Decoding(**options)
         embeds, layout = self._embed(soft_prompts, [row], padding_side="left")
-        self._check_length(embeds.shape[1] + options.max_length, "max_length (run.max_len)")
+        self._check_length(embeds.shape[1] + decoding.max_length, "max_length (run.max_len)")
         ends = self._conversations().end_token_ids
         tokens: list[int] = []
-        for (token,) in decode_stepwise(self.model, embeds, layout.mask, options, ends, self.pad_token_id):
+        for (token,) in decode_stepwise(self.model, embeds, layout.mask, decoding, ends, self.pad_token_id):
             tokens.append(token)
             yield tokens
 
@@ -304,12 +309,12 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         words = self._token_ids(text)
         if len(words) > self.max_txt_len:
             text = self.tokenizer.decode(self._last(words, self.max_txt_len)).strip()
-        return self._chat.question(text)
+        return self._conversations().question(text)
 
     def _turns(self, question: str, answer: str) -> Tokens:
         """A question and its answer in the chat template."""
         before, read = self._question(question)
-        return Tokens(before, read, self._chat.answer(answer, self.max_output_txt_len))
+        return Tokens(before, read, self._conversations().answer(answer, self.max_output_txt_len))
 
     def _embed(
         self, soft_prompts: SoftPrompts, rows: Sequence[Row], padding_side: str
@@ -321,12 +326,13 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         """
         width_of = self._training_width if padding_side == "right" else None
         layout = lay_out(rows, num_soft_of(soft_prompts), self.pad_token_id, padding_side, width_of)
-        is_stacked = isinstance(soft_prompts, Tensor)
-        soft_prompts = soft_prompts.flatten(0, 1) if is_stacked else torch.cat(list(soft_prompts))  # [P, C]
-        device = soft_prompts.device
-        embeds = self._embed_words(layout.ids.to(device))
-        row, column = layout.places.to(device)
-        return embeds.index_put((row, column), soft_prompts.to(embeds.dtype)), layout
+        if isinstance(soft_prompts, Tensor):
+            prompts = soft_prompts.flatten(0, 1)  # [P, C]
+        else:
+            prompts = torch.cat(list(soft_prompts))
+        embeds = self._embed_words(layout.ids.to(prompts.device))
+        row, column = layout.places.to(prompts.device)
+        return embeds.index_put((row, column), prompts.to(embeds.dtype)), layout
 
     def _training_width(self, longest: int) -> int:
         """Positions of a batch to learn from whose longest sample has so many: a GPU plans attention anew for

@@ -135,10 +135,10 @@ class ChatTemplate:
         """The conversation as the template writes it, and of each answer where what is learned of it begins
         and ends there, and whether an end token is missing behind it."""
         if _GENERATION.search(self._source()):
-            whole, spans = self._marked(messages, answers_next)
-            return whole, [(start, end, False) for start, end in spans]
+            whole, marked = self._marked(messages, answers_next)
+            return whole, [(start, end, False) for start, end in marked]
         whole = self._rendered(messages, answers_next)
-        spans = []
+        spans: list[tuple[int, int, bool]] = []
         for place, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -305,7 +305,7 @@ class _Marks:
             content = ""
             for is_text, parts in itertools.groupby(turn.parts, lambda part: isinstance(part, str)):
                 if is_text:  # as one: two parts could spell together what neither does
-                    content += self._text("".join(parts))
+                    content += self._text("".join(map(str, parts)))
                     continue
                 for _ in parts:
                     content += chr(_FIRST_VISUAL + len(self.visuals))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from evlgen.common.errors import CheckpointError, ConfigError
+from evlgen.common.errors import CheckpointError, ConfigError, DataError
 from evlgen.config.model_config import LoraConfig
 from evlgen.models.language.adapters import adapter_modules, add_adapters
 from evlgen.models.language.base import LanguageModel
@@ -128,8 +128,7 @@ class HuggingFaceLanguageModel(LanguageModel):
             self._prepare_model()
         self.pad_token_id = self._pad_token()
         if chat_template:
-            named = isinstance(chat_template, str)
-            self._read_chat_template(read_template(chat_template) if named else None)
+            self._read_chat_template(read_template(chat_template) if isinstance(chat_template, str) else None)
         if lora is not None:
             add_adapters(self.model, lora)
         self.embed_dim = self.model.get_input_embeddings().embedding_dim
@@ -214,6 +213,16 @@ class HuggingFaceLanguageModel(LanguageModel):
     def to_read(self, prompts: list[str]) -> list[Tokens]:
         """The tokens of prompts to continue, within the limits."""
         raise NotImplementedError
+
+    def check_whole(self, text: str) -> None:
+        count = len(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        if count > self.max_txt_len:
+            limit = self.max_txt_len
+            raise DataError(f"the text takes {count} tokens, and the model reads {limit}: shorten it.")
+
+    def num_read(self, prompt: str) -> int:
+        (tokens,) = self.to_read([prompt])
+        return len(tokens.before) + len(tokens.read)
 
     def without_answer(self, text_in: list[str], text_out: list[str]) -> list[int]:
         lengths = map(len, self._plain_text.batch(text_in))  # a control token that is spelled is several

@@ -60,7 +60,7 @@ class PlainText:
         return spelled
 
     def _spell(self, control: int) -> list[int]:
-        parts = []
+        parts: list[int] = []
         for char in self.tokenizer.convert_ids_to_tokens(control):
             token = self.tokenizer.convert_tokens_to_ids(char)
             parts += self._ids([char])[0] if token is None or token in self._controls else [token]

@@ -91,6 +91,13 @@ def num_soft_of(soft_prompts: SoftPrompts) -> list[int]:
     return [len(prompts) for prompts in soft_prompts]
 
 
+def chosen(soft_prompts: SoftPrompts, places: list[int]) -> SoftPrompts:
+    """The soft prompts of some of the images, in this order."""
+    if isinstance(soft_prompts, Tensor):
+        return soft_prompts[places]
+    return [soft_prompts[place] for place in places]
+
+
 def num_positions(row: Row, num_soft: Sequence[int]) -> int:
     """The positions of a sample, given the soft prompts of each of its images."""
     return sum(len(segment.ids) for segment in segments(row)) + sum(num_soft)

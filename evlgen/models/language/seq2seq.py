@@ -6,8 +6,8 @@ decoder learns the text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from evlgen.models.language.hugging_face import (
 )
 from evlgen.models.language.loading import num_positions
 from evlgen.models.language.ranking import Reader, likelihoods_of
-from evlgen.models.language.segments import IGNORED, Tokens
+from evlgen.models.language.segments import IGNORED, Row, SoftPrompts, Tokens
 
 
 @registry.register_language_model("seq2seq")
@@ -43,10 +43,11 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
         return is_encoder_decoder(config)
 
     def _predictions_of(
-        self, soft_prompts: Tensor, samples: list[Tokens], num_texts: list[int] | None = None
+        self, soft_prompts: SoftPrompts, samples: Sequence[Row], num_texts: list[int] | None = None
     ) -> Predictions:
-        embeds, mask = self._encoder_inputs(for_each_text(soft_prompts, num_texts), samples)
-        labels = pad_sequence([torch.tensor(s.learned) for s in samples], True, IGNORED)  # [B, T]
+        of_images, texts = cast(Tensor, soft_prompts), cast(list[Tokens], samples)  # as `to_learn` gives them
+        embeds, mask = self._encoder_inputs(for_each_text(of_images, num_texts), texts)
+        labels = pad_sequence([torch.tensor(text.learned) for text in texts], True, IGNORED)  # [B, T]
         rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
         self._check_something_is_learned(len(rows))
         self._check_length(labels.shape[1], "model.max_output_txt_len")

@@ -202,7 +202,7 @@ def _check_temporal_form(state: Mapping[str, Tensor], section: Mapping[str, Any]
     """Published code computes attention over the frames in the form `residual` alone, with the same weights
     as the other form has: raises `CheckpointError` where the config says another."""
     temporal = (section.get("vision") or {}).get("temporal") or {}
-    form = temporal.get("form") or getattr(registry.get_model_class(section["arch"]), "TEMPORAL", None)
+    form = temporal.get("form") or registry.get_model_class(section["arch"]).TEMPORAL
     if form != "residual" and any(".temporal_merge." in name for name in state):
         raise CheckpointError(
             f"{source} has attention over the frames. Its form is residual in published checkpoints, and "
@@ -214,7 +214,7 @@ def _check_temporal_form(state: Mapping[str, Tensor], section: Mapping[str, Any]
 def _projection(section: Mapping[str, Any]) -> str:
     """The published name of the projection to the language model; it has none in a first stage."""
     cls = registry.get_model_class(section["arch"])
-    if not hasattr(cls, "LANGUAGE_MODEL"):
+    if cls.LANGUAGE_MODEL is None:
         return PROJECTIONS["opt"]
     kind = (section.get("language") or {}).get("kind") or cls.LANGUAGE_MODEL
     if kind not in PROJECTIONS:

@@ -268,7 +268,7 @@ def _clip_to_timm(theirs: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]
         if is_left_out or (found and int(found[1]) >= depth):
             continue
         part = re.fullmatch(r"self_attn\.([qkv])_proj\.(weight|bias)", found[2]) if found else None
-        if part is None:
+        if found is None or part is None:
             own[_renamed(name, _CLIP)] = value
         elif part[1] == "q":
             keys = (f"encoder.layers.{found[1]}.self_attn.{letter}_proj.{part[2]}" for letter in "qkv")
@@ -589,8 +589,7 @@ def _image_processor(model: VLM) -> Any:
 
 def _generation_config(model: VLM) -> Any:
     config = model.language.model.generation_config
-    ends = getattr(model.language, "end_token_ids", None)
-    if ends:
+    if ends := model.language.end_token_ids:
         config.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
     config.pad_token_id = model.language.pad_token_id
     return config

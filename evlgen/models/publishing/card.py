@@ -225,7 +225,7 @@ def _place(value: str) -> str:
 
 
 def _vision_link(name: str) -> str:
-    url = getattr(vision_encoder_class(name), "WEIGHTS_URL", None)
+    url = vision_encoder_class(name).WEIGHTS_URL
     if url:
         return f"`{_code(name)}` ([weights]({url}))"
     known = timm.get_pretrained_cfg(name, allow_unregistered=False) if timm.is_model(name) else None
@@ -331,7 +331,7 @@ def _connector(model: Mapping[str, Any]) -> str:
 def _is_video(model: Mapping[str, Any]) -> bool:
     if (model.get("vision") or {}).get("temporal"):
         return True
-    return getattr(registry.get_model_class(model["arch"]), "TEMPORAL", None) is not None
+    return registry.get_model_class(model["arch"]).TEMPORAL is not None
 
 
 def _table(header: Sequence[str], rows: Any) -> str:

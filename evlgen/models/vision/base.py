@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from evlgen.common.errors import ConfigError
@@ -21,6 +23,8 @@ class VisionEncoder(nn.Module):
         image_size: side of the images it reads, in pixels.
         image_mean, image_std: normalisation of its pixels, three numbers each.
     """
+
+    WEIGHTS_URL: ClassVar[str | None] = None  # of the weights that `pretrained: true` means, where known
 
     embed_dim: int
     num_tokens: int

@@ -196,7 +196,8 @@ class TimmEncoder(VisionEncoder):
         features = self._feature_map(torch.zeros(1, 3, side, side, dtype=weight.dtype))
         self.trunk.train(was_training)
         if features.ndim == 4:
-            self.grid_size = tuple(features.shape[2:])
+            rows, columns = features.shape[2:]
+            self.grid_size = rows, columns
         self.num_tokens, self.embed_dim = _tokens_of(features).shape[1:]
 
     def _feature_map(self, pixels: Tensor) -> Tensor:
