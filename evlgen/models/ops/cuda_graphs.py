@@ -12,6 +12,7 @@ anything is recorded; it then runs as without graphs, and one line in the log sa
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -137,7 +138,10 @@ def can_record(module: nn.Module, device: torch.device) -> bool:
         and not torch.are_deterministic_algorithms_enabled()
         and not torch.cuda.is_current_stream_capturing()
         and not any(part._compiled_call_impl is not None for part in module.modules())
-        and all(type(p.data) is Tensor and p.device == device for p in module.parameters())
+        and all(
+            type(p.data) is Tensor and p.is_floating_point() and p.device == device
+            for p in module.parameters()
+        )
     )
 
 
@@ -190,7 +194,7 @@ def _record(function: Callable[[], None], pool: Any) -> Callable[[], None]:
 
 def _recorded_as_it_is(function: Callable[[], None], pool: Any) -> Callable[[], None]:
     function()  # what is set up at a first call is set up on the stream that will use it
-    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream, current = _stream(), torch.cuda.current_stream()
     stream.wait_stream(current)
     with torch.cuda.stream(stream), _waiting_forbidden():
         function()
@@ -199,6 +203,16 @@ def _recorded_as_it_is(function: Callable[[], None], pool: Any) -> Callable[[], 
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         function()
     return graph.replay
+
+
+@functools.cache
+def _stream_of(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _stream() -> torch.cuda.Stream:
+    """What all recording on the current device goes by: cuBLAS sets memory aside for each stream."""
+    return _stream_of(torch.cuda.current_device())
 
 
 @contextlib.contextmanager
