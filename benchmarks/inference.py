@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, Blip2Config, Blip2ForConditionalG
 
 from evlgen.common.logs import quiet_libraries
 from evlgen.common.precision import dtype_of
+from evlgen.models.base_model import BaseModel
 
 NEW_TOKENS = 20
 IMAGE_TOKEN = 7  # any token: BLIP-2 marks with it where soft prompts go
@@ -35,11 +36,11 @@ def blip2(sizes: Sizes, num_soft_prompts: int, dtype: torch.dtype) -> Blip2ForCo
     config = Blip2Config(
         vision_config={
             "hidden_size": sizes.vision_dim,
-            "intermediate_size": 4 * sizes.vision_dim,
+            "intermediate_size": sizes.vision_intermediate,
             "num_hidden_layers": sizes.vision_kwargs["depth"],
-            "num_attention_heads": sizes.vision_kwargs["num_heads"],
+            "num_attention_heads": sizes.vision_heads,
             "image_size": sizes.image_size,
-            "patch_size": sizes.vision_kwargs["patch_size"],
+            "patch_size": sizes.vision_kwargs.get("patch_size", 14),
         },
         qformer_config={
             "hidden_size": sizes.hidden,
@@ -62,7 +63,14 @@ def generators(sizes: Sizes, folder: Path, precision: str) -> tuple[Callable, Ca
     dtype = dtype_of(precision, device)
     model = our_model(sizes, folder, precision, device).to(device).eval()
     num_soft_prompts = model.connector.num_soft_prompts(model.vision.num_tokens)
-    other = blip2(sizes, num_soft_prompts, dtype).to(device)
+    return captioners(model, blip2(sizes, num_soft_prompts, dtype).to(device), dtype)
+
+
+def captioners(
+    model: BaseModel, other: Blip2ForConditionalGeneration, dtype: torch.dtype
+) -> tuple[Callable, Callable]:
+    """As `generators`, of models that are built already."""
+    device, num_soft_prompts = model.device, other.config.num_query_tokens
     prompt = torch.tensor([[IMAGE_TOKEN] * num_soft_prompts + [2]], device=device)
 
     def ours(pictures: torch.Tensor, beams: int) -> int:

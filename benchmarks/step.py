@@ -37,6 +37,7 @@ from evlgen.datasets.shapes.world import scene
 from evlgen.files.io import PACKAGE_ROOT
 from evlgen.loaders.data import to_device
 from evlgen.models.base_model import BaseModel
+from evlgen.runners.compilation import compile_blocks
 from evlgen.runners.distribution import make_accelerator
 from evlgen.runners.dtensor import total_norm
 from evlgen.runners.optimizer import build_optimizer
@@ -75,18 +76,13 @@ def batches(sizes: Sizes, batch: int, device: torch.device, count: int = 8) -> I
 class TextbookStep:
     """The textbook's step."""
 
-    def __init__(self, sizes: Sizes, folder: Path, precision: str) -> None:
+    def __init__(
+        self, sizes: Sizes, folder: Path | None, precision: str, model: Textbook | None = None
+    ) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if precision == "bf16" and self.device.type == "cuda" else torch.float32
-        with init_empty_weights(include_buffers=False):  # EVA's k_bias is in no weights file
-            model = Textbook(sizes, AutoTokenizer.from_pretrained(TOKENIZER))
-        model.opt_model = OPTForCausalLM.from_pretrained(
-            folder / "language", attn_implementation="eager", dropout=sizes.dropout, dtype=self.dtype
-        )
-        model.opt_model.requires_grad_(False)
-        model.load_state_dict(load_file(folder / "published.safetensors"), strict=False, assign=True)
-        self.model = model.to(self.device).train()
-        trained = [p for p in model.parameters() if p.requires_grad]
+        self.model = (model or self._read(sizes, folder)).to(self.device).train()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [p for p in trained if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
@@ -94,6 +90,16 @@ class TextbookStep:
             ],
             lr=LEARNING_RATE,
         )
+
+    def _read(self, sizes: Sizes, folder: Path) -> Textbook:
+        with init_empty_weights(include_buffers=False):  # EVA's k_bias is in no weights file
+            model = Textbook(sizes, AutoTokenizer.from_pretrained(TOKENIZER))
+        model.opt_model = OPTForCausalLM.from_pretrained(
+            folder / "language", attn_implementation="eager", dropout=sizes.dropout, dtype=self.dtype
+        )
+        model.opt_model.requires_grad_(False)
+        model.load_state_dict(load_file(folder / "published.safetensors"), strict=False, assign=True)
+        return model
 
     def __call__(self, samples: dict[str, Any]) -> float:
         loss = self._backward(samples)
@@ -115,16 +121,21 @@ class TextbookStep:
 class OurStep:
     """Our step, as the runner makes it."""
 
-    def __init__(self, sizes: Sizes, folder: Path, precision: str, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        sizes: Sizes,
+        folder: Path | None,
+        precision: str,
+        compiled: bool = False,
+        model: BaseModel | None = None,
+    ) -> None:
         quiet_libraries()
         self.accelerator = make_accelerator(RunConfig(max_iters=1, precision=precision))
         self.device = self.accelerator.device
-        self.model = our_model(sizes, folder, precision, self.device).to(self.device)
+        self.model = (model or our_model(sizes, folder, precision, self.device)).to(self.device)
         self.wrapped = self.accelerator.prepare_model(self.model)
         if compiled:
-            self.model.vision.compile()
-            self.model.connector.compile()
-            self.model.language.model.compile()
+            compile_blocks(self.model)
         self.wrapped.train()
         self.optimizer = build_optimizer(self.model, LEARNING_RATE, WEIGHT_DECAY)
 
@@ -147,32 +158,36 @@ class OurStep:
 
 def our_model(sizes: Sizes, folder: Path, precision: str, device: torch.device) -> BaseModel:
     """The same model, put together by this package."""
+    section = our_section(sizes, folder / "language", precision)
     return registry.get_model_class("evlgen_opt").from_config(
-        {
-            "arch": "evlgen_opt",
-            "checkpoint": str(folder / "published.safetensors"),
-            "max_txt_len": sizes.max_txt_len,
-            "vision": {
-                "name": sizes.vision,
-                "image_size": sizes.image_size,
-                "pretrained": False,
-                "precision": precision,
-                "kwargs": sizes.vision_kwargs,
-            },
-            "connector": {
-                "name": "tomeformer",
-                "num_layers": sizes.layers,
-                "r": sizes.r,
-                "hidden_size": sizes.hidden,
-                "num_attention_heads": sizes.heads,
-                "intermediate_size": sizes.intermediate,
-                "hidden_dropout_prob": sizes.dropout,
-                "attention_probs_dropout_prob": sizes.dropout,
-            },
-            "language": {"name": str(folder / "language"), "precision": precision},
-        },
-        device,
+        {**section, "checkpoint": str(folder / "published.safetensors")}, device
     )
+
+
+def our_section(sizes: Sizes, language: Path, precision: str) -> dict[str, Any]:
+    """Its configuration."""
+    return {
+        "arch": "evlgen_opt",
+        "max_txt_len": sizes.max_txt_len,
+        "vision": {
+            "name": sizes.vision,
+            "image_size": sizes.image_size,
+            "pretrained": False,
+            "precision": precision,
+            "kwargs": sizes.vision_kwargs,
+        },
+        "connector": {
+            "name": "tomeformer",
+            "num_layers": sizes.layers,
+            "r": sizes.r,
+            "hidden_size": sizes.hidden,
+            "num_attention_heads": sizes.heads,
+            "intermediate_size": sizes.intermediate,
+            "hidden_dropout_prob": sizes.dropout,
+            "attention_probs_dropout_prob": sizes.dropout,
+        },
+        "language": {"name": str(language), "precision": precision},
+    }
 
 
 def _loss_and_norm(loss: Tensor, optimizer: torch.optim.Optimizer) -> list[float]:

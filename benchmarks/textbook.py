@@ -34,6 +34,8 @@ class Sizes:
     )
     image_size: int = 224
     vision_dim: int = 384
+    vision_heads: int = 6
+    vision_intermediate: int = 1536
     layers: int = 12
     r: int = 19
     hidden: int = 768
@@ -69,6 +71,8 @@ PUBLISHED = Sizes(
     vision="eva_giant_patch14_clip_224",
     vision_kwargs={"depth": 39, "use_post_transformer_norm": False},
     vision_dim=1408,
+    vision_heads=16,
+    vision_intermediate=6144,
     language_layers=32,
     language_dim=2560,
     language_heads=32,

@@ -232,16 +232,13 @@ def _without_weights(cls: type[VLM], cfg: ModelConfig, precision: str) -> VLM:
             dataclasses.replace(cfg, language=language_cfg), cls.LANGUAGE_MODEL, meta
         )
         connector = connector_class.build(ConnectorInputs.behind(vision, language.embed_dim, 1.0), **settings)
-        head = None
+        head: dict[str, Any] = {}  # subclasses may not know it
         if cfg.soft_prompts is not None:
             count = connector.num_soft_prompts(vision.num_tokens)
-            head = SoftPromptHead(count, language.embed_dim, 1.0, cfg.soft_prompts.scale)
-        model = cls(
-            *(vision, connector, language, cfg.prompt, cfg.vision.freeze, cfg.language.freeze, temporal),
-            **({} if head is None else {"prompt_head": head}),
-        )
-        if cfg.vision.norm_eps is None:
-            model.ln_vision = nn.Identity()
+            head["prompt_head"] = SoftPromptHead(count, language.embed_dim, 1.0, cfg.soft_prompts.scale)
+        frozen = (cfg.vision.freeze, cfg.language.freeze)
+        model = cls(vision, connector, language, cfg.prompt, *frozen, temporal, **head)
+        model.set_norm(cfg.vision.norm_eps)
         model.tiling = Tiling.build(cfg, vision, language.embed_dim, 1.0, temporal)
     if cfg.language.freeze:  # transformers makes it in the type that its configuration names
         for weight in language.parameters():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -43,3 +46,25 @@ def test_the_published_sizes_fit_together(step):
     assert sum(p.numel() for p in model.visual_encoder.parameters()) == pytest.approx(0.986e9, rel=0.01)
     assert model.opt_proj.out_features == model.opt_model.config.hidden_size == 2560
     assert len(model.opt_model.model.decoder.layers) == 32
+
+
+def test_a_part_of_the_gpus_figures_is_measured_at_small_sizes(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    gpu = importlib.import_module("gpu")
+    output = tmp_path / "gpu.jsonl"
+    setting = dataclasses.replace(gpu.setting_of(True, output), batch=2)
+    assert gpu.run("lengths", 100, setting)
+    monkeypatch.setitem(gpu.PARTS, "step", lambda setting: time.sleep(5))
+    assert not gpu.run("step", 1, setting), "a part that takes too long makes room for the next"
+    monkeypatch.setitem(gpu.PARTS, "memory", lambda setting: 1 / 0)
+    assert not gpu.run("memory", 100, setting)
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["what"] for line in lines] == [
+        "first steps at eight new lengths, s",
+        "lengths took",
+        "step failed",
+        "memory failed",
+    ]
+    assert lines[2]["error"] == "TimeoutError: not ready in 1 s"
+    assert all(line["device"].startswith("CPU") for line in lines)
+    assert set(gpu.PARTS) == set(re.findall(r"(\w+):\d+", (BENCHMARKS / "gpu.sh").read_text()))

@@ -7,8 +7,11 @@ Importing them costs nothing heavy: what a command needs it imports when it runs
 COMMANDS = (
     "models",
     "caption",
+    "index",
+    "search",
     "chat",
     "serve",
+    "demo",
     "visualize",
     "push",
     "convert",

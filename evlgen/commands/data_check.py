@@ -95,8 +95,9 @@ def _without_images(builders: dict, reports: Sequence[SplitReport], task: BaseTa
         splits = [split for split in builder.splits if f"{name}/{split}" in readable]
         read = {split: builder.get_split(split) for split in splits}
         questions = {split: d for split, d in read.items() if isinstance(d, QuestionMediaDataset)}
-        train = questions.pop("train", None)
-        for split, dataset in questions.items() if train is not None else ():
+        if (train := questions.pop("train", None)) is None:
+            continue
+        for split, dataset in questions.items():
             guesses = blind_answers(train.questions_with_answers(), dataset.questions())
             scores = []
             for rule, answers in guesses.items():

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)"
     )
-    parser.add_argument("--port", type=_port, default=8000, help="0: any that is free (default: 8000)")
+    parser.add_argument("--port", type=port, default=8000, help="0: any that is free (default: 8000)")
     parser.add_argument("--name", help="what clients call the model (default: its folder's name)")
     parser.add_argument(
         "--prompt",
@@ -53,16 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--time-limit",
-        type=_above_zero,
+        type=above_zero,
         default=60.0,
         metavar="S",
         help="seconds for an answer (default: 60)",
     )
     parser.add_argument(
-        "--max-image-mb", type=_above_zero, default=14.0, metavar="MB", help="of an image file (default: 14)"
+        "--max-image-mb", type=above_zero, default=14.0, metavar="MB", help="of an image file (default: 14)"
     )
     parser.add_argument(
-        "--max-megapixels", type=_above_zero, default=32.0, metavar="MP", help="of an image (default: 32)"
+        "--max-megapixels", type=above_zero, default=32.0, metavar="MP", help="of an image (default: 32)"
     )
     parser.add_argument(
         "--allow-image-urls",
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--drain-time",
-        type=_above_zero,
+        type=above_zero,
         default=30.0,
         metavar="S",
         help="seconds for requests in progress after SIGTERM (default: 30)",
@@ -89,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
         from evlgen.serving.app import Service
         from evlgen.serving.fetching import Fetcher
         from evlgen.serving.limits import Limits
-        from evlgen.serving.server import bind, serve
+        from evlgen.serving.listening import bind
+        from evlgen.serving.server import serve
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "evlgen":
             raise
@@ -170,14 +171,14 @@ def _name_of(args: argparse.Namespace) -> str:
     return name.removesuffix(".yaml") or "model"
 
 
-def _port(text: str) -> int:
+def port(text: str) -> int:
     number = int(text)
     if not 0 <= number < 65536:
         raise argparse.ArgumentTypeError(f"must be 0 to 65535, not {text}")
     return number
 
 
-def _above_zero(text: str) -> float:
+def above_zero(text: str) -> float:
     number = float(text)
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"must be above 0, not {text}")

@@ -226,7 +226,8 @@ def _defaults(layers: Sequence[Layer], arch: Any) -> dict[str, Any]:
 
     LAVIS's captions: repetition penalty 1.15, length penalty 0, which EVLGen's task does not set
     (lavis/tasks/captioning.py of both); three beams for answers (lavis/tasks/vqa.py); no validation; training
-    without mixed precision; a warm-up that starts at ``init_lr`` (lavis/common/optims.py).
+    without mixed precision; a warm-up that starts at ``init_lr`` (lavis/common/optims.py); retrieval that is
+    only evaluated reads 35 tokens of a text.
     """
 
     def given(*keys: str) -> bool:
@@ -243,6 +244,8 @@ def _defaults(layers: Sequence[Layer], arch: Any) -> dict[str, Any]:
         run.update(repetition_penalty=1.15, length_penalty=0.0)
     elif task in ("vqa", "gqa", "aok_vqa"):
         run["num_beams"] = 3
+    elif task == "retrieval" and _strongest(layers, "evaluate", "run")[0] is True:
+        model["max_txt_len"] = 35  # lavis/models/blip2_models/blip2.py, compute_sim_matrix
     if _strongest(layers, "evaluate", "run")[0] is not True and not given("amp", "precision"):
         run["precision"] = "fp32"
     if given("init_lr") and not given("warmup_lr", "warmup_start_lr"):

@@ -96,6 +96,10 @@ class RunConfig:
     #: needs spaCy.
     apply_lemmatizer: bool = False
 
+    #: Task ``retrieval``: how many of the best texts of an image, and images of a text, are ordered again by
+    #: image-text matching; 0: none.
+    k_test: NonNegativeInt = 128
+
     #: What a sampled caption's CIDEr is compared with in self-critical training (task ``captioning_scst``):
     #: that of the image's other samples, or of the caption a greedy search writes.
     scst_baseline: Literal["mean", "greedy"] = "mean"
@@ -139,6 +143,9 @@ class RunConfig:
     allow_tf32: bool = True
     #: Only algorithms that give the same numbers every time; slower.
     deterministic: bool = False
+    #: Compile the repeated blocks of encoder, connector and language model with torch.compile, each kind
+    #: once. The first steps take longer for it; it pays in long runs on a GPU.
+    compile: bool = False
 
     #: Keep what the frozen vision encoder makes of the training images in a file, and train from that: the
     #: encoder runs once per image. Takes images x views x tokens x channels x 2 bytes of disk.

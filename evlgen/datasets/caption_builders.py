@@ -76,6 +76,27 @@ class Flickr30kBuilder(CaptionBuilder):
     DEFAULT_CONFIG = "configs/datasets/flickr30k.yaml"
 
 
+@registry.register_builder("coco_retrieval")
+class CocoRetrievalBuilder(CaptionBuilder):
+    """COCO's captions for retrieval: those of `CocoCaptionBuilder`, without a ground truth."""
+
+    DEFAULT_CONFIG = "configs/datasets/coco_retrieval.yaml"
+
+
+@registry.register_builder("flickr30k_retrieval")
+class Flickr30kRetrievalBuilder(CaptionBuilder):
+    """Flickr30k's captions for retrieval, which LAVIS calls ``flickr30k``: those of `Flickr30kBuilder`."""
+
+    DEFAULT_CONFIG = "configs/datasets/flickr30k_retrieval.yaml"
+
+
+@registry.register_builder("msrvtt_retrieval")
+class MsrvttRetrievalBuilder(CaptionBuilder):
+    """MSR-VTT's captions for retrieval, in splits of their own."""
+
+    DEFAULT_CONFIG = "configs/datasets/msrvtt_retrieval.yaml"
+
+
 @registry.register_builder("vg_caption")
 class VgCaptionBuilder(CaptionBuilder):
     """Region descriptions of Visual Genome (Krishna et al., IJCV 2017) as captions of whole images."""

@@ -25,6 +25,7 @@ from evlgen.config.model_config import ArchitectureConfig, ModelConfig, VisionCo
 from evlgen.config.schema import build_dataclass, to_plain
 from evlgen.files.digests import check_digests
 from evlgen.models import checkpoint_io
+from evlgen.models.ops import cuda_graphs
 from evlgen.models.protocols import NotOffered
 from evlgen.models.text_lengths import TextLengths
 from evlgen.models.vision import vision_encoder_class
@@ -229,6 +230,8 @@ class BaseModel(nn.Module):
     def train(self, mode: bool = True):
         """Training mode for what is trained; frozen parts stay in eval mode."""
         super().train(mode)
+        if mode:
+            cuda_graphs.forget(self)  # training needs their memory
         for module in self.frozen_modules():
             module.eval()
         for module in self.trained_modules():

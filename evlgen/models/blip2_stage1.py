@@ -231,7 +231,7 @@ class Blip2Stage1(VisionModel):
             ``loss``, ``loss_itc``, ``loss_itm``, ``loss_lm``: scalars, float32. In training their means over
             processes, weighed by samples, are the losses of all samples in one batch.
         """
-        tokens = self._tokens(samples)
+        tokens = self.image_tokens(samples)
         ids = self.tokenizer(samples["text_input"])  # [B, L], on the CPU
         visual = self.connector.keys_values(self._normed(tokens))
         queries, past = self.connector.read(visual, len(tokens))
@@ -375,7 +375,7 @@ class Blip2Stage1(VisionModel):
         samples = with_pixels(self, samples)
         start = self.tokenizer.to_write_after(self._prompt(samples)).to(self.device)
         _check_written(start.shape[1] + max_length, self.text.positions.num_embeddings)
-        tokens = self._tokens(samples)
+        tokens = self.image_tokens(samples)
         _, past = self.connector.read(self.connector.keys_values(self._normed(tokens)), len(tokens))
         start = start.expand(len(tokens), -1)
         ends = self.tokenizer.end, self.tokenizer.pad
@@ -409,12 +409,26 @@ class Blip2Stage1(VisionModel):
         both = encode_multimodal(self.connector, self.text, ids, self._is_text(ids), visual)
         return Features(multimodal_embeds=both)
 
+    @staticmethod
+    def similarities(image_features: Tensor, text_features: Tensor) -> Tensor:
+        """The cosine of each text with the query of each image that is nearest to it.
+
+        Args:
+            image_features: ``image_embeds_proj`` of B images, [B, M, embed_dim].
+            text_features: the first token's of ``text_embeds_proj`` of K texts, [K, embed_dim].
+
+        Returns:
+            [B, K], float32.
+        """
+        with without_autocast(text_features.device):
+            return similarities(image_features.float(), text_features.float())
+
     @torch.no_grad()
     def match(self, samples: Batch, head: Literal["itm", "itc"] = "itm") -> Tensor:
         """How well each image and its text fit.
 
         Args:
-            samples: ``image`` [B, 3, H, W], ``text_input`` list[str].
+            samples: ``image`` [B, 3, H, W], or [1, 3, H, W] for all texts; ``text_input`` list[str].
             head: ``itm``: logits of *does not fit* and *fits*, [B, 2]; ``itc``: the cosine of their features,
                 [B, 1].
         """
@@ -422,8 +436,9 @@ class Blip2Stage1(VisionModel):
             raise ConfigError(f"head '{head}' for matching is none of itm, itc.")
         visual, ids = self._visual(samples), self._ids(samples)
         if head == "itm":
+            visual = [None if seen is None else seen.expand(len(ids), -1, -1) for seen in visual]
             return self._matching_logits(ids, visual)
-        queries, _ = self.connector.read(visual, len(ids))
+        queries, _ = self.connector.read(visual, _batch(visual))
         image, text = self._features(self.vision_proj(queries)), self._text_features(ids)
         return (image @ text[:, :, None]).amax(1)  # [B, M, E] by [B, E, 1]
 
@@ -441,7 +456,7 @@ class Blip2Stage1(VisionModel):
         return prompts.pop()
 
     def _visual(self, samples: Batch) -> list[Tensor | None]:
-        return self.connector.keys_values(self._normed(self._tokens(samples)))
+        return self.connector.keys_values(self._normed(self.image_tokens(samples)))
 
     def _ids(self, samples: Batch) -> Tensor:
         texts = samples["text_input"]

@@ -84,7 +84,7 @@ def match_tokens(metric: Tensor, r: int, num_protected: int = 1) -> tuple[Tensor
 
     with without_autocast(metric.device):
         metric = torch.nn.functional.normalize(metric.float(), dim=-1)
-        scores = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)  # [B, A, B']
+        scores = torch.bmm(metric[:, ::2], metric[:, 1::2].transpose(1, 2))  # [B, A, B']
     if num_protected:
         scores[:, 0] = -torch.inf
     best_score, best_b = scores.max(dim=-1)  # [B, A]

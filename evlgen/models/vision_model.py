@@ -118,8 +118,9 @@ class VisionModel(BaseModel):
     def _check_image(self, image: Tensor) -> None:
         """Raises `ConfigError` or `DataError` for a batch of another shape than the model reads."""
 
-    def _tokens(self, samples: Batch) -> Tensor:
-        """The encoder's own tokens of a batch: given, or of its images."""
+    def image_tokens(self, samples: Batch) -> Tensor:
+        """The encoder's own tokens of a batch, [B, N, C_vision]: its ``visual_tokens``, or `encode`
+        of its ``image``."""
         if "visual_tokens" in samples:
             return samples["visual_tokens"].to(self.device)
         return self.encode(samples["image"])

@@ -26,6 +26,7 @@ from evlgen.models.chatting import Chatting
 from evlgen.models.connectors.base import Connector, ConnectorInputs
 from evlgen.models.language import CausalLanguageModel, LanguageModel, build_language_model
 from evlgen.models.language.segments import Row, SoftPrompts
+from evlgen.models.ops import cuda_graphs
 from evlgen.models.soft_prompts import SoftPromptHead
 from evlgen.models.text_lengths import TextLengths
 from evlgen.models.tiles import Tiling, as_prompts
@@ -35,6 +36,8 @@ from evlgen.models.vision.temporal import pool_frames
 from evlgen.models.writing import count_images
 
 logger = logging.getLogger(__name__)
+
+_RECORDED_IMAGES = 16  # images whose encoding is recorded as a CUDA graph at most: more keep a card busy
 
 
 class VLM(Chatting):
@@ -196,11 +199,29 @@ class VLM(Chatting):
             return cast(Tensor, self.sequence_prompts(samples))
         if self.tiling is not None and "image" in samples:
             return cast(Tensor, self._tiled([*samples["image"]]))
-        return self._to_prompts(self._tokens(samples))
+        return self._to_prompts(self.image_tokens(samples))
 
     def _to_prompts(self, tokens: Tensor) -> Tensor:
         """The encoder's tokens [B, N, C_vision] -> [B, M, C_language]."""
         return self._with_head(self.connector(self._normed(tokens)))
+
+    def _prompts_to_continue(self, samples: Batch) -> Tensor:
+        """`soft_prompts` for generation: of a few images by a CUDA graph where that is possible."""
+        image = samples.get("image")
+        is_plain = (
+            isinstance(image, Tensor) and image.ndim == 4 and not {"images", "visual_tokens"} & {*samples}
+        )
+        is_own = type(self).soft_prompts is VLM.soft_prompts and self.temporal is None and not self.tiling
+        if not (is_plain and is_own) or self.training or len(image) > _RECORDED_IMAGES:
+            return self.soft_prompts(samples)
+        self._check_image(image)
+        image = image.to(self.device)
+
+        def make() -> cuda_graphs.RecordedCall:
+            return cuda_graphs.RecordedCall(lambda pixels: self.soft_prompts({"image": pixels}), image)
+
+        with cuda_graphs.recorded(self, image.device, (image.shape, image.dtype), make) as call:
+            return self.soft_prompts({**samples, "image": image}) if call is None else call(image)
 
     def _with_head(self, prompts: Tensor) -> Tensor:
         return prompts if self.prompt_head is None else self.prompt_head(prompts)

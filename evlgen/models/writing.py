@@ -35,6 +35,8 @@ class Writing(VisionModel):
 
         def soft_prompts(self, samples: Batch) -> Tensor: ...
 
+        def _prompts_to_continue(self, samples: Batch) -> Tensor: ...
+
     @torch.no_grad()
     def generate(
         self,
@@ -92,7 +94,7 @@ class Writing(VisionModel):
             options: fields of `generation.Decoding`. ``use_nucleus_sampling=True, top_p=1.0, top_k=None,
                 min_length=0`` draws from the model's own distribution.
         """
-        soft_prompts = self.soft_prompts(samples)
+        soft_prompts = self._prompts_to_continue(samples)
         with without_autocast(soft_prompts.device):
             prompts = self._prompts(samples, len(soft_prompts))
             return self.language.generate_tokens(soft_prompts, prompts, **options)
@@ -186,7 +188,7 @@ class Writing(VisionModel):
         return fill_ocr_slots(prompts, samples)
 
     def _continue(self, samples: Batch, prompts: list[str], **options: Any) -> list[str]:
-        soft_prompts = self.soft_prompts(samples)
+        soft_prompts = self._prompts_to_continue(samples)
         with without_autocast(soft_prompts.device):
             return self.language.generate(soft_prompts, prompts, **options)
 

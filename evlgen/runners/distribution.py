@@ -20,6 +20,7 @@ from evlgen.common.precision import resolve_precision
 from evlgen.config.run_config import RunConfig
 from evlgen.models.base_model import BaseModel
 from evlgen.models.protocols import HasLanguageModel, offers
+from evlgen.runners.compilation import compile_blocks, uncompiled
 from evlgen.runners.rendezvous import meeting
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -79,6 +80,11 @@ class Distribution:
         )
         if self.sharding:
             self.sharding.apply()
+        self.compiled: list[nn.Module] = []
+        if run.compile and not run.evaluate:
+            self.compiled = compile_blocks(
+                model, apart=set() if not self.sharding else {*model.language.modules()}
+            )
 
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -89,9 +95,15 @@ class Distribution:
                 stack.enter_context(self.sharding.no_sync())
             yield
 
-    def generating(self) -> contextlib.AbstractContextManager:
-        """Inside, each process may generate as often as it likes."""
-        return self.sharding.in_step() if self.sharding else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[None]:
+        """Inside, each process may generate as often as it likes. Nothing is compiled for the many shapes of
+        generation."""
+        with contextlib.ExitStack() as stack:
+            if self.sharding:
+                stack.enter_context(self.sharding.in_step())
+            stack.enter_context(uncompiled(self.compiled))
+            yield
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[BaseModel]:

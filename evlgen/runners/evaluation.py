@@ -59,6 +59,8 @@ def evaluate_split(runner: Runner, evaluation: Evaluation) -> None:
     skipped.add_up()
     skipped.check()
     evaluation.skipped = skipped.causes
+    with runner.distribution.generating(), accelerator.autocast():
+        evaluation.results = task.finish_evaluation(runner.model, evaluation.results, dataset)
     evaluation.results = gather_object(evaluation.results)
     runner.model.train(was_training)
     if accelerator.is_main_process:

@@ -27,6 +27,10 @@ class Task(Protocol):
 
     def valid_step(self, model: BaseModel, samples: Batch) -> list[dict[str, Any]]: ...
 
+    def finish_evaluation(
+        self, model: BaseModel, results: list[dict[str, Any]], dataset: BaseDataset
+    ) -> list[dict[str, Any]]: ...
+
     def after_evaluation(
         self, results: list[dict[str, Any]], dataset: BaseDataset, split: str, folder: Path
     ) -> dict[str, float]: ...

@@ -12,29 +12,9 @@ from collections.abc import Callable, Iterator
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from evlgen.common.errors import ConfigError
 from evlgen.serving.app import Service, create_app
 
 logger = logging.getLogger(__name__)
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket at an address, which takes no connection yet.
-
-    Raises:
-        ConfigError: the address is taken or not this machine's.
-    """
-    try:
-        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        found = socket.socket(family, kind, protocol)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-        return found
-    except OSError as error:
-        raise ConfigError(
-            f"{host} port {port} cannot be served ({error.strerror or error}): choose another with --host "
-            "and --port."
-        ) from error
 
 
 def serve(service: Service, listening: socket.socket, ready: Callable[[], None] = lambda: None) -> None:

@@ -6,6 +6,7 @@ from evlgen.tasks.captioning_scst import SelfCriticalCaptioningTask
 from evlgen.tasks.conversation import ConversationTask
 from evlgen.tasks.pretrain import ImageTextPretrainTask
 from evlgen.tasks.question_answering import QuestionAnsweringTask
+from evlgen.tasks.retrieval import RetrievalTask
 from evlgen.tasks.vqa import AOKVQATask, GQATask, VideoQATask, VQATask
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "GQATask",
     "ImageTextPretrainTask",
     "QuestionAnsweringTask",
+    "RetrievalTask",
     "SelfCriticalCaptioningTask",
     "VQATask",
     "VideoQATask",

@@ -117,6 +117,13 @@ class BaseTask:
         """One JSON-able result for each sample of a batch."""
         raise NotImplementedError(f"{type(self).__name__} must define valid_step(model, samples)")
 
+    def finish_evaluation(
+        self, model: BaseModel, results: list[dict[str, Any]], dataset: BaseDataset
+    ) -> list[dict[str, Any]]:
+        """Called after the last `valid_step` of a split, on every process, with the results it has so far:
+        for what needs the model and all samples. Returns the results of this process."""
+        return results
+
     def after_evaluation(
         self, results: list[dict[str, Any]], dataset: BaseDataset, split: str, folder: Path
     ) -> dict[str, float]:

@@ -87,6 +87,27 @@ def draw_found(found: Mapping[str, Sequence[Sequence[Merging]]], names: Sequence
     return draw_sheet(_headings(mergings), rows, _note(mergings))
 
 
+def draw_stage(clip: Sequence[Merging], stage: int) -> Image.Image:
+    """One stage of `merging.find_merging` over the image; the frames of a video beside each other.
+
+    Args:
+        clip: of one image or video, as `merge_clips` has it.
+        stage: 0: the image as the model sees it; the last one: the soft prompts, each with its number from 1
+            on one of its patches. Higher numbers mean the last one.
+    """
+    scale = _scale(clip[0])
+    panels = [panel for merging in clip for panel in _panels_at(merging, stage, scale)]
+    gap = np.full((len(panels[0]), 4, 3), 255, np.uint8)
+    parts = [part for panel in panels for part in (gap, panel)][1:]
+    return Image.fromarray(np.concatenate(parts, axis=1))
+
+
+def describe_stage(clip: Sequence[Merging], stage: int) -> str:
+    """``layer 3: 40 tokens, 39 regions + class token``, of what `draw_stage` draws."""
+    name, *counts = _headings(clip)[min(stage, len(clip[0].stages) - 1)]
+    return f"{name}: {', '.join(counts)}"
+
+
 def untrained(model: BaseModel, seed: int) -> BaseModel:
     """The same configuration without its checkpoint: what training from scratch with this seed starts from.
 
@@ -131,6 +152,30 @@ def _panels(merging: Merging, scale: int) -> list[list[np.ndarray]]:
     large = merging.pictures.repeat(scale, axis=1).repeat(scale, axis=2)
     columns = [large, *(_drawn(merging, stage, scale) for stage in merging.stages[1:])]
     return [[column[frame] for column in columns] for frame in range(len(large))]
+
+
+def _panels_at(merging: Merging, number: int, scale: int) -> list[np.ndarray]:
+    """What `draw_stage` shows of each frame: the regions, with the image shining through."""
+    large = merging.pictures.repeat(scale, axis=1).repeat(scale, axis=2)
+    if number <= 0:
+        return list(large)
+    stage = merging.stages[min(number, len(merging.stages) - 1)]
+    drawn = (0.7 * _drawn(merging, stage, scale) + 0.3 * large).round().astype(np.uint8)
+    patch = large.shape[1] // stage.groups.shape[1]
+    is_last = stage is merging.stages[-1]
+    return [
+        _with_numbers(panel, stage.groups[f], patch) if is_last else panel for f, panel in enumerate(drawn)
+    ]
+
+
+def _with_numbers(panel: np.ndarray, groups: np.ndarray, patch: int) -> np.ndarray:
+    """Writes the number of each region on that of its patches which is nearest to its middle."""
+    for token in np.unique(groups):
+        places = np.argwhere(groups == token)
+        row, column = places[((places - places.mean(0)) ** 2).sum(1).argmin()]
+        centre = ((column + 0.5) * patch, (row + 0.5) * patch)
+        panel = write_on(panel, str(token + 1), centre, max(8, round(patch * 0.45)))
+    return panel
 
 
 def _drawn(merging: Merging, stage: Stage, scale: int) -> np.ndarray:

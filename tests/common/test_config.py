@@ -405,12 +405,12 @@ def test_all_problems_of_all_sections_are_shown_at_once(project):
     [
         (
             "evlgen_opt",
-            "{task: retrieval, k_test: 3}",
-            "run.task (PATH): no task is registered as 'retrieval'",
+            "{task: dialogue, k_tests: 3}",
+            "run.task (PATH): no task is registered as 'dialogue'",
         ),
-        ("evlgen_opt", "{task: retrieval, max_epohc: 3}", "run.task (PATH): no task is registered"),
-        ("albef", "{k_test: 3}", "model.arch (PATH): no model is registered as 'albef'"),
-        ("evlgen_opt", "{task: captioning, k_test: 3}", "run.k_test (PATH): there is no such key"),
+        ("evlgen_opt", "{task: dialogue, max_epohc: 3}", "run.task (PATH): no task is registered"),
+        ("albef", "{k_tests: 3}", "model.arch (PATH): no model is registered as 'albef'"),
+        ("evlgen_opt", "{task: captioning, k_tests: 3}", "run.k_tests (PATH): there is no such key"),
     ],
 )
 def test_a_part_that_is_not_here_is_named_before_keys_that_may_be_its_own(project, model, run, reason):

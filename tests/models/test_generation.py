@@ -23,12 +23,12 @@ from evlgen.common.errors import ConfigError
 from evlgen.models.language.generation import (
     TOP_K,
     Decoding,
-    can_read_trees,
     decode,
     decode_by_transformers,
     nucleus,
     top_k,
 )
+from evlgen.models.language.prefixes import can_read_trees
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GEMMA = {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.1}

@@ -63,6 +63,14 @@ FACTS = {
         "arch": "blip2_t5",
         "checkpoint": f"{LAVIS}blip2_pretrained_flant5xl.pth",
     },
+    "blip2_ret_coco_eval": {
+        "arch": "blip2",
+        "checkpoint": f"{LAVIS}blip2_finetune_coco.pth",
+        "vision.image_size": 364,
+        "vision.grad_checkpoint": False,
+        "max_txt_len": 35,
+    },
+    "blip2_ret_flickr_eval": {"checkpoint": f"{LAVIS}blip2_finetune_coco.pth", "vision.image_size": 364},
     "evlgen_pretrain_opt2.7b": {
         "arch": "evlgen_opt",
         "model_type": "pretrain_opt2.7b",
@@ -107,9 +115,7 @@ def value_at(section: dict, path: str):
 #: published files that ask for what is not here, and the one reason
 REFUSED = {
     "blip2_caption_coco_flant5xl_eval": "blip2_caption_coco_flant5xl_eval.yaml is empty",
-    "blip2_ret_coco_eval": "no task is registered as 'retrieval'",
-    "blip2_ret_flickr_eval": "no task is registered as 'retrieval'",
-    "blip2_retrieval_coco_ft": "no task is registered as 'retrieval'",
+    "blip2_retrieval_coco_ft": "run.lr_layer_decay",
 }
 
 
@@ -289,20 +295,20 @@ def test_a_model_of_evlgen_is_not_trained_without_its_contrastive_loss_unasked(p
 @pytest.mark.parametrize(
     ("model", "run", "reasons"),
     [
-        ("{arch: blip_caption, vit_type: base}", "task: captioning, k_test: 1", ["model.arch"]),
-        ("{arch: blip2, model_type: coco}", "task: retrieval, k_test: 1", ["run.task"]),
+        ("{arch: blip_caption, vit_type: base}", "task: captioning, k_tests: 1", ["model.arch"]),
+        ("{arch: blip2, model_type: coco}", "task: multimodal_classification, k_tests: 1", ["run.task"]),
         ("{arch: albef_nlvr}", "task: multimodal_classification", ["model.arch", "run.task"]),
-        (OPT, "task: captioning, k_test: 1, max_epoch: 1", ["run.k_test"]),
-        ("{arch: blip2_t5_instruct, model_type: flant5xl}", "task: captioning, k_test: 1", ["InstructBLIP"]),
+        (OPT, "task: captioning, k_tests: 1, max_epoch: 1", ["run.k_tests"]),
+        ("{arch: blip2_t5_instruct, model_type: flant5xl}", "task: captioning, k_tests: 1", ["InstructBLIP"]),
     ],
 )
 def test_an_architecture_or_task_that_is_not_here_is_named_first(project, model, run, reasons):
     rest = f"datasets: {{nlvr: {{type: x}}}}\nrun: {{{IN_THEIR_WORDS}{run}}}\n"
     with pytest.raises(ConfigError) as error:
-        Config.load(project(model, rest if reasons != ["run.k_test"] else rest.replace("nlvr", "gqa")))
+        Config.load(project(model, rest if reasons != ["run.k_tests"] else rest.replace("nlvr", "gqa")))
     message = str(error.value)
     assert all(reason in message for reason in reasons)
-    assert not any(other in message for other in {"run.k_test", "datasets.nlvr", "vit_type"} - set(reasons))
+    assert not any(other in message for other in {"run.k_tests", "datasets.nlvr", "vit_type"} - set(reasons))
 
 
 def test_the_val_split_of_gqas_published_type_is_its_testdev_set(tmp_path):

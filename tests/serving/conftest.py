@@ -14,6 +14,7 @@ from evlgen.serving import server
 from evlgen.serving.answering import Answerer
 from evlgen.serving.app import Service
 from evlgen.serving.limits import Limits
+from evlgen.serving.listening import bind
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +32,7 @@ def start(model):
     def start(
         limits: Limits | None = None, answerer: Answerer | None = None, **settings
     ) -> Iterator[Running]:
-        listening = server.bind("127.0.0.1", 0)
+        listening = bind("127.0.0.1", 0)
         service = Service(answerer or Answerer(model), "shapes", limits, num_beams=1, **settings)
         is_ready = threading.Event()
         running = server.make_server(service, is_ready.set)

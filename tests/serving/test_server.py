@@ -19,9 +19,9 @@ import pytest
 from serving_requests import answer_of, data_url, encoded, picture, question
 
 from evlgen.common.errors import ConfigError
-from evlgen.serving import server
 from evlgen.serving.answering import Answer, Answerer, Ask, Stopped, Text
 from evlgen.serving.limits import Limits
+from evlgen.serving.listening import bind
 
 
 def _client(running, key="anything", **options):
@@ -314,7 +314,7 @@ def test_a_taken_port_is_named():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(ConfigError, match="port"):
-            server.bind("127.0.0.1", taken.getsockname()[1])
+            bind("127.0.0.1", taken.getsockname()[1])
 
 
 def test_the_command_serves_the_bundled_model_and_drains_on_sigterm(tmp_path):

@@ -18,8 +18,9 @@ from transformers import AutoTokenizer
 from evlgen.common.errors import CheckpointError, ConfigError
 from evlgen.models.connectors.qformer import INITIALISER_STD, FeedForward, QFormer
 from evlgen.models.connectors.qformer_weights import load_bert
-from evlgen.models.language.generation import Decoding, branch_rows, search
+from evlgen.models.language.generation import Decoding, search
 from evlgen.models.language.plain_text import PlainText
+from evlgen.models.language.prefixes import branch_rows
 from evlgen.models.ops import linear
 from evlgen.weights.hub import local_model_folder
 from evlgen.weights.weights import reading, weights_only
@@ -254,7 +255,7 @@ def generate(
 
 
 class _Prefix:
-    """What has been read, with R branches behind it in one sequence: a `generation.Prefix`."""
+    """What has been read, with R branches behind it in one sequence: a `prefixes.Prefix`."""
 
     def __init__(
         self, queries: QFormer, text: QFormerText, past: list[Tensor], start: Tensor, branches: int

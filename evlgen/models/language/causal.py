@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
@@ -24,13 +25,14 @@ from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
 from evlgen.config.model_config import SoftPromptMergingConfig
 from evlgen.models.language.chat import ChatTemplate, read_template
-from evlgen.models.language.generation import Decoding, can_read_trees, decode, decode_stepwise
+from evlgen.models.language.generation import Decoding, decode, decode_stepwise
 from evlgen.models.language.hugging_face import (
     HuggingFaceLanguageModel,
     Predictions,
     for_each_text,
     truncate_at_eos,
 )
+from evlgen.models.language.prefixes import can_read_trees
 from evlgen.models.language.ranking import Reader, TreeReader
 from evlgen.models.language.segments import (
     IGNORED,
@@ -121,7 +123,9 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         owners = [torch.tensor([sample for sample in row for _ in range(lengths[sample])]) for row in bins]
         positions = pad_sequence(places, True, 0)  # [B, L]
         owner = pad_sequence(owners, True, -1)
-        visible = (owner[:, :, None] == owner[:, None]).tril()  # [B, L, L]
+        positions, visible = _widened(
+            layout.ids.shape[1], positions, (owner[:, :, None] == owner[:, None]).tril()
+        )
         row, column = ((layout.labels != IGNORED) & (positions > 0)).nonzero(as_tuple=True)
         self._check_something_is_learned(len(row))
         return self._predictions_at(
@@ -138,15 +142,16 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         """As `_predictions_of`, where what the texts of an image share is read once."""
         self._check_something_is_learned(len(trees.targets))
         self._check_length(int(trees.positions.max()) + 1, "model.max_txt_len")
-        embeds, _ = self._embed(soft_prompts, trees.rows, padding_side="right")
+        embeds, layout = self._embed(soft_prompts, trees.rows, padding_side="right")
+        positions, visible = _widened(layout.ids.shape[1], trees.positions, trees.visible)
         return self._predictions_at(
             trees.places[0],
             trees.places[1],
             trees.targets,
             trees.texts,
             inputs_embeds=embeds,
-            attention_mask=_additive(trees.visible, embeds),
-            position_ids=trees.positions.to(embeds.device),
+            attention_mask=_additive(visible, embeds),
+            position_ids=positions.to(embeds.device),
         )
 
     @torch.no_grad()
@@ -328,7 +333,8 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         Args:
             soft_prompts: of the images of all rows, in their order: [K, M, C], or K tensors [M, C].
         """
-        layout = lay_out(rows, num_soft_of(soft_prompts), self.pad_token_id, padding_side)
+        width_of = self._training_width if padding_side == "right" else None
+        layout = lay_out(rows, num_soft_of(soft_prompts), self.pad_token_id, padding_side, width_of)
         if self._merging is not None:
             self._merging.expect(layout, num_soft_of(soft_prompts))
         if isinstance(soft_prompts, Tensor):
@@ -339,9 +345,28 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         row, column = layout.places.to(prompts.device)
         return embeds.index_put((row, column), prompts.to(embeds.dtype)), layout
 
+    def _training_width(self, longest: int) -> int:
+        """Positions of a batch to learn from whose longest sample has so many: a GPU plans attention anew for
+        each length (0.1 s), so few lengths occur there."""
+        multiple = _length_multiple(self.model.device)
+        return max(longest, min(-(-longest // multiple) * multiple, self.max_positions or longest + multiple))
+
     def _text(self, ids: list[int]) -> str:
         end = next((place for place, token in enumerate(ids) if token in self.end_token_ids), len(ids))
         return self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+
+
+def _length_multiple(device: torch.device) -> int:
+    return 8 if device.type == "cuda" else 1
+
+
+def _widened(width: int, positions: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions [B, L] and what each sees [B, L, L] with padding up to a width; padding sees itself."""
+    missing = width - positions.shape[1]
+    if not missing:
+        return positions, visible
+    itself = torch.eye(width, dtype=torch.bool)
+    return F.pad(positions, (0, missing)), F.pad(visible, (0, missing, 0, missing)) | itself
 
 
 def _additive(visible: Tensor, embeds: Tensor) -> Tensor:

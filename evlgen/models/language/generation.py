@@ -1,28 +1,30 @@
 """Decoding by a causal language model: greedy, beam search and nucleus sampling.
 
-What all continuations of an image share, its soft prompts and its prompt, is read once and never copied. The
-continuations themselves stand side by side in one sequence for each image, as branches of a tree: a mask
-says which tokens a branch sees. When beams change places, rows of that mask move, and nothing in the cache
-does. Results are those of transformers' ``generate``, which serves the models that cannot read a tree.
+What all continuations of an image share is read once, and beams are branches behind it (`prefixes`). On a
+GPU nothing here waits for the card but the question whether all texts have ended, every few tokens. Results
+are those of transformers' ``generate``, which serves the models that cannot read a tree.
 """
 
 from __future__ import annotations
 
-import inspect
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import GenerationConfig, PreTrainedModel
 
 from evlgen.common.errors import ConfigError
+from evlgen.models.language.fixed_prefix import prefix_behind
+from evlgen.models.language.prefixes import Prefix, branch_rows, can_read_trees
 
 #: Tokens that sampling chooses from at most: transformers' default, in force for every published result.
 TOP_K = 50
+
+#: A GPU is asked after so many tokens whether all texts have ended: until it answers it has nothing to do.
+_TOKENS_PER_QUESTION = 8
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,12 @@ def decode(
     if not can_read_trees(model, embeds.shape[1] + options.max_length):
         return decode_by_transformers(model, embeds, mask.to(embeds.device), options, end_tokens, pad_token)
     ends = torch.tensor(end_tokens, device=embeds.device)
-    return search(
-        lambda branches: SharedPrefix(model, embeds, mask, branches, options.max_length),
-        options,
-        ends,
-        pad_token,
-    )
+    with contextlib.ExitStack() as stack:
+
+        def prefix_of(branches: int) -> Prefix:
+            return stack.enter_context(prefix_behind(model, embeds, mask, branches, options.max_length))
+
+        return search(prefix_of, options, ends, pad_token)
 
 
 def decode_stepwise(
@@ -120,26 +122,9 @@ def decode_stepwise(
         return
     ends = torch.tensor(end_tokens, device=embeds.device)
     branches = options.num_captions if options.use_nucleus_sampling else 1
-    prefix = SharedPrefix(model, embeds, mask, branches, options.max_length)
-    for texts in _extensions(prefix, options, ends, pad_token):
-        yield texts[:, :, -1].flatten().tolist()
-
-
-class Prefix(Protocol):
-    """What a search continues: what has been read once, and R branches behind it.
-
-    Attributes:
-        next_position: [B, R], of each branch's next token.
-        logits: [B, 1, vocabulary], of the token after the prefix.
-    """
-
-    next_position: Tensor
-    logits: Tensor
-
-    def read(self, tokens: Tensor, branches: Tensor | None = None) -> Tensor:
-        """One more token in each branch: [B, R], and the branches [B, R] they continue (None: their own) ->
-        logits of the next, [B, R, vocabulary]."""
-        ...
+    with prefix_behind(model, embeds, mask, branches, options.max_length) as prefix:
+        for texts in _extensions(prefix, options, ends, pad_token, question_every=1):
+            yield texts[:, :, -1].flatten().tolist()
 
 
 def search(prefix_of: Callable[[int], Prefix], options: Decoding, ends: Tensor, pad_token: int) -> Tensor:
@@ -162,141 +147,22 @@ def search(prefix_of: Callable[[int], Prefix], options: Decoding, ends: Tensor, 
     return ids.flatten(0, 1)
 
 
-def can_read_trees(model: PreTrainedModel, length: int) -> bool:
-    """Whether a model takes positions and a mask for each pair of tokens, in all layers, up to a text of
-    ``length``: not where a position is a distance in the sequence (ALiBi) or the past is a state or a
-    window."""
-    config = model.config.get_text_config(decoder=True)
-    return (
-        config._attn_implementation in ("sdpa", "eager")
-        and {"position_ids", "logits_to_keep"} <= set(inspect.signature(model.forward).parameters)
-        and not getattr(config, "alibi", False)
-        and all(
-            type(layer) is DynamicLayer
-            or (getattr(layer, "is_sliding", False) and layer.get_max_length() >= length)
-            for layer in DynamicCache(config=config).layers
-        )
-    )
-
-
-def _cache_name(model: PreTrainedModel) -> str:
-    """``past_key_values`` is called ``cache`` in later versions of transformers."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
-class _PreallocatedLayer(DynamicLayer):
-    """Keys and values of one layer in memory set aside beforehand, where `DynamicLayer` copies all it holds
-    at every step."""
-
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self.room, self.length = room, 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (
-            states.new_empty(*states.shape[:2], self.room, states.shape[3])
-            for states in (key_states, value_states)
-        )
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, self.length = self.length, self.length + key_states.shape[2]
-        self.keys[:, :, start : self.length] = key_states
-        self.values[:, :, start : self.length] = value_states
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-
-class SharedPrefix:
-    """What a model has read: one prefix for each image and R branches behind it.
-
-    Args:
-        embeds: [B, P, C].
-        mask: [B, P], on the CPU: 0 for padding.
-        branches: R.
-        max_length: tokens of a branch at most.
-
-    Attributes:
-        logits: [B, 1, vocabulary], of the token after the prefix.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, embeds: Tensor, mask: Tensor, branches: int, max_length: int
-    ) -> None:
-        padded = not mask.all()
-        mask = mask.to(embeds.device, torch.bool)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, P]
-        room = embeds.shape[1] + branches * max_length
-        self.model, self.cache_name = model, _cache_name(model)
-        self.cache = Cache(
-            [
-                _PreallocatedLayer(room)
-                for _ in range(model.config.get_text_config(decoder=True).num_hidden_layers)
-            ]
-        )
-        next_position = positions[:, -1:].expand(-1, branches) + 1  # [B, R]
-        visible = None  # [B, R, tokens read]; None: everything
-        if padded or branches > 1:
-            visible = mask[:, None].expand(-1, branches, -1)
-            self.own = torch.eye(branches, dtype=torch.bool, device=embeds.device).expand(len(embeds), -1, -1)
-        self.logits = model(
-            inputs_embeds=embeds,
-            attention_mask=mask if padded else None,
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=1,
-            **{self.cache_name: self.cache},
-        ).logits
-        self._start = next_position, visible, [layer.length for layer in self.cache.layers]
-        self.rewind()
-
-    def rewind(self) -> None:
-        """Forgets what was read behind the prefix."""
-        self.next_position, self.visible, lengths = self._start
-        for layer, length in zip(self.cache.layers, lengths, strict=True):
-            layer.length = length
-
-    def read(self, tokens: Tensor, branches: Tensor | None = None) -> Tensor:
-        """One more token in each branch.
-
-        Args:
-            tokens: [B, R].
-            branches: [B, R], the branch that each token continues; None: its own.
-
-        Returns:
-            logits of the next token, [B, R, vocabulary].
-        """
-        mask = None
-        if self.visible is not None:
-            if branches is not None:
-                self.visible = branch_rows(self.visible, branches)
-            self.visible = torch.cat([self.visible, self.own], dim=2)
-            hidden = torch.finfo(self.logits.dtype).min
-            mask = torch.zeros_like(self.visible, dtype=self.logits.dtype).masked_fill_(~self.visible, hidden)
-        logits = self.model(
-            input_ids=tokens,
-            attention_mask=None if mask is None else mask[:, None],  # the same for all heads
-            position_ids=self.next_position,
-            use_cache=True,
-            **{self.cache_name: self.cache},
-        ).logits
-        self.next_position = self.next_position + 1
-        return logits
-
-
 def _extend(prefix: Prefix, options: Decoding, ends: Tensor, pad_token: int) -> Tensor:
     """Every branch for itself, sampled or greedy; ``ends`` [E] end a text. Returns [B, R, T]."""
-    *_, texts = _extensions(prefix, options, ends, pad_token)
+    *_, texts = _extensions(prefix, options, ends, pad_token, _question_every(ends.device))
     return texts
 
 
-def _extensions(prefix: Prefix, options: Decoding, ends: Tensor, pad_token: int) -> Iterator[Tensor]:
-    """The texts so far, [B, R, T], after each token."""
+def _question_every(device: torch.device) -> int:
+    """After how many tokens it is asked whether all texts have ended."""
+    return 1 if device.type == "cpu" else _TOKENS_PER_QUESTION
+
+
+def _extensions(
+    prefix: Prefix, options: Decoding, ends: Tensor, pad_token: int, question_every: int
+) -> Iterator[Tensor]:
+    """The texts so far, [B, R, T], after each token; at most ``question_every`` - 1 tokens of padding
+    longer than the longest."""
     texts = prefix.next_position.new_empty(*prefix.next_position.shape, 0)  # [B, R, 0]
     ended = torch.zeros_like(prefix.next_position, dtype=torch.bool)
     logits = prefix.logits
@@ -307,7 +173,8 @@ def _extensions(prefix: Prefix, options: Decoding, ends: Tensor, pad_token: int)
         texts = torch.cat([texts, tokens[:, :, None]], dim=2)
         ended = ended | torch.isin(tokens, ends)
         yield texts
-        if texts.shape[2] == options.max_length or ended.all():
+        length = texts.shape[2]
+        if length == options.max_length or (length % question_every == 0 and ended.all()):
             return
         logits = prefix.read(tokens)
 
@@ -318,10 +185,15 @@ def _sample(scores: Tensor, options: Decoding) -> Tensor:
     Degeneration*, ICLR 2020, section 3.1."""
     scores = scores / options.temperature
     if options.top_k is None and options.top_p == 1:  # of all tokens: nothing to sort
-        return torch.multinomial(scores.softmax(-1).flatten(0, -2), 1).view(scores.shape[:-1])
+        return _draw(scores.softmax(-1))
     probabilities, tokens = nucleus(scores, options.top_p, options.top_k)
-    drawn = torch.multinomial(probabilities.flatten(0, -2), 1).view(*scores.shape[:-1], 1)
-    return tokens.gather(-1, drawn).squeeze(-1)
+    return tokens.gather(-1, _draw(probabilities)[..., None]).squeeze(-1)
+
+
+def _draw(probabilities: Tensor) -> Tensor:
+    """What `torch.multinomial` draws, one of each row [..., n] -> [...], without its checks: those wait for
+    the card."""
+    return (probabilities / torch.empty_like(probabilities).exponential_(1)).argmax(-1)
 
 
 def nucleus(scores: Tensor, top_p: float, k: int | None = TOP_K) -> tuple[Tensor, Tensor]:
@@ -345,7 +217,7 @@ def _beam_search(prefix: Prefix, options: Decoding, ends: Tensor, pad_token: int
     finished = texts.new_full((batch, beams, options.max_length), pad_token)
     scores = running.new_full((batch, beams), -torch.inf)
     improvable = torch.ones_like(scores[:, :1], dtype=torch.bool)
-    logits = prefix.logits
+    logits, question_every = prefix.logits, _question_every(ends.device)
     for length in range(1, options.max_length + 1):
         log_probs = _adjust(logits.float().log_softmax(-1), texts, options, ends)
         # with one end token at most half of twice as many as beams end here, so enough go on
@@ -372,18 +244,13 @@ def _beam_search(prefix: Prefix, options: Decoding, ends: Tensor, pad_token: int
         improvable = improvable & (
             running[:, :1] / length**options.length_penalty > scores.amin(1, keepdim=True)
         )
-        if length == options.max_length or not improvable.any():
+        if length == options.max_length or (length % question_every == 0 and not improvable.any()):
             break
         texts = branch_rows(candidates, going_on)
         # behind the prefix there are no branches yet that could change places
         branches = parents.gather(1, going_on) if length > 1 else None
         logits = prefix.read(texts[:, :, -1], branches)
     return finished
-
-
-def branch_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """[B, R, T] -> the named rows of each batch entry, [B, K, T]."""
-    return x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def _adjust(scores: Tensor, texts: Tensor, options: Decoding, ends: Tensor) -> Tensor:

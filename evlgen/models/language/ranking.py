@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from evlgen.models.language.generation import SharedPrefix
+from evlgen.models.language.prefixes import SharedPrefix
 
 #: Texts of a batch that are read side by side: bounds the memory that their logits take.
 TEXTS_AT_ONCE = 1024

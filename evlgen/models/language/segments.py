@@ -6,10 +6,11 @@ in the caption's place; a conversation goes on from there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -155,13 +156,20 @@ def packed(lengths: Sequence[int], limit: int) -> list[list[int]]:
     return rows
 
 
-def lay_out(rows: Iterable[Row], num_soft: Sequence[int], pad_token: int, padding_side: str) -> Layout:
+def lay_out(
+    rows: Iterable[Row],
+    num_soft: Sequence[int],
+    pad_token: int,
+    padding_side: str,
+    width_of: Callable[[int], int] | None = None,
+) -> Layout:
     """Samples side by side.
 
     Args:
         rows: B samples.
         num_soft: soft prompts of each of their images, in the order in which these stand in the samples.
         padding_side: ``right`` or ``left``.
+        width_of: from the longest sample's positions to L; None: the same.
     """
     lengths = iter(num_soft)
     ids, labels, starts = [], [], []  # of each sample; of each image, its row and first column
@@ -181,6 +189,9 @@ def lay_out(rows: Iterable[Row], num_soft: Sequence[int], pad_token: int, paddin
         ids.append(torch.tensor(own, dtype=torch.long))
         labels.append(torch.tensor(learned, dtype=torch.long))
     mask = pad_sequence([torch.ones_like(row) for row in ids], True, 0, padding_side)
+    missing = width_of(mask.shape[1]) - mask.shape[1] if width_of else 0
+    padding = (0, missing) if padding_side == "right" else (missing, 0)
+    mask = F.pad(mask, padding)
     places = [
         torch.tensor([[row] * m, range(start, start + m)], dtype=torch.long).view(2, m)
         for row, start, m in starts
@@ -189,8 +200,8 @@ def lay_out(rows: Iterable[Row], num_soft: Sequence[int], pad_token: int, paddin
     if padding_side == "left":
         place[1] += (mask == 0).sum(1)[place[0]]
     return Layout(
-        pad_sequence(ids, True, pad_token, padding_side),
+        F.pad(pad_sequence(ids, True, pad_token, padding_side), padding, value=pad_token),
         mask,
-        pad_sequence(labels, True, IGNORED, padding_side),
+        F.pad(pad_sequence(labels, True, IGNORED, padding_side), padding, value=IGNORED),
         place,
     )

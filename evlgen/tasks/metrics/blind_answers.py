@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
+Id = TypeVar("Id")
 Rule: TypeAlias = Callable[[str], Hashable]
 
 # what a question is looked up by, from the most to the least; the last fits every question
@@ -21,8 +22,8 @@ _RULES: dict[str, Rule] = {
 
 
 def blind_answers(
-    learned: Iterable[tuple[str, Sequence[str]]], asked: Mapping[Hashable, str]
-) -> dict[str, dict[Hashable, str]]:
+    learned: Iterable[tuple[str, Sequence[str]]], asked: Mapping[Id, str]
+) -> dict[str, dict[Id, str]]:
     """The most frequent training answer to the same question, to questions with the same first two words,
     and to any question: by these names, the answer to each question asked. A question that was not seen in
     training is answered by its first two words, and those by any question; of equally frequent answers the

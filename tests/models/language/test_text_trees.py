@@ -53,6 +53,36 @@ def test_as_each_text_alone(folders, kind, attention, text_out):
     torch.testing.assert_close(loss, expected[0].sum() / count, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_lengths_rounded_up_for_a_gpu_do_not_change_losses(folders, kind, monkeypatch):
+    model = CausalLanguageModel(str(folders[kind]), prompt="a photo of").eval()
+    prompts = torch.randn(5, 4, 32)
+    widths: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+
+    def losses(multiple: int) -> list[torch.Tensor]:
+        monkeypatch.setattr("evlgen.models.language.causal._length_multiple", lambda device: multiple)
+        found = [*model.sample_losses(prompts, TEXTS), *model.sample_losses(prompts[:2], TEXTS, None, COUNTS)]
+        model.pack = True
+        found += model.sample_losses(prompts, TEXTS)
+        model.pack = False
+        return found
+
+    plain = losses(1)
+    assert any(width % 8 for width in widths)
+    widths.clear()
+    torch.testing.assert_close(losses(8), plain, rtol=1e-5, atol=1e-5)
+    assert len(widths) == 3 and not any(width % 8 for width in widths)
+
+
+def test_lengths_are_rounded_up_to_the_models_positions_at_most(folders, monkeypatch):
+    model = CausalLanguageModel(str(folders["gpt2"])).eval()
+    monkeypatch.setattr("evlgen.models.language.causal._length_multiple", lambda device: 24)
+    assert [model._training_width(longest) for longest in (1, 24, 25, 50, 64, 70)] == [24, 24, 48, 64, 64, 70]
+
+
 def test_texts_of_an_image_share_what_they_read():
     question = [5, 6, 7]
     trees = text_trees([Tokens([1], question, [8, 2]), Tokens([1], question, [9, 2])], [2], num_soft=4)

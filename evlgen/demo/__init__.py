@@ -1,0 +1,1 @@
+"""A web page that shows what models do: ``python -m evlgen demo``."""
