@@ -94,7 +94,12 @@ def check_together(model: Mapping[str, Any], run: RunConfig | None, problems: Pr
     """What a ``model`` and a ``run`` section, each right in itself, ask for that cannot be together."""
     if run is not None and run.shard_language:
         _check_sharding(model, problems)
-    vision = model.get("vision")
+    language, vision = model.get("language"), model.get("vision")
+    if run is not None and run.compile and isinstance(language, Mapping) and language.get("tome"):
+        why = (
+            "soft prompts that merge inside the language model (model.language.tome) give other shapes to its"
+        )
+        problems.add("run.compile", f"{why} layers. Set one of them to false or null")
     if run is None or not run.cache_vision or run.evaluate or not isinstance(vision, Mapping):
         return
     temporal = vision.get("temporal") or {}

@@ -211,7 +211,7 @@ class VLM(Chatting):
         is_plain = (
             isinstance(image, Tensor) and image.ndim == 4 and not {"images", "visual_tokens"} & {*samples}
         )
-        is_own = type(self).soft_prompts is VLM.soft_prompts and self.temporal is None and self.tiling is None
+        is_own = type(self).soft_prompts is VLM.soft_prompts and self.temporal is None and not self.tiling
         if not (is_plain and is_own) or self.training or len(image) > _RECORDED_IMAGES:
             return self.soft_prompts(samples)
         self._check_image(image)

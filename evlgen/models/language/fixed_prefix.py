@@ -18,6 +18,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from evlgen.models.language.prefixes import Prefix, SharedPrefix, branch_rows, cache_name
+from evlgen.models.language.soft_prompt_merging import merges_soft_prompts
 from evlgen.models.ops import cuda_graphs
 
 _LEAST_TOKENS = 8  # of a text: recording takes as long as a few tokens do without
@@ -29,7 +30,7 @@ def prefix_behind(
 ) -> Iterator[Prefix]:
     """The sequences read by a model that can read trees, in the form that is fastest on their device; for use
     inside the block. Arguments as of `SharedPrefix`."""
-    if max_length < _LEAST_TOKENS or getattr(model, "merges_soft_prompts", False):
+    if max_length < _LEAST_TOKENS or merges_soft_prompts(model):  # where they stand decides the work
         yield SharedPrefix(model, embeds, mask, branches, max_length)
         return
     shape = fixed_shape(embeds, branches, max_length)

@@ -29,6 +29,9 @@ from evlgen.models.token_merging import (
 TYPES = ("llama", "mistral", "opt", "qwen2", "qwen3")
 
 
+_MARK = "merges_soft_prompts"  # attribute of a model that has the hooks
+
+
 class Block(NamedTuple):
     """Where the soft prompts of an image stand in a batch: the row, the first column, how many."""
 
@@ -103,11 +106,11 @@ class SoftPromptMerging:
         self._inputs: dict[str, Any] = {}
         if config._attn_implementation not in ("sdpa", "eager"):
             raise ConfigError(f"model.language.tome: not with attention '{config._attn_implementation}'.")
+        setattr(model, _MARK, True)
         for layer in layers[cfg.layer :]:
             layer.register_forward_pre_hook(self._before, with_kwargs=True)
         layers[cfg.layer].register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
         layers[-1].register_forward_hook(self._after)
-        model.merges_soft_prompts = True  # not all layers keep as many keys: see `fixed_prefix.prefix_behind`
 
     def expect(self, layout: Layout, num_soft: Sequence[int]) -> None:
         """Says where the soft prompts of each image stand in what the model reads next."""
@@ -174,6 +177,11 @@ class SoftPromptMerging:
         is_left = stays.gather(1, order) if len(set(fewer)) > 1 else None
         places = (stays.cumsum(1) - 1).gather(1, became)
         return _rows(hidden, order), Merged(order, is_left, places)
+
+
+def merges_soft_prompts(model: PreTrainedModel) -> bool:
+    """Whether soft prompts merge inside a model."""
+    return getattr(model, _MARK, False)
 
 
 def _layers_of(model: PreTrainedModel, name: str) -> nn.ModuleList:

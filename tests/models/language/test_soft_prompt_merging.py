@@ -10,7 +10,7 @@ from evlgen.common.registry import registry
 from evlgen.config.config import load_model_config
 from evlgen.config.model_config import SoftPromptMergingConfig
 from evlgen.models.language import CausalLanguageModel, OPTLanguageModel, Seq2SeqLanguageModel
-from evlgen.models.language.generation import SharedPrefix
+from evlgen.models.language.prefixes import SharedPrefix
 from evlgen.models.language.segments import Learn, Read, Visual
 from evlgen.models.language.soft_prompt_merging import merge_similar
 
