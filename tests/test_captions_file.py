@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -99,3 +100,58 @@ def test_nothing_readable_is_an_error_and_a_second_process_of_a_rank_is_refused(
         with pytest.raises(TrainingError, match="torchrun"):
             caption_to_file([str(tmp_path / "a.png")], tmp_path / "other.jsonl", **HOW)
         holder.communicate(b"\n")
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_go_on_after_a_kill(tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(300):
+        Image.fromarray(draw(scene("test", number))).save(folder / f"{number:04d}.png")
+    broken = [folder / "0050x.png", folder / "0250x.png"]
+    for path in broken:
+        path.write_bytes(b"no image")
+    output = tmp_path / "captions.jsonl"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "evlgen", "caption", str(folder), "--output", str(output)]
+    command += ["--num-beams", "1", "--max-length", "8", "--batch-size", "4"]
+    parts = tmp_path / "captions.jsonl.partial"
+
+    def count() -> list[int]:
+        return [part.read_bytes().count(b"\n") for part in sorted(parts.glob("rank-*.jsonl"))]
+
+    first = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    ends = time.monotonic() + 300
+    while not (len(count()) == 2 and min(count()) >= 20):
+        assert first.poll() is None and time.monotonic() < ends
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGKILL)  # torchrun
+    for worker in _workers(str(output)):  # which starts its workers in sessions of their own
+        os.kill(worker, signal.SIGKILL)
+    first.wait()
+    assert not output.exists()
+    before = [json.loads(line) for part in parts.glob("rank-*.jsonl") for line in _whole(part)]
+    assert 40 <= len(before) < 300
+
+    subprocess.run(command, stderr=subprocess.DEVNULL, check=True)
+    lines = _read(output)
+    names = sorted(str(path) for path in folder.iterdir())
+    assert [line["image"] for line in lines] == [name for name in names if Path(name) not in broken]
+    failed = _read(tmp_path / "captions.jsonl.failed")
+    assert [line["image"] for line in failed] == [str(path) for path in broken]
+    assert all(line in lines or line in failed for line in before)
+    assert not parts.exists()
+
+
+def _whole(part: Path) -> list[bytes]:
+    return [line for line in part.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _workers(argument: str) -> list[int]:
+    """Processes with an argument."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if argument.encode() in (place / "cmdline").read_bytes().split(b"\0"):
+                found.append(int(place.name))
+    return found
