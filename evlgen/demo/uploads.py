@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -45,9 +44,9 @@ def read_upload(path: str | os.PathLike, limits: Limits, num_frames: int) -> lis
     return frames
 
 
-def _frames(path: Path, limits: Limits, num_frames: int) -> Sequence[Image.Image]:
+def _frames(path: Path, limits: Limits, num_frames: int) -> list[Image.Image]:
     if path.suffix.lower() in VIDEO_SUFFIXES:
-        return read_frames(path, num_frames)
+        return list(read_frames(path, num_frames))
     data = path.read_bytes()
     if not data:
         raise DataError("the file is empty.")
