@@ -24,11 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from evlgen.common.batch import Batch
 from evlgen.common.errors import ConfigError, DataError
 from evlgen.files.io import write_atomically
 from evlgen.media.frames import find_files, read_files
 from evlgen.models.base_model import BaseModel
 from evlgen.models.blip2_stage1 import Blip2Stage1
+from evlgen.models.pixels import with_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +70,8 @@ def image_features(model: BaseModel, images: Sequence[Image.Image | str]) -> Ten
     from evlgen.media.images import open_image
 
     opened = [open_image(image) if isinstance(image, str) else image for image in images]
-    return checked(model).extract_features({"image": opened}, mode="image").image_embeds_proj
+    first_stage = checked(model)
+    return first_stage.extract_features(with_pixels(first_stage, opened), mode="image").image_embeds_proj
 
 
 def text_features(model: BaseModel, texts: Sequence[str], batch_size: int = 32) -> Tensor:
@@ -179,10 +182,10 @@ class ImageIndex:
             return self._named(*_nearest(self.means[:, None], mean, k))
         found = self._named(*_nearest(self.features, text_features(model, [query])[0].cpu(), max(k, rerank)))
         again = {path: images for path, images in read_files([path for path, _ in found[:rerank]], None)}
-        scores = dict(found[:rerank])
+        scores, first_stage = dict(found[:rerank]), checked(model)
         for path, images in again.items():
-            samples = {"image": images, "text_input": [query]}
-            scores[path] += float(checked(model).match(samples)[0, 1])
+            samples: Batch = {**with_pixels(first_stage, images), "text_input": [query]}
+            scores[path] += float(first_stage.match(samples)[0, 1])
         unread = [(path, score) for path, score in found if path not in again]
         return [*sorted(((p, scores[p]) for p in again), key=lambda row: -row[1]), *unread][:k]
 

@@ -46,7 +46,7 @@ def read_upload(path: str | os.PathLike, limits: Limits, num_frames: int) -> lis
 
 def _frames(path: Path, limits: Limits, num_frames: int) -> list[Image.Image]:
     if path.suffix.lower() in VIDEO_SUFFIXES:
-        return read_frames(path, num_frames)
+        return list(read_frames(path, num_frames))
     data = path.read_bytes()
     if not data:
         raise DataError("the file is empty.")

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from evlgen.common.batch import Batch
 from evlgen.common.errors import DataError
@@ -60,8 +60,12 @@ class ConversationTask(BaseTask):
         ]
         if not rows:
             return None
-        keys = ("messages", "images", "instance_id")
-        found = select(cast(Batch, {key: samples[key] for key in keys}), rows)
+        read: Batch = {
+            "messages": samples["messages"],
+            "images": samples["images"],
+            "instance_id": samples["instance_id"],
+        }
+        found = select(read, rows)
         answers = [known[int(index)][0] for index in found["instance_id"]]
         pairs = zip(found["messages"], answers, strict=True)
         messages = [[*turns, {"role": "assistant", "content": answer}] for turns, answer in pairs]

@@ -121,12 +121,12 @@ class QuestionAnsweringTask(BaseTask):
 
     def valid_step(self, model: BaseModel, samples: Batch) -> list[dict[str, Any]]:
         """``{"question_id", "answer", "question", "instance_id"}`` for each sample of a batch."""
-        keys = ("question_id", "instance_id", "text_input")
-        self.check_keys(samples, keys)
+        self.check_keys(samples, ("question_id", "instance_id", "text_input"))
         answers = self.answer(model, samples)
+        ids = zip(samples["question_id"], samples["instance_id"], strict=True)
         return [
             {"question_id": i, "answer": answer, "question": question, "instance_id": n}
-            for i, n, question, answer in zip(*(samples[key] for key in keys), answers, strict=True)
+            for (i, n), question, answer in zip(ids, samples["text_input"], answers, strict=True)
         ]
 
     def answer(self, model: BaseModel, samples: Batch) -> list[str]:

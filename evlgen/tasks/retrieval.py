@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from evlgen.common.batch import Batch
 from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.registry import registry
 from evlgen.config.run_config import RunConfig
@@ -61,7 +62,7 @@ class RetrievalTask(BaseTask):
         self._images = []
 
     @torch.no_grad()
-    def valid_step(self, model: BaseModel, samples: dict[str, Any]) -> list[dict[str, Any]]:
+    def valid_step(self, model: BaseModel, samples: Batch) -> list[dict[str, Any]]:
         """No results yet: they need all samples; see `finish_evaluation`.
 
         Raises:
@@ -161,7 +162,7 @@ class RetrievalTask(BaseTask):
 
     def _text_features(self, model: Blip2Stage1, texts: list[str]) -> Iterator[Tensor]:
         for start in range(0, len(texts), TEXTS_AT_ONCE):
-            samples = {"text_input": texts[start : start + TEXTS_AT_ONCE]}
+            samples: Batch = {"text_input": texts[start : start + TEXTS_AT_ONCE]}
             yield model.extract_features(samples, mode="text").text_embeds_proj[:, 0]
 
     def _best_images(self, own: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ class RetrievalTask(BaseTask):
             return similarity
         scores = similarity.clone()
         for part in chosen.nonzero()[:, 0].split(TEXTS_AT_ONCE):
-            samples = {
+            samples: Batch = {
                 "visual_tokens": image.tokens[None],
                 "text_input": [texts[index] for index in part.tolist()],
             }

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
+from evlgen.common.batch import Batch
 from evlgen.common.errors import ConfigError, DataError, EVLGenError, TrainingError
 from evlgen.config.run_config import RunConfig
 from evlgen.datasets.base_dataset import BaseDataset, CollatedDataset
@@ -78,7 +79,7 @@ class CachedVisuals(BaseDataset):
     def sample_id(self, index: int) -> str:
         return self.dataset.sample_id(index)
 
-    def collater(self, samples: Sequence[Any]) -> dict[str, Any]:
+    def collater(self, samples: Sequence[Any]) -> Batch:
         return self.dataset.collater(samples)
 
 
