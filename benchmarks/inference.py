@@ -73,18 +73,18 @@ def captioners(
     device, num_soft_prompts = model.device, other.config.num_query_tokens
     prompt = torch.tensor([[IMAGE_TOKEN] * num_soft_prompts + [2]], device=device)
 
-    def ours(pictures: torch.Tensor, beams: int) -> int:
+    def ours(images: torch.Tensor, beams: int) -> int:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             texts = model.generate(
-                {"image": pictures}, num_beams=beams, max_length=NEW_TOKENS, min_length=NEW_TOKENS
+                {"image": images}, num_beams=beams, max_length=NEW_TOKENS, min_length=NEW_TOKENS
             )
         return len(texts)
 
     @torch.no_grad()
-    def theirs(pictures: torch.Tensor, beams: int) -> int:
+    def theirs(images: torch.Tensor, beams: int) -> int:
         ids = other.generate(
-            pixel_values=pictures.to(device, dtype),
-            input_ids=prompt.expand(len(pictures), -1),
+            pixel_values=images.to(device, dtype),
+            input_ids=prompt.expand(len(images), -1),
             num_beams=beams,
             do_sample=False,
             max_new_tokens=NEW_TOKENS,
@@ -153,10 +153,10 @@ def main() -> None:
         whole = generators(sizes, Path(name), args.precision)
         language = language_generators(sizes, Path(name))
     for batch in args.batch:
-        pictures = torch.randn(batch, 3, sizes.image_size, sizes.image_size)
+        images = torch.randn(batch, 3, sizes.image_size, sizes.image_size)
         soft_prompts = torch.randn(batch, 29, sizes.language_dim)
         for beams in args.beams:
-            measure(f"images to captions, {args.precision}", whole, pictures, beams, args.rounds)
+            measure(f"images to captions, {args.precision}", whole, images, beams, args.rounds)
             measure("soft prompts to captions, fp32", language, soft_prompts, beams, args.rounds)
 
 

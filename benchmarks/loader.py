@@ -1,7 +1,7 @@
 """From JPEG files to normalised tensors: images per second of one core against Pillow alone, and of several
 workers.
 
-``python benchmarks/loader.py [--workers] [--pictures 40] [--rounds 9] [--folder DIR]``
+``python benchmarks/loader.py [--workers] [--images 40] [--rounds 9] [--folder DIR]``
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ SETTINGS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=40)
+    parser.add_argument("--images", "--pictures", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--folder", type=Path, help="JPEG photographs to take, brought to 640x480")
     parser.add_argument("--workers", action="store_true", help="whole loaders of several workers instead")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        paths = write_pictures(Path(folder), args.pictures, args.folder)
+        paths = write_images(Path(folder), args.images, args.folder)
         kib = statistics.mean(os.path.getsize(path) for path in paths) / 1024
         print(f"{len(paths)} JPEG files of {SIZE[0]}x{SIZE[1]}, {kib:.0f} KiB on average, one thread")
         if args.workers:
@@ -106,7 +106,7 @@ def difference(name: str, settings: dict, paths: Sequence[Path]) -> str:
     return f"   pixels differ by {mean:.2f} of 255, at most {most:.0f}"
 
 
-class Pictures(BaseDataset):
+class ImageFiles(BaseDataset):
     """Files as training reads them."""
 
     def load_sample(self, index: int) -> dict:
@@ -116,7 +116,7 @@ class Pictures(BaseDataset):
 def compare_workers(paths: Sequence[Path], rounds: int, batch: int = 16, batches: int = 16) -> None:
     """Images per second of a loader with several workers, in turn; beyond the number of cores with and
     without our limit."""
-    dataset = Pictures(list(paths), build_processor({"name": "blip2_image_train", "image_size": TARGET}))
+    dataset = ImageFiles(list(paths), build_processor({"name": "blip2_image_train", "image_size": TARGET}))
     cores = data._workers(64)
     cases = {f"{n} workers": (n, True) for n in (1, 2, 4)} | {"4, all started": (4, False)}
     warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -139,20 +139,20 @@ def compare_workers(paths: Sequence[Path], rounds: int, batch: int = 16, batches
         print(f"  {label:<15} {statistics.median(values):5.0f}  {ratio:.2f}")
 
 
-def write_pictures(folder: Path, count: int, photographs: Path | None) -> list[Path]:
+def write_images(folder: Path, count: int, photographs: Path | None) -> list[Path]:
     """JPEG files of 640x480: of photographs where some are given, else of smooth noise with grain."""
     sources = sorted(photographs.rglob("*.jpg")) if photographs else []
     rng = np.random.default_rng(0)
     paths = []
     for index in range(count):
         if sources:
-            picture = open_image(sources[index % len(sources)])
+            image = open_image(sources[index % len(sources)])
         else:
             blobs = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
             smooth = np.asarray(blobs.resize(SIZE, Image.Resampling.BICUBIC), dtype=np.float32)
-            picture = Image.fromarray((smooth + rng.normal(0, 8, smooth.shape)).clip(0, 255).astype(np.uint8))
+            image = Image.fromarray((smooth + rng.normal(0, 8, smooth.shape)).clip(0, 255).astype(np.uint8))
         file = io.BytesIO()
-        picture.resize(SIZE, Image.Resampling.LANCZOS).save(file, "JPEG", quality=90)
+        image.resize(SIZE, Image.Resampling.LANCZOS).save(file, "JPEG", quality=90)
         paths.append(folder / f"{index:04d}.jpg")
         paths[-1].write_bytes(file.getvalue())
     return paths

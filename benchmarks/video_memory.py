@@ -46,14 +46,14 @@ def make_step(grad_checkpoint: bool | str, frames: int, batch: int) -> Callable[
     for module in temporal_modules(model.vision):
         torch.nn.init.constant_(module.alpha, 0.1)
     model.train()
-    clips = torch.randn(batch, 3, frames, 224, 224)
+    videos = torch.randn(batch, 3, frames, 224, 224)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
 
     def step() -> torch.Tensor:
         torch.manual_seed(1)
         model.zero_grad()
-        loss = model({"image": clips.to(device), "text_input": [CAPTION] * batch})["loss"]
+        loss = model({"image": videos.to(device), "text_input": [CAPTION] * batch})["loss"]
         loss.backward()
         norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
         return torch.stack([loss.detach(), torch.stack(norms).norm()]).cpu()

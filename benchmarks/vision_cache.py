@@ -80,7 +80,7 @@ def with_precision(section: dict[str, Any], precision: str) -> dict[str, Any]:
 
 def measure(what: str, precision: str, rounds: int, folder: Path) -> None:
     """Fills a cache, runs both ways in turn and prints what came of it."""
-    batch, pictures, steps, side = SETTINGS[what]
+    batch, images, steps, side = SETTINGS[what]
     settings = {"precision": precision, "batch_size_train": batch, "batch_size_eval": batch, "num_workers": 0}
     run = RunConfig(max_epoch=1, cache_vision=True, **settings)
     accelerator = make_accelerator(run)
@@ -89,7 +89,7 @@ def measure(what: str, precision: str, rounds: int, folder: Path) -> None:
     model = registry.get_model_class("evlgen_opt").from_config(section, accelerator.device)
     model.to(accelerator.device)
     image = build_processor({"name": "blip_image_eval", "image_size": side, **pixel_range(model)})
-    dataset = ShapesCaptionDataset("train", pictures, 0, image, build_processor({"name": "blip_caption"}))
+    dataset = ShapesCaptionDataset("train", images, 0, image, build_processor({"name": "blip_caption"}))
     started = time.perf_counter()
     kept = cached({"shapes": dataset}, model, run, accelerator)["shapes"]
     filling = time.perf_counter() - started
@@ -97,7 +97,7 @@ def measure(what: str, precision: str, rounds: int, folder: Path) -> None:
     model.train()
     optimizer = build_optimizer(model, 1e-5, 0.05, 0.999)
     batches = {
-        name: iter(train_loader({"shapes": data}, BatchPlan([pictures], batch, 0), 0, pin_memory=False))
+        name: iter(train_loader({"shapes": data}, BatchPlan([images], batch, 0), 0, pin_memory=False))
         for name, data in (("tokens", kept), ("pixels", dataset))
     }
 
@@ -114,7 +114,7 @@ def measure(what: str, precision: str, rounds: int, folder: Path) -> None:
     print(f"{what}, {precision}, {torch.get_num_threads()} threads; an epoch is {EPOCH} images")
     ways = [partial(several, step, name, steps) for name in ("tokens", "pixels")]
     found = compare(*ways, rounds, 1, tolerance=None, names=("from tokens", "from pixels")).show()
-    report(batch * steps, found, filling / pictures)
+    report(batch * steps, found, filling / images)
     size = store_bytes(EPOCH, 1, kept.store.shape)
     print(f"  {kept.store.shape[0]} tokens x {kept.store.shape[1]}: {shown_bytes(size)} for {EPOCH} images")
 

@@ -105,14 +105,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--pictures", type=int, default=200, help="of the Shapes world; 0: speed alone")
+    parser.add_argument(
+        "--images", "--pictures", type=int, default=200, help="of the Shapes world; 0: speed alone"
+    )
     args = parser.parse_args()
     quiet_libraries()
     transformers.utils.logging.disable_progress_bar()
     measure_speed(args.model, args.batch, args.r, args.rounds)
-    if args.pictures:
-        print(f"bundled Shapes model, {args.pictures} held-out images, greedy")
-        measure_quality(args.pictures)
+    if args.images:
+        print(f"bundled Shapes model, {args.images} held-out images, greedy")
+        measure_quality(args.images)
 
 
 if __name__ == "__main__":

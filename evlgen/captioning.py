@@ -13,7 +13,7 @@ from evlgen.common.batch import Batch
 from evlgen.common.errors import DataError
 from evlgen.config.consent import Consent
 from evlgen.media.frames import find_files, read_files, without_result
-from evlgen.media.video import Pictures
+from evlgen.media.video import FrameList
 from evlgen.models.base_model import BaseModel
 from evlgen.models.protocols import reads_videos
 from evlgen.models.zoo import load_model_of, load_preprocess
@@ -49,17 +49,17 @@ def caption_files(
         DataError: not one image could be read.
     """
     model = load_model_of(cfg_path, checkpoint, options, default_device(), allow_downloads)
-    reads_clips = reads_videos(model)
-    paths = find_files(images, clips=reads_clips)
+    of_videos = reads_videos(model)
+    paths = find_files(images, videos=of_videos)
     done: set[str] = set()
     for batch in write_captions(model, paths, prompt, num_beams, max_length, batch_size, num_frames):
         done.update(path for path, _ in batch)
         yield from batch
     if not done:
-        kind = "image or video" if reads_clips else "image"
+        kind = "image or video" if of_videos else "image"
         raise DataError(f"none of the {len(paths)} files could be read as an {kind}.")
     if left_out is not None:
-        left_out += without_result(images, done, reads_clips)
+        left_out += without_result(images, done, of_videos)
 
 
 def write_captions(
@@ -79,11 +79,11 @@ def write_captions(
     """
     processor = load_preprocess(model, num_frames=None)[0]["eval"]
     samples: Batch = {} if prompt is None else {"prompt": prompt}
-    is_of_clips = reads_videos(model)
-    read = read_files(paths, num_frames if is_of_clips else None, on_error)
+    of_videos = reads_videos(model)
+    read = read_files(paths, num_frames if of_videos else None, on_error)
     for _, alike in groupby(read, key=lambda item: len(item[1])):  # a batch has videos of one length
         while batch := list(islice(alike, batch_size)):
-            items = [Pictures(frames) if is_of_clips else frames[0] for _, frames in batch]
+            items = [FrameList(frames) if of_videos else frames[0] for _, frames in batch]
             pixels = [processor(item) for item in items]
             is_ragged = len({item.shape for item in pixels}) > 1  # grids of tiles
             samples["image"] = pixels if is_ragged else torch.stack(pixels).to(model.device)

@@ -70,7 +70,7 @@ def caption_to_file(
     _check_settings(folder, {"cfg_path": cfg_path, "checkpoint": checkpoint, "options": list(options), **how})
     with _own_part(folder / f"rank-{rank:05d}.jsonl") as part:
         model = load_model_of(cfg_path, checkpoint, options, default_device(), allow_downloads)
-        paths = list(dict.fromkeys(find_files(images, clips=reads_videos(model))))
+        paths = list(dict.fromkeys(find_files(images, videos=reads_videos(model))))
         done = _finished(output) | _parts(folder)
         mine = [p for p in paths if p not in done and _owner(p, world_size) == rank]
         num_done = sum(path in done for path in paths)

@@ -189,25 +189,25 @@ def write_sheet(report: SplitReport, dataset: BaseDataset, path: Path) -> bool:
     """A sheet of some of a split's images with their texts, as one PNG. False where none can be shown."""
     from evlgen.tasks.caption_sheet import caption_sheet
 
-    pictures, captions = [], []
+    images, captions = [], []
     references, answers = dataset.references(), dataset.answers()
     for index in _spread(_distinct(report.readable, dataset), SHOWN):
         try:
-            picture = dataset.picture(index)
+            image = dataset.image(index)
             sample = dataset.load_text(index)
         except (DataError, OSError, NotImplementedError):
             continue
-        if picture is None:
+        if image is None:
             continue
         texts = [sample[key] for key in TEXT_KEYS if isinstance(sample.get(key), str)]
         scored = (
             references.get(sample.get("image_id", "")) or answers.get(sample.get("question_id", "")) or []
         )
-        pictures.append(picture)
+        images.append(image)
         captions.append((" - ".join(texts) or next(iter(scored), ""), dataset.sample_id(index)))
-    if pictures:
-        caption_sheet(pictures, captions, path)
-    return bool(pictures)
+    if images:
+        caption_sheet(images, captions, path)
+    return bool(images)
 
 
 def write_skipped(reports: Sequence[SplitReport], path: Path) -> None:

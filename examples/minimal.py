@@ -135,7 +135,7 @@ def main() -> None:
         if step % 50 == 0 or step == args.iterations:
             print(f"step {step}  loss {loss:.4f}", flush=True)
     held_out = shapes(model, "test", 6)
-    images = [Image.open(file) for file in args.images] or [held_out.picture(i) for i in range(6)]
+    images = [Image.open(file) for file in args.images] or [held_out.image(i) for i in range(6)]
     pixels = torch.stack([held_out.vis_processor(image) for image in images]).to(DEVICE)
     for name, caption in zip(args.images or range(6), model.caption(pixels), strict=True):
         print(f"{name}: {caption}" + ("" if args.images else f"   (true: {held_out.is_true(caption, name)})"))

@@ -62,12 +62,12 @@ class PlainColours(BaseDataset):
             [list(COLOURS)[(first + i) % len(COLOURS)] for i in range(size)], vis_processor, text_processor
         )
 
-    def picture(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         return Image.new("RGB", (64, 64), COLOURS[self.records[index]])
 
     def load_sample(self, index: int) -> dict:
         return {
-            "image": self.vis_processor(self.picture(index)),
+            "image": self.vis_processor(self.image(index)),
             "text_input": self.text_processor(self.references()[index][0]),
             "image_id": index,
             "instance_id": str(index),

@@ -48,7 +48,7 @@ def _conversations(root: Path) -> None:
         (root / folder / images).mkdir(parents=True)
         records = []
         for index in range(COUNT):
-            picture(index).save(root / folder / images / f"{index}.png")
+            image(index).save(root / folder / images / f"{index}.png")
             turns = [("human", "<image>\nWhat is it?"), ("gpt", captions(scene("train", index))[0])]
             turns = [{"from": who, "value": text} for who, text in turns]
             records.append({"id": index, "image": f"{index}.png", "conversations": turns})
@@ -57,7 +57,7 @@ def _conversations(root: Path) -> None:
             (root / folder / name).write_text(lines if name.endswith("l") else json.dumps(records))
 
 
-def picture(index: int) -> Image.Image:
+def image(index: int) -> Image.Image:
     """An image of the Shapes world, larger than its own 64 pixels."""
     return Image.fromarray(draw(scene("train", index))).resize((96, 72))
 
@@ -66,7 +66,7 @@ def write_video(path: Path, frames: int = 6) -> None:
     """A video in which one image becomes another."""
     import av
 
-    first, last = (np.asarray(picture(i)).astype(float) for i in range(2))
+    first, last = (np.asarray(image(i)).astype(float) for i in range(2))
     with av.open(str(path), "w") as file:
         stream = file.add_stream("mpeg4", rate=4)
         stream.width, stream.height, stream.pix_fmt = 96, 72, "yuv420p"
@@ -80,7 +80,7 @@ def _coco(root: Path) -> None:
     if (root / "coco").exists():
         return
     names = [f"val2014/COCO_val2014_{i:012d}.jpg" for i in range(COUNT)]
-    _pictures(root / "coco" / "images", names)
+    _images(root / "coco" / "images", names)
     rows = [{"image": n, "caption": captions(scene("train", i))} for i, n in enumerate(names)]
     flat = [{"image": r["image"], "caption": c, "image_id": r["image"]} for r in rows for c in r["caption"]]
     questions = [
@@ -128,7 +128,7 @@ def _flickr8k(root: Path) -> None:
         with zipfile.ZipFile(root / "flickr8k" / f"{split}.zip", "w") as archive:
             for i in range(COUNT):
                 content = io.BytesIO()
-                picture(i).save(content, format="JPEG")
+                image(i).save(content, format="JPEG")
                 archive.writestr(f"{split}_{i}.jpg", content.getvalue())
                 lines += [f'{split}_{i}.jpg,"{text}"' for text in captions(scene("train", i))]
         (root / "flickr8k" / f"{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -141,7 +141,7 @@ def _flickr8k(root: Path) -> None:
     for split, word in published.items():
         lines = "\n".join(names[split]) + "\n"
         (root / "flickr8k" / f"Flickr_8k.{word}Images.txt").write_text(lines, encoding="utf-8")
-    _pictures(root / "flickr8k" / "Flicker8k_Dataset", everything)
+    _images(root / "flickr8k" / "Flicker8k_Dataset", everything)
 
 
 def _daquar(root: Path) -> None:
@@ -157,7 +157,7 @@ def _daquar(root: Path) -> None:
 
 def _flickr30k(root: Path) -> None:
     names = [f"flickr30k-images/{i}.jpg" for i in range(COUNT)]
-    _pictures(root / "flickr30k" / "images", names)
+    _images(root / "flickr30k" / "images", names)
     rows = [{"image": n, "caption": captions(scene("train", i))} for i, n in enumerate(names)]
     for split in ("val", "test"):
         _json(root / "flickr30k" / "annotations" / f"{split}.json", rows)
@@ -167,7 +167,7 @@ def _gqa(root: Path) -> None:
     if (root / "gqa").exists():
         return
     names = [f"n{i}.jpg" for i in range(COUNT)]
-    _pictures(root / "gqa" / "images", names)
+    _images(root / "gqa" / "images", names)
     rows = [
         {
             "image": n,
@@ -186,7 +186,7 @@ def _nocaps(root: Path) -> None:
     if (root / "nocaps").exists():
         return
     names = [f"{i}.jpg" for i in range(COUNT)]
-    _pictures(root / "nocaps" / "images", names)
+    _images(root / "nocaps" / "images", names)
     for split in ("val", "test"):
         rows = [{"image": n, "img_id": i} for i, n in enumerate(names)]
         _json(root / "nocaps" / "annotations" / f"nocaps_{split}.json", rows)
@@ -244,19 +244,19 @@ def _shards(root: Path) -> None:
 
 def _visual_genome(root: Path) -> None:
     names = ["VG_100K/1.jpg", "VG_100K_2/2.jpg"]
-    _pictures(root / "vg" / "images", names)
+    _images(root / "vg" / "images", names)
     rows = [{"image": n, "caption": captions(scene("train", i))[0]} for i, n in enumerate(names)]
     _json(root / "vg" / "annotations" / "vg_caption.json", rows)
 
 
 def _own(root: Path) -> None:
     names = [f"{i}.jpg" for i in range(COUNT)]
-    _pictures(root / "pictures", names)
+    _images(root / "pictures", names)
     rows = [f"{name},{text}\n" for i, name in enumerate(names) for text in captions(scene("train", i))]
     (root / "my.csv").write_text("".join(["path,caption\n", *rows]))
 
 
-def _pictures(folder: Path, names: list[str]) -> None:
+def _images(folder: Path, names: list[str]) -> None:
     for index, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(_jpeg(index))
@@ -264,7 +264,7 @@ def _pictures(folder: Path, names: list[str]) -> None:
 
 def _jpeg(index: int) -> bytes:
     file = io.BytesIO()
-    picture(index).save(file, "JPEG")
+    image(index).save(file, "JPEG")
     return file.getvalue()
 
 

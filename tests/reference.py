@@ -46,15 +46,15 @@ def plain_matching(metric: Tensor, r: int, class_token: bool = True) -> list[lis
     """The same in plain Python loops: for each image, the input tokens of each output token, in output
     order."""
     out = []
-    for picture in metric.double():
-        picture = picture / picture.norm(dim=-1, keepdim=True)
-        tokens = len(picture)
+    for image in metric.double():
+        image = image / image.norm(dim=-1, keepdim=True)
+        tokens = len(image)
         limit = max(0, min(r, (tokens - int(class_token)) // 2))
         pairs = []
         for i in range(0, tokens, 2):
             if tokens < 2 or (class_token and i == 0):
                 continue
-            similarity = [(picture[i] @ picture[j]).item() for j in range(1, tokens, 2)]
+            similarity = [(image[i] @ image[j]).item() for j in range(1, tokens, 2)]
             best = max(range(len(similarity)), key=similarity.__getitem__)
             pairs.append((similarity[best], i, 2 * best + 1))
         pairs.sort(reverse=True)

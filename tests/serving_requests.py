@@ -14,7 +14,7 @@ from evlgen.datasets.shapes.world import draw, scene
 from evlgen.serving.app import Service
 
 
-def picture(number: int = 1) -> Image.Image:
+def image(number: int = 1) -> Image.Image:
     """A drawn scene."""
     return Image.fromarray(draw(scene("test", number)))
 

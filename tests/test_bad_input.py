@@ -208,7 +208,7 @@ def test_a_damaged_annotation(refused, coco, monkeypatch, content, named):
     assert [n for n in named if n not in message] == []
 
 
-def test_too_many_broken_pictures_stop_the_run_and_are_listed(refused, coco, monkeypatch, tmp_path):
+def test_too_many_broken_images_stop_the_run_and_are_listed(refused, coco, monkeypatch, tmp_path):
     (coco / "coco" / "images" / "val2014" / "COCO_val2014_000000000007.jpg").write_bytes(b"not an image")
     monkeypatch.setenv("EVLGEN_CACHE", str(coco))
     ratios = "run.train_dataset_ratios={coco_caption: 1, shapes_caption: 0.000001}"

@@ -83,7 +83,7 @@ def test_text_lengths_are_measured_against_what_the_model_reads(dataset):
     )
 
 
-def test_pictures_that_two_splits_share_are_counted(dataset, tmp_path):
+def test_images_that_two_splits_share_are_counted(dataset, tmp_path):
     first = check_split("mine/train", dataset, words, 0)
     records = [{"visual": name, "caption": "x"} for name in ("a.png", "d.png")]
     other = Captions(records, ImageFiles(tmp_path), dataset.vis_processor)
@@ -92,11 +92,11 @@ def test_pictures_that_two_splits_share_are_counted(dataset, tmp_path):
     assert first.shared == {"mine/val": 1} and second.shared == {"mine/train": 1}
 
 
-def test_the_sheet_shows_each_readable_picture_once(dataset, tmp_path, monkeypatch):
+def test_the_sheet_shows_each_readable_image_once(dataset, tmp_path, monkeypatch):
     shown = {}
     monkeypatch.setattr(
         "evlgen.tasks.caption_sheet.caption_sheet",
-        lambda pictures, captions, path: shown.update(captions=captions, sizes=[p.size for p in pictures]),
+        lambda images, captions, path: shown.update(captions=captions, sizes=[p.size for p in images]),
     )
     assert write_sheet(check_split("mine/train", dataset, words, 0), dataset, tmp_path / "sheet.png")
     assert shown["captions"] == [("one", "a.png"), ("a b c d", "c.png")]
@@ -174,7 +174,7 @@ def test_a_lost_shard_counts_by_its_share(tmp_path):
     assert "  broken: 1 (33.3%): 1 damaged shard" in list(format_counts(report, {}, "words"))
 
 
-def test_shards_have_a_sheet_and_a_count_of_pictures(dataset, tmp_path):
+def test_shards_have_a_sheet_and_a_count_of_images(dataset, tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as shard:
         for name in ("a", "b"):
             (tmp_path / f"{name}.txt").write_text("a red star")

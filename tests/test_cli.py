@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def picture(tmp_path):
+def image(tmp_path):
     path = tmp_path / "picture.png"
     Image.fromarray(draw(scene("test", 3))).save(path)
     return path
@@ -50,21 +50,21 @@ def test_the_zoo_lists_architectures_and_types():
     assert "pretrain_opt6.7b" in str(model_zoo)
 
 
-def test_caption_names_each_file_and_leaves_out_what_is_no_picture(picture, capsys):
-    (picture.parent / "text.jpg").write_text("not an image")
-    assert cli.main(["caption", str(picture.parent)]) == 0
+def test_caption_names_each_file_and_leaves_out_what_is_no_image(image, capsys):
+    (image.parent / "text.jpg").write_text("not an image")
+    assert cli.main(["caption", str(image.parent)]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith(f"{picture}: ") and len(out.strip().splitlines()) == 1
+    assert out.startswith(f"{image}: ") and len(out.strip().splitlines()) == 1
     assert "text.jpg" in err
 
 
-def test_caption_with_a_saved_model_and_a_prompt(picture, capsys, tmp_path):
+def test_caption_with_a_saved_model_and_a_prompt(image, capsys, tmp_path):
     load_model("evlgen_opt", "shapes").save_pretrained(tmp_path / "saved")
     assert (
-        cli.main(["caption", str(picture), "--checkpoint", str(tmp_path / "saved"), "--prompt", "there is"])
+        cli.main(["caption", str(image), "--checkpoint", str(tmp_path / "saved"), "--prompt", "there is"])
         == 0
     )
-    assert capsys.readouterr().out.startswith(str(picture))
+    assert capsys.readouterr().out.startswith(str(image))
 
 
 def test_caption_of_nothing_readable_fails(tmp_path, capsys):
@@ -74,11 +74,11 @@ def test_caption_of_nothing_readable_fails(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["caption", "visualize"])
-def test_a_named_path_that_gives_nothing_makes_the_exit_status_1(picture, capsys, command):
-    folder = picture.parent
+def test_a_named_path_that_gives_nothing_makes_the_exit_status_1(image, capsys, command):
+    folder = image.parent
     for name in ("deep/er/b.png", "empty/x.txt", ".hidden/c.png"):
         (folder / name).parent.mkdir(parents=True)
-    picture.rename(folder / "deep" / "er" / "b.png")
+    image.rename(folder / "deep" / "er" / "b.png")
     (folder / "deep" / "loop").symlink_to(folder / "deep", target_is_directory=True)
     (folder / "deep" / "er" / "broken.png").write_text("no")  # nobody named it
     options = ["--layers", "last", "--output", str(folder / "out")] if command == "visualize" else []
@@ -145,7 +145,7 @@ def test_real_photographs_train_evaluate_and_score(shared, tmp_path, monkeypatch
     assert again == captions
 
 
-def test_your_own_pictures_are_scored_against_your_own_captions(shared, tmp_path, monkeypatch):
+def test_your_own_images_are_scored_against_your_own_captions(shared, tmp_path, monkeypatch):
     monkeypatch.setenv("EVLGEN_CACHE", str(shared / "data" / "lavis_cache"))  # it has COCO's ground truth
     Image.new("RGB", (64, 64), "red").save(tmp_path / "900007.jpg")
     (tmp_path / "train.json").write_text('[{"image": "900007.jpg", "caption": "red", "image_id": "1"}]')

@@ -73,7 +73,7 @@ def describe(server: FileServer, folder: Path, monkeypatch) -> None:
         "build_info": {"annotations": {"train": source("pets/train.json", "/train.json")}, "images": images},
         "answer_list": source("pets/words.json", "/words.json"),
     }
-    clips = {"build_info": {"annotations": {}, "videos": {"storage": "pets/clips"}}}
+    videos = {"build_info": {"annotations": {}, "videos": {"storage": "pets/clips"}}}
     entry = {
         "title": "Pets",
         "datasets": ["pet_caption", "pet_clips"],
@@ -83,7 +83,7 @@ def describe(server: FileServer, folder: Path, monkeypatch) -> None:
         "by_hand": {"videos": "Ask the owner."},
         "use": "python train.py --cfg-path pets.yaml",
     }
-    for name, section in {"pet_caption": dataset, "pet_clips": clips}.items():
+    for name, section in {"pet_caption": dataset, "pet_clips": videos}.items():
         write(folder / "datasets" / f"{name}.yaml", {"datasets": {name: section}})
     write(folder / "downloads.yaml", {"downloads": {"pets": entry}})
     monkeypatch.setattr(catalogue_module, "CATALOGUE", folder / "downloads.yaml")
@@ -299,7 +299,7 @@ def birds(server, tmp_path) -> FileServer:
     return server
 
 
-def test_pictures_with_an_address_each_come_one_by_one_and_once(birds, tmp_path, capsys) -> None:
+def test_images_with_an_address_each_come_one_by_one_and_once(birds, tmp_path, capsys) -> None:
     root = tmp_path / "root"
     gone = birds.files.pop("/test/3.jpg")
     command = ["download", "birds", "--yes", "--to", str(root)]
@@ -310,8 +310,8 @@ def test_pictures_with_an_address_each_come_one_by_one_and_once(birds, tmp_path,
     assert cli.main(command) == 0
     assert re.search("birds/images .*begun", capsys.readouterr().out)
     assert [path for path, _ in birds.requests] == ["/test/3.jpg"]
-    pictures = {"val/1.jpg": b"one", "val/2 b.jpg": b"two", "test/3.jpg": b"three"}
-    assert content_of(root / "birds/images") == pictures
+    images = {"val/1.jpg": b"one", "val/2 b.jpg": b"two", "test/3.jpg": b"three"}
+    assert content_of(root / "birds/images") == images
     assert cli.main(command) == 0
     assert "to fetch: nothing" in capsys.readouterr().out
 
@@ -319,14 +319,14 @@ def test_pictures_with_an_address_each_come_one_by_one_and_once(birds, tmp_path,
 @pytest.mark.parametrize(
     "name", ["../evil.jpg", "val/../../evil.jpg", "/etc/evil.jpg", "other/1.jpg", "val/.."]
 )
-def test_a_picture_that_would_lie_elsewhere_is_refused(birds, tmp_path, capsys, name: str) -> None:
+def test_an_image_that_would_lie_elsewhere_is_refused(birds, tmp_path, capsys, name: str) -> None:
     birds.files["/birds.json"] = json.dumps([{"image": name}]).encode()
     assert cli.main(["download", "birds", "--yes", "--to", str(tmp_path / "root")]) == 1
     assert "for which there is no address" in capsys.readouterr().err
     assert list(content_of(tmp_path / "root")) == ["birds/birds.json"]
 
 
-def test_a_server_that_has_no_pictures_is_asked_for_a_few(birds, tmp_path, capsys) -> None:
+def test_a_server_that_has_no_images_is_asked_for_a_few(birds, tmp_path, capsys) -> None:
     names = [f"val/x{i}.jpg" for i in range(300)]
     birds.files["/birds.json"] = json.dumps([{"image": name} for name in names]).encode()
     assert cli.main(["download", "birds", "--yes", "--to", str(tmp_path / "root")]) == 1

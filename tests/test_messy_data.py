@@ -65,9 +65,9 @@ def folder(tmp_path_factory):
         name = [str(index), f"id{index}"][index % 2] if index != 4 else "0"  # 0 is there twice
         rows.append(b"%d.png,%s,%s" % (index, caption, name.encode()))
         if index < len(BAD):
-            picture, caption, _ = BAD[index]
-            own_id = "0" if picture == "0.png" else f"bad{index}"
-            rows.append(b",".join((picture.encode(), caption, own_id.encode())))
+            image, caption, _ = BAD[index]
+            own_id = "0" if image == "0.png" else f"bad{index}"
+            rows.append(b",".join((image.encode(), caption, own_id.encode())))
     (root / "table.csv").write_bytes(b"\r\n".join(rows) + b"\r\n")
     return root
 
@@ -124,7 +124,7 @@ def test_what_is_broken_is_skipped_in_its_own_place_and_moves_nothing(project):
         assert sample["text_input"] == text.replace('"', "").replace("  ", " ").strip()
 
 
-def test_evaluation_skips_the_second_picture_of_an_id_too(project):
+def test_evaluation_skips_the_second_image_of_an_id_too(project):
     dataset = ready_builders(project(1.0))["image_text"].get_split("val")
     samples = [dataset[i] for i in range(len(dataset))]
     causes = Counter(s.cause for s in samples if isinstance(s, Skipped))

@@ -119,7 +119,7 @@ def _sampler(args: argparse.Namespace) -> Any:
         if args.samples is not None:
             from evlgen.media.frames import find_files
 
-            paths = find_files([args.samples], clips=False)[:_NUM_SAMPLES]
+            paths = find_files([args.samples], videos=False)[:_NUM_SAMPLES]
             return _captioned(paths, args.samples_licence, folder)
         if "shapes_caption" in (config.get("datasets") or {}):
             section = config["datasets"]["shapes_caption"]

@@ -27,7 +27,7 @@ from evlgen.runners.sample_captions import (
     text_of,
 )
 
-PICTURES = "pictures"
+IMAGES = "pictures"
 
 
 class RunRecorder(Listener):
@@ -78,7 +78,7 @@ def write_shown(results: Sequence[Mapping[str, Any]], dataset: Any, folder: Path
     rows = shown_rows(results)
     shown = []
     for number, index in enumerate(evenly_spread(len(rows), NUM_SHOWN)):
-        row, name = rows[index], f"{PICTURES}/{number}.png"
+        row, name = rows[index], f"{IMAGES}/{number}.png"
         entry = {"id": id_of(row), "text": text_of(row), "reference": reference_of(row, dataset)}
         (folder / name).unlink(missing_ok=True)  # another evaluation may show another image here
         if save_image(row, dataset, folder / name) is not None:

@@ -172,9 +172,18 @@ class BaseDataset(CollatedDataset):
         where there are no parts."""
         return {}
 
-    def picture(self, index: int) -> Image.Image | None:
+    def image(self, index: int) -> Image.Image | None:
         """The image of a record as a person sees it, for sheets of results; None where there is none."""
         return None
+
+    def picture(self, index: int) -> Image.Image | None:
+        """The earlier name of `image`. A subclass may still define it in its place."""
+        return self.image(index)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "picture" in vars(cls) and "image" not in vars(cls):
+            cls.image = cls.picture  # type: ignore[method-assign]
 
     def extra_metrics(self, captions: Mapping[int | str, str]) -> dict[str, float]:
         """What only this dataset can judge about captions, by metric name.
@@ -219,8 +228,8 @@ class MediaDataset(BaseDataset):
         record = self.records[index]
         return record.id if isinstance(record, BadRecord) else self.media.source(record["visual"])
 
-    def picture(self, index: int) -> Image.Image:
-        return self.media.picture(self._visual(index))
+    def image(self, index: int) -> Image.Image:
+        return self.media.image(self._visual(index))
 
     def sample_id(self, index: int) -> str:
         record = self.records[index]

@@ -120,9 +120,9 @@ class CaptionEvalDataset(MediaDataset):
         references: References | None = None,
         domains: Mapping[int | str, str] | None = None,
     ) -> None:
-        pictures = one_per_image(records, references)
-        super().__init__(PackedRecords(pictures), media, vis_processor, text_processor)
-        refuse_bad(pictures)
+        images = one_per_image(records, references)
+        super().__init__(PackedRecords(images), media, vis_processor, text_processor)
+        refuse_bad(images)
         self._domains = domains or {}
 
     def load_text(self, index: int) -> dict[str, Any]:
@@ -335,24 +335,24 @@ def _one_to_one(names: np.ndarray, numbers: np.ndarray) -> bool:
 
 
 def _captioned(
-    pictures: list[dict[str, Any] | BadRecord], references: Mapping[int | str, Any] | None
+    images: list[dict[str, Any] | BadRecord], references: Mapping[int | str, Any] | None
 ) -> list[dict[str, Any] | BadRecord]:
     """The images with the captions to score them against; those that have none are bad, if any has."""
     own = 0
-    for picture in good(pictures):
-        truth = (references or {}).get(_id(picture))
-        own += bool(truth is None and picture["caption"])
-        picture["caption"] = picture["caption"] if truth is None else truth
+    for image in good(images):
+        truth = (references or {}).get(_id(image))
+        own += bool(truth is None and image["caption"])
+        image["caption"] = image["caption"] if truth is None else truth
     if references is not None and own:
         logger.warning("images that the ground truth lacks: %d, scored against captions of their own", own)
-    if references is None and not any(picture["caption"] for picture in good(pictures)):
-        return pictures
-    return [p if isinstance(p, BadRecord) or p["caption"] else _uncaptioned(p, references) for p in pictures]
+    if references is None and not any(image["caption"] for image in good(images)):
+        return images
+    return [p if isinstance(p, BadRecord) or p["caption"] else _uncaptioned(p, references) for p in images]
 
 
-def _uncaptioned(picture: Mapping[str, Any], references: Mapping[int | str, Any] | None) -> BadRecord:
-    truth = "" if references is None else f", nor has the ground truth one of image_id {_id(picture)!r}"
-    return BadRecord(picture["visual"], f"it has no caption{truth}.", "no caption")
+def _uncaptioned(image: Mapping[str, Any], references: Mapping[int | str, Any] | None) -> BadRecord:
+    truth = "" if references is None else f", nor has the ground truth one of image_id {_id(image)!r}"
+    return BadRecord(image["visual"], f"it has no caption{truth}.", "no caption")
 
 
 def _named(record: dict[str, Any], image_id: int | str) -> dict[str, Any]:

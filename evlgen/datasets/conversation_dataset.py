@@ -23,7 +23,7 @@ from evlgen.datasets.table_records import ImageColumns
 from evlgen.datasets.tables import open_table
 from evlgen.media.frames import decode_address, is_data_address
 from evlgen.media.images import open_image
-from evlgen.media.video import Pictures, Reader
+from evlgen.media.video import FrameList, Reader
 from evlgen.processors.base_processor import BaseProcessor
 from evlgen.processors.video import VideoProcessor
 
@@ -88,12 +88,12 @@ class ConversationDataset(BaseDataset):
         records = enumerate(self.records)
         return {i: str(r["source"]) for i, r in records if isinstance(r, dict) and "source" in r}
 
-    def picture(self, index: int) -> Image.Image | None:
+    def image(self, index: int) -> Image.Image | None:
         visuals = self.records[index]["visuals"]
         if not visuals:
             return None
         kind, name = visuals[0]
-        return self._open(name) if kind == "image" else self.videos.picture(name)
+        return self._open(name) if kind == "image" else self.videos.image(name)
 
     def size(self, index: int) -> int:
         """About how many positions a sample takes, for batches of samples of similar length."""
@@ -107,7 +107,7 @@ class ConversationDataset(BaseDataset):
         reads_videos = isinstance(self.vis_processor, VideoProcessor)
         if kind == "image":
             image = self._open(name)
-            return self.vis_processor(Pictures([image]) if reads_videos else image)
+            return self.vis_processor(FrameList([image]) if reads_videos else image)
         if not reads_videos:
             raise DataError(
                 f"{name} is a video, and the model reads images only. Set model.vision.temporal and "

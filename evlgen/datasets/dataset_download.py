@@ -40,7 +40,7 @@ def state_of(item: Item, root: Path) -> str:
     if item.is_archive:
         return _state_of_archive(item, place)
     if item.pictures:
-        return _state_of_pictures(item, root)
+        return _state_of_images(item, root)
     return "here" if _has_files(place) else "missing"
 
 
@@ -56,7 +56,7 @@ def bring(item: Item, root: Path, keep_archive: bool = False) -> None:
             is left alone; or the annotations that name an item's images are not there.
     """
     if item.pictures:
-        _bring_pictures(item, root)
+        _bring_images(item, root)
     elif item.is_archive:
         _bring_archive(item, root / item.storage, keep_archive)
     elif not (root / item.storage).is_file():
@@ -98,7 +98,7 @@ def _state_of_archive(item: Item, folder: Path) -> str:
     return HAS_FILES if _has_files(folder) else "missing"
 
 
-def _state_of_pictures(item: Item, root: Path) -> str:
+def _state_of_images(item: Item, root: Path) -> str:
     try:
         addresses = _addresses(item, root)
     except DataError:
@@ -127,7 +127,7 @@ def _bring_archive(item: Item, folder: Path, keep_archive: bool) -> None:
             archive.unlink(missing_ok=True)
 
 
-def _bring_pictures(item: Item, root: Path) -> None:
+def _bring_images(item: Item, root: Path) -> None:
     from tqdm import tqdm
 
     folder = root / item.storage

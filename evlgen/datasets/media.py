@@ -48,9 +48,9 @@ class Media:
         """
         raise NotImplementedError(f"{type(self).__name__} must define open(name)")
 
-    def picture(self, name: str) -> Image.Image:
+    def image(self, name: str) -> Image.Image:
         """What a person is shown of it."""
-        raise NotImplementedError(f"{type(self).__name__} must define picture(name)")
+        raise NotImplementedError(f"{type(self).__name__} must define image(name)")
 
     def spelled(self, name: str) -> str:
         """A name as the files have it: ``a/1.png`` for Windows' ``a\\1.png``, where only that is there."""
@@ -167,7 +167,7 @@ class ImageFiles(Media):
     def open(self, name: str, draft_size: int | None = None) -> Image.Image:
         return open_image(self._file(name), draft_size)
 
-    def picture(self, name: str) -> Image.Image:
+    def image(self, name: str) -> Image.Image:
         return self.open(name)
 
     def _file(self, name: str) -> Path | NamedBytes:
@@ -204,7 +204,7 @@ class VideoFiles(Media):
             )
         return Video(_fetched(name) if is_address(name) else self.root / name, self.reader)
 
-    def picture(self, name: str) -> Image.Image:
+    def image(self, name: str) -> Image.Image:
         """The frame in the middle."""
         video = self.open(name)
         return Image.fromarray(video.read([len(video) // 2])[0])

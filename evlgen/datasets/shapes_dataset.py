@@ -45,7 +45,7 @@ class ShapesCaptionDataset(BaseDataset):
         self.seed = seed
 
     def load_visual(self, index: int) -> torch.Tensor:
-        return self.vis_processor(self.picture(index))
+        return self.vis_processor(self.image(index))
 
     def load_text(self, index: int) -> dict[str, Any]:
         number = self.records[index]
@@ -62,7 +62,7 @@ class ShapesCaptionDataset(BaseDataset):
         """See `MediaDataset.size`."""
         return about_positions(self.captions_of(self.records[index]))
 
-    def picture(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         return Image.fromarray(draw(scene(self.split, self.records[index], self.seed)))
 
     def extra_metrics(self, captions: Mapping[int | str, str]) -> dict[str, float]:

@@ -7,28 +7,28 @@ import torch
 from PIL import Image
 
 from evlgen.common.registry import registry
-from evlgen.datasets.shapes.clips import ShapesClip, captions, is_true, moving_scene
+from evlgen.datasets.shapes.videos import ShapesVideo, captions, is_true, moving_scene
 from evlgen.datasets.shapes_dataset import ShapesCaptionBuilder, ShapesCaptionDataset
 from evlgen.media.video import spread
 
 
 class ShapesVideoCaptionDataset(ShapesCaptionDataset):
-    """As its base, of videos: ``image`` is float32 [3, T, H, W]; see `evlgen.datasets.shapes.clips`."""
+    """As its base, of videos: ``image`` is float32 [3, T, H, W]; see `evlgen.datasets.shapes.videos`."""
 
     def load_visual(self, index: int) -> torch.Tensor:
-        return self.vis_processor(self.clip(index))
+        return self.vis_processor(self.video(index))
 
     def visual_source(self, index: int) -> str:
         return f"shapes clips/{self.seed}/{self.split}/{self.records[index]}"
 
-    def clip(self, index: int) -> ShapesClip:
+    def video(self, index: int) -> ShapesVideo:
         """The video of a record."""
-        return ShapesClip(moving_scene(self.split, self.records[index], self.seed))
+        return ShapesVideo(moving_scene(self.split, self.records[index], self.seed))
 
-    def picture(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         """Four of the frames, in the order in which one reads."""
-        clip = self.clip(index)
-        frames = clip.read(spread(len(clip), 4))
+        video = self.video(index)
+        frames = video.read(spread(len(video), 4))
         return Image.fromarray(np.vstack([np.hstack([*frames[:2]]), np.hstack([*frames[2:]])]))
 
     def captions_of(self, number: int) -> list[str]:

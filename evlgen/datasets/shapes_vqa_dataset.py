@@ -50,7 +50,7 @@ class ShapesQuestionDataset(BaseDataset):
         self.learned = learned
 
     def load_visual(self, index: int) -> torch.Tensor:
-        return self.vis_processor(self.picture(index))
+        return self.vis_processor(self.image(index))
 
     def load_text(self, index: int) -> dict[str, Any]:
         asked = self._question(index)
@@ -69,7 +69,7 @@ class ShapesQuestionDataset(BaseDataset):
         asked = self._question(index)
         return about_positions(asked.text, asked.answer)
 
-    def picture(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         return Image.fromarray(draw(self._question(index).scene))
 
     def answers(self) -> dict[int | str, list[str]]:

@@ -26,10 +26,10 @@ from evlgen.common.errors import DataError
 from evlgen.datasets.annotations import describe, text_problem
 from evlgen.datasets.archive_media import MAX_MEMBER_BYTES
 from evlgen.datasets.base_dataset import BadRecord
-from evlgen.datasets.stream import Lane, StreamDataset
+from evlgen.datasets.stream import Partition, StreamDataset
 from evlgen.files.io import NamedBytes, resolve
 from evlgen.files.tar_headers import tar_members
-from evlgen.media.images import PICTURE_SUFFIXES, open_image
+from evlgen.media.images import IMAGE_SUFFIXES, open_image
 from evlgen.media.video import VIDEO_SUFFIXES, Reader, Video
 from evlgen.processors.base_processor import BaseProcessor
 
@@ -37,12 +37,12 @@ logger = logging.getLogger(__name__)
 
 #: What follows a key, by what a dataset is of.
 SUFFIXES = {
-    "images": tuple(suffix[1:] for suffix in PICTURE_SUFFIXES),
+    "images": tuple(suffix[1:] for suffix in IMAGE_SUFFIXES),
     "videos": tuple(suffix[1:] for suffix in (*VIDEO_SUFFIXES, ".gif")),
 }
 _TEXTS = ("json", "txt")
 _MOST_BYTES = {"caption": 1 << 20, "images": MAX_MEMBER_BYTES, "videos": 2 << 30}  # more may fill the memory
-_EVEN = 8  # a lane has one piece more or less than another, of so many at least
+_EVEN = 8  # a partition has one piece more or less than another, of so many at least
 _KEPT_INDICES = 8
 PAUSES: tuple[float, ...] = (1, 4)  # seconds before each further try where a disk or the network has failed
 
@@ -72,7 +72,7 @@ class ShardDataset(StreamDataset):
     """A stream of ``image`` float32 [3, H, W] or, of videos, [3, T, H, W], ``text_input``, ``image_id``,
     ``instance_id``. Where a sample has several captions, each reading draws one.
 
-    Lanes have shards of their own, or, where there are few, slices of them.
+    Partitions have shards of their own, or, where there are few, slices of them.
 
     Args:
         shards: paths of tar files, or addresses, which are fetched into the cache when they are first read.
@@ -81,7 +81,7 @@ class ShardDataset(StreamDataset):
         data_type: ``images`` or ``videos``: which of a key's files is looked at.
         caption: the key of the caption, or list of captions, in ``key.json``. A sample without takes
             ``key.txt``.
-        shuffle_buffer: a lane's next sample is drawn out of so many of its next ones.
+        shuffle_buffer: a partition's next sample is drawn out of so many of its next ones.
         num_samples: how many there are in all shards, or what counts them when first asked; None where
             unknown.
         reader: of videos; see `Video`.
@@ -113,11 +113,11 @@ class ShardDataset(StreamDataset):
     def num_samples(self, number: int | None) -> None:
         self._num_samples = number
 
-    def places(self, lane: Lane | None, number: int = 0) -> Iterator[ShardSample | BadRecord]:
-        if lane is None:
+    def places(self, partition: Partition | None, number: int = 0) -> Iterator[ShardSample | BadRecord]:
+        if partition is None:
             return self._in_pieces([(shard, 0, 1) for shard in self.records])
-        order = random.Random(f"{lane.seed} {lane.index} {number}")
-        pieces = _permuted(lane_pieces(self.records, lane), order)
+        order = random.Random(f"{partition.seed} {partition.index} {number}")
+        pieces = _permuted(partition_pieces(self.records, partition), order)
         return _shuffled(self._in_pieces(pieces), self.shuffle_buffer, order)
 
     def load_place(self, place: ShardSample) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class ShardDataset(StreamDataset):
             "instance_id": name,
         }
 
-    def picture_at(self, place: ShardSample) -> Image.Image:
+    def image_at(self, place: ShardSample) -> Image.Image:
         with open(_local(place.shard), "rb") as file:
             content = _read(file, place.visual, self.data_type)
         with self._opened(content, _path(place)) as visual:
@@ -156,8 +156,8 @@ class ShardDataset(StreamDataset):
                 yield BadRecord(which, str(damage), damage.cause, 1 / (len(self.records) * parts))
 
     def _index(self, shard: str) -> ShardIndex:
-        """`read_shard`, of which the last few are kept, as lanes may share a shard; but for damaged ones,
-        which may be whole the next time."""
+        """`read_shard`, of which the last few are kept, as partitions may share a shard; but for damaged
+        ones, which may be whole the next time."""
         if shard in self._indices:
             return self._indices[shard]
         index = _read_patiently(shard, self.data_type)
@@ -271,16 +271,18 @@ def _sample(
     return ShardSample(shard, key, suffix, parts[suffix], parts.get("json"), parts.get("txt"))
 
 
-def lane_pieces(shards: Sequence[str], lane: Lane) -> list[tuple[str, int, int]]:
-    """What a lane reads, ``(shard, i, m)``: the i-th of m equal slices of a shard.
+def partition_pieces(shards: Sequence[str], partition: Partition) -> list[tuple[str, int, int]]:
+    """What a partition reads, ``(shard, i, m)``: the i-th of m equal slices of a shard.
 
-    Shards stay whole where there are many more than lanes. Else each is cut into as few slices as give every
-    lane equally many, or, where that takes more, nearly so.
+    Shards stay whole where there are many more than partitions. Else each is cut into as few slices as give
+    every partition equally many, or, where that takes more, nearly so.
     """
-    order = _permuted(shards, random.Random(f"{lane.seed}"))
-    parts = min(lane.count // math.gcd(len(shards), lane.count), -(-_EVEN * lane.count // len(shards)))
+    order = _permuted(shards, random.Random(f"{partition.seed}"))
+    parts = min(
+        partition.count // math.gcd(len(shards), partition.count), -(-_EVEN * partition.count // len(shards))
+    )
     pieces = [(shard, part, parts) for part in range(parts) for shard in order]
-    return pieces[lane.index :: lane.count]
+    return pieces[partition.index :: partition.count]
 
 
 def stats_path(shard: str) -> str:

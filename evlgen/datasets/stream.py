@@ -1,11 +1,11 @@
 """The contract of streams: datasets that are too large to be shuffled by index, and come in an order of their
 own.
 
-A stream is read in *lanes*: endless sequences, side by side, of which each goes again and again through a
-part of the stream. Training batches take the lanes in turn, so that several processes can read at the same
-time, each going on where it was. What a lane holds at an ordinal follows from the seed alone, as long as all
-of the stream can be read, so a run that is resumed asks for the next ordinals and gets what it would have
-got.
+A stream is read in *partitions*: endless sequences, side by side, of which each goes again and again through
+a part of the stream. Training batches take the partitions in turn, so that several processes can read at the
+same time, each going on where it was. What a partition holds at an ordinal follows from the seed alone, as
+long as all of the stream can be read, so a run that is resumed asks for the next ordinals and gets what it
+would have got.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from evlgen.datasets.base_dataset import BadRecord, BaseDataset, Skipped
 from evlgen.processors.base_processor import BaseProcessor
 
 
-class Lane(NamedTuple):
-    """One of ``count`` lanes of all processes together, whose order follows from ``seed``."""
+class Partition(NamedTuple):
+    """One of ``count`` partitions of all processes together, whose order follows from ``seed``."""
 
     seed: int
     index: int  # type: ignore[assignment]  # not that of tuples
@@ -29,7 +29,7 @@ class Lane(NamedTuple):
 
 
 class StreamDataset(BaseDataset):
-    """A dataset that is read by lane and ordinal.
+    """A dataset that is read by partition and ordinal.
 
     A subclass defines `places`, `load_place` and `place_id`, and sets ``num_samples``. A *place* says where
     a sample is, and is small; a `BadRecord` stands for one that cannot be read. Samples have the keys of
@@ -49,15 +49,15 @@ class StreamDataset(BaseDataset):
         text_processor: BaseProcessor | None = None,
     ) -> None:
         super().__init__(records, vis_processor, text_processor)
-        self._cursors: dict[Lane, _Cursor] = {}
+        self._cursors: dict[Partition, _Cursor] = {}
 
-    def places(self, lane: Lane | None, number: int = 0) -> Iterator[Any]:
-        """A lane's samples in its pass of that number; with None, all samples of the stream as they lie.
+    def places(self, partition: Partition | None, number: int = 0) -> Iterator[Any]:
+        """A partition's samples in its pass of that number; with None, all samples of the stream as they lie.
 
-        Every pass of a lane has the same places in another order; those of different lanes (of one seed and
-        count) have none in common.
+        Every pass of a partition has the same places in another order; those of different partitions (of one
+        seed and count) have none in common.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define places(lane, number)")
+        raise NotImplementedError(f"{type(self).__name__} must define places(partition, number)")
 
     def load_place(self, place: Any) -> dict[str, Any]:
         """The sample at a place. Raises `DataError` or `OSError` where it cannot be read."""
@@ -67,7 +67,7 @@ class StreamDataset(BaseDataset):
         """What a report calls the sample at a place."""
         raise NotImplementedError(f"{type(self).__name__} must define place_id(place)")
 
-    def picture_at(self, place: Any) -> Image.Image | None:
+    def image_at(self, place: Any) -> Image.Image | None:
         """The image there as a person sees it; None where there is none."""
         return None
 
@@ -77,20 +77,20 @@ class StreamDataset(BaseDataset):
         return self.num_samples
 
     def __getitem__(self, index: int) -> dict[str, Any] | Skipped:
-        raise TypeError(f"{type(self).__name__} is read by lane; listed() can be read by index")
+        raise TypeError(f"{type(self).__name__} is read by partition; listed() can be read by index")
 
-    def read(self, lane: Lane, ordinal: int) -> dict[str, Any] | Skipped:
-        """The sample at an ordinal of a lane, counted from 0 over all passes.
+    def read(self, partition: Partition, ordinal: int) -> dict[str, Any] | Skipped:
+        """The sample at an ordinal of a partition, counted from 0 over all passes.
 
-        Quick for the ordinal after the last one asked for; for another one the lane's places are gone
+        Quick for the ordinal after the last one asked for; for another one the partition's places are gone
         through without reading samples.
 
         Raises:
             DataError: the stream has no samples.
         """
-        if lane not in self._cursors:
-            self._cursors[lane] = _Cursor(self, lane)
-        return self.read_place(self._cursors[lane].place(ordinal))
+        if partition not in self._cursors:
+            self._cursors[partition] = _Cursor(self, partition)
+        return self.read_place(self._cursors[partition].place(ordinal))
 
     def read_place(self, place: Any) -> dict[str, Any] | Skipped:
         """The sample at a place, or why it cannot be read."""
@@ -128,8 +128,8 @@ class _Listed(BaseDataset):
     def visual_source(self, index: int) -> str:
         return self.sample_id(index)  # no two samples of a stream are told to show the same
 
-    def picture(self, index: int) -> Image.Image | None:
-        return self._stream.picture_at(self.records[index])
+    def image(self, index: int) -> Image.Image | None:
+        return self._stream.image_at(self.records[index])
 
     def sample_id(self, index: int) -> str:
         place = self.records[index]
@@ -137,14 +137,14 @@ class _Listed(BaseDataset):
 
 
 class _Cursor:
-    """Where in a lane a process is."""
+    """Where in a partition a process is."""
 
-    def __init__(self, stream: StreamDataset, lane: Lane) -> None:
-        self._stream, self._lane = stream, lane
+    def __init__(self, stream: StreamDataset, partition: Partition) -> None:
+        self._stream, self._partition = stream, partition
         self._begin(0, 0)
 
     def place(self, ordinal: int) -> Any:
-        """What is at an ordinal of the lane."""
+        """What is at an ordinal of the partition."""
         if ordinal < self._next:
             self._begin(0, 0)
         while True:
@@ -155,12 +155,12 @@ class _Cursor:
             length = self._next // (self._pass + 1)  # of each pass
             if length:
                 self._begin(ordinal // length, length)
-            elif self._lane.count > 1:  # fewer samples than lanes: this one shares all of them
-                self._lane = Lane(self._lane.seed, 0, 1)
+            elif self._partition.count > 1:  # fewer samples than partitions: this one shares all of them
+                self._partition = Partition(self._partition.seed, 0, 1)
                 self._begin(0, 0)
             else:
                 raise DataError("a stream has no samples: there is nothing to train on.")
 
     def _begin(self, number: int, length: int) -> None:
         self._pass, self._next = number, number * length
-        self._places = self._stream.places(self._lane, number)
+        self._places = self._stream.places(self._partition, number)

@@ -375,11 +375,11 @@ def divide(records: Sequence[Any], shares: Shares) -> dict[str, list[Any]]:
     Raises:
         DataError: there are too few images for every split to have one.
     """
-    picture_of: dict[str, str] = {}
+    image_of: dict[str, str] = {}
     for record in good(records):
-        if (own_id := _own_id(record)) is not None or record["visual"] not in picture_of:
-            picture_of[record["visual"]] = _content(record["visual"]) if own_id is None else str(own_id)
-    order = sorted(set(picture_of.values()), key=lambda picture: _digest(picture, shares.seed))
+        if (own_id := _own_id(record)) is not None or record["visual"] not in image_of:
+            image_of[record["visual"]] = _content(record["visual"]) if own_id is None else str(own_id)
+    order = sorted(set(image_of.values()), key=lambda image: _digest(image, shares.seed))
     split_of: dict[str, str] = {}
     for split in reversed(shares.splits):
         first = len(split_of)
@@ -391,7 +391,7 @@ def divide(records: Sequence[Any], shares: Shares) -> dict[str, list[Any]]:
     divided: dict[str, list[Any]] = {split: [] for split in ("train", *shares.splits)}
     for record in records:
         is_bad = isinstance(record, BadRecord)
-        divided["train" if is_bad else split_of.get(picture_of[record["visual"]], "train")].append(record)
+        divided["train" if is_bad else split_of.get(image_of[record["visual"]], "train")].append(record)
     return divided
 
 

@@ -446,8 +446,8 @@ class _Ids:
     def __init__(self, guessed: Collection[str]) -> None:
         self._guessed = guessed
         self._cells: dict[str, str] = {}
-        self._of_picture: dict[str, int | str] = {}
-        self._pictures: dict[int | str, str] = {}
+        self._of_image: dict[str, int | str] = {}
+        self._images: dict[int | str, str] = {}
         self._questions: set[int | str] = set()
         self.unused: set[str] = set()
 
@@ -458,9 +458,9 @@ class _Ids:
             record["visual"] = self._cells.setdefault(cell.digest, record["visual"])
         if "image_id" in record:
             visual, image_id = record["visual"], record["image_id"]
-            if (known := self._of_picture.setdefault(visual, image_id)) != image_id:
+            if (known := self._of_image.setdefault(visual, image_id)) != image_id:
                 self._object("id", f"the id of {visual} is {image_id!r} here and {known!r} in another row")
-            if self._pictures.setdefault(image_id, visual) != visual and "id" in self._guessed:
+            if self._images.setdefault(image_id, visual) != visual and "id" in self._guessed:
                 self.unused.add("id")
         if "question" in record:
             if record["question_id"] in self._questions:

@@ -2,7 +2,7 @@
 
 Which samples a batch holds, and every random choice made while reading a sample, are functions of (seed,
 epoch, index) alone: not of the number of workers, nor of where a run was interrupted. So it is with streams
-(`mixed_plan`), by lane and ordinal.
+(`mixed_plan`), by partition and ordinal.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class _SeededDataset(Dataset):
     def _in_stream(self, slot: StreamSlot) -> tuple[int, Any]:
         dataset = self.datasets[slot.dataset]
         assert isinstance(dataset, StreamDataset)
-        return slot.dataset, dataset.read(slot.lane, slot.ordinal)
+        return slot.dataset, dataset.read(slot.partition, slot.ordinal)
 
 
 def train_loader(

@@ -11,13 +11,13 @@ import torch
 from evlgen.common.errors import ConfigError, did_you_mean
 from evlgen.config.run_config import RunConfig
 from evlgen.datasets.base_dataset import BaseDataset
-from evlgen.datasets.stream import Lane, StreamDataset
+from evlgen.datasets.stream import Partition, StreamDataset
 from evlgen.loaders.data import BatchPlan, mix_seed
 
-#: Lanes of each process. Batches take them in turn, and workers take batches in turn, so with 1, 2, 4 or 8
-#: workers each lane is read by one of them; with other numbers several workers follow a lane, each passing
-#: over what the others read.
-LANES = 8
+#: Partitions of each process. Batches take them in turn, and workers take batches in turn, so with 1, 2, 4 or
+#: 8 workers each partition is read by one of them; with other numbers several workers follow a partition,
+#: each passing over what the others read.
+PARTITIONS = 8
 _BLOCK = 1 << 16  # draws that are made at once
 
 
@@ -25,7 +25,7 @@ class StreamSlot(NamedTuple):
     """The place of a sample of a stream: which dataset, and where in it."""
 
     dataset: int
-    lane: Lane
+    partition: Partition
     ordinal: int
 
 
@@ -34,9 +34,9 @@ class MixedPlan:
 
     Each sample is drawn from a dataset with that dataset's share. A map-style dataset gives all its samples,
     in a new order, before any a second time; the ranks share them. A stream gives the next sample of the
-    batch's lane; no two ranks have a lane in common. Everything follows from seed, rank, number of ranks and
-    place in the sequence: not from the number of workers, nor from where a run was interrupted. What one rank
-    sees of a stream is not what two see with half the batch each.
+    batch's partition; no two ranks have a partition in common. Everything follows from seed, rank, number of
+    ranks and place in the sequence: not from the number of workers, nor from where a run was interrupted.
+    What one rank sees of a stream is not what two see with half the batch each.
 
     Args:
         lengths: samples of each dataset; of a stream None where unknown.
@@ -84,27 +84,28 @@ class MixedPlan:
             batch += 1
 
     def _batch(self, batch: int, counts: np.ndarray) -> list[tuple[int | StreamSlot, int]]:
-        """The batch of a number. ``counts`` [datasets, LANES] of draws before it are brought up to date; of a
-        map-style dataset the first one counts for all."""
+        """The batch of a number. ``counts`` [datasets, PARTITIONS] of draws before it are brought up to date;
+        of a map-style dataset the first one counts for all."""
         of_all = self.batch_size * self.world_size
-        drawn, first, lane = self._draws(batch * of_all, of_all), self.rank * self.batch_size, batch % LANES
+        drawn = self._draws(batch * of_all, of_all)
+        first, partition = self.rank * self.batch_size, batch % PARTITIONS
         places: dict[int, tuple[int | StreamSlot, int]] = {}
         for dataset, is_stream in enumerate(self.streams):
             positions = np.flatnonzero(drawn == dataset) - first
             if is_stream:
                 positions = positions[(positions >= 0) & (positions < self.batch_size)]
-            counted = (dataset, lane if is_stream else 0)
+            counted = (dataset, partition if is_stream else 0)
             for ordinal, position in enumerate(positions.tolist(), int(counts[counted])):
                 if is_stream:
-                    places[position] = self._in_stream(dataset, lane, ordinal)
+                    places[position] = self._in_stream(dataset, partition, ordinal)
                 elif 0 <= position < self.batch_size:
                     places[position] = self._in_map(dataset, ordinal)
             counts[counted] += len(positions)
         return [places[position] for position in range(self.batch_size)]
 
-    def _in_stream(self, dataset: int, lane: int, ordinal: int) -> tuple[StreamSlot, int]:
-        index = self.rank * LANES + lane
-        of_all = Lane(mix_seed(self.seed, dataset), index, self.world_size * LANES)
+    def _in_stream(self, dataset: int, partition: int, ordinal: int) -> tuple[StreamSlot, int]:
+        index = self.rank * PARTITIONS + partition
+        of_all = Partition(mix_seed(self.seed, dataset), index, self.world_size * PARTITIONS)
         return StreamSlot(dataset, of_all, ordinal), mix_seed(self.seed, dataset, index, ordinal)
 
     def _in_map(self, dataset: int, ordinal: int) -> tuple[int, int]:
@@ -132,17 +133,19 @@ class MixedPlan:
         return self._drawn[1]
 
     def _counts_before(self, batch: int) -> np.ndarray:
-        """What `_batch` has counted when it comes to a batch: [datasets, LANES]."""
-        counts = np.zeros((len(self.lengths), LANES), dtype=np.int64)
+        """What `_batch` has counted when it comes to a batch: [datasets, PARTITIONS]."""
+        counts = np.zeros((len(self.lengths), PARTITIONS), dtype=np.int64)
         of_all = self.batch_size * self.world_size
         for first in range(0, batch * of_all, _BLOCK):
             slots = np.arange(first, min(first + _BLOCK, batch * of_all))
             drawn = self._draws(first, len(slots))
             is_own = slots % of_all // self.batch_size == self.rank
-            lanes = slots // of_all % LANES
+            partitions = slots // of_all % PARTITIONS
             for dataset, is_stream in enumerate(self.streams):
                 if is_stream:
-                    counts[dataset] += np.bincount(lanes[is_own & (drawn == dataset)], minlength=LANES)
+                    counts[dataset] += np.bincount(
+                        partitions[is_own & (drawn == dataset)], minlength=PARTITIONS
+                    )
                 else:
                     counts[dataset, 0] += np.count_nonzero(drawn == dataset)
         return counts
@@ -256,7 +259,7 @@ def split_ratios(
 def recorded(datasets: Iterable[BaseDataset]) -> dict[str, Any]:
     """What a checkpoint notes of streams besides their lengths, as the order depends on it."""
     shards = [len(d.records) for d in datasets if isinstance(d, StreamDataset)]
-    return {"shards": shards, "lanes": LANES} if shards else {}
+    return {"shards": shards, "lanes": PARTITIONS} if shards else {}
 
 
 def one_by_one(dataset: BaseDataset) -> Iterator[Any]:

@@ -14,16 +14,16 @@ from PIL import Image
 from evlgen.common.errors import DataError
 from evlgen.common.safe_text import shown_name
 from evlgen.files.io import resolve
-from evlgen.media.images import PICTURE_SUFFIXES, open_image
+from evlgen.media.images import IMAGE_SUFFIXES, open_image
 from evlgen.media.video import VIDEO_SUFFIXES, Video, spread
 
 logger = logging.getLogger(__name__)
 
 
-def find_files(paths: Sequence[str], clips: bool) -> list[str]:
+def find_files(paths: Sequence[str], videos: bool) -> list[str]:
     """The paths, and in the place of a folder the images in it and in its folders, by name; its videos too
-    where ``clips``."""
-    suffixes = (*PICTURE_SUFFIXES, *VIDEO_SUFFIXES) if clips else PICTURE_SUFFIXES
+    where ``videos``."""
+    suffixes = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) if videos else IMAGE_SUFFIXES
     found: list[str] = []
     for path in paths:
         if os.path.isdir(path):
@@ -33,9 +33,9 @@ def find_files(paths: Sequence[str], clips: bool) -> list[str]:
     return found
 
 
-def without_result(paths: Sequence[str], done: Collection[str], clips: bool) -> list[str]:
+def without_result(paths: Sequence[str], done: Collection[str], videos: bool) -> list[str]:
     """Those of the paths given to `find_files` of which no file is among ``done``."""
-    return [path for path in paths if not any(name in done for name in find_files([path], clips))]
+    return [path for path in paths if not any(name in done for name in find_files([path], videos))]
 
 
 def _walked(folder: str) -> Iterator[str]:
@@ -94,8 +94,8 @@ def read_frames(path: str | Path, num_frames: int) -> list[Image.Image]:
     suffix = Path(path).suffix.lower()
     if suffix != ".gif" and suffix not in VIDEO_SUFFIXES:
         return [open_image(resolve(path))]
-    clip = Video(path)
-    count = len(clip)
+    video = Video(path)
+    count = len(video)
     if 1 < count < num_frames:
         logger.warning(
             "%s has %d frames, fewer than the %d asked for: each is taken once",
@@ -103,7 +103,7 @@ def read_frames(path: str | Path, num_frames: int) -> list[Image.Image]:
             count,
             num_frames,
         )
-    return [Image.fromarray(frame) for frame in clip.read(spread(count, min(count, num_frames)))]
+    return [Image.fromarray(frame) for frame in video.read(spread(count, min(count, num_frames)))]
 
 
 def is_data_address(name: str) -> bool:

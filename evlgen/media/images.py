@@ -32,7 +32,7 @@ _UPRIGHT = {
 # that nobody looks after.
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 #: How files of these are called; where a sample has several, the first is taken.
-PICTURE_SUFFIXES = (
+IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".avif", ".jp2", ".ppm", ".ico", ".tga"),
 )

@@ -45,7 +45,7 @@ VIDEO_SUFFIXES = (
 )
 
 
-class Clip:
+class VideoSource:
     """Frames in the order they are shown. A subclass defines `__len__` and `frames`."""
 
     def __len__(self) -> int:
@@ -81,20 +81,23 @@ class Clip:
         return np.stack([found[i] for i in indices])
 
 
-class Pictures(Clip):
+class FrameList(VideoSource):
     """Frames that are in memory: uint8 arrays [H, W, 3] or RGB Pillow images."""
 
-    def __init__(self, pictures: Sequence[np.ndarray | Image.Image]) -> None:
-        self.pictures = pictures
+    def __init__(self, images: Sequence[np.ndarray | Image.Image]) -> None:
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
-        return (np.asarray(self.pictures[i]) for i in indices)
+        return (np.asarray(self.images[i]) for i in indices)
 
 
-class Video(Clip):
+Clip, Pictures = VideoSource, FrameList  # their earlier names, for processors and scripts that have them
+
+
+class Video(VideoSource):
     """A video file or animated GIF, opened when it is first asked for something and closed after `read`.
 
     Args:
@@ -122,7 +125,7 @@ class Video(Clip):
         except _WrongFrames as error:
             for reader in self._other_readers():
                 with contextlib.suppress(DataError, IndexError):  # the first reader's error says more
-                    return Clip.read(Video(self.path, reader), indices, size, box)
+                    return VideoSource.read(Video(self.path, reader), indices, size, box)
             raise DataError(f"cannot read video {shown_name(self.path)}: {error}", error.cause) from error
 
     def frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
@@ -176,8 +179,8 @@ def _checked(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 
 def _open(path: str | os.PathLike, reader: Reader) -> Any:
     """A ``File`` of evlgen.media.video_{decord,pyav,gif}: ``num_frames`` is counted, as the number in a
-    file's header is often missing and sometimes wrong, ``frames`` is as in `Clip`, and there is ``close``.
-    They raise whatever their libraries do."""
+    file's header is often missing and sometimes wrong, ``frames`` is as in `VideoSource`, and there is
+    ``close``. They raise whatever their libraries do."""
     file = resolve(path)
     problem = _problem(file)
     if problem is not None:

@@ -41,7 +41,7 @@ from evlgen.models.image_text_losses import (
     GlobalBatch,
     contrastive_loss,
     hard_negatives,
-    picture_keys,
+    image_keys,
     positives,
     similarities,
 )
@@ -242,7 +242,7 @@ class Blip2Stage1(VisionModel):
         loss_lm = self._writing_loss(ids, past) * everyone.weight(written, tokens.device)
         ids = ids.to(tokens.device)
         loss_itc, image_to_text, text_to_image, positive = self._contrast(
-            queries, ids, self._picture_keys(samples, everyone), everyone
+            queries, ids, self._image_keys(samples, everyone), everyone
         )
         loss_itm = self._matching_loss(
             tokens,
@@ -481,9 +481,9 @@ class Blip2Stage1(VisionModel):
         queries = encode_multimodal(self.connector, self.text, ids, self._is_text(ids), visual)
         return self.itm_head(queries).float().mean(1)
 
-    def _picture_keys(self, samples: Batch, everyone: GlobalBatch) -> Tensor:
+    def _image_keys(self, samples: Batch, everyone: GlobalBatch) -> Tensor:
         if "image_id" in samples:
-            return picture_keys(samples["image_id"], self.device)
+            return image_keys(samples["image_id"], self.device)
         own = len(samples["text_input"])
         return torch.arange(everyone.offset, everyone.offset + own, device=self.device)
 

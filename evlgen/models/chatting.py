@@ -18,7 +18,7 @@ from evlgen.common.precision import without_autocast
 from evlgen.files.io import resolve
 from evlgen.media.frames import decode_address, is_data_address, read_frames
 from evlgen.media.images import open_image
-from evlgen.media.video import Pictures
+from evlgen.media.video import FrameList
 from evlgen.models.language.segments import Row, SoftPrompts, num_positions, num_soft_of, num_visuals
 from evlgen.models.pixels import pixels_of
 from evlgen.models.protocols import HasVision, reads_videos
@@ -148,7 +148,7 @@ def pixels_of_visual(model: HasVision, visual: VisualPart, num_frames: int = _MO
         raise DataError(f"an {visual.kind} of the conversation names no file: give it 'path' or 'image'.")
     if isinstance(source, str | os.PathLike):
         source = _opened(str(source), visual.kind, num_frames)
-    return pixels_of(model, [Pictures(source) if isinstance(source, list) else source])[0]
+    return pixels_of(model, [FrameList(source) if isinstance(source, list) else source])[0]
 
 
 def _opened(source: str, kind: str, num_frames: int) -> Any:

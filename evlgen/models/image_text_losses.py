@@ -66,7 +66,7 @@ def hard_negatives(similarity: Tensor, positive: Tensor) -> tuple[Tensor, Tensor
     return torch.multinomial(weights, 1).squeeze(1), found
 
 
-def picture_keys(ids: Sequence[object], device: torch.device) -> Tensor:
+def image_keys(ids: Sequence[object], device: torch.device) -> Tensor:
     """A number for each image's id, the same on every process, [B]."""
     digests = [hashlib.blake2b(str(i).encode(), digest_size=8).digest() for i in ids]
     return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests], device=device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from evlgen.common.batch import Batch
 from evlgen.common.errors import DataError
 from evlgen.media.images import to_rgb
-from evlgen.media.video import Clip, Pictures
+from evlgen.media.video import FrameList, VideoSource
 from evlgen.models.protocols import HasVision, reads_videos
 
 
@@ -33,7 +33,7 @@ def pixels_of(model: HasVision, images: Any) -> Tensor | list[Tensor]:
 
     Args:
         images: an image or a list of them; a list of tensors [3, H, W] is stacked. For a video model an item
-            of the list may also be a `Clip`, or a list of the frames of one.
+            of the list may also be a `VideoSource`, or a list of the frames of one.
 
     Returns:
         [B, 3, H, W]; for a video model [B, 3, T, H, W]; for a model of tiles (`evlgen.models.tiles`) a list,
@@ -50,7 +50,7 @@ def pixels_of(model: HasVision, images: Any) -> Tensor | list[Tensor]:
     if not all(isinstance(item, Tensor) for item in items):
         process = load_preprocess(model, num_frames=None)[0]["eval"]
         of_videos = reads_videos(model)
-        items = [process(_as_clip(item) if of_videos else item) for item in items]
+        items = [process(_as_video(item) if of_videos else item) for item in items]
     shapes = {tuple(item.shape) for item in items}
     if len(shapes) > 1:
         if getattr(model, "tiling", None) is not None:
@@ -59,8 +59,8 @@ def pixels_of(model: HasVision, images: Any) -> Tensor | list[Tensor]:
     return torch.stack(items)
 
 
-def _as_clip(item: Any) -> Clip:
-    if isinstance(item, Clip):
+def _as_video(item: Any) -> VideoSource:
+    if isinstance(item, VideoSource):
         return item
     frames = item if isinstance(item, list | tuple) else [item]
-    return Pictures([to_rgb(frame) for frame in frames])
+    return FrameList([to_rgb(frame) for frame in frames])

@@ -112,7 +112,7 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, merge_map: Tensor, num_out: int, mean: bool) -> Tensor:
         batch, num_tokens, channels = x.shape
-        picture = torch.arange(batch, device=x.device).unsqueeze(1)
+        image = torch.arange(batch, device=x.device).unsqueeze(1)
         position = torch.arange(num_tokens, device=x.device).expand(batch, -1)
         first = position.new_full((batch, num_out), num_tokens).scatter_reduce_(
             1, merge_map, position, "amin"
@@ -121,19 +121,19 @@ class _Merge(torch.autograd.Function):
         others = is_other.int().argsort(dim=1, descending=True, stable=True)[:, : num_tokens - num_out]
 
         rows = x.reshape(-1, channels)
-        out = rows.index_select(0, (first + picture * num_tokens).flatten())
+        out = rows.index_select(0, (first + image * num_tokens).flatten())
         other_rows = (
-            others + picture * num_tokens
+            others + image * num_tokens
         ).flatten()  # the input rows that are not first of their group
         group = merge_map.gather(1, others)
-        group_rows = (group + picture * num_out).flatten()  # the output rows they go to
+        group_rows = (group + image * num_out).flatten()  # the output rows they go to
         out.index_add_(0, group_rows, rows.index_select(0, other_rows))
         share = None
         if mean:
             share = token_counts(merge_map, num_out).gather(1, group).to(x.dtype).reciprocal().view(-1, 1)
             out.index_copy_(0, group_rows, out.index_select(0, group_rows) * share)
-        first_rows = (first.gather(1, group) + picture * num_tokens).flatten() if mean else None
-        index = (merge_map + picture * num_out).flatten()
+        first_rows = (first.gather(1, group) + image * num_tokens).flatten() if mean else None
+        index = (merge_map + image * num_out).flatten()
         ctx.save_for_backward(index, other_rows, first_rows, group_rows, share)
         return out.view(batch, num_out, channels)
 

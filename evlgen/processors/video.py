@@ -30,7 +30,7 @@ from torchvision.transforms import RandomResizedCrop
 from evlgen.common.errors import DataError
 from evlgen.common.registry import registry
 from evlgen.config.constraints import Fraction, PositiveInt
-from evlgen.media.video import Box, Clip, Video, spread
+from evlgen.media.video import Box, Video, VideoSource, spread
 from evlgen.processors.base_processor import BaseProcessor
 from evlgen.processors.image import Normalisation, check_scales
 from evlgen.processors.randaugment import OPERATIONS, RandAugment
@@ -59,30 +59,30 @@ class VideoProcessor(BaseProcessor):
         self.image_size, self.n_frms = image_size, n_frms
         self._normalise = Normalisation(mean, std)
 
-    def __call__(self, item: Clip | str | os.PathLike) -> torch.Tensor:
+    def __call__(self, item: VideoSource | str | os.PathLike) -> torch.Tensor:
         """Normalised pixels, float32 [3, T, H, W], of a video or of the video at a path.
 
         Raises:
             DataError: the item is neither, or the video cannot be read.
         """
-        if not isinstance(item, Clip | str | os.PathLike):
+        if not isinstance(item, VideoSource | str | os.PathLike):
             raise DataError(
                 f"expected a video or the path of one, got {type(item).__name__}. Frames in memory: "
-                "evlgen.media.video.Pictures(frames); images: an image processor, blip_image_eval."
+                "evlgen.media.video.FrameList(frames); images: an image processor, blip_image_eval."
             )
-        clip = item if isinstance(item, Clip) else Video(item)
-        count = len(clip)
+        video = item if isinstance(item, VideoSource) else Video(item)
+        count = len(video)
         indices = range(count) if self.n_frms is None else self.choose(count, self.n_frms)
-        frames = torch.from_numpy(self.read(clip, indices))  # [T, H, W, 3] uint8
+        frames = torch.from_numpy(self.read(video, indices))  # [T, H, W, 3] uint8
         return self._normalise(frames.movedim(-1, 0))
 
     def choose(self, count: int, wanted: int) -> list[int]:
         """Which ``wanted`` of ``count`` frames, ascending: evenly spaced."""
         return spread(count, wanted)
 
-    def read(self, clip: Clip, indices: Sequence[int]) -> np.ndarray:
+    def read(self, video: VideoSource, indices: Sequence[int]) -> np.ndarray:
         """These frames of the video: uint8 [T, image_size, image_size, 3]."""
-        return clip.read(indices, (self.image_size, self.image_size))
+        return video.read(indices, (self.image_size, self.image_size))
 
 
 @registry.register_processor("alpro_video_eval")
@@ -129,10 +129,10 @@ class AlproVideoTrainProcessor(VideoProcessor):
     def choose(self, count: int, wanted: int) -> list[int]:
         return head_and_tail(count, wanted)
 
-    def read(self, clip: Clip, indices: Sequence[int]) -> np.ndarray:
+    def read(self, video: VideoSource, indices: Sequence[int]) -> np.ndarray:
         box = self._random_box()
         mirrored = bool(torch.rand(()) < 0.5)
-        frames = clip.read(indices, (self.image_size, self.image_size), box)
+        frames = video.read(indices, (self.image_size, self.image_size), box)
         if mirrored:
             frames = np.ascontiguousarray(frames[:, :, ::-1])
         if self._augment is None:

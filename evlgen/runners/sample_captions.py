@@ -100,11 +100,11 @@ def save_image(row: Mapping[str, Any], dataset: Any, path: Path) -> Path | None:
     """Writes the image of a result's sample (of a video, a frame) as a small PNG file, unless it is there.
     None where the dataset has none to show."""
     number = str(row.get("instance_id", ""))
-    if not number.isdigit() or not hasattr(dataset, "picture"):
+    if not number.isdigit() or not hasattr(dataset, "image"):
         return None
     if path.exists():
         return path
-    image: Image.Image | None = dataset.picture(int(number))
+    image: Image.Image | None = dataset.image(int(number))
     if image is None:
         return None
     image = image.convert("RGB")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from evlgen.common.batch import Batch
 from evlgen.common.errors import ConfigError
-from evlgen.media.video import Pictures
+from evlgen.media.video import FrameList
 from evlgen.models.base_model import BaseModel
 from evlgen.models.language.generation import Decoding
 from evlgen.models.prompts import SLOT, ask, check_slots
@@ -107,7 +107,7 @@ class Answerer:
 
     def pixels(self, image: Image.Image) -> Tensor:
         """An image as the model reads it; see `Ask`."""
-        return self._process(Pictures([image]) if self._reads_videos else image)
+        return self._process(FrameList([image]) if self._reads_videos else image)
 
     @property
     def most_tokens(self) -> int:

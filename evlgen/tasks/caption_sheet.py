@@ -15,7 +15,7 @@ _PLAIN = {"parse_math": False, "usetex": False}  # a caption with dollar signs i
 
 
 def caption_sheet(
-    pictures: Sequence[Image.Image | None], captions: Sequence[tuple[str, str]], path: Path, columns: int = 4
+    images: Sequence[Image.Image | None], captions: Sequence[tuple[str, str]], path: Path, columns: int = 4
 ) -> None:
     """Writes the images in rows, each with the caption written about it and, in grey, a reference.
 
@@ -27,9 +27,9 @@ def caption_sheet(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    if not pictures:
+    if not images:
         return
-    rows = -(-len(pictures) // columns)
+    rows = -(-len(images) // columns)
     height = 4.3 * rows  # inches, of which 3.1 are image and the rest text, in each row
     figure = Figure(figsize=(3.2 * columns, height))
     FigureCanvasAgg(figure)
@@ -39,13 +39,13 @@ def caption_sheet(
     )
     for axis in axes:
         axis.set_axis_off()
-    for axis, picture, texts in zip(axes, pictures, captions, strict=False):
+    for axis, image, texts in zip(axes, images, captions, strict=False):
         written, reference = (
             textwrap.fill(printable(text[:_MOST_TEXT]), width, max_lines=lines, placeholder="…")
             for text, width, lines in zip(texts, (36, 44), (4, 3), strict=True)
         )
-        if picture is not None:
-            axis.imshow(picture, interpolation="nearest" if max(picture.size) <= 128 else "antialiased")
+        if image is not None:
+            axis.imshow(image, interpolation="nearest" if max(image.size) <= 128 else "antialiased")
         text = axis.text(
             0,
             -0.04,

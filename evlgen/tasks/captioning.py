@@ -91,9 +91,9 @@ class CaptioningTask(BaseTask):
                 row["caption"],
                 references.get(row["image_id"], [""])[0],
             )
-        pictures = [dataset.picture(int(row["instance_id"])) for row in shown]
+        images = [dataset.image(int(row["instance_id"])) for row in shown]
         lines = [(row["caption"], references.get(row["image_id"], [""])[0]) for row in shown]
-        caption_sheet(pictures, lines, folder / "captions.png")
+        caption_sheet(images, lines, folder / "captions.png")
 
 
 def domain_scores(

@@ -73,7 +73,7 @@ class SelfCriticalCaptioningTask(CaptioningTask):
     def train_step(self, model: nn.Module, samples: Batch) -> dict[str, Any]:
         """``loss``, whose gradient is that of the expected reward, negated; its value says nothing.
         ``reward``: mean of the samples; ``baseline``."""
-        pictures = self._pictures(samples)
+        image_keys = self._image_keys(samples)
         was_training = model.training
         model.eval()
         with self._distribution.writing() as writer:
@@ -81,14 +81,14 @@ class SelfCriticalCaptioningTask(CaptioningTask):
             tokens = offering(writer, WritesTokens).generate_tokens(
                 read, num_captions=self.run.scst_samples, max_length=self.max_len, **FREELY
             )
-            rewards = self._rewards(pictures, writer.texts(tokens))  # [B, K]
-            baselines = self._baselines(writer, read, pictures, rewards)  # [B, K]
+            rewards = self._rewards(image_keys, writer.texts(tokens))  # [B, K]
+            baselines = self._baselines(writer, read, image_keys, rewards)  # [B, K]
         advantages = (rewards - baselines) / self.run.scst_samples
         losses = model(
             {
                 **read,
                 "text_tokens": tokens,
-                "num_texts": [self.run.scst_samples] * len(pictures),
+                "num_texts": [self.run.scst_samples] * len(image_keys),
                 "text_weights": advantages.flatten(),
             }
         )
@@ -102,7 +102,7 @@ class SelfCriticalCaptioningTask(CaptioningTask):
         read = cast(Batch, {key: samples[key] for key in ("image", "visual_tokens") if key in samples})
         return read if self.run.prompt is None else {**read, "prompt": self.run.prompt}
 
-    def _pictures(self, samples: Batch) -> list[Hashable]:
+    def _image_keys(self, samples: Batch) -> list[Hashable]:
         """What the reward knows a batch's images by."""
         if "image_id" not in samples:
             raise ConfigError(
@@ -110,25 +110,27 @@ class SelfCriticalCaptioningTask(CaptioningTask):
                 "are found. Train on a captioning dataset."
             )
         names = samples["dataset"] if len(self._names) > 1 else self._names * len(samples["image_id"])
-        pictures: list[Hashable] = list(zip(names, samples["image_id"], strict=True))
+        image_keys: list[Hashable] = list(zip(names, samples["image_id"], strict=True))
         for name, image in zip(names, samples["image_id"], strict=True):
             if (name, image) not in self._reward:
                 raise DataError(
                     f"run.task captioning_scst: '{name}' has no captions of image_id {image!r} among its "
                     "references(), so nothing can be rewarded. Leave the image out, or caption it."
                 )
-        return pictures
+        return image_keys
 
-    def _rewards(self, pictures: list[Hashable], captions: list[str]) -> Tensor:
+    def _rewards(self, image_keys: list[Hashable], captions: list[str]) -> Tensor:
         """[B, captions of each], on the CPU."""
-        each = len(captions) // len(pictures)
-        by_picture = [captions[i : i + each] for i in range(0, len(captions), each)]
-        return torch.tensor(self._reward(pictures, by_picture))
+        each = len(captions) // len(image_keys)
+        by_image = [captions[i : i + each] for i in range(0, len(captions), each)]
+        return torch.tensor(self._reward(image_keys, by_image))
 
-    def _baselines(self, writer: BaseModel, read: Batch, pictures: list[Hashable], rewards: Tensor) -> Tensor:
+    def _baselines(
+        self, writer: BaseModel, read: Batch, image_keys: list[Hashable], rewards: Tensor
+    ) -> Tensor:
         """What each sample's reward is compared with, [B, K]."""
         if self.run.scst_baseline == "mean":
             others = rewards.sum(1, keepdim=True) - rewards
             return others / (rewards.shape[1] - 1)
         greedy = writer.generate(read, num_beams=1, max_length=self.max_len, min_length=0)
-        return self._rewards(pictures, greedy).expand_as(rewards)
+        return self._rewards(image_keys, greedy).expand_as(rewards)

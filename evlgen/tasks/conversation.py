@@ -115,19 +115,19 @@ class ConversationTask(BaseTask):
         folder: Path,
     ) -> None:
         shown = results[:: max(1, len(results) // SHOWN)][:SHOWN]
-        pictures: list[Any] = []
+        images: list[Any] = []
         lines: list[tuple[str, str]] = []
         for row in shown:
             index = int(row["instance_id"])
             right = references.get(index, [""])[0]
             if len(lines) < SHOWN // 2:
                 logger.info("  %s %s   (right: %s)", row["question"], row["answer"], right)
-            picture = dataset.picture(index)
-            if picture is not None:
-                pictures.append(picture)
+            image = dataset.image(index)
+            if image is not None:
+                images.append(image)
                 lines.append((f"{row['question']} {row['answer']}", right))
-        if pictures:
-            caption_sheet(pictures, lines, folder / "answers.png")
+        if images:
+            caption_sheet(images, lines, folder / "answers.png")
 
 
 def _scores(answers: Mapping[int | str, str], references: Mapping[Any, list[str]]) -> dict[str, float]:

@@ -183,8 +183,8 @@ class QuestionAnsweringTask(BaseTask):
             lines.append((f"{row['question']} {row['answer']}", commonest))
         for written, truth in lines[: SHOWN // 2]:
             logger.info("  %s   (people: %s)", written, truth)
-        pictures = [dataset.picture(int(row["instance_id"])) for row in shown]
-        caption_sheet(pictures, lines, folder / "answers.png")
+        images = [dataset.image(int(row["instance_id"])) for row in shown]
+        caption_sheet(images, lines, folder / "answers.png")
 
 
 def _write(path: Path, content: Any, indent: int) -> None:

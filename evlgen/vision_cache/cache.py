@@ -33,7 +33,7 @@ from evlgen.loaders.data import eval_loader, mix_seed
 from evlgen.loaders.interruption import StopNow, StopRequest
 from evlgen.models.base_model import BaseModel
 from evlgen.models.protocols import EncodesImages, offers
-from evlgen.vision_cache.key import CacheKey, Pictures
+from evlgen.vision_cache.key import CacheKey, DistinctImages
 from evlgen.vision_cache.store import (
     CARD_FILE,
     DONE,
@@ -153,48 +153,48 @@ class _Cache:
         stop: StopRequest | None,
     ) -> None:
         self.name, self.model, self.run, self.accelerator, self.stop = name, model, run, accelerator, stop
-        self.pictures = Pictures.of(dataset)
+        self.images = DistinctImages.of(dataset)
         self.root = cache_root() / FOLDER
 
     def filled(self) -> CachedVisuals:
         """The dataset over its store, whose every entry is done or broken."""
-        key = self._told(lambda: CacheKey.of(self.pictures, self.model, self.run))
+        key = self._told(lambda: CacheKey.of(self.images, self.model, self.run))
         folder = self.root / key.digest
         self._say_views(key)
         self._agreed(lambda: self._make(folder, key), self.accelerator.is_local_main_process)
-        store = self._agreed(lambda: TokenStore(folder, len(self.pictures), key.views, key.shape))
+        store = self._agreed(lambda: TokenStore(folder, len(self.images), key.views, key.shape))
         self._agreed(lambda: self._compare(store), self.accelerator.is_local_main_process)
         if any(gather_object([bool((store.status != DONE).any())])):
             with self._alone(folder):
                 self._fill(store)
             self._agreed(lambda: self._check_filled(store))
         self._say_filled(store)
-        return CachedVisuals(self.pictures.dataset, store, self.pictures.of_sample)
+        return CachedVisuals(self.images.dataset, store, self.images.of_sample)
 
     # ---- the store ----
 
     def _make(self, folder: Path, key: CacheKey) -> None:
         """Makes the store where there is none, if the disk has room for what is to be computed."""
-        size = store_bytes(len(self.pictures), key.views, key.shape)
+        size = store_bytes(len(self.images), key.views, key.shape)
         if not folder.is_dir():
             self.root.mkdir(parents=True, exist_ok=True)
             self._say_others()
             self._check_room(size, size, key.views)
             made = time.strftime("%Y-%m-%d %H:%M:%S")
             card = {"dataset": self.name, "made": made, **key.parts, "shape": key.shape, "bytes": size}
-            create_store(folder, card, len(self.pictures), key.views, key.shape)
+            create_store(folder, card, len(self.images), key.views, key.shape)
         else:
-            store = TokenStore(folder, len(self.pictures), key.views, key.shape)
+            store = TokenStore(folder, len(self.images), key.views, key.shape)
             left = int((store.status == TO_DO).sum())
             if left:
-                self._check_room(left * size // len(self.pictures), size, key.views)
+                self._check_room(left * size // len(self.images), size, key.views)
 
     def _check_room(self, needed: int, size: int, views: int) -> None:
         free = shutil.disk_usage(self.root).free
         if needed + _SPARE_BYTES > free:
             fewer = ", lower run.cache_vision_views" if views > 1 else ""
             raise TrainingError(
-                f"run.cache_vision needs {shown_bytes(size)} for {len(self.pictures)} images of "
+                f"run.cache_vision needs {shown_bytes(size)} for {len(self.images)} images of "
                 f"'{self.name}', {shown_bytes(needed)} of it still to be written, and {self.root} has "
                 f"{shown_bytes(free)} left. Delete folders there that no run needs (card.json says what each "
                 f"is of){fewer}, set EVLGEN_CACHE to a data root on a larger disk, or train without."
@@ -202,8 +202,8 @@ class _Cache:
 
     def _compare(self, store: TokenStore) -> None:
         """Encodes some kept images again: neither the encoder's code nor the file may have changed."""
-        for entry in [entry for entry in self.pictures.probes() if store.status[entry] == DONE][:4]:
-            pixels = self.pictures.load(entry, mix_seed(self.run.seed, entry, 0))
+        for entry in [entry for entry in self.images.probes() if store.status[entry] == DONE][:4]:
+            pixels = self.images.load(entry, mix_seed(self.run.seed, entry, 0))
             new, old = self.model.encode(pixels[None])[0].cpu().float(), store.read(entry).float()
             # the median, since a few tokens are many times larger than the others
             difference = ((new - old).norm(dim=-1) / new.norm(dim=-1).clamp_min(1e-12)).median().item()
@@ -242,7 +242,7 @@ class _Cache:
             self.name,
             store.folder,
         )
-        groups = _Groups(self.pictures, share, store.views, self.run.seed)
+        groups = _Groups(self.images, share, store.views, self.run.seed)
         on_gpu = self.accelerator.device.type == "cuda"
         loader = eval_loader(groups, 1, self.run.num_workers, on_gpu)
         total = sum(map(len, share))
@@ -391,8 +391,8 @@ class _Groups(CollatedDataset):
     """Images to encode: an item is a group, with ``entries`` list[int], their ``pixels``
     [entries, views, 3, H, W], and ``broken``: entry -> reason and cause."""
 
-    def __init__(self, pictures: Pictures, groups: list[list[int]], views: int, seed: int) -> None:
-        self.pictures, self.groups, self.views, self.seed = pictures, groups, views, seed
+    def __init__(self, images: DistinctImages, groups: list[list[int]], views: int, seed: int) -> None:
+        self.images, self.groups, self.views, self.seed = images, groups, views, seed
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -402,7 +402,7 @@ class _Groups(CollatedDataset):
         for entry in self.groups[number]:
             seeds = [mix_seed(self.seed, entry, view) for view in range(self.views)]
             try:
-                pixels[entry] = torch.stack([self.pictures.load(entry, seed) for seed in seeds])
+                pixels[entry] = torch.stack([self.images.load(entry, seed) for seed in seeds])
             except (DataError, OSError) as error:
                 broken[entry] = (str(error), getattr(error, "cause", "unreadable"))
         stacked = torch.stack(list(pixels.values())) if pixels else torch.empty(0)

@@ -34,7 +34,7 @@ _LEFT_OUT = ("pretrained", "freeze", "grad_checkpoint", "drop_path_rate")
 
 
 @dataclass(frozen=True)
-class Pictures:
+class DistinctImages:
     """The images a dataset shows, each once.
 
     Attributes:
@@ -50,7 +50,7 @@ class Pictures:
     samples: np.ndarray
 
     @classmethod
-    def of(cls, dataset: BaseDataset) -> Pictures:
+    def of(cls, dataset: BaseDataset) -> DistinctImages:
         """Asks every sample for its source."""
         numbers: dict[Any, int] = {}
         of_sample = np.empty(len(dataset), dtype=np.int64)
@@ -93,19 +93,19 @@ class CacheKey:
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, pictures: Pictures, model: BaseModel, run: RunConfig) -> CacheKey:
+    def of(cls, images: DistinctImages, model: BaseModel, run: RunConfig) -> CacheKey:
         """Looks at a few images, and once at every weight and file.
 
         Raises:
             DataError: none of the images looked at can be read.
         """
-        pixels, probe, is_random = look_at(pictures)
+        pixels, probe, is_random = look_at(images)
         views = run.cache_vision_views if is_random else 1
         parts = {
             "layout": LAYOUT,
             "encoder": {**_encoder_settings(model), "weights": weights_digest(model.vision)},
-            "transform": {**_processor_settings(pictures.dataset.vis_processor), "pixels": probe},
-            "pictures": {"count": len(pictures), "digest": sources_digest(pictures.sources)},
+            "transform": {**_processor_settings(images.dataset.vis_processor), "pixels": probe},
+            "pictures": {"count": len(images), "digest": sources_digest(images.sources)},
             "views": views,
             "seed": run.seed if is_random else None,
         }
@@ -114,7 +114,7 @@ class CacheKey:
         return cls(digest, json.loads(text), is_random, views, tuple(model.encode(pixels[None]).shape[1:]))
 
 
-def look_at(pictures: Pictures) -> tuple[Tensor, str, bool]:
+def look_at(images: DistinctImages) -> tuple[Tensor, str, bool]:
     """Some images as the transform makes them under a fixed seed.
 
     Returns:
@@ -127,11 +127,11 @@ def look_at(pictures: Pictures) -> tuple[Tensor, str, bool]:
     """
     digest, is_random = hashlib.blake2b(digest_size=16), False
     pixels, problem = None, None
-    for number in pictures.probes():
+    for number in images.probes():
         with seeded(0):
             before = _generators()
             try:
-                pixels = pictures.dataset.load_visual(int(pictures.samples[number]))
+                pixels = images.dataset.load_visual(int(images.samples[number]))
             except (DataError, OSError) as error:
                 problem = error
                 continue
@@ -139,7 +139,7 @@ def look_at(pictures: Pictures) -> tuple[Tensor, str, bool]:
         digest.update(f"{pixels.dtype} {tuple(pixels.shape)}".encode())
         digest.update(_bytes(pixels))
     if pixels is None:
-        raise DataError(f"none of {len(pictures.probes())} images looked at can be read: {problem}")
+        raise DataError(f"none of {len(images.probes())} images looked at can be read: {problem}")
     return pixels, digest.hexdigest(), is_random
 
 

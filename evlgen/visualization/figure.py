@@ -20,7 +20,7 @@ from evlgen.visualization.merging import Merging, Stage, find_merging
 from evlgen.visualization.regions import draw_regions
 from evlgen.visualization.sheet import Row, draw_sheet, write_on
 
-Picture: TypeAlias = "Image.Image | str | PathLike | Sequence[Image.Image]"
+ImageInput: TypeAlias = "Image.Image | str | PathLike | Sequence[Image.Image]"
 
 _PATCH = 28  # pixels of a patch in the drawing at least, where the columns are few
 _MOST_WIDTH = 6000  # of a sheet's images together, before patches are drawn smaller than that
@@ -28,7 +28,7 @@ _MOST_WIDTH = 6000  # of a sheet's images together, before patches are drawn sma
 
 def draw_merging(
     model: BaseModel | Mapping[str, BaseModel],
-    images: Picture | Sequence[Picture],
+    images: ImageInput | Sequence[ImageInput],
     layers: str | Sequence[int] = "all",
     names: Sequence[str] | None = None,
     num_frames: int = 4,
@@ -49,22 +49,22 @@ def draw_merging(
     """
     models = model if isinstance(model, Mapping) else {"": model}
     images = [images] if isinstance(images, Image.Image | str | PathLike) else list(images)
-    clips = [_frames(image, num_frames) for image in images]
-    found = {title: merge_clips(part, clips, layers) for title, part in models.items()}
-    return draw_found(found, names or [""] * len(clips))
+    videos = [_frames(image, num_frames) for image in images]
+    found = {title: merge_videos(part, videos, layers) for title, part in models.items()}
+    return draw_found(found, names or [""] * len(videos))
 
 
-def merge_clips(
-    model: BaseModel, clips: Sequence[Sequence[Image.Image]], layers: str | Sequence[int] = "all"
+def merge_videos(
+    model: BaseModel, videos: Sequence[Sequence[Image.Image]], layers: str | Sequence[int] = "all"
 ) -> list[list[Merging]]:
     """How each video's tokens merge: one `Merging` each; to a model of images every frame is an image."""
-    reads_clips = reads_videos(model)
-    parts = [[clip] if reads_clips else [[frame] for frame in clip] for clip in clips]
+    of_videos = reads_videos(model)
+    parts = [[video] if of_videos else [[frame] for frame in video] for video in videos]
     return [[find_merging(model, frames, layers) for frames in part] for part in parts]
 
 
 def draw_found(found: Mapping[str, Sequence[Sequence[Merging]]], names: Sequence[str]) -> Image.Image:
-    """The sheet of what `merge_clips` found.
+    """The sheet of what `merge_videos` found.
 
     Args:
         found: by the title of a model; for each video, what was found.
@@ -73,7 +73,7 @@ def draw_found(found: Mapping[str, Sequence[Sequence[Merging]]], names: Sequence
     Raises:
         ConfigError: models with other columns than each other.
     """
-    mergings = [merging for clips in found.values() for clip in clips for merging in clip]
+    mergings = [merging for videos in found.values() for video in videos for merging in video]
     columns = {tuple((stage.name, stage.num_tokens) for stage in m.stages) for m in mergings}
     if len(columns) > 1:
         raise ConfigError(
@@ -82,8 +82,8 @@ def draw_found(found: Mapping[str, Sequence[Sequence[Merging]]], names: Sequence
     scale = _scale(mergings[0])
     rows: list[Any] = []
     for i, name in enumerate(names):
-        for title, clips in found.items():
-            rows += _rows(clips[i], name, title, scale, opens=title == next(iter(found)))
+        for title, videos in found.items():
+            rows += _rows(videos[i], name, title, scale, opens=title == next(iter(found)))
     return draw_sheet(_headings(mergings), rows, _note(mergings))
 
 
@@ -124,7 +124,7 @@ def untrained(model: BaseModel, seed: int) -> BaseModel:
     return type(model).from_config(section, model.device).to(model.device)
 
 
-def _frames(image: Picture, num_frames: int) -> list[Image.Image]:
+def _frames(image: ImageInput, num_frames: int) -> list[Image.Image]:
     if isinstance(image, str | PathLike):
         return read_frames(fspath(image), num_frames)
     return [image] if isinstance(image, Image.Image) else list(image)
@@ -132,15 +132,15 @@ def _frames(image: Picture, num_frames: int) -> list[Image.Image]:
 
 def _scale(merging: Merging) -> int:
     """How many times larger than the model sees them images are drawn."""
-    height, width = merging.pictures.shape[1:3]
+    height, width = merging.images.shape[1:3]
     wanted = math.ceil(_PATCH / max(1, height // merging.stages[0].groups.shape[1]))
     return max(1, min(wanted, _MOST_WIDTH // (width * len(merging.stages))))
 
 
-def _rows(clip: Sequence[Merging], name: str, title: str, scale: int, opens: bool) -> Iterator[Row]:
-    num_frames = sum(len(merging.pictures) for merging in clip)
+def _rows(video: Sequence[Merging], name: str, title: str, scale: int, opens: bool) -> Iterator[Row]:
+    num_frames = sum(len(merging.images) for merging in video)
     frame = 0
-    for merging in clip:
+    for merging in video:
         for panels in _panels(merging, scale):
             frame += 1
             numbered = f"{name} frame {frame}".strip() if num_frames > 1 else name
@@ -149,7 +149,7 @@ def _rows(clip: Sequence[Merging], name: str, title: str, scale: int, opens: boo
 
 def _panels(merging: Merging, scale: int) -> list[list[np.ndarray]]:
     """For each frame, the image and then the drawing of each stage."""
-    large = merging.pictures.repeat(scale, axis=1).repeat(scale, axis=2)
+    large = merging.images.repeat(scale, axis=1).repeat(scale, axis=2)
     columns = [large, *(_drawn(merging, stage, scale) for stage in merging.stages[1:])]
     return [[column[frame] for column in columns] for frame in range(len(large))]
 
@@ -180,13 +180,13 @@ def _with_numbers(panel: np.ndarray, groups: np.ndarray, patch: int) -> np.ndarr
 
 def _drawn(merging: Merging, stage: Stage, scale: int) -> np.ndarray:
     """[F, H * scale, W * scale, 3]."""
-    patch = merging.pictures.shape[1] * scale // stage.groups.shape[1]
+    patch = merging.images.shape[1] * scale // stage.groups.shape[1]
     width = max(1, round(patch / 11))
     if merging.spans_frames:
-        drawn = draw_regions(merging.pictures, stage.groups, scale, width)
+        drawn = draw_regions(merging.images, stage.groups, scale, width)
     else:  # a region has one colour in each frame: what it looks like there
-        pairs = zip(merging.pictures, stage.groups, strict=True)
-        drawn = np.stack([draw_regions(picture, groups, scale, width) for picture, groups in pairs])
+        pairs = zip(merging.images, stage.groups, strict=True)
+        drawn = np.stack([draw_regions(image, groups, scale, width) for image, groups in pairs])
     return np.stack([_with_names(panel, merging, stage, frame, patch) for frame, panel in enumerate(drawn)])
 
 
@@ -209,7 +209,7 @@ def _headings(mergings: Sequence[Merging]) -> list[list[str]]:
     for i, stage in enumerate(mergings[0].stages):
         kinds = {_kinds(merging, merging.stages[i]) for merging in mergings}
         count = f"{stage.num_tokens} {'soft prompts' if i == last else 'tokens'}"
-        name = ("picture" if len(mergings[0].pictures) == 1 else "clip") if i == 0 else stage.name
+        name = ("image" if len(mergings[0].images) == 1 else "video") if i == 0 else stage.name
         headings.append([name, count, *(kinds if len(kinds) == 1 else ())])
     return headings
 
@@ -228,17 +228,13 @@ def _kinds(merging: Merging, stage: Stage) -> str:
 def _note(mergings: Sequence[Merging]) -> str:
     first = mergings[0]
     note = "Patches with the same fill and outline became one token; the fill is their mean colour"
-    is_clip = len(first.pictures) > 1 and not first.spans_frames
-    note += ", frame by frame. A token has the same patches of every frame." if is_clip else "."
+    is_video = len(first.images) > 1 and not first.spans_frames
+    note += ", frame by frame. A token has the same patches of every frame." if is_video else "."
     if any(map(_named, mergings)):
         return f"{note} CLS (REG): the class token (a register) is in it."
     if not first.stages[0].prefix.size:
         return note
-    if (
-        first.has_class_token
-        and first.stages[0].prefix.size == len(first.pictures)
-        and not first.spans_frames
-    ):
+    if first.has_class_token and first.stages[0].prefix.size == len(first.images) and not first.spans_frames:
         return f"{note} The class token, which is not drawn, stays a token of its own."
     return f"{note} Class tokens and registers, which are not drawn, merge with no patch."
 

@@ -18,7 +18,7 @@ from evlgen.config.yaml_io import read_yaml
 from evlgen.files.io import resolve, write_atomically
 from evlgen.media.frames import find_files, read_files, without_result
 from evlgen.models.zoo import load_model_of
-from evlgen.visualization.figure import draw_found, merge_clips, untrained
+from evlgen.visualization.figure import draw_found, merge_videos, untrained
 from evlgen.weights.checkpoints import CONFIG_FILE
 
 
@@ -57,23 +57,23 @@ def visualize_files(
     """
     targets = _Targets(output)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    paths = find_files(images, clips=True)
+    paths = find_files(images, videos=True)
     read = list(read_files(paths, num_frames))
     if not read:
         raise DataError(f"none of the {len(paths)} files could be read as an image or a video.")
     if left_out is not None:
-        left_out += without_result(images, {path for path, _ in read}, clips=True)
+        left_out += without_result(images, {path for path, _ in read}, videos=True)
     seed = _seed(cfg_path, checkpoint, options) if seed is None else seed
     torch.manual_seed(seed)  # an encoder without pretrained weights is then the same in both
     model = load_model_of(cfg_path, checkpoint, options, device, allow_downloads)
-    clips = [clip for _, clip in read]
-    found = {"trained" if compare_untrained else "": merge_clips(model, clips, layers)}
+    videos = [video for _, video in read]
+    found = {"trained" if compare_untrained else "": merge_videos(model, videos, layers)}
     if compare_untrained:
-        found["untrained"] = merge_clips(untrained(model, seed), clips, layers)
+        found["untrained"] = merge_videos(untrained(model, seed), videos, layers)
     names = [Path(path).name for path, _ in read]
     if not targets.is_folder:
         return [targets.write(draw_found(found, names), "")]
-    parts = ({title: [clips[i]] for title, clips in found.items()} for i in range(len(read)))
+    parts = ({title: [videos[i]] for title, videos in found.items()} for i in range(len(read)))
     sheets = (draw_found(part, [name]) for part, name in zip(parts, names, strict=True))
     return [targets.write(sheet, Path(name).stem) for sheet, name in zip(sheets, names, strict=True)]
 

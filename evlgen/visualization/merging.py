@@ -49,7 +49,7 @@ class Merging:
         has_class_token: whether the first of the prefix tokens is one.
     """
 
-    pictures: np.ndarray
+    images: np.ndarray
     stages: tuple[Stage, ...]
     spans_frames: bool
     has_class_token: bool
@@ -72,11 +72,11 @@ def find_merging(
     """
     connector = _merging_connector(model)
     pixels = _pixels(model, frames)  # [F, 3, H, W]
-    clip = pixels.transpose(0, 1) if reads_videos(model) else pixels[0]
+    video = pixels.transpose(0, 1) if reads_videos(model) else pixels[0]
     was_training = model.training
     model.eval()
     try:
-        tokens = model.visual_tokens(clip.unsqueeze(0).to(model.device))
+        tokens = model.visual_tokens(video.unsqueeze(0).to(model.device))
         details = connector.forward_details(tokens)
     finally:
         model.train(was_training)

@@ -24,7 +24,7 @@ _HUES = (0.0, 0.083, 0.15, 0.33, 0.5, 0.58, 0.667, 0.76, 0.84, 0.92, 1.0)
 _TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 
 
-def draw_regions(pictures: np.ndarray, groups: np.ndarray, scale: int = 1, width: int = 1) -> np.ndarray:
+def draw_regions(images: np.ndarray, groups: np.ndarray, scale: int = 1, width: int = 1) -> np.ndarray:
     """Fills every region with its mean colour and draws its outline on the inside of its border.
 
     Args:
@@ -38,8 +38,8 @@ def draw_regions(pictures: np.ndarray, groups: np.ndarray, scale: int = 1, width
         [..., H * scale, W * scale, 3] uint8.
     """
     regions, first = _numbered(groups)
-    size = pictures.shape[-3:-1]
-    fills = _mean_colours(pictures, _stretched(regions, size))
+    size = images.shape[-3:-1]
+    fills = _mean_colours(images, _stretched(regions, size))
     is_alone = np.bincount(regions.ravel()) == 1
     lines = outline_colours(fills, first, groups.shape[-2:], is_alone)
     large = _stretched(regions, (size[0] * scale, size[1] * scale))
@@ -47,10 +47,10 @@ def draw_regions(pictures: np.ndarray, groups: np.ndarray, scale: int = 1, width
     return np.where(np.where(is_alone[large], narrow, wide)[..., None], lines[large], fills[large])
 
 
-def mean_colours(pictures: np.ndarray, groups: np.ndarray) -> dict[int, tuple[int, int, int]]:
+def mean_colours(images: np.ndarray, groups: np.ndarray) -> dict[int, tuple[int, int, int]]:
     """The mean colour of each region's pixels, by its number in ``groups`` (shapes as in `draw_regions`)."""
     regions, _ = _numbered(groups)
-    colours = _mean_colours(pictures, _stretched(regions, pictures.shape[-3:-1]))
+    colours = _mean_colours(images, _stretched(regions, images.shape[-3:-1]))
     return dict(zip(np.unique(groups).tolist(), map(tuple, colours.tolist()), strict=True))
 
 
@@ -133,10 +133,10 @@ def _stretched(grid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return grid[..., rows[:, None], columns]
 
 
-def _mean_colours(pictures: np.ndarray, regions: np.ndarray) -> np.ndarray:
+def _mean_colours(images: np.ndarray, regions: np.ndarray) -> np.ndarray:
     """[..., H, W, 3] and the region of each pixel -> [R, 3] uint8."""
     places = regions.ravel()
-    sums = [np.bincount(places, weights=pictures[..., channel].ravel()) for channel in range(3)]
+    sums = [np.bincount(places, weights=images[..., channel].ravel()) for channel in range(3)]
     return np.rint(np.stack(sums, -1) / np.bincount(places)[:, None]).astype(np.uint8)
 
 

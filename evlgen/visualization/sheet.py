@@ -73,12 +73,12 @@ def draw_sheet(headings: Sequence[Sequence[str]], rows: Sequence[Row], note: str
 
 def write_on(panel: np.ndarray, words: str, centre: tuple[float, float], size: int) -> np.ndarray:
     """The panel with a word at (x, y): white with a black rim, seen on any colour."""
-    picture = Image.fromarray(panel)
+    image = Image.fromarray(panel)
     rim = max(1, size // 8)
-    ImageDraw.Draw(picture).text(
+    ImageDraw.Draw(image).text(
         centre, words, "white", _font(size, bold=True), anchor="mm", stroke_width=rim, stroke_fill="black"
     )
-    return np.asarray(picture)
+    return np.asarray(image)
 
 
 def _text_size(headings: Sequence[Sequence[str]], width: int) -> int:

@@ -42,7 +42,7 @@ class ReadOuts(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.patch = nn.ModuleDict({name: nn.Linear(width, 1 + len(v)) for name, v in ATTRIBUTES.items()})
-        self.picture = nn.Linear(width, len(KINDS) + len(COLOURS) + 3)
+        self.image = nn.Linear(width, len(KINDS) + len(COLOURS) + 3)
 
 
 def patch_labels(item: Scene) -> np.ndarray:
@@ -57,7 +57,7 @@ def patch_labels(item: Scene) -> np.ndarray:
     return labels
 
 
-def picture_labels(item: Scene) -> np.ndarray:
+def image_labels(item: Scene) -> np.ndarray:
     """Which kinds, colours and which number of shapes are there: float32 [6 + 8 + 3] of 0 and 1."""
     kinds, colours = {s.kind for s in item.shapes}, {s.colour for s in item.shapes}
     counts = [len(item.shapes) == n for n in (1, 2, 3)]
@@ -69,16 +69,16 @@ def batch(split: str, first: int, size: int, seed: int) -> tuple[Tensor, Tensor,
     scenes = [scene(split, i, seed) for i in range(first, first + size)]
     pixels = torch.from_numpy(np.stack([draw(s) for s in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
     patches = torch.from_numpy(np.stack([patch_labels(s) for s in scenes]))
-    return pixels, patches, torch.from_numpy(np.stack([picture_labels(s) for s in scenes]))
+    return pixels, patches, torch.from_numpy(np.stack([image_labels(s) for s in scenes]))
 
 
 def attribute_loss(
-    vision: nn.Module, heads: ReadOuts, pixels: Tensor, patches: Tensor, picture: Tensor
+    vision: nn.Module, heads: ReadOuts, pixels: Tensor, patches: Tensor, image: Tensor
 ) -> Tensor:
     """Cross entropy over patches, those with a shape and those without weighing the same, plus the class
     token's."""
     tokens = vision.forward_features(pixels)  # [B, 65, C]
-    loss = binary_cross_entropy_with_logits(heads.picture(tokens[:, 0]), picture)
+    loss = binary_cross_entropy_with_logits(heads.image(tokens[:, 0]), image)
     for i, head in enumerate(heads.patch.values()):
         label = patches[:, i].flatten()
         each = cross_entropy(head(tokens[:, 1:]).flatten(0, 1), label, ignore_index=UNCLEAR, reduction="none")
@@ -87,18 +87,18 @@ def attribute_loss(
 
 
 @torch.no_grad()
-def accuracies(vision: nn.Module, heads: ReadOuts, seed: int, pictures: int = 500) -> dict[str, float]:
+def accuracies(vision: nn.Module, heads: ReadOuts, seed: int, images: int = 500) -> dict[str, float]:
     """Fraction of right patch labels among patches with a shape, per attribute, on held-out images; and of
     empty ones."""
     vision.eval()
-    pixels, patches, picture = batch("val", 0, pictures, seed)
+    pixels, patches, image = batch("val", 0, images, seed)
     tokens = vision.forward_features(pixels)
     right = {}
     for i, (name, head) in enumerate(heads.patch.items()):
         label, guess = patches[:, i], head(tokens[:, 1:]).argmax(-1)
         right[name] = (guess == label)[label > 0].float().mean().item()
         right["empty"] = (guess == label)[label == 0].float().mean().item()
-    right["picture"] = ((heads.picture(tokens[:, 0]) > 0) == (picture > 0)).all(1).float().mean().item()
+    right["picture"] = ((heads.image(tokens[:, 0]) > 0) == (image > 0)).all(1).float().mean().item()
     return {name: round(value, 4) for name, value in right.items()}
 
 

@@ -102,7 +102,7 @@ def test_every_exif_orientation_is_applied_once(orientation: int, kind: str, tmp
     assert (upright.size == (8, 12)) == (orientation >= 5)
 
 
-def test_damaged_exif_block_does_not_lose_the_picture(tmp_path) -> None:
+def test_damaged_exif_block_does_not_lose_the_image(tmp_path) -> None:
     Image.fromarray(COLOURS).save(tmp_path / "a.png", exif=b"Exif\0\0 not a TIFF header")
     assert np.array_equal(open_image(tmp_path / "a.png"), COLOURS)
 
@@ -219,7 +219,7 @@ def test_a_damaged_stream_without_a_name_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"])
-def test_damaged_bytes_give_a_picture_or_a_data_error(kind: str, tmp_path) -> None:
+def test_damaged_bytes_give_an_image_or_a_data_error(kind: str, tmp_path) -> None:
     rng = random.Random(kind)
     whole = io.BytesIO()
     Image.fromarray(COLOURS).save(whole, kind)

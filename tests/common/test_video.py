@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from evlgen.common.errors import DataError
-from evlgen.media.video import Pictures, Video, installed_reader, spread
+from evlgen.media.video import FrameList, Video, installed_reader, spread
 
 av = pytest.importorskip("av")
 READERS = [
@@ -86,10 +86,10 @@ def sound_only(tmp_path_factory):
 @pytest.mark.parametrize("name", CONTAINERS)
 @pytest.mark.parametrize("wanted", [[0, 30, 60, 90], [13, 14, 15, 99], [57], [99, 3, 3]], ids=str)
 def test_the_frames_asked_for_are_read_whatever_the_container(made, name, reader, wanted):
-    clip = Video(made / name, reader)
-    assert len(clip) == 100
-    assert [number_of(frame) for frame in clip.read(wanted)] == wanted
-    assert [number_of(frame) for frame in clip.read(wanted)] == wanted  # opens the file again
+    video = Video(made / name, reader)
+    assert len(video) == 100
+    assert [number_of(frame) for frame in video.read(wanted)] == wanted
+    assert [number_of(frame) for frame in video.read(wanted)] == wanted  # opens the file again
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -98,10 +98,10 @@ def test_of_a_damaged_file_frames_are_read_and_none_is_made_up(made, tmp_path, r
     middle = len(content) // 2
     content[middle : middle + 400] = b"\xff" * 400
     (tmp_path / "damaged.avi").write_bytes(content)
-    clip = Video(tmp_path / "damaged.avi", reader)
-    assert [number_of(frame) for frame in clip.read([0, 9])] == [0, 9]
+    video = Video(tmp_path / "damaged.avi", reader)
+    assert [number_of(frame) for frame in video.read([0, 9])] == [0, 9]
     with pytest.raises(DataError, match="it is damaged") as error:
-        clip.read([len(clip) - 1])  # fewer can be decoded
+        video.read([len(video) - 1])  # fewer can be decoded
     assert error.value.cause == "damaged video"
 
 
@@ -163,7 +163,7 @@ def test_frames_whose_times_lie_are_found_by_counting(made, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["video0.mp4", "video3.avi", "video4.mkv", "four_frames.mov"])
-def test_both_readers_give_the_same_frames_of_real_clips_bit_for_bit(shared, name):
+def test_both_readers_give_the_same_frames_of_real_videos_bit_for_bit(shared, name):
     pytest.importorskip("decord")
     folder = "broken" if name == "four_frames.mov" else "lavis_cache/msrvtt/videos"
     one, other = (Video(shared / "data" / folder / name, reader) for reader in ("decord", "pyav"))
@@ -176,7 +176,7 @@ def test_both_readers_give_the_same_frames_of_real_clips_bit_for_bit(shared, nam
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_clip_filmed_upright_is_read_upright(shared, reader):
+def test_a_video_filmed_upright_is_read_upright(shared, reader):
     path = shared / "data/broken/three_frames_rotated_90.mov"
     with av.open(str(path)) as file:
         stored = next(file.decode(video=0)).to_ndarray(format="rgb24")
@@ -217,18 +217,18 @@ def test_what_is_no_video_is_named_with_its_cause(shared, tmp_path, sound_only, 
 def test_a_download_that_broke_off_has_fewer_frames(shared, tmp_path, reader):
     whole = (shared / "data/lavis_cache/msrvtt/videos/video3.avi").read_bytes()
     (tmp_path / "part.avi").write_bytes(whole[: len(whole) // 2])
-    clip = Video(tmp_path / "part.avi", reader)
-    assert 0 < len(clip) < 164
-    assert clip.read([0, len(clip) - 1], (8, 8)).shape == (2, 8, 8, 3)
+    video = Video(tmp_path / "part.avi", reader)
+    assert 0 < len(video) < 164
+    assert video.read([0, len(video) - 1], (8, 8)).shape == (2, 8, 8, 3)
 
 
-def test_an_animated_gif_is_a_clip_and_a_broken_one_is_named(tmp_path):
+def test_an_animated_gif_is_a_video_and_a_broken_one_is_named(tmp_path):
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
     frames = [Image.new("RGB", (8, 8), colour) for colour in colours]
     frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:])
-    clip = Video(tmp_path / "clip.gif")
-    assert len(clip) == 3
-    assert [tuple(frame[4, 4]) for frame in clip.read([2, 0, 0])] == [colours[2], colours[0], colours[0]]
+    video = Video(tmp_path / "clip.gif")
+    assert len(video) == 3
+    assert [tuple(frame[4, 4]) for frame in video.read([2, 0, 0])] == [colours[2], colours[0], colours[0]]
     (tmp_path / "text.gif").write_text("no image")
     with pytest.raises(DataError, match=r"text\.gif"):
         len(Video(tmp_path / "text.gif"))
@@ -365,17 +365,17 @@ def test_damaged_gifs_are_read_or_named(tmp_path):
 def test_a_part_of_every_frame_is_resized_to_the_size_asked_for():
     left_and_right = np.zeros((4, 16, 3), np.uint8)
     left_and_right[:, 8:] = 200
-    clip = Pictures([left_and_right, left_and_right // 2])
-    right = clip.read([0, 1], (2, 2), (0.75, 0.0, 1.0, 1.0))
+    video = FrameList([left_and_right, left_and_right // 2])
+    right = video.read([0, 1], (2, 2), (0.75, 0.0, 1.0, 1.0))
     assert np.array_equal(right, np.stack([np.full((2, 2, 3), 200), np.full((2, 2, 3), 100)]))
-    assert np.array_equal(clip.read([0])[0], left_and_right)
+    assert np.array_equal(video.read([0])[0], left_and_right)
 
 
 def test_there_is_no_frame_past_the_end():
-    clip = Pictures([np.zeros((2, 2, 3), np.uint8)] * 3)
+    video = FrameList([np.zeros((2, 2, 3), np.uint8)] * 3)
     for wanted in ([3], [-1, 0]):
         with pytest.raises(IndexError, match="a video of 3 frames"):
-            clip.read(wanted)
+            video.read(wanted)
 
 
 def test_positions_are_spread_evenly_and_repeat_where_there_are_too_few():
@@ -386,17 +386,17 @@ def test_positions_are_spread_evenly_and_repeat_where_there_are_too_few():
 
 @pytest.mark.parametrize("reader", READERS)
 def test_a_forked_process_opens_the_file_for_itself(made, reader):
-    clip = Video(made / "clip.mkv", reader)
-    opened = clip._open()
+    video = Video(made / "clip.mkv", reader)
+    opened = video._open()
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
     children = [
-        context.Process(target=lambda i=i: answers.put((i, number_of(clip.read([i])[0])))) for i in (95, 42)
+        context.Process(target=lambda i=i: answers.put((i, number_of(video.read([i])[0])))) for i in (95, 42)
     ]
     for child in children:
         child.start()
     assert {answers.get(timeout=600) for _ in children} == {(95, 95), (42, 42)}
-    assert clip._open() is opened and number_of(clip.read([60])[0]) == 60
+    assert video._open() is opened and number_of(video.read([60])[0]) == 60
 
 
 def test_the_reader_is_the_one_installed_or_the_one_named(monkeypatch):

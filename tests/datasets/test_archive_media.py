@@ -75,7 +75,7 @@ def pixels(media: ImageFiles, name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_pictures_are_the_same_inside_and_outside(folder, container):
+def test_images_are_the_same_inside_and_outside(folder, container):
     media = ImageFiles(folder)
     media.check([inside(container, i) for i in range(COUNT)], "")
     for index in (3, 0, 4, 1):
@@ -123,7 +123,7 @@ def test_forked_readers_do_not_disturb_each_other(folder):
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_the_source_of_a_picture_changes_with_its_file(folder, container):
+def test_the_source_of_an_image_changes_with_its_file(folder, container):
     media = ImageFiles(folder)
     first, other = (media.source(inside(container, i)) for i in (0, 1))
     assert first != other and media.source(inside(container, 0)) == first
@@ -228,7 +228,7 @@ def test_what_is_no_archive_is_said_to_be_none(folder, suffix):
         ImageFiles(folder / f"b{suffix}").check(["1.png"], "")
 
 
-def test_compressed_tars_and_clips_in_archives_are_refused_with_a_remedy(folder):
+def test_compressed_tars_and_videos_in_archives_are_refused_with_a_remedy(folder):
     (folder / "a.tar").rename(folder / "a.tar.gz")
     with pytest.raises(DataError, match="compressed as a whole.*Unpack it, or pack its files as .zip"):
         ImageFiles(folder / "a.tar.gz").open(name(1))
@@ -269,11 +269,11 @@ def test_what_cannot_be_there_is_told_and_refused_only_where_it_is_everything(fo
     (line,) = caplog.messages
     assert line.startswith("6 of 7 records will be skipped: ") and line.endswith(" Fix it.")
     assert "(It is so with 5 elsewhere.)" in line
-    for picture, cause in bad.items():
+    for image, cause in bad.items():
         with pytest.raises(DataError) as error:
-            media.open(picture)
+            media.open(image)
         assert error.value.cause == cause
-        media.source(picture)
+        media.source(image)
     assert media.open(name(1)).size == (5, 3)
     with pytest.raises(DataError, match=r"Fix it\.$"):
         media.check(bad, "Fix it.")
@@ -316,7 +316,7 @@ def test_a_member_that_claims_too_much_is_not_read(folder, monkeypatch):
         assert error.value.cause == "too large"
 
 
-def test_pictures_behind_addresses_are_fetched_once(folder):
+def test_images_behind_addresses_are_fetched_once(folder):
     asked = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):

@@ -90,14 +90,14 @@ def test_cmyk_photograph_has_the_greys_of_its_gray_twin(broken) -> None:
     assert np.abs(luma - pixels(broken / "gray.jpg")[..., 0]).mean() < 4
 
 
-def test_small_pictures_have_the_colours_of_the_photograph(broken) -> None:
+def test_small_images_have_the_colours_of_the_photograph(broken) -> None:
     photo = open_image(broken / "cmyk.jpg")
     for name, tolerance in (("rgba.png", 6), ("palette.png", 45)):
         small = np.asarray(photo.resize((64, 40), Image.Resampling.BICUBIC)).astype(float)
         assert np.abs(pixels(broken / name) - small).mean() < tolerance
 
 
-def test_sixteen_bit_picture_keeps_its_greys(broken) -> None:
+def test_sixteen_bit_image_keeps_its_greys(broken) -> None:
     with Image.open(broken / "sixteen_bit.png") as stored:
         expected = np.rint(np.asarray(stored) / 257)
     found = pixels(broken / "sixteen_bit.png")

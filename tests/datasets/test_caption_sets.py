@@ -23,13 +23,13 @@ PAIR_SAMPLES = [
     ("a red bus", "a/1_77.jpg"),
     ("two dogs", "a/2_77.jpg"),
 ]  # no ids, and numbers that are not one's own
-CLIPS = [
+VIDEOS = [
     {"image_id": "video0", "video": "video0.gif", "caption": "Arms"},
     {"image_id": "video0", "video": "video0.gif", "caption": "Two people"},
 ]
-CLIPS_SCORED = [{"image_id": "video3", "video": "video3.gif", "caption": ["Makeup", "A woman"]}]
-CLIP_SAMPLES = [("arms", "video0"), ("two people", "video0")]
-CLIP_REFERENCES = {"video3": ["Makeup", "A woman"]}
+VIDEOS_SCORED = [{"image_id": "video3", "video": "video3.gif", "caption": ["Makeup", "A woman"]}]
+VIDEO_SAMPLES = [("arms", "video0"), ("two people", "video0")]
+VIDEO_REFERENCES = {"video3": ["Makeup", "A woman"]}
 
 # set -> training: (annotation, (text_input, image_id) of its samples), scoring: (annotation, references)
 SETS = {
@@ -64,9 +64,9 @@ SETS = {
     "conceptual_caption_3m": ((PAIRS, PAIR_SAMPLES), None),
     "conceptual_caption_12m": ((PAIRS, PAIR_SAMPLES), None),
     "sbu_caption": (([{**p, "url": "http://a.b/c.jpg"} for p in PAIRS], PAIR_SAMPLES), None),
-    "msrvtt_caption": ((CLIPS, CLIP_SAMPLES), (CLIPS_SCORED, CLIP_REFERENCES)),
-    "msvd_caption": ((CLIPS, CLIP_SAMPLES), (CLIPS_SCORED, CLIP_REFERENCES)),
-    "vatex_caption": ((CLIPS, CLIP_SAMPLES), (CLIPS_SCORED, CLIP_REFERENCES)),
+    "msrvtt_caption": ((VIDEOS, VIDEO_SAMPLES), (VIDEOS_SCORED, VIDEO_REFERENCES)),
+    "msvd_caption": ((VIDEOS, VIDEO_SAMPLES), (VIDEOS_SCORED, VIDEO_REFERENCES)),
+    "vatex_caption": ((VIDEOS, VIDEO_SAMPLES), (VIDEOS_SCORED, VIDEO_REFERENCES)),
     "webvid_2m": (([{"video": "001/7.gif", "caption": "Sea"}], [("sea", 7)]), None),
     "webvid_10m": (([{"image": "001/7.gif", "caption": "Sea"}], [("sea", 7)]), None),
 }
@@ -197,13 +197,13 @@ def test_cocos_own_file_is_read_without_its_folders_in_the_names(tmp_path) -> No
     assert [training[i]["text_input"] for i in range(3)] == ["b", "a", "c"]
 
 
-def test_the_folder_of_pictures_that_are_numbers_is_the_annotations(tmp_path) -> None:
+def test_the_folder_of_images_that_are_numbers_is_the_annotations(tmp_path) -> None:
     content = {**COCO_FILE, "images": [{"id": 42, "file_name": "000000000042.jpg"}]}
     dataset = coco(tmp_path, "val", content, "captions_val2017.json", "val2017")
     assert dataset[0]["image"].shape == (3, 16, 16) and dataset.sample_id(0) == "val2017/000000000042.jpg"
 
 
-def test_pictures_of_cocos_own_file_may_lie_in_the_media_folder_itself(tmp_path) -> None:
+def test_images_of_cocos_own_file_may_lie_in_the_media_folder_itself(tmp_path) -> None:
     dataset = coco(tmp_path, "val", COCO_FILE, folder=".")
     assert dataset[0]["image"].shape == (3, 16, 16)
 
@@ -213,7 +213,7 @@ def test_a_folder_of_cocos_that_is_not_there_is_named(tmp_path) -> None:
         coco(tmp_path, "val", COCO_FILE, folder="elsewhere")
 
 
-def test_pictures_without_captions_are_written_about_and_not_scored(tmp_path) -> None:
+def test_images_without_captions_are_written_about_and_not_scored(tmp_path) -> None:
     dataset = coco(tmp_path, "test", {"images": COCO_FILE["images"]})
     assert len(dataset) == 2 and dataset.references() == {}
     some = {**COCO_FILE, "annotations": COCO_FILE["annotations"][:1]}
@@ -260,16 +260,16 @@ def test_real_photographs_with_cocos_own_file(real) -> None:
     assert karpathy.references().items() <= dataset.references().items()
 
 
-def test_real_nocaps_pictures(real) -> None:
+def test_real_nocaps_images(real) -> None:
     dataset = real("nocaps").get_split("val")
     assert [dataset[i]["image_id"] for i in range(2)] == [0, 1]
     assert [len(texts) for texts in dataset.references().values()] == [5, 5]
 
 
-def test_real_clips_of_several_formats(real) -> None:
+def test_real_videos_of_several_formats(real) -> None:
     datasets = {split: real("msrvtt_caption").get_split(split) for split in ("train", "val", "test")}
     assert [len(dataset) for dataset in datasets.values()] == [9, 2, 2]
     batch = datasets["train"].collater([datasets["train"][i] for i in (0, 3, 6)])
     assert batch["image"].shape == (3, 3, 4, 16, 16) and batch["image_id"] == ["video0", "video1", "video2"]
     assert list(datasets["test"].references()) == ["video3", "video4"]
-    assert datasets["test"][1]["image"].isfinite().all() and datasets["test"].picture(1).mode == "RGB"
+    assert datasets["test"][1]["image"].isfinite().all() and datasets["test"].image(1).mode == "RGB"

@@ -77,7 +77,7 @@ def test_training_has_one_sample_per_caption(root) -> None:
     assert sample == {"text_input": "the bus red", "image_id": "coco_9", "instance_id": "1"}
 
 
-def test_scoring_has_one_sample_per_picture_and_its_number_as_id(root) -> None:
+def test_scoring_has_one_sample_per_image_and_its_number_as_id(root) -> None:
     dataset = builder(root).get_split("val")
     sample = dataset[1]
     assert sorted(sample) == ["image", "image_id", "instance_id"]
@@ -97,7 +97,7 @@ def test_training_layout_can_be_scored_and_the_other_way_round(root) -> None:
     assert datasets["train"][0]["image_id"] == 42
 
 
-def test_ids_are_numbers_only_where_those_tell_pictures_apart() -> None:
+def test_ids_are_numbers_only_where_those_tell_images_apart() -> None:
     def ids(*names: str) -> list:
         records = [{"visual": name} for name in names]
         return list(map(id_rule(records), records))
@@ -108,7 +108,7 @@ def test_ids_are_numbers_only_where_those_tell_pictures_apart() -> None:
     assert ids("a.jpg.jpg", "gg.jpg") == ["a.jpg.jpg", "gg.jpg"]
 
 
-def test_the_second_picture_with_a_given_id_is_skipped_in_scoring_and_learned_in_training(root) -> None:
+def test_the_second_image_with_a_given_id_is_skipped_in_scoring_and_learned_in_training(root) -> None:
     records = [{**record, "image_id": 5} for record in VAL]
     write(annotation(root, "val"), records)
     write(annotation(root), records)
@@ -127,14 +127,14 @@ def test_ground_truth_file_is_used_where_it_is(root) -> None:
     assert datasets["test"].references()[42] == ["Two dogs", "dogs"]
 
 
-def test_a_picture_that_the_ground_truth_lacks_is_scored_against_its_own_captions(root, caplog) -> None:
+def test_an_image_that_the_ground_truth_lacks_is_scored_against_its_own_captions(root, caplog) -> None:
     truth = {"annotations": [{"image_id": 42, "caption": "x"}]}
     write(root / "coco_gt/coco_karpathy_val_gt.json", truth)
     assert builder(root).get_split("val").references() == {42: ["x"], 391895: ["A man"]}
     assert "images that the ground truth lacks: 1" in caplog.text
 
 
-def test_a_picture_without_captions_that_the_ground_truth_lacks_is_skipped(root) -> None:
+def test_an_image_without_captions_that_the_ground_truth_lacks_is_skipped(root) -> None:
     path = root / "coco_gt/coco_karpathy_val_gt.json"
     write(annotation(root, "val"), [{"image": record["image"]} for record in VAL])
     write(path, {"annotations": [{"image_id": 42, "caption": "x"}]})
@@ -272,7 +272,7 @@ def test_asking_for_a_split_without_files_says_what_is_missing(tmp_path) -> None
         builder(tmp_path).get_split("train")
 
 
-def test_missing_image_folder_is_named_before_any_picture_is_read(root) -> None:
+def test_missing_image_folder_is_named_before_any_image_is_read(root) -> None:
     for year in ("train2014", "val2014"):
         (root / "coco/images" / year).rename(root / year)
     message = r"image folder .*coco/images/train2014 is missing: 2 of 3 records point into it\. Run"

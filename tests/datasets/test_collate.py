@@ -75,3 +75,16 @@ def test_an_error_in_the_code_is_not_taken_for_broken_data() -> None:
 def test_dataset_without_records_is_refused() -> None:
     with pytest.raises(DataError, match="EveryThirdIsBroken has no records"):
         EveryThirdIsBroken([])
+
+
+def test_the_earlier_name_of_a_datasets_image_works_both_ways():
+    class Earlier(BaseDataset):
+        def picture(self, index):
+            return f"drawn {index}"
+
+    class Now(BaseDataset):
+        def image(self, index):
+            return f"drawn {index}"
+
+    assert [dataset.image(1) for dataset in (Earlier([0]), Now([0]))] == ["drawn 1"] * 2
+    assert [dataset.picture(1) for dataset in (Earlier([0]), Now([0]))] == ["drawn 1"] * 2

@@ -9,16 +9,16 @@ from evlgen.datasets.media import ImageFiles
 from evlgen.datasets.overlap import tell_of_overlap
 
 
-def pictures(*names: str, root: str = "root") -> MediaDataset:
+def images(*names: str, root: str = "root") -> MediaDataset:
     return MediaDataset([{"visual": name} for name in names], ImageFiles(root), None)
 
 
 def test_files_of_a_scored_split_that_are_learned_from_are_told(caplog) -> None:
     splits = {
-        "train": pictures("a", "a", "b", "/elsewhere/c"),
-        "more": pictures("b", "d"),
-        "val": pictures("b", "d", "e", "e"),
-        "test": pictures("c", root="/elsewhere"),
+        "train": images("a", "a", "b", "/elsewhere/c"),
+        "more": images("b", "d"),
+        "val": images("b", "d", "e", "e"),
+        "test": images("c", root="/elsewhere"),
     }
     splits["val"].records.append(BadRecord("b", "of no use"))
     tell_of_overlap("mine", splits, ["train", "more", "of another dataset"], ["val", "test"])
@@ -31,10 +31,10 @@ def test_files_of_a_scored_split_that_are_learned_from_are_told(caplog) -> None:
 @pytest.mark.parametrize(
     ("train", "val"),
     [
-        (pictures("a"), pictures("b")),
-        (pictures("a"), pictures("a", root="other")),  # each split has a folder of its own
-        (BaseDataset([1]), pictures("a")),
-        (pictures("a"), BaseDataset([1])),
+        (images("a"), images("b")),
+        (images("a"), images("a", root="other")),  # each split has a folder of its own
+        (BaseDataset([1]), images("a")),
+        (images("a"), BaseDataset([1])),
     ],
 )
 def test_splits_without_common_files_are_not(caplog, train, val) -> None:

@@ -111,7 +111,7 @@ def test_every_layout_gives_the_same_samples(folder, layout):
         assert list(val.references()) == list(CAPTIONS)
 
 
-def test_captions_in_several_columns_are_one_pictures(folder):
+def test_captions_in_several_columns_are_one_images(folder):
     write_csv(
         "a.csv",
         [{"file": "a.png", "en": "a dog", "more": "the dog"}, {"file": "b.png", "en": "b", "more": " "}],
@@ -271,7 +271,7 @@ def test_where_no_row_can_be_used_the_first_one_says_why(folder):
         builder(annotations={"train": "a.csv"}).get_split("train")
 
 
-def test_pictures_without_captions_can_be_described_not_learned(folder):
+def test_images_without_captions_can_be_described_not_learned(folder):
     write_csv("a.csv", [{"image": name, "note": "n"} for name in CAPTIONS])
     built = builder(annotations={"train": "a.csv", "test": "a.csv"})
     assert built.get_split("test").references() == {} and len(built.get_split("test")) == 3
@@ -329,7 +329,7 @@ def test_paths_start_from_the_working_folder_then_from_the_data_root(folder):
     ]
 
 
-def test_a_picture_folder_that_is_not_there_is_said_before_training(folder):
+def test_an_image_folder_that_is_not_there_is_said_before_training(folder):
     write_csv("a.csv", [{"image": "sub/a.png", "caption": "x"}])
     with pytest.raises(DataError, match=r"image folder .*sub is missing.*Set datasets\.image_text\.root"):
         builder(annotations={"train": "a.csv"}).get_split("train")
@@ -343,7 +343,7 @@ def visuals(records) -> set[str]:
     return {record["visual"] for record in records if not isinstance(record, BadRecord)}
 
 
-def test_shares_are_of_pictures_and_no_picture_is_in_two_splits():
+def test_shares_are_of_images_and_no_image_is_in_two_splits():
     parts = {split: visuals(r) for split, r in divide(many(), Shares(val=0.1, test=0.25)).items()}
     assert {split: len(names) for split, names in parts.items()} == {"train": 65, "val": 10, "test": 25}
     assert set.union(*parts.values()) == visuals(many())
@@ -360,7 +360,7 @@ def test_a_division_follows_from_names_and_seed_alone():
     assert len(visuals(more["test"]) - first["test"]) <= 1
 
 
-def test_a_picture_that_is_known_by_its_id_is_in_one_split_under_any_name():
+def test_an_image_that_is_known_by_its_id_is_in_one_split_under_any_name():
     records = [{"visual": f"{i}.png", "caption": ["x"], "image_id": i % 10} for i in range(40)]
     unnamed = [{"visual": f"{i}.png", "caption": ["y"]} for i in range(40)]  # rows that have no id
     parts = divide([*records, *unnamed], Shares(val=0.3, test=0.3))
@@ -370,7 +370,7 @@ def test_a_picture_that_is_known_by_its_id_is_in_one_split_under_any_name():
 
 
 @pytest.mark.parametrize("column", [None, "image_id", "id"])
-def test_bytes_that_are_in_several_rows_are_one_picture(folder, column):
+def test_bytes_that_are_in_several_rows_are_one_image(folder, column):
     """As Hugging Face has captions one in each row: the image is there again in every row."""
     rows = [(i, text) for i in range(10) for text in ("one", "two")]
     for i in range(10):
@@ -391,7 +391,7 @@ def test_bytes_that_are_in_several_rows_are_one_picture(folder, column):
         numbers[split] = {texts[0][-1] for texts in truth.values()}
         assert len(dataset) == {"train": 8}.get(split, 3)  # captions; images
         for i, sample in enumerate(samples(dataset)):
-            shown = dataset.picture(i).getpixel((0, 0))[0] // 20
+            shown = dataset.image(i).getpixel((0, 0))[0] // 20
             assert str(shown) == truth[sample["image_id"]][0][-1]
     assert {split: len(found) for split, found in numbers.items()} == {"train": 4, "val": 3, "test": 3}
     assert len(set.union(*numbers.values())) == 10
@@ -407,7 +407,7 @@ def test_the_same_bytes_in_two_tables_are_one_source(folder):
     assert len({train.visual_source(0), train.visual_source(1), val.visual_source(0)}) == 3
 
 
-def test_every_split_has_a_picture_and_bad_records_stay_in_training():
+def test_every_split_has_an_image_and_bad_records_stay_in_training():
     bad = BadRecord("line 2", "why")
     parts = divide([bad, *many(3)], Shares(val=0.01, test=0.01))
     assert [len(visuals(part)) for part in parts.values()] == [1, 1, 1]
@@ -551,7 +551,7 @@ def test_ids_of_questions_that_are_not_their_own_are_told(folder):
         (("1", "1", "2"), ["a.png", "b.png", "c.png"]),  # of two images: it is another thing's id
     ],
 )
-def test_a_guessed_id_that_two_pictures_share_is_none(folder, ids, guessed):
+def test_a_guessed_id_that_two_images_share_is_none(folder, ids, guessed):
     rows = [{"image": name, "caption": "x", "id": own} for name, own in zip(CAPTIONS, ids, strict=True)]
     write_csv("a.csv", rows)
     found = samples(builder(annotations={"val": "a.csv"}).get_split("val"))
@@ -561,11 +561,11 @@ def test_a_guessed_id_that_two_pictures_share_is_none(folder, ids, guessed):
     assert causes == ["good", "duplicate id" if ids[1] == "1" else "good", "good"]
 
 
-def test_own_clips_are_read_by_the_same_yaml(shared, folder):
-    clips = shared / "data/lavis_cache/msrvtt/videos"
-    names = sorted(os.listdir(clips))[:2]
+def test_own_videos_are_read_by_the_same_yaml(shared, folder):
+    videos = shared / "data/lavis_cache/msrvtt/videos"
+    names = sorted(os.listdir(videos))[:2]
     write_csv("clips.csv", [{"video": name, "caption": f"video {i}"} for i, name in enumerate(names)])
-    dataset = builder("video_text", annotations={"train": "clips.csv"}, root=str(clips)).get_split("train")
+    dataset = builder("video_text", annotations={"train": "clips.csv"}, root=str(videos)).get_split("train")
     found = samples(dataset)
     assert [s["image"].shape for s in found] == [(3, 2, 8, 8)] * 2
     assert [s["text_input"] for s in found] == ["video 0", "video 1"]

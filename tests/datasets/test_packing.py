@@ -75,7 +75,7 @@ def test_pixels_and_captions_come_back_as_they_went_in(tmp_path, cls):
     assert stats == {"count": 1, "successes": 1, "captions": 1}
 
 
-def test_clips_come_back(shared, tmp_path):
+def test_videos_come_back(shared, tmp_path):
     folder = shared / "data/lavis_cache/msrvtt/videos"
     names = sorted(p.name for p in folder.iterdir())[:2]
     path = tmp_path / "captions.json"
@@ -183,7 +183,7 @@ def test_an_interrupted_call_leaves_whole_shards_only_and_the_next_goes_on(tmp_p
         assert (out / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_picture_with_several_ids_is_packed_once_with_the_captions_of_all(tmp_path):
+def test_an_image_with_several_ids_is_packed_once_with_the_captions_of_all(tmp_path):
     captioned(tmp_path / "in", count=2)
     rows = [("0.jpg", "b", "one"), ("1.PNG", "x", "other"), ("0.jpg", "a", "two"), ("0.jpg", "b", "three")]
     path = tmp_path / "rows.json"

@@ -67,9 +67,9 @@ def read(tmp_path: Path, *contents, **options) -> list:
 def vqa(tmp_path: Path) -> Path:
     """A data root with VQAv2 as LAVIS lays it out: one question to learn in each file, two to answer."""
     folder = tmp_path / "coco/annotations"
-    picture = coco_2014_name("val2014", 42)
-    rows = [{"question_id": 1, "question": "Is it red?", "image": picture}]
-    rows += [{"question_id": 2, "question": "How many?", "image": picture}]
+    image = coco_2014_name("val2014", 42)
+    rows = [{"question_id": 1, "question": "Is it red?", "image": image}]
+    rows += [{"question_id": 2, "question": "How many?", "image": image}]
     write(folder / "vqa_train.json", [{**rows[0], "answer": NINE_YES, "dataset": "vqa"}])
     write(folder / "vqa_val.json", [{**rows[1], "answer": ["2"] * 10, "dataset": "vqa"}])
     write(folder / "vqa_val_eval.json", rows)
@@ -77,7 +77,7 @@ def vqa(tmp_path: Path) -> Path:
     write(folder / "answer_list.json", ["yes", "no", "2"])
     write(folder / "v2_questions.json", official_questions())
     write(folder / "v2_mscoco_val2014_annotations.json", official_answers())
-    paint(tmp_path / "coco/images" / picture)
+    paint(tmp_path / "coco/images" / image)
     return tmp_path
 
 
@@ -255,7 +255,7 @@ def test_gqa_is_read_as_lavis_and_as_stanford_publishes_it(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", ["msrvtt_qa", "msvd_qa"])
-def test_clips_have_one_answer_and_the_list_is_ordered_by_its_numbers(tmp_path, name: str) -> None:
+def test_videos_have_one_answer_and_the_list_is_ordered_by_its_numbers(tmp_path, name: str) -> None:
     folder = tmp_path / name.removesuffix("_qa")
     rows = [{"video": "video3.mp4", "question": "what is it", "answer": "pool", "question_id": 7}]
     write(folder / "annotations/qa_test.json", rows)
@@ -351,7 +351,7 @@ def test_questions_and_answers_find_each_other_by_ids_as_number_or_text(tmp_path
     assert records[1]["visual"] == "val2014/COCO_val2014_000000000042.jpg"
 
 
-def test_a_question_in_the_official_layout_keeps_the_name_of_its_own_picture(tmp_path) -> None:
+def test_a_question_in_the_official_layout_keeps_the_name_of_its_own_image(tmp_path) -> None:
     questions = official_questions()
     questions["questions"][0]["image"] = "mine/1.jpg"
     assert [r["visual"] for r in read(tmp_path, questions)] == ["mine/1.jpg", coco_2014_name("val2014", 42)]
@@ -412,7 +412,7 @@ def test_annotations_from_an_address_do_not_lead_out_of_the_image_folder(vqa) ->
         builder("coco_vqa", vqa).get_split("test")
 
 
-def test_a_picture_folder_that_is_missing_is_named_before_anything_is_read(vqa) -> None:
+def test_an_image_folder_that_is_missing_is_named_before_anything_is_read(vqa) -> None:
     (vqa / "coco/images/val2014").rename(vqa / "elsewhere")
     with pytest.raises(DataError, match=r"val2014 is missing: 2 of 2 records .*evlgen download vqav2"):
         builder("coco_vqa", vqa).get_split("val")

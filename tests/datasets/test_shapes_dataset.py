@@ -40,7 +40,7 @@ def test_sizes_are_the_builders_parameters_and_nothing_is_missing() -> None:
     }
 
 
-def test_pictures_are_the_drawn_ones() -> None:
+def test_images_are_the_drawn_ones() -> None:
     sample = builder().get_split("val")[7]
     pixels = sample["image"].permute(1, 2, 0).numpy() * CLIP_STD + np.array(CLIP_MEAN)
     assert np.array_equal(np.rint(pixels * 255), draw(scene("val", 7)))

@@ -88,7 +88,7 @@ def test_a_question_follows_from_split_index_and_seed_alone() -> None:
         question("vla", 5)
 
 
-def test_who_has_not_seen_the_picture_is_right_once_in_three(asked) -> None:
+def test_who_has_not_seen_the_image_is_right_once_in_three(asked) -> None:
     """The best constant answer to each kind of question, and the best to each very wording."""
     kinds = defaultdict(Counter)
     for q in asked:
@@ -113,7 +113,7 @@ def test_training_samples_have_the_answer_and_others_have_not() -> None:
     train, val = builder().get_split("train"), builder(val_size=7).get_split("val")
     learned, asked = train[3], val[3]
     expected = question("train", 3)
-    assert np.array_equal(np.asarray(train.picture(3)), draw(expected.scene))
+    assert np.array_equal(np.asarray(train.image(3)), draw(expected.scene))
     assert learned.pop("image").shape == asked.pop("image").shape == (3, 64, 64)
     assert learned == {
         "text_input": expected.text,
@@ -141,12 +141,12 @@ def test_what_the_language_model_says_is_right_by_vqas_accuracy() -> None:
     assert {"two", "in the middle"} < set(said)
 
 
-def test_pictures_of_training_are_in_no_other_split() -> None:
+def test_images_of_training_are_in_no_other_split() -> None:
     found = {s: {question(s, i).scene.description for i in range(120)} for s in ("train", "val", "test")}
     assert not found["train"] & (found["val"] | found["test"])
 
 
-def test_pictures_are_told_apart_by_their_scene() -> None:
+def test_images_are_told_apart_by_their_scene() -> None:
     dataset = builder().get_split("val")
     other = builder(seed=1).get_split("val")
     assert dataset.visual_source(2) == f"shapes/0/val/{question('val', 2).scene.index}"

@@ -19,14 +19,14 @@ def test_a_scene_follows_from_split_index_and_seed_alone():
     assert np.array_equal(draw(scene("val", 5)), draw(scene("val", 5)))
 
 
-def test_the_first_scene_and_its_picture_never_change():
+def test_the_first_scene_and_its_image_never_change():
     """Bundled weights were trained on this world: another world under the same name would break them."""
     first = scene("train", 0)
     assert first.description == "small black heart bottom middle"
     assert captions(first)[0] == "there is a black heart"
-    picture = draw(first)
+    image = draw(first)
     shape = first.shapes[0]
-    assert tuple(picture[shape.y, shape.x]) == shape.rgb
+    assert tuple(image[shape.y, shape.x]) == shape.rgb
 
 
 def test_splits_share_no_scene():
@@ -49,13 +49,13 @@ def test_a_split_that_is_not_there_is_named_with_the_nearest():
         scene("train", -1)
 
 
-def test_pictures_are_64_by_64_rgb_and_show_every_shape_in_its_colour():
+def test_images_are_64_by_64_rgb_and_show_every_shape_in_its_colour():
     for i in range(200):
         item = scene("val", i)
-        picture = draw(item)
-        assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
+        image = draw(item)
+        assert image.shape == (64, 64, 3) and image.dtype == np.uint8
         for shape in item.shapes:
-            distance = np.abs(picture[shape.y, shape.x].astype(int) - shape.rgb).max()
+            distance = np.abs(image[shape.y, shape.x].astype(int) - shape.rgb).max()
             assert distance <= 1, f"{shape} has another colour at its centre"
 
 
@@ -68,7 +68,7 @@ def test_shapes_of_a_scene_do_not_overlap_and_stay_inside():
                 assert max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius
 
 
-def test_the_same_description_gives_different_pictures():
+def test_the_same_description_gives_different_images():
     seen: dict[str, np.ndarray] = {}
     for i in range(3000):
         item = scene("train", i)

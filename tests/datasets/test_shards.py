@@ -1,4 +1,5 @@
-"""Shards: what is in them is read, what is broken in them is skipped in its place, lanes share them out."""
+"""Shards: what is in them is read, what is broken in them is skipped in its place, partitions share them
+out."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ from evlgen.common.registry import registry
 from evlgen.config.run_config import RunConfig
 from evlgen.datasets import shards as shards_module
 from evlgen.datasets.base_dataset import BadRecord, Skipped
-from evlgen.datasets.shards import ShardDataset, _shuffled, lane_pieces
-from evlgen.datasets.stream import Lane
+from evlgen.datasets.shards import ShardDataset, _shuffled, partition_pieces
+from evlgen.datasets.stream import Partition
 from evlgen.files.tar_headers import tar_members
 from evlgen.loaders.mixed_plan import check_training_data, make_plan, told_length
 from evlgen.processors import build_processor
@@ -46,8 +47,8 @@ def captions(samples) -> list[str]:
     return [f"skipped: {s.cause}" if isinstance(s, Skipped) else s["text_input"] for s in samples]
 
 
-def lanes(count: int, seed: int = 3) -> list[Lane]:
-    return [Lane(seed, index, count) for index in range(count)]
+def partitions(count: int, seed: int = 3) -> list[Partition]:
+    return [Partition(seed, index, count) for index in range(count)]
 
 
 # ---- what is in a shard ----
@@ -111,9 +112,9 @@ def test_one_of_several_captions_is_drawn_at_each_reading(tmp_path):
     assert set(counts) == {"one", "two", "three"} and min(counts.values()) > 8
 
 
-def test_clips_are_read_from_shards(shared, tmp_path):
-    clip = next((shared / "data/lavis_cache/msrvtt").rglob("*.mp4"))
-    members = {"a.mp4": clip.read_bytes(), "a.txt": b"a video", "b.mp4": b"no video", "b.txt": b"none"}
+def test_videos_are_read_from_shards(shared, tmp_path):
+    real = next((shared / "data/lavis_cache/msrvtt").rglob("*.mp4"))
+    members = {"a.mp4": real.read_bytes(), "a.txt": b"a video", "b.mp4": b"no video", "b.txt": b"none"}
     shard = write_shard(tmp_path / "0.tar", members)
     stream = ShardDataset(
         [shard], lambda video: torch.from_numpy(video.read([0, 1], size=(8, 8))), TEXT, data_type="videos"
@@ -251,13 +252,15 @@ def test_a_shard_that_cannot_be_read_is_one_skipped_sample(tmp_path, kind):
 
 
 @pytest.mark.parametrize("shards", [2, 6, 40])
-def test_all_lanes_together_lose_the_share_of_the_damaged_shards_and_each_its_part_of_it(tmp_path, shards):
+def test_all_partitions_together_lose_the_share_of_the_damaged_shards_and_each_its_part_of_it(
+    tmp_path, shards
+):
     paths = write_shards(tmp_path, [1] * shards)
     for path in paths[::2]:
         Path(path).write_bytes(b"garbage" * 1000)
-    places = [list(dataset(paths).places(lane)) for lane in lanes(8)]
-    lost = [{p.id: p.lost_share for p in lane if isinstance(p, BadRecord)} for lane in places]
-    assert sum(sum(lane.values()) for lane in lost) == pytest.approx(1 / 2)
+    places = [list(dataset(paths).places(partition)) for partition in partitions(8)]
+    lost = [{p.id: p.lost_share for p in partition if isinstance(p, BadRecord)} for partition in places]
+    assert sum(sum(partition.values()) for partition in lost) == pytest.approx(1 / 2)
     assert len(set().union(*lost)) == sum(map(len, lost))  # no id twice
 
 
@@ -282,20 +285,20 @@ def test_a_damaged_shard_is_not_tried_again_at_once_but_in_the_next_pass(tmp_pat
     whole = Path(shard).read_bytes()
     Path(shard).write_bytes(b"garbage" * 1000)
     monkeypatch.setattr(shards_module, "PAUSES", (1e9,))
-    stream, lane = dataset([shard, copy]), Lane(0, 0, 1)
-    assert [place.id for place in stream.places(lane, 0) if isinstance(place, BadRecord)] == [shard]
+    stream, partition = dataset([shard, copy]), Partition(0, 0, 1)
+    assert [place.id for place in stream.places(partition, 0) if isinstance(place, BadRecord)] == [shard]
     Path(shard).write_bytes(whole)
-    assert not [place for place in stream.places(lane, 1) if isinstance(place, BadRecord)]
+    assert not [place for place in stream.places(partition, 1) if isinstance(place, BadRecord)]
 
 
-# ---- lanes ----
+# ---- partitions ----
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 16, 24])
 @pytest.mark.parametrize("shards", [1, 2, 3, 7, 8, 9, 50, 200])
-def test_lanes_share_out_every_slice_of_every_shard_once_and_evenly(shards, count):
+def test_partitions_share_out_every_slice_of_every_shard_once_and_evenly(shards, count):
     names = [f"{i}.tar" for i in range(shards)]
-    pieces = [lane_pieces(names, lane) for lane in lanes(count)]
+    pieces = [partition_pieces(names, partition) for partition in partitions(count)]
     dealt = Counter(itertools.chain(*pieces))
     assert set(dealt.values()) == {1}
     parts = {m for _, _, m in dealt}
@@ -305,33 +308,35 @@ def test_lanes_share_out_every_slice_of_every_shard_once_and_evenly(shards, coun
 
 
 @pytest.mark.parametrize("sizes", [[20], [7, 8], [3, 9, 4, 5, 6]])
-def test_each_pass_of_the_lanes_together_has_every_sample_once_in_an_order_of_its_own(tmp_path, sizes):
+def test_each_pass_of_the_partitions_together_has_every_sample_once_in_an_order_of_its_own(tmp_path, sizes):
     stream = dataset(write_shards(tmp_path, sizes), shuffle_buffer=4)
     every = sorted(stream.places(None))
-    orders = [[list(stream.places(lane, number)) for lane in lanes(4)] for number in range(2)]
+    orders = [[list(stream.places(partition, number)) for partition in partitions(4)] for number in range(2)]
     for order in orders:
         assert sorted(itertools.chain(*order)) == every
     for first, second in zip(*orders, strict=True):
         assert sorted(first) == sorted(second)
     assert orders[0] != orders[1]
-    assert orders[0] == [list(stream.places(lane, 0)) for lane in lanes(4)]
-    assert orders[0] != [list(stream.places(lane, 0)) for lane in lanes(4, seed=4)]
+    assert orders[0] == [list(stream.places(partition, 0)) for partition in partitions(4)]
+    assert orders[0] != [list(stream.places(partition, 0)) for partition in partitions(4, seed=4)]
 
 
-def test_any_ordinal_of_a_lane_is_what_reading_from_the_beginning_gives(tmp_path):
+def test_any_ordinal_of_a_partition_is_what_reading_from_the_beginning_gives(tmp_path):
     shards = write_shards(tmp_path, [5, 6, 4])
-    lane = Lane(1, 1, 2)
+    partition = Partition(1, 1, 2)
     stream = dataset(shards, shuffle_buffer=3)
-    whole = [stream.read(lane, ordinal)["sample_id"] for ordinal in range(40)]
-    assert len(set(whole[:7])) == 7  # a pass: 15 samples over two lanes
+    whole = [stream.read(partition, ordinal)["sample_id"] for ordinal in range(40)]
+    assert len(set(whole[:7])) == 7  # a pass: 15 samples over two partitions
     for ordinal in (39, 0, 17, 18, 5, 32):
-        assert dataset(shards, shuffle_buffer=3).read(lane, ordinal)["sample_id"] == whole[ordinal]
-        assert stream.read(lane, ordinal)["sample_id"] == whole[ordinal]
+        assert dataset(shards, shuffle_buffer=3).read(partition, ordinal)["sample_id"] == whole[ordinal]
+        assert stream.read(partition, ordinal)["sample_id"] == whole[ordinal]
 
 
-def test_where_lanes_are_more_than_samples_those_without_any_share_all(tmp_path):
+def test_where_partitions_are_more_than_samples_those_without_any_share_all(tmp_path):
     stream = dataset(write_shards(tmp_path, [3]))
-    seen = {stream.read(lane, ordinal)["sample_id"] for lane in lanes(16) for ordinal in range(3)}
+    seen = {
+        stream.read(partition, ordinal)["sample_id"] for partition in partitions(16) for ordinal in range(3)
+    }
     assert seen == {f"00000.tar/00000{i}" for i in range(3)}
 
 
@@ -347,7 +352,7 @@ def test_the_buffer_gives_each_place_once_and_none_much_too_early():
 def test_a_stream_is_read_by_index_when_listed(tmp_path):
     listed = dataset(write_shards(tmp_path, [2, 3])).listed()
     assert [listed[i]["text_input"] for i in range(len(listed))] == captions(read_all(listed._stream.records))
-    assert listed.picture(4).size == (8, 8) and listed.sample_id(4) == "00001.tar/001002"
+    assert listed.image(4).size == (8, 8) and listed.sample_id(4) == "00001.tar/001002"
 
 
 def test_remote_shards_are_fetched_when_they_are_first_read(tmp_path, monkeypatch):
@@ -367,7 +372,10 @@ def test_remote_shards_are_fetched_when_they_are_first_read(tmp_path, monkeypatc
         address = f"http://127.0.0.1:{server.server_port}/{{00000..00001}}.tar"
         stream = built(tmp_path, address).get_split("train")
         assert not asked and stream.num_samples is None
-        assert {stream.read(lane, 0)["text_input"][:5] for lane in lanes(2)} == {"a 000", "a 001"}
+        assert {stream.read(partition, 0)["text_input"][:5] for partition in partitions(2)} == {
+            "a 000",
+            "a 001",
+        }
         assert asked.count("GET /00000.tar") == asked.count("GET /00001.tar") == 1
     finally:
         server.shutdown()

@@ -237,7 +237,7 @@ def test_splits_of_a_folder_follow_from_names(tmp_path):
     }
 
 
-def test_a_folder_of_pictures_with_metadata_is_read_beside_them(tmp_path):
+def test_a_folder_of_images_with_metadata_is_read_beside_them(tmp_path):
     assert found(files(tmp_path / "a", "metadata.csv", "other.csv")) == {None: (["metadata.csv"], ".")}
     assert found(files(tmp_path / "b", "train/metadata.jsonl", "test/metadata.jsonl")) == {
         "train": (["train/metadata.jsonl"], "train"),

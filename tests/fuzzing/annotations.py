@@ -54,7 +54,7 @@ _records = st.fixed_dictionaries(
         "image_id": _json | st.integers(0, 3),
     },
 )
-_pictures = st.fixed_dictionaries(
+_image_entries = st.fixed_dictionaries(
     {}, optional={"id": st.integers(0, 3) | _json, "file_name": _images, "domain": _json}
 )
 _annotations = st.lists(_records, max_size=6) | _json
@@ -62,7 +62,7 @@ _good = st.builds(lambda i, t: {"image": i, "caption": t}, st.sampled_from(IMAGE
 _structured = (
     st.lists(_good | _records, max_size=6) | st.lists(_good, min_size=1, max_size=6) | _json
     | st.fixed_dictionaries({"annotations": _annotations})
-    | st.fixed_dictionaries({"images": st.lists(_pictures)}, optional={"annotations": _annotations})
+    | st.fixed_dictionaries({"images": st.lists(_image_entries)}, optional={"annotations": _annotations})
 )  # fmt: skip
 
 inputs = st.tuples(

@@ -51,7 +51,7 @@ def prepare(folder: Path) -> None:
             if options.get("exif"):
                 options["exif"] = Image.Exif()
                 options["exif"][0x0112] = 6
-            _picture(mode).save(folder / form / str(number), form, **options)
+            _image(mode).save(folder / form / str(number), form, **options)
 
 
 def damaged(folder: Path, rng: random.Random, keep: Callable[[Path], None]) -> tuple[str, Callable[[], None]]:
@@ -85,7 +85,7 @@ def few_pixels() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def _picture(mode: str) -> Image.Image:
+def _image(mode: str) -> Image.Image:
     values = np.random.default_rng(0).integers(0, 256, (_SIZE[1], _SIZE[0], 3), dtype=np.uint8)
     if mode == "I;16":
         return Image.fromarray(values[..., 0].astype(np.uint16) * 257)

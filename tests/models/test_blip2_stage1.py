@@ -25,7 +25,7 @@ from evlgen.models import blip2_stage1
 from evlgen.models.blip2_stage1 import Blip2Stage1
 from evlgen.models.connectors.qformer_text import QFormerTokenizer, _Prefix, read_text, write
 from evlgen.models.connectors.qformer_weights import own_to_qformer, qformer_to_own
-from evlgen.models.image_text_losses import hard_negatives, picture_keys
+from evlgen.models.image_text_losses import hard_negatives, image_keys
 from evlgen.models.published.checkpoints import to_published_names
 from evlgen.processors.image import BlipImageEvalProcessor
 
@@ -208,7 +208,7 @@ def test_later_text_changes_nothing_before_it_and_never_the_queries(model, sampl
                 torch.testing.assert_close(old[:, : 5 + place], new[:, : 5 + place])
 
 
-def slow_contrast(images, texts, temp: float, pictures: list[int]) -> float:
+def slow_contrast(images, texts, temp: float, image_ids: list[int]) -> float:
     """Contrast of features [B, M, E] and [B, E], one pair at a time."""
     total, count = 0.0, len(texts)
     for by_image in (True, False):
@@ -218,22 +218,22 @@ def slow_contrast(images, texts, temp: float, pictures: list[int]) -> float:
                 image, text = (row, column) if by_image else (column, row)
                 scores.append(max(float(query @ texts[text]) for query in images[image]) / temp)
             log_sum = math.log(sum(math.exp(s) for s in scores))
-            right = [c for c in range(count) if pictures[c] == pictures[row]]
+            right = [c for c in range(count) if image_ids[c] == image_ids[row]]
             loss = sum(0.9 / len(right) * (log_sum - scores[c]) for c in right)
             loss += sum(0.1 / count * (log_sum - s) for s in scores)
             total += loss / count / 2
     return total
 
 
-@pytest.mark.parametrize("pictures", [list(range(COUNT)), [0, 1, 0, 2, 3, 0]])
-def test_contrast_is_that_of_the_slow_form(model, samples, pictures):
-    batch = {**samples, "image_id": pictures}
+@pytest.mark.parametrize("image_ids", [list(range(COUNT)), [0, 1, 0, 2, 3, 0]])
+def test_contrast_is_that_of_the_slow_form(model, samples, image_ids):
+    batch = {**samples, "image_id": image_ids}
     images = model.extract_features(samples, mode="image")["image_embeds_proj"]
     texts = model.extract_features(samples, mode="text")["text_embeds_proj"][:, 0]
-    expected = slow_contrast(images.double(), texts.double(), model.temp.item(), pictures)
+    expected = slow_contrast(images.double(), texts.double(), model.temp.item(), image_ids)
     with torch.no_grad():
         assert model(batch)["loss_itc"].item() == pytest.approx(expected, rel=1e-5)
-        if pictures == list(range(COUNT)):  # without ids each pair is of an image of its own
+        if image_ids == list(range(COUNT)):  # without ids each pair is of an image of its own
             del batch["image_id"]
             assert model(batch)["loss_itc"].item() == pytest.approx(expected, rel=1e-5)
 
@@ -286,8 +286,8 @@ def test_a_batch_without_negatives_is_learned_from_all_the_same(model, samples):
     torch.testing.assert_close(losses["loss_itm"], -model.match(one).log_softmax(-1)[0, 1])
 
 
-def test_a_pictures_key_is_its_ids_and_no_others():
-    keys = picture_keys(["a", 7, "7", "a", "b"], torch.device("cpu"))
+def test_an_images_key_is_its_ids_and_no_others():
+    keys = image_keys(["a", 7, "7", "a", "b"], torch.device("cpu"))
     assert keys[0] == keys[3] and keys[1] == keys[2] and len(set(keys.tolist())) == 3
 
 
@@ -307,7 +307,7 @@ def _gradients(model, samples, weight: float = 1.0) -> dict[str, torch.Tensor]:
 
 
 # of the last, no image has a negative
-PICTURES = [list(range(COUNT)), [0, 1, 0, 2, 3, 0], [0] * COUNT]
+IMAGES = [list(range(COUNT)), [0, 1, 0, 2, 3, 0], [0] * COUNT]
 
 
 def _one_of_two(rank: int, address: str, samples) -> list[dict[str, torch.Tensor]]:
@@ -319,8 +319,8 @@ def _one_of_two(rank: int, address: str, samples) -> list[dict[str, torch.Tensor
         mine = slice(0, 4) if rank == 0 else slice(4, COUNT)  # of other sizes, and texts of other lengths
         part = {key: value[mine] for key, value in samples.items()}
         found = []
-        for pictures in PICTURES:
-            part["image_id"] = pictures[mine]
+        for image_ids in IMAGES:
+            part["image_id"] = image_ids[mine]
             found.append(_gradients(shake(build()).train(), part, len(part["text_input"]) / COUNT))
             for value in found[-1].values():
                 dist.all_reduce(value)
@@ -337,8 +337,8 @@ def test_two_processes_learn_what_one_learns_of_all_their_samples(samples, tmp_p
     got = _one_of_two(0, address, samples)
     other.join()
     assert other.exitcode == 0
-    for pictures, ours in zip(PICTURES, got, strict=True):
-        expected = _gradients(shake(build()).train(), {**samples, "image_id": pictures})
+    for image_ids, ours in zip(IMAGES, got, strict=True):
+        expected = _gradients(shake(build()).train(), {**samples, "image_id": image_ids})
         assert ours.keys() == expected.keys()
         for key, value in expected.items():
             torch.testing.assert_close(
@@ -446,7 +446,7 @@ def test_branches_of_a_beam_search_read_their_own_words_only(model, samples):
 @pytest.mark.parametrize(
     "options", [{"num_beams": 3, "num_captions": 2}, {"use_nucleus_sampling": True, "num_captions": 2}]
 )
-def test_several_captions_of_each_picture(trained, samples, options):
+def test_several_captions_of_each_image(trained, samples, options):
     torch.manual_seed(0)
     texts = trained[0].generate(samples, max_length=5, **options)
     assert len(texts) == 2 * COUNT and all(isinstance(t, str) for t in texts)

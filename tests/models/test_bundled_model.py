@@ -33,17 +33,17 @@ def share_true(captions, scenes) -> float:
     return sum(check(c, s).true for c, s in zip(captions, scenes, strict=True)) / len(scenes)
 
 
-def test_its_captions_of_held_out_pictures_are_true(loaded, scenes, pixels):
+def test_its_captions_of_held_out_images_are_true(loaded, scenes, pixels):
     captions = loaded[0].generate({"image": pixels}, num_beams=1, max_length=40)
     assert share_true(captions, scenes) >= 0.85
 
 
-def test_captions_of_other_pictures_are_not(loaded, scenes, pixels):
+def test_captions_of_other_images_are_not(loaded, scenes, pixels):
     captions = loaded[0].generate({"image": pixels.roll(1, dims=0)}, num_beams=1, max_length=40)
     assert share_true(captions, scenes) <= 0.05
 
 
-def test_the_language_model_without_the_picture_is_rarely_right(loaded, scenes):
+def test_the_language_model_without_the_image_is_rarely_right(loaded, scenes):
     language = loaded[0].language
     nothing = torch.zeros(COUNT, 0, language.embed_dim)
     torch.manual_seed(0)

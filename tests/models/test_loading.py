@@ -59,7 +59,7 @@ def build_blip2(**changes):
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory):
+def videos(tmp_path_factory):
     """Folders and one published file of small models of videos, by temporal form."""
     folder = tmp_path_factory.mktemp("clips")
     found = {}
@@ -86,9 +86,11 @@ def clips(tmp_path_factory):
         ("average", "mean", "average"),
     ],
 )
-def test_weights_of_one_temporal_form_do_not_load_into_another(clips, source, form, needed):
+def test_weights_of_one_temporal_form_do_not_load_into_another(videos, source, form, needed):
     model = build("evlgen_video_opt", form)
-    paths = [clips[source]] if source == "published" else [clips[source], clips[source] / "model.safetensors"]
+    paths = (
+        [videos[source]] if source == "published" else [videos[source], videos[source] / "model.safetensors"]
+    )
     for path in paths:
         with pytest.raises(CheckpointError, match=rf"model\.vision\.temporal\.form: {needed}; "):
             model.load_checkpoint(path)
@@ -98,13 +100,13 @@ def test_weights_of_one_temporal_form_do_not_load_into_another(clips, source, fo
     ("source", "form"),
     [("average", None), ("default", "average"), ("residual", "residual"), ("published", "residual")],
 )
-def test_weights_of_the_same_temporal_form_load(clips, source, form):
-    report = build("evlgen_video_opt", form).load_checkpoint(clips[source])
+def test_weights_of_the_same_temporal_form_load(videos, source, form):
+    report = build("evlgen_video_opt", form).load_checkpoint(videos[source])
     assert report.missing == report.unexpected == []
     assert any("temporal_merge" in name for name in report.loaded)
 
 
-def test_a_folder_whose_config_is_not_understood_is_loaded_with_a_warning(clips, tmp_path, caplog):
+def test_a_folder_whose_config_is_not_understood_is_loaded_with_a_warning(videos, tmp_path, caplog):
     folder = build("evlgen_video_opt").save_pretrained(tmp_path / "x")
     cfg = OmegaConf.load(folder / "config.yaml")
     cfg.model.arch = "somebodys_video"
@@ -113,9 +115,9 @@ def test_a_folder_whose_config_is_not_understood_is_loaded_with_a_warning(clips,
     assert "the temporal form is not compared" in caplog.text and "somebodys_video" in caplog.text
 
 
-def test_clips_weights_without_a_place_name_the_form(clips, tmp_path):
+def test_videos_weights_without_a_place_name_the_form(videos, tmp_path):
     with pytest.raises(CheckpointError, match=r"form: average, and this model has none.*form: average; "):
-        build().load_checkpoint(clips["average"])
+        build().load_checkpoint(videos["average"])
     state = build("evlgen_video_opt").trained_state_dict()
     torch.save(state, tmp_path / "alone.pth")  # nothing says of what form
     with pytest.raises(CheckpointError, match=r"temporal_merge.*no place.*model\.vision\.temporal\.form"):
@@ -200,10 +202,10 @@ class OwnOPT(EvlgenOPT):
     """A plugin's."""
 
 
-def test_a_section_of_another_architecture_names_the_right_class(clips, monkeypatch):
-    assert type(EvlgenVideoOPT.from_pretrained(clips["average"])) is EvlgenVideoOPT
+def test_a_section_of_another_architecture_names_the_right_class(videos, monkeypatch):
+    assert type(EvlgenVideoOPT.from_pretrained(videos["average"])) is EvlgenVideoOPT
     with pytest.raises(ConfigError, match=r"evlgen_video_opt, whose class is EvlgenVideoOPT.*to EvlgenOPT"):
-        EvlgenOPT.from_pretrained(clips["average"])
+        EvlgenOPT.from_pretrained(videos["average"])
     cfg = section("evlgen_opt")
     assert type(OwnOPT.from_config(cfg)) is OwnOPT, "a subclass may build what its base builds"
     monkeypatch.setitem(registry._entries["model"], "own_opt", OwnOPT)

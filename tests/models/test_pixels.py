@@ -10,7 +10,7 @@ from PIL import Image
 from evlgen import load_model_and_preprocess
 from evlgen.common.errors import DataError
 from evlgen.datasets.shapes.world import draw, scene
-from evlgen.media.video import Pictures
+from evlgen.media.video import FrameList
 
 
 def image(index: int) -> Image.Image:
@@ -52,7 +52,7 @@ def test_other_things_are_refused_by_name(bundled, given):
 def test_a_video_model_takes_images_lists_of_frames_and_videos():
     model, processors, _ = load_model_and_preprocess("evlgen_video_opt", "shapes")
     frames = [image(3), image(4).convert("L")]
-    video = Pictures([np.asarray(frame.convert("RGB")) for frame in frames])
+    video = FrameList([np.asarray(frame.convert("RGB")) for frame in frames])
     wanted = processors["eval"].__class__(64, model.vision.image_mean, model.vision.image_std)(video)
     for given in ([frames], [video]):
         assert torch.equal(model.encode(given), model.encode(wanted[None]))

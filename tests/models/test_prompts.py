@@ -29,7 +29,7 @@ def test_choices_come_second_with_letters():
     ]
 
 
-def test_words_read_in_the_picture_come_first_thirty_at_most():
+def test_words_read_in_the_image_come_first_thirty_at_most():
     samples = {"text_input": QUESTIONS, "ocr_tokens": [["stop"], [str(i) for i in range(40)]]}
     first, second = ask("OCR tokens: {}. Question: {} Short answer:", samples, 2)
     assert first == "OCR tokens: stop. Question: what is it? Short answer:"
@@ -57,6 +57,6 @@ def test_prompts_to_continue_take_the_words_read():
     assert fill_ocr_slots(["a {}"], {}) == ["a {}"]
 
 
-def test_another_number_of_questions_than_pictures():
+def test_another_number_of_questions_than_images():
     with pytest.raises(ConfigError, match="2 questions .* for 3 images"):
         ask("", {"text_input": QUESTIONS}, 3)

@@ -55,7 +55,7 @@ def test_each_question_may_have_candidates_of_its_own(model, samples):
     assert model.rank_answers(samples, lists, PROMPT) == likeliest(model, samples, lists)
 
 
-def test_pictures_are_read_once(model, samples, monkeypatch):
+def test_images_are_read_once(model, samples, monkeypatch):
     reads = []
     encode = type(model).encode
     monkeypatch.setattr(
@@ -65,7 +65,7 @@ def test_pictures_are_read_once(model, samples, monkeypatch):
     assert reads == [2]
 
 
-def test_visual_tokens_serve_in_place_of_pictures(model, samples):
+def test_visual_tokens_serve_in_place_of_images(model, samples):
     kept = {"visual_tokens": model.encode(samples["image"]), "text_input": QUESTIONS}
     assert model.rank_answers(kept, ANSWERS, PROMPT) == model.rank_answers(samples, ANSWERS, PROMPT)
 

@@ -76,7 +76,7 @@ def test_more_tokens_than_positions_stretch_the_table_over_the_grid():
     assert connector(torch.randn(1, 26, 24)).shape[2] == 40
 
 
-def test_and_along_the_frames_of_clips_even_where_all_patches_would_make_a_square():
+def test_and_along_the_frames_of_videos_even_where_all_patches_would_make_a_square():
     connector = small(
         max_position_embeddings=17, num_tokens=16, num_prefix_tokens=0
     )  # four frames: 64 = 8 x 8

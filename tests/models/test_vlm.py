@@ -128,7 +128,7 @@ WEIGHED = {  # two texts of the first image, none of the second, three of the th
 }
 
 
-def test_texts_that_weigh_are_each_learned_by_its_weight_and_a_batch_weighs_by_its_pictures(build, samples):
+def test_texts_that_weigh_are_each_learned_by_its_weight_and_a_batch_weighs_by_its_images(build, samples):
     model = build()
     got = model({"image": samples["image"], **WEIGHED})
     assert got["num_tokens"] == 3
@@ -187,7 +187,7 @@ def test_several_texts_of_an_image_are_learned_as_if_each_had_it_alone(build, sa
     torch.testing.assert_close(together["loss"], apart["loss"], rtol=1e-5, atol=1e-6)
 
 
-def test_pictures_read_twice_are_encoded_once_where_the_encoder_is_frozen(build, samples):
+def test_images_read_twice_are_encoded_once_where_the_encoder_is_frozen(build, samples):
     model = build()
     assert set(model.encoded(samples)) == {"visual_tokens", "text_input"}
     assert torch.equal(model(model.encoded(samples))["loss"], model(samples)["loss"])
@@ -212,7 +212,7 @@ def test_weights_and_texts_that_do_not_go_together_are_named(build, samples, cha
 @pytest.mark.parametrize(
     "options", [{"num_beams": 3, "num_captions": 2}, {"use_nucleus_sampling": True, "num_captions": 2}]
 )
-def test_several_captions_of_each_picture(build, samples, options):
+def test_several_captions_of_each_image(build, samples, options):
     torch.manual_seed(0)
     assert len(build().generate(samples, max_length=4, **options)) == 6
 

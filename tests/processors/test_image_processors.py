@@ -67,7 +67,7 @@ def test_blip_training_augments_after_crop_and_flip() -> None:
 
 
 @pytest.mark.parametrize("name", ["blip2_image_train", "blip_image_train"])
-def test_seeding_torch_repeats_a_training_picture(name: str) -> None:
+def test_seeding_torch_repeats_a_training_image(name: str) -> None:
     processor = build_processor({"name": name, "image_size": 32})
 
     def views() -> torch.Tensor:
@@ -143,7 +143,7 @@ def test_torch_resizes_as_pillow_does_but_for_one_of_255(name: str, size: tuple[
 
 
 @pytest.mark.parametrize("min_scale", [0.2, 0.5, 1.0])
-def test_no_part_of_a_picture_of_the_draft_size_is_smaller_than_the_target(min_scale: float) -> None:
+def test_no_part_of_an_image_of_the_draft_size_is_smaller_than_the_target(min_scale: float) -> None:
     processor = build_processor(
         {"name": "blip2_image_train", "image_size": 40, "min_scale": min_scale, "draft": True}
     )
@@ -151,9 +151,9 @@ def test_no_part_of_a_picture_of_the_draft_size_is_smaller_than_the_target(min_s
     sides = []
     torch.manual_seed(0)
     for width, height in ((least, least), (least, 2 * least), (3 * least, least), (least + 7, least)):
-        picture = Image.new("RGB", (width, height))
+        image = Image.new("RGB", (width, height))
         for _ in range(60):
-            params = crop.make_params([picture])
+            params = crop.make_params([image])
             sides.append(min(params["width"], params["height"]))
     assert min(sides) >= 40
     assert min(sides) < 50 or min_scale == 1.0  # and none larger than it must be

@@ -92,7 +92,7 @@ def test_brightness_scales_by_the_published_factor(photo) -> None:
     assert np.array_equal(found, (np.asarray(photo) * np.float32(0.1 * 1.8 + 0.1)).astype(np.uint8))
 
 
-def test_sharpness_below_one_blends_towards_the_smoothed_picture(photo) -> None:
+def test_sharpness_below_one_blends_towards_the_smoothed_image(photo) -> None:
     pixels = np.asarray(photo).astype(float)
     shifted = [np.roll(pixels, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1)]
     smooth = (sum(shifted) + 4 * pixels) / 13
@@ -148,12 +148,12 @@ def test_each_drawn_operation_is_applied_half_of_the_time(photo) -> None:
 def test_seeding_torch_repeats_the_choices(photo) -> None:
     augment = RandAugment()
 
-    def pictures() -> list[bytes]:
+    def images() -> list[bytes]:
         torch.manual_seed(7)
         return [augment(photo).tobytes() for _ in range(30)]
 
-    first = pictures()
-    assert first == pictures()
+    first = images()
+    assert first == images()
     assert len(set(first)) > 8
 
 

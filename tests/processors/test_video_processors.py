@@ -12,7 +12,7 @@ import torch
 
 from evlgen.common.errors import ConfigError, DataError
 from evlgen.datasets.file_builder import FileBuilder
-from evlgen.media.video import Pictures, Video
+from evlgen.media.video import FrameList, Video
 from evlgen.models.zoo import load_preprocess
 from evlgen.processors import build_processor
 from evlgen.processors.image import CLIP_MEAN, CLIP_STD
@@ -22,8 +22,8 @@ from evlgen.processors.video import head_and_tail
 NAMES = ["alpro_video_train", "alpro_video_eval"]
 
 
-def grey(*levels: int) -> Pictures:
-    return Pictures([np.full((12, 16, 3), level, np.uint8) for level in levels])
+def grey(*levels: int) -> FrameList:
+    return FrameList([np.full((12, 16, 3), level, np.uint8) for level in levels])
 
 
 def photo_like(seed: int = 0) -> np.ndarray:
@@ -34,27 +34,27 @@ def build(name: str, **section):
     return build_processor({"name": name, "image_size": 16, **section})
 
 
-def levels(clip: torch.Tensor) -> list[int]:
+def levels(video: torch.Tensor) -> list[int]:
     """The grey levels that a video's frames had before they were normalised."""
-    pixels = clip[:, :, 0, 0] * torch.tensor(CLIP_STD)[:, None] + torch.tensor(CLIP_MEAN)[:, None]
+    pixels = video[:, :, 0, 0] * torch.tensor(CLIP_STD)[:, None] + torch.tensor(CLIP_MEAN)[:, None]
     return (pixels * 255).round().int()[0].tolist()
 
 
 def test_evaluation_takes_evenly_spaced_frames_and_normalises_them_with_clips_numbers():
-    clip = build("alpro_video_eval", n_frms=4)(grey(*range(0, 200, 20)))  # ten frames
-    assert clip.shape == (3, 4, 16, 16) and clip.dtype == torch.float32
-    assert levels(clip) == [0, 40, 100, 140]  # frames 0, 2, 5 and 7
+    video = build("alpro_video_eval", n_frms=4)(grey(*range(0, 200, 20)))  # ten frames
+    assert video.shape == (3, 4, 16, 16) and video.dtype == torch.float32
+    assert levels(video) == [0, 40, 100, 140]  # frames 0, 2, 5 and 7
     wanted = [(100 / 255 - mean) / std for mean, std in zip(CLIP_MEAN, CLIP_STD, strict=True)]
-    torch.testing.assert_close(clip[:, 2, 3, 5], torch.tensor(wanted))
+    torch.testing.assert_close(video[:, 2, 3, 5], torch.tensor(wanted))
 
 
 def test_mean_and_std_may_be_others():
-    clip = build("alpro_video_eval", mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5])(grey(0, 255))
-    assert clip[:, 0].unique().tolist() == [-1] and clip[:, 1].unique().tolist() == [1]
+    video = build("alpro_video_eval", mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5])(grey(0, 255))
+    assert video[:, 0].unique().tolist() == [-1] and video[:, 1].unique().tolist() == [1]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_short_clip_repeats_frames_and_without_n_frms_all_are_taken(name):
+def test_a_short_video_repeats_frames_and_without_n_frms_all_are_taken(name):
     assert build(name, n_frms=5)(grey(10, 20)).shape == (3, 5, 16, 16)
     assert build(name)(grey(10, 20, 30)).shape == (3, 3, 16, 16)
     assert levels(build("alpro_video_eval", n_frms=5)(grey(10, 20))) == [10, 10, 10, 20, 20]
@@ -74,7 +74,7 @@ def test_head_and_tail_give_as_many_as_wanted_half_of_them_from_each_half(count,
 
 
 @pytest.mark.parametrize("wanted", [1, 2, 4])
-def test_training_draws_any_frame_of_the_clip(wanted):
+def test_training_draws_any_frame_of_the_video(wanted):
     seen = set()
     for seed in range(60):
         torch.manual_seed(seed)
@@ -82,15 +82,15 @@ def test_training_draws_any_frame_of_the_clip(wanted):
     assert seen == set(range(8))
 
 
-def test_all_frames_of_a_clip_are_cropped_mirrored_and_augmented_alike():
+def test_all_frames_of_a_video_are_cropped_mirrored_and_augmented_alike():
     processor = build("alpro_video_train", image_size=24)
-    still = Pictures([photo_like()] * 3)
+    still = FrameList([photo_like()] * 3)
     outcomes = set()
     for seed in range(12):
         torch.manual_seed(seed)
-        clip = processor(still)
-        assert torch.equal(clip[:, 0], clip[:, 1]) and torch.equal(clip[:, 0], clip[:, 2])
-        outcomes.add(clip[:, 0].numpy().tobytes())
+        video = processor(still)
+        assert torch.equal(video[:, 0], video[:, 1]) and torch.equal(video[:, 0], video[:, 2])
+        outcomes.add(video[:, 0].numpy().tobytes())
     assert len(outcomes) > 9
 
 
@@ -104,7 +104,7 @@ def test_evlgens_videos_are_not_augmented_and_laviss_always_by_two_different_ope
     monkeypatch.setattr(
         "evlgen.processors.randaugment.OPERATIONS", {name: noted(name) for name in OPERATIONS}
     )
-    video, met = Pictures([photo_like(i) for i in range(2)]), set()
+    video, met = FrameList([photo_like(i) for i in range(2)]), set()
     for augment in ("none", "lavis", None):
         processor = build("alpro_video_train", image_size=32, **({"augment": augment} if augment else {}))
         for seed in range(60):
@@ -117,14 +117,14 @@ def test_evlgens_videos_are_not_augmented_and_laviss_always_by_two_different_ope
     assert met == set(OPERATIONS) - {"AutoContrast"}
 
 
-def test_half_of_the_clips_are_mirrored():
+def test_half_of_the_videos_are_mirrored():
     ramp = np.tile(np.arange(0, 256, 8, dtype=np.uint8)[None, :, None], (32, 1, 3))
     processor = build("alpro_video_train")
     mirrored = 0
     for seed in range(60):
         torch.manual_seed(seed)
-        clip = processor(Pictures([ramp]))[0, 0]
-        mirrored += bool(clip[8, 2] > clip[8, -3])
+        video = processor(FrameList([ramp]))[0, 0]
+        mirrored += bool(video[8, 2] > video[8, -3])
     assert 18 <= mirrored <= 42
 
 
@@ -138,25 +138,25 @@ def test_the_random_part_has_the_share_of_the_area_that_was_asked_for():
 
 
 def test_random_choices_come_from_torch_alone():
-    processor, clip = build("alpro_video_train", n_frms=4), Pictures([photo_like(i) for i in range(8)])
+    processor, video = build("alpro_video_train", n_frms=4), FrameList([photo_like(i) for i in range(8)])
     torch.manual_seed(3)
-    first = processor(clip)
+    first = processor(video)
     random.seed(1), np.random.seed(1)
     torch.manual_seed(3)
-    assert torch.equal(processor(clip), first)
+    assert torch.equal(processor(video), first)
     torch.manual_seed(4)
-    assert not torch.equal(processor(clip), first)
+    assert not torch.equal(processor(video), first)
 
 
 def test_a_path_and_a_video_are_read_alike(shared):
     path = shared / "data/broken/four_frames.mov"
     processor = build("alpro_video_eval", n_frms=2)
     assert torch.equal(processor(str(path)), processor(Video(path)))
-    assert torch.equal(processor(path), processor(Pictures(Video(path).read(range(4)))))
+    assert torch.equal(processor(path), processor(FrameList(Video(path).read(range(4)))))
 
 
 def test_anything_else_is_named_with_the_remedy():
-    with pytest.raises(DataError, match=r"got Tensor.*Pictures\(frames\)"):
+    with pytest.raises(DataError, match=r"got Tensor.*FrameList\(frames\)"):
         build("alpro_video_eval")(torch.zeros(3, 4, 4))
 
 

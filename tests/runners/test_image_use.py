@@ -255,11 +255,11 @@ def test_samples_without_a_reference_do_not_hide_the_others(tiny_project):
     cfg = Config.load(tiny_project())
     task = registry.get_task_class("captioning")(cfg.run)
 
-    class Pictures:
+    class FrameList:
         text_processor = None
 
         def references(self):
             return {"b": ["a dog", "two dogs"], "c": []}
 
-    found = task.held_out({"image": torch.arange(3.0), "image_id": ["a", "b", "c"]}, Pictures())
+    found = task.held_out({"image": torch.arange(3.0), "image_id": ["a", "b", "c"]}, FrameList())
     assert found["text_input"] == ["a dog"] and found["image"].tolist() == [1.0]

@@ -23,7 +23,7 @@ from evlgen.datasets.shards import ShardDataset
 from evlgen.loaders import mixed_plan
 from evlgen.loaders.data import BatchPlan, train_loader
 from evlgen.loaders.mixed_plan import (
-    LANES,
+    PARTITIONS,
     MixedPlan,
     StreamSlot,
     check_training_data,
@@ -86,16 +86,16 @@ def test_two_ranks_share_a_map_style_set_and_its_samples_come_once_before_any_co
     assert in_order[:30] != in_order[30:60]
 
 
-def test_batches_take_the_lanes_in_turn_and_no_two_ranks_have_one_in_common():
+def test_batches_take_the_partitions_in_turn_and_no_two_ranks_have_one_in_common():
     options = {"lengths": [None], "streams": [True], "world_size": 2}
     for rank in (0, 1):
-        batches = take(2 * LANES + 1, rank=rank, **options)
+        batches = take(2 * PARTITIONS + 1, rank=rank, **options)
         for number, batch in enumerate(batches):
-            turn, lane = divmod(number, LANES)
+            turn, partition = divmod(number, PARTITIONS)
             slots = [place for place, _ in batch]
-            assert {slot.lane.index for slot in slots} == {rank * LANES + lane}
+            assert {slot.partition.index for slot in slots} == {rank * PARTITIONS + partition}
             assert [slot.ordinal for slot in slots] == [4 * turn, 4 * turn + 1, 4 * turn + 2, 4 * turn + 3]
-            assert {slot.lane.count for slot in slots} == {2 * LANES}
+            assert {slot.partition.count for slot in slots} == {2 * PARTITIONS}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -236,7 +236,7 @@ def test_a_split_that_only_shards_could_have_is_refused_with_a_remedy(tiny_proje
         run(Config.load(path))
 
 
-def test_a_run_on_shards_and_pictures_goes_on_bit_for_bit_with_any_number_of_workers(tiny_project, tmp_path):
+def test_a_run_on_shards_and_images_goes_on_bit_for_bit_with_any_number_of_workers(tiny_project, tmp_path):
     write_shards(tmp_path / "s", [5, 6])
     settings = {
         "max_epoch": None,
@@ -260,7 +260,7 @@ def test_a_run_on_shards_and_pictures_goes_on_bit_for_bit_with_any_number_of_wor
         "batch_size": 4,
         "processes": 1,
         "shards": [2],
-        "lanes": LANES,
+        "lanes": PARTITIONS,
     }
     final.unlink()
     step = folder / "checkpoints" / "step_00000005"

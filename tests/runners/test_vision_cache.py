@@ -33,11 +33,11 @@ from evlgen.processors import build_processor
 from evlgen.vision_cache import cache as vision_cache
 from evlgen.vision_cache import store as token_store
 from evlgen.vision_cache.cache import cached
-from evlgen.vision_cache.key import CacheKey, Pictures
+from evlgen.vision_cache.key import CacheKey, DistinctImages
 from evlgen.vision_cache.store import BROKEN, DONE, TO_DO
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZE, PICTURES = 56, 24
+SIZE, IMAGES = 56, 24
 TEXT = build_processor({"name": "blip_caption"})
 PLAIN = {"name": "blip_image_eval", "image_size": SIZE}
 RANDOM = {"name": "blip2_image_train", "image_size": SIZE}
@@ -78,7 +78,7 @@ def build_model(golden, **vision):
     return registry.get_model_class("evlgen_opt").from_config(section)
 
 
-def shapes(processor=PLAIN, size=PICTURES, seed=0):
+def shapes(processor=PLAIN, size=IMAGES, seed=0):
     return ShapesCaptionDataset("train", size, seed, build_processor(processor), TEXT)
 
 
@@ -92,7 +92,7 @@ def fill(dataset, model, stop=None, **changes):
 
 
 def key(dataset, model, **changes) -> str:
-    return CacheKey.of(Pictures.of(dataset), model, settings(**changes)).digest
+    return CacheKey.of(DistinctImages.of(dataset), model, settings(**changes)).digest
 
 
 def train(path, *options):
@@ -135,10 +135,10 @@ def test_training_gives_the_losses_of_an_encoder_that_rounds_its_tokens_to_bf16(
     assert kept == train(path)
 
 
-def test_each_picture_is_encoded_once_and_never_in_training(tiny_project, encoded):
+def test_each_image_is_encoded_once_and_never_in_training(tiny_project, encoded):
     path = tiny_project()
     first = train(path, "run.cache_vision=true")
-    assert sum(encoded) == PICTURES + 1  # one image tells the tokens' shape
+    assert sum(encoded) == IMAGES + 1  # one image tells the tokens' shape
     del encoded[:]
     assert train(path, "run.cache_vision=true", "run.num_workers=2") == first
     assert sum(encoded) == 5  # its shape, and four images that are compared with what is kept
@@ -164,8 +164,8 @@ def test_two_processes_fill_and_train_and_leave_the_bytes_of_one(forks, tiny_pro
         records = photographs(root / "images")
         (root / "annotations").mkdir()
         (root / "annotations" / "coco_karpathy_train.json").write_text(json.dumps(records))
-        for picture in (root / "images").iterdir():
-            os.utime(picture, (1, 1))  # the same files in both data roots
+        for image in (root / "images").iterdir():
+            os.utime(image, (1, 1))  # the same files in both data roots
     path = tiny_project(run={"batch_size_train": 2, "batch_size_eval": 2, "max_skipped_share": 1.0})
     project = OmegaConf.load(path)
     project.datasets = {"coco_caption": {}}
@@ -252,7 +252,7 @@ def test_of_a_transform_that_is_not_random_one_view_is_kept_whatever_the_seed(mo
     assert fill(shapes(RANDOM), model, seed=4).store.folder != augmented.store.folder
 
 
-def test_a_picture_with_several_captions_is_kept_once_and_a_broken_one_is_skipped(model, tmp_path):
+def test_an_image_with_several_captions_is_kept_once_and_a_broken_one_is_skipped(model, tmp_path):
     records = photographs(tmp_path / "pictures")
     dataset = captions(records, tmp_path / "pictures")
     kept = fill(dataset, model)
@@ -269,11 +269,11 @@ def test_a_picture_with_several_captions_is_kept_once_and_a_broken_one_is_skippe
 def test_the_card_says_what_a_store_is_of(model):
     store = fill(shapes(), model).store
     card = json.loads((store.folder / "card.json").read_text())
-    assert card["dataset"] == "data" and card["pictures"]["count"] == PICTURES
+    assert card["dataset"] == "data" and card["pictures"]["count"] == IMAGES
     assert (card["encoder"]["name"], card["encoder"]["image_size"]) == ("eva_clip_g", SIZE)
     assert card["transform"]["name"] == "blip_image_eval"
     assert card["shape"] == [17, 48]
-    assert card["bytes"] == PICTURES * 17 * 48 * 2 == (store.folder / "tokens.bf16").stat().st_size
+    assert card["bytes"] == IMAGES * 17 * 48 * 2 == (store.folder / "tokens.bf16").stat().st_size
 
 
 # ---- the key ----
@@ -289,7 +289,7 @@ def test_the_key_follows_weights_size_transform_world_and_views(golden, model):
         key(shapes(wide), build_model(golden, image_size=70)),
         key(shapes({**PLAIN, "mean": (0.5, 0.5, 0.5)}), model),
         key(shapes(seed=1), model),
-        key(shapes(size=PICTURES - 1), model),
+        key(shapes(size=IMAGES - 1), model),
         key(shapes({**RANDOM, "min_scale": 0.51}), model, cache_vision_views=2),
         key(shapes(RANDOM), model, cache_vision_views=3),
         key(shapes(RANDOM), model, cache_vision_views=2, seed=4),
@@ -314,15 +314,15 @@ def test_the_key_follows_the_files(model, tmp_path, change):
     records = photographs(tmp_path / "pictures", count=20, broken=())
     before = key(captions(records, tmp_path / "pictures"), model)
     again = key(captions(records, tmp_path / "pictures"), model)
-    picture = tmp_path / "pictures" / "13.png"  # none of those whose pixels are looked at
+    image = tmp_path / "pictures" / "13.png"  # none of those whose pixels are looked at
     if change == "time":
-        os.utime(picture, ns=(1, 1))
+        os.utime(image, ns=(1, 1))
     elif change == "size":
-        stat = picture.stat()
-        picture.write_bytes(picture.read_bytes() + b"\0")
-        os.utime(picture, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        stat = image.stat()
+        image.write_bytes(image.read_bytes() + b"\0")
+        os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     elif change == "name":
-        picture.rename(picture.with_name("thirteen.png"))
+        image.rename(image.with_name("thirteen.png"))
         records = [{**r, "image": r["image"].replace("13.png", "thirteen.png")} for r in records]
     else:
         records = records[::-1]
@@ -379,7 +379,7 @@ def test_a_request_to_stop_is_met_between_batches_and_what_was_computed_is_kept(
         fill(shapes(), model, stop)
     del encoded[:]
     fill(shapes(), model)
-    assert sum(encoded) == 1 + 2 + PICTURES - 4  # the shape; two kept ones, compared; the rest
+    assert sum(encoded) == 1 + 2 + IMAGES - 4  # the shape; two kept ones, compared; the rest
 
 
 def test_a_run_waits_for_another_that_fills_the_same_cache(model):
@@ -388,15 +388,15 @@ def test_a_run_waits_for_another_that_fills_the_same_cache(model):
     stop = StopRequest()
     stop.received = signal.SIGTERM
     store = fill(shapes(), model).store
-    (store.folder / "status").write_bytes(bytes(PICTURES))
+    (store.folder / "status").write_bytes(bytes(IMAGES))
     with open(store.folder / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(Interrupted):
             fill(shapes(), model, stop)
-    assert (store.folder / "status").read_bytes() == bytes(PICTURES)  # not one batch was computed
+    assert (store.folder / "status").read_bytes() == bytes(IMAGES)  # not one batch was computed
 
 
-def test_a_picture_that_could_not_be_read_is_tried_again_in_the_next_run(model):
+def test_an_image_that_could_not_be_read_is_tried_again_in_the_next_run(model):
     kept = fill(shapes(), model)
     expected = kept[9]["visual_tokens"]
     status = bytearray((kept.store.folder / "status").read_bytes())

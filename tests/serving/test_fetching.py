@@ -11,12 +11,12 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from serving_requests import encoded, picture, question
+from serving_requests import encoded, image, question
 
 from evlgen.serving.errors import Refusal
 from evlgen.serving.fetching import Fetcher, is_public
 
-PNG = encoded(picture())
+PNG = encoded(image())
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from serving_requests import answer_of, data_url, encoded, picture, question
+from serving_requests import answer_of, data_url, encoded, image, question
 
 from evlgen.common.errors import ConfigError
 from evlgen.serving.answering import Answer, Answerer, Ask, Stopped, Text
@@ -29,7 +29,7 @@ def _client(running, key="anything", **options):
 
 
 def _ask(client, number, text=None, **settings):
-    body = question(data_url(encoded(picture(number))), text)
+    body = question(data_url(encoded(image(number))), text)
     return client.chat.completions.create(**body, **settings)
 
 
@@ -37,13 +37,13 @@ def test_openais_client_gets_what_the_model_writes(running, model):
     client = _client(running)
     assert [found.id for found in client.models.list()] == ["shapes"]
     assert client.models.retrieve("shapes").owned_by == "evlgen"
-    (caption,) = model.generate(picture(1), num_beams=1)
+    (caption,) = model.generate(image(1), num_beams=1)
     answer = _ask(client, 1)
     assert answer.choices[0].message.content == caption
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.completion_tokens == len(model.generate_tokens(_pixels(model, 1), num_beams=1)[0])
     (number,) = model.predict_answers(
-        {"image": picture(1), "text_input": "how many shapes are there?"},
+        {"image": image(1), "text_input": "how many shapes are there?"},
         num_beams=1,
         prompt="Question: {} Short answer:",
     )
@@ -53,7 +53,7 @@ def test_openais_client_gets_what_the_model_writes(running, model):
 def _pixels(model, number):
     from evlgen.models.pixels import pixels_of
 
-    return {"image": pixels_of(model, picture(number))}
+    return {"image": pixels_of(model, image(number))}
 
 
 def test_settings_of_decoding_are_heeded(running, model):
@@ -66,7 +66,7 @@ def test_settings_of_decoding_are_heeded(running, model):
     one, two = (_ask(client, 1, n=3, temperature=1.5, seed=7).choices for _ in range(2))
     assert [c.message.content for c in one] == [c.message.content for c in two]
     assert len({c.message.content for c in one}) > 1 and [c.index for c in one] == [0, 1, 2]
-    beams = model.generate(picture(1), num_beams=3, num_captions=3)
+    beams = model.generate(image(1), num_beams=3, num_captions=3)
     several = _ask(client, 1, n=3, temperature=0).choices
     assert [c.message.content for c in several] == beams
 
@@ -86,7 +86,7 @@ def test_a_stream_carries_the_same_text_and_its_usage(running):
 
 
 def test_many_clients_at_once_each_get_their_own_answer_in_batches(start, model):
-    captions = model.generate([picture(number) for number in range(24)], num_beams=1)
+    captions = model.generate([image(number) for number in range(24)], num_beams=1)
     assert len(set(captions)) > 15
     with start(Limits(max_batch=8, max_wait=0.05)) as running, ThreadPoolExecutor(24) as pool:
         client = _client(running)
@@ -121,7 +121,7 @@ def test_many_clients_at_once_each_get_their_own_answer_in_batches(start, model)
     ],
 )
 def test_what_is_wrong_with_a_request_is_said(running, change, status, code):
-    found, body = running.post({**question(data_url(encoded(picture()))), **change})
+    found, body = running.post({**question(data_url(encoded(image()))), **change})
     assert (found, body.get("error", {}).get("code")) == (status, code)
     if code == "invalid_request":
         assert body["error"]["param"].split(".")[0] == next(iter(change))
@@ -133,13 +133,13 @@ def _said(role, *parts):
 
 
 def _image_part(number):
-    return {"type": "image_url", "image_url": {"url": data_url(encoded(picture(number)))}}
+    return {"type": "image_url", "image_url": {"url": data_url(encoded(image(number)))}}
 
 
 def test_conversations_of_several_turns_and_images_are_answered_as_by_chat(running, model):
     def for_chat(message):
         parts = [
-            {"type": "image", "image": picture(part)}
+            {"type": "image", "image": image(part)}
             if isinstance(part, int)
             else {"type": "text", "text": part}
             for part in message[1:]
@@ -190,7 +190,7 @@ def test_a_text_the_model_would_cut_is_refused_and_spoils_no_other_answer(start)
     limits = Limits(max_batch=4, max_wait=0.3)
     texts = ["how many shapes are there?", "why " * 60, "is there a circle?"]
     with start(limits) as running, ThreadPoolExecutor(3) as pool:
-        bodies = [question(data_url(encoded(picture())), text) for text in texts]
+        bodies = [question(data_url(encoded(image())), text) for text in texts]
         answers = list(pool.map(running.post, bodies))
     assert [status for status, _ in answers] == [200, 400, 200]
     assert "tokens" in answers[1][1]["error"]["message"]
@@ -240,7 +240,7 @@ def test_a_full_queue_refuses_and_openais_client_tries_again(start, model):
 def test_who_leaves_or_waits_too_long_is_not_computed(start, model):
     answerer = SlowAnswerer(model)
     with start(Limits(max_batch=1, seconds=1.5), answerer) as running:
-        body = json.dumps(question(data_url(encoded(picture())))).encode()
+        body = json.dumps(question(data_url(encoded(image())))).encode()
         head = "POST /v1/chat/completions HTTP/1.1\nHost: localhost\nContent-Type: application/json\n"
         head += f"Content-Length: {len(body)}\nConnection: close\n"
         first, second = running.send(head, body), running.send(head, body)
@@ -259,7 +259,7 @@ def test_who_leaves_or_waits_too_long_is_not_computed(start, model):
 
 def test_generation_stops_when_nobody_waits(model):
     answerer = Answerer(model)
-    asked = Ask([answerer.pixels(picture())], None, answerer.decoding(False, num_beams=1, max_length=30))
+    asked = Ask([answerer.pixels(image())], None, answerer.decoding(False, num_beams=1, max_length=30))
     (whole,) = answerer.answer([asked])
     counted = []
 
@@ -276,7 +276,7 @@ def test_generation_stops_when_nobody_waits(model):
 def test_a_seed_gives_the_same_texts_in_any_company(model):
     answerer = Answerer(model)
     how = answerer.decoding(False, num_beams=1, max_length=30, use_nucleus_sampling=True, top_p=1.0)
-    asked = Ask([answerer.pixels(picture())], None, how, 5)
+    asked = Ask([answerer.pixels(image())], None, how, 5)
     assert asked.kind != Ask(asked.images, None, how, 5).kind
     assert answerer.answer([asked]) == answerer.answer([asked])
 

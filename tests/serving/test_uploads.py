@@ -14,14 +14,14 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
-from serving_requests import answer_of, data_url, encoded, picture, question
+from serving_requests import answer_of, data_url, encoded, image, question
 
 from evlgen.serving.errors import Refusal
 from evlgen.serving.limits import Limits
 from evlgen.serving.uploads import decode, from_data_url
 
-PNG = encoded(picture())
-JPEG = encoded(picture(), "JPEG")
+PNG = encoded(image())
+JPEG = encoded(image(), "JPEG")
 
 
 def _png_of_size(width: int, height: int) -> bytes:
@@ -59,17 +59,17 @@ HOSTILE = {
     "another type": ("image/png", JPEG),
     "no image type": ("text/html", PNG),
     "octets": ("application/octet-stream", PNG),
-    "tiff": ("image/tiff", encoded(picture(), "TIFF")),
+    "tiff": ("image/tiff", encoded(image(), "TIFF")),
     "postscript": ("image/png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
     "zip behind png": ("image/png", PNG + _zip()),
     "zip behind jpeg": ("image/jpeg", JPEG + _zip()),
-    "zip behind gif": ("image/gif", encoded(picture(), "GIF") + _zip()),
-    "pdf in jpeg": ("image/jpeg", encoded(picture(), "JPEG", comment=b"%PDF-1.7 obj")),
-    "script in jpeg": ("image/jpeg", encoded(picture(), "JPEG", comment=b"<script>alert(1)</script>")),
+    "zip behind gif": ("image/gif", encoded(image(), "GIF") + _zip()),
+    "pdf in jpeg": ("image/jpeg", encoded(image(), "JPEG", comment=b"%PDF-1.7 obj")),
+    "script in jpeg": ("image/jpeg", encoded(image(), "JPEG", comment=b"<script>alert(1)</script>")),
     "php behind png": ("image/png", PNG + b"<?php system('id'); ?>"),
     "tail behind png": ("image/png", PNG + b"MZ\x90"),
-    "tail behind gif": ("image/gif", encoded(picture(), "GIF") + b"=1;alert(1)"),
-    "tail behind webp": ("image/webp", encoded(picture(), "WEBP") + b"tail"),
+    "tail behind gif": ("image/gif", encoded(image(), "GIF") + b"=1;alert(1)"),
+    "tail behind webp": ("image/webp", encoded(image(), "WEBP") + b"tail"),
     "scans": ("image/jpeg", JPEG[:-2] + b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" * 200 + JPEG[-2:]),
 }
 
@@ -84,14 +84,14 @@ def test_hostile_uploads_are_refused_with_a_reason(running, name):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
 def test_sound_images_of_all_types_are_read(kind):
-    content = encoded(picture(), kind)
+    content = encoded(image(), kind)
     media_type = f"image/{kind.lower()}"
     assert from_data_url(data_url(content, media_type)) == (content, media_type)
-    assert decode(content, media_type, 10**6).size == picture().size
+    assert decode(content, media_type, 10**6).size == image().size
     if kind in ("GIF", "PNG"):
-        frames = [picture(number) for number in range(3)]
+        frames = [image(number) for number in range(3)]
         animated = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=100)
-        assert decode(animated, media_type, 10**6).size == picture().size
+        assert decode(animated, media_type, 10**6).size == image().size
     large = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8))
     options = {"progressive": True} if kind == "JPEG" else {}
     assert decode(encoded(large, kind, **options), media_type, 10**6).size == (400, 300)

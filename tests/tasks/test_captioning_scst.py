@@ -116,7 +116,7 @@ def test_captions_are_drawn_from_the_model_itself_and_dropout_is_off_until_they_
     assert model.modes == [False, False] and model.training
 
 
-def test_pictures_of_several_datasets_with_the_same_ids_have_their_own_captions():
+def test_images_of_several_datasets_with_the_same_ids_have_their_own_captions():
     model = Writer(["green star", "red", "red", "blue square"])
     task = task_for(model, {"one": FIRST, "two": SECOND}, scst_samples=2)
     task.train_step(model, batch_of(SECOND, "two"))
@@ -176,10 +176,10 @@ class Judge:
     def __init__(self, rewards) -> None:
         self.rewards = iter(rewards)
 
-    def __contains__(self, picture):
+    def __contains__(self, image):
         return True
 
-    def __call__(self, pictures, captions):
+    def __call__(self, images, captions):
         table = next(self.rewards)
         assert [len(row) for row in table] == [len(own) for own in captions]
         return table
@@ -222,12 +222,12 @@ class WithoutCaptions(Captioned):
         return {}
 
 
-def test_a_dataset_without_captions_by_picture_is_refused_by_name():
+def test_a_dataset_without_captions_by_image_is_refused_by_name():
     with pytest.raises(DataError, match="training data of 'web' has no captions by image"):
         task_for(Writer([]), {"one": FIRST, "web": WithoutCaptions([["red"]])})
 
 
-def test_a_picture_without_captions_is_named():
+def test_an_image_without_captions_is_named():
     model = Writer(["red"] * 4)
     task = task_for(model, {"one": Captioned([["red"], ["blue"]])}, scst_samples=2)
     batch = batch_of(FIRST, "one")

@@ -51,7 +51,7 @@ def test_captions_are_written_in_the_datasets_order_with_ids_as_they_are(evaluat
     assert (folder / "captions.png").stat().st_size > 0
 
 
-def test_scores_of_a_domain_are_those_of_its_pictures_alone(evaluated) -> None:
+def test_scores_of_a_domain_are_those_of_its_images_alone(evaluated) -> None:
     found, folder = evaluated
     own = (7, "video3")
     inside = score_captions({i: TEXTS[i] for i in own}, {i: WRITTEN[i] for i in own}, ["cider"])

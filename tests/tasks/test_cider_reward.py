@@ -28,8 +28,8 @@ CAPTIONS = {
 
 def official(references, captions):
     """Value of each image's caption, by pycocoevalcap."""
-    tokens = {picture: tokenize_lines(lines) for picture, lines in references.items()}
-    candidates = {picture: tokenize_lines([captions[picture]]) for picture in references}
+    tokens = {image: tokenize_lines(lines) for image, lines in references.items()}
+    candidates = {image: tokenize_lines([captions[image]]) for image in references}
     return Cider().compute_score(tokens, candidates)[1].tolist()
 
 
@@ -45,8 +45,8 @@ def test_values_are_the_official_ones_for_people_judged_by_people(shared):
     references: dict[str, list[str]] = {}
     for record in json.loads(file.read_text()):
         references.setdefault(record["image"], []).append(record["caption"])
-    captions = {picture: lines[-1] for picture, lines in references.items()}
-    others = {picture: lines[:-1] for picture, lines in references.items()}
+    captions = {image: lines[-1] for image, lines in references.items()}
+    others = {image: lines[:-1] for image, lines in references.items()}
     shifted = dict(zip(captions, [*list(captions.values())[1:], *captions.values()], strict=False))
     reward = CiderReward(others)
     for written in (captions, shifted):
@@ -68,7 +68,7 @@ def test_a_value_worked_out_by_hand():
     ]
 
 
-def test_document_frequencies_are_of_all_pictures_whichever_are_rewarded():
+def test_document_frequencies_are_of_all_images_whichever_are_rewarded():
     reward = CiderReward(REFERENCES)
     alone = reward([1], [["a dog runs", "the dog, running"]])
     among = reward([3, 1, 4], [["a"], ["a dog runs", "the dog, running"], []])
@@ -76,12 +76,12 @@ def test_document_frequencies_are_of_all_pictures_whichever_are_rewarded():
     assert alone[0] != CiderReward({1: REFERENCES[1], 4: REFERENCES[4]})([1], [["a dog runs", "dog"]])[0]
 
 
-def test_it_says_which_pictures_it_can_judge():
+def test_it_says_which_images_it_can_judge():
     reward = CiderReward({**REFERENCES, 5: []})
     assert 1 in reward and "two" in reward and 5 not in reward and 6 not in reward
 
 
 @pytest.mark.parametrize("references", [{}, {1: ["a dog"]}])
-def test_a_corpus_in_which_nothing_tells_pictures_apart_is_refused(references):
+def test_a_corpus_in_which_nothing_tells_images_apart_is_refused(references):
     with pytest.raises(DataError, match=f"at least two images, and there are {len(references)}"):
         CiderReward(references)

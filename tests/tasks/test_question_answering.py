@@ -96,7 +96,7 @@ def sheet(monkeypatch):
     """The lines of the sheet of images, which takes a second to draw."""
     lines = []
     monkeypatch.setattr(
-        question_answering, "caption_sheet", lambda pictures, captions, path: lines.extend(captions)
+        question_answering, "caption_sheet", lambda images, captions, path: lines.extend(captions)
     )
     return lines
 

@@ -16,13 +16,13 @@ from evlgen.common.registry import registry
 from evlgen.datasets.shapes.world import draw, scene
 from evlgen.media.frames import read_frames
 from evlgen.visualization import draw_merging, untrained
-from evlgen.visualization.figure import _note, draw_found, merge_clips
+from evlgen.visualization.figure import _note, draw_found, merge_videos
 from evlgen.visualization.merging import Merging, Stage, find_merging
 from evlgen.visualization.regions import draw_regions
 from evlgen.visualization.sheet import Row, draw_sheet
 
 
-def picture(index: int = 3) -> Image.Image:
+def image(index: int = 3) -> Image.Image:
     return Image.fromarray(draw(scene("test", index)))
 
 
@@ -34,7 +34,7 @@ def bundled():
 @pytest.fixture
 def files(tmp_path):
     for index in (1, 2):
-        picture(index).save(tmp_path / f"{index}.png")
+        image(index).save(tmp_path / f"{index}.png")
     return tmp_path
 
 
@@ -52,13 +52,13 @@ def places(sheet: Image.Image, panel: np.ndarray) -> list[tuple[int, int]]:
 
 
 def test_a_sheet_has_each_panel_once_in_rows_and_columns(bundled):
-    pictures = [picture(1), picture(2)]
-    sheet = draw_merging(bundled, pictures, names=["one", "two"])
+    images = [image(1), image(2)]
+    sheet = draw_merging(bundled, images, names=["one", "two"])
     corners = []
-    for shown in pictures:
+    for shown in images:
         merging = find_merging(bundled, [shown])
-        panels = [merging.pictures[0].repeat(4, 0).repeat(4, 1)]
-        panels += [draw_regions(merging.pictures[0], stage.groups[0], 4, 3) for stage in merging.stages[1:]]
+        panels = [merging.images[0].repeat(4, 0).repeat(4, 1)]
+        panels += [draw_regions(merging.images[0], stage.groups[0], 4, 3) for stage in merging.stages[1:]]
         found = [places(sheet, panel) for panel in panels]
         assert [len(f) for f in found] == [1] * 4
         corners.append([f[0] for f in found])
@@ -67,12 +67,10 @@ def test_a_sheet_has_each_panel_once_in_rows_and_columns(bundled):
     assert len({y for _, y in corners[0]}) == 1 and corners[1][0][1] >= corners[0][0][1] + 256
 
 
-def test_paths_pictures_and_clips_are_drawn_alike(bundled, files):
-    one = draw_merging(bundled, picture(1), "last")
-    assert (
-        one == draw_merging(bundled, files / "1.png", "last") == draw_merging(bundled, [picture(1)], "last")
-    )
-    both = draw_merging(bundled, [[picture(1), picture(2)]], "last")  # to this model a video is its images
+def test_paths_images_and_videos_are_drawn_alike(bundled, files):
+    one = draw_merging(bundled, image(1), "last")
+    assert one == draw_merging(bundled, files / "1.png", "last") == draw_merging(bundled, [image(1)], "last")
+    both = draw_merging(bundled, [[image(1), image(2)]], "last")  # to this model a video is its images
     assert both.height > one.height + 256
 
 
@@ -80,38 +78,38 @@ def test_before_training_the_same_seed_draws_the_same_and_it_is_not_the_trained_
     ends = []
     for seed in (1, 1, 2):
         model = untrained(bundled, seed)
-        ends.append(find_merging(model, [picture()]).stages[-1].groups)
+        ends.append(find_merging(model, [image()]).stages[-1].groups)
         assert torch.equal(
             model.vision.trunk.pos_embed, bundled.vision.trunk.pos_embed
         )  # the frozen parts are pretrained in both
     assert np.array_equal(ends[0], ends[1])
     assert not np.array_equal(ends[0], ends[2])
-    assert not np.array_equal(ends[0], find_merging(bundled, [picture()]).stages[-1].groups)
+    assert not np.array_equal(ends[0], find_merging(bundled, [image()]).stages[-1].groups)
     with pytest.raises(ConfigError, match=r"model.checkpoint is not set.*--checkpoint"):
         untrained(model, 1)
 
 
 def test_models_are_compared_row_by_row(bundled):
     other = untrained(bundled, 1)
-    sheet = draw_merging({"trained": bundled, "untrained": other}, [picture()])
+    sheet = draw_merging({"trained": bundled, "untrained": other}, [image()])
     rows = []
     for model in (bundled, other):
-        merging = find_merging(model, [picture()])
-        panel = draw_regions(merging.pictures[0], merging.stages[-1].groups[0], 4, 3)
+        merging = find_merging(model, [image()])
+        panel = draw_regions(merging.images[0], merging.stages[-1].groups[0], 4, 3)
         rows += places(sheet, panel)
     assert len(rows) == 2 and rows[0][0] == rows[1][0] and rows[0][1] + 256 < rows[1][1]
 
 
 def test_models_with_other_columns_are_not_put_on_one_sheet(bundled):
-    found = {"a": merge_clips(bundled, [[picture()]]), "b": merge_clips(bundled, [[picture()]], "last")}
+    found = {"a": merge_videos(bundled, [[image()]]), "b": merge_videos(bundled, [[image()]], "last")}
     with pytest.raises(ConfigError, match="draw each alone"):
         draw_found(found, ["one"])
 
 
 def test_the_class_token_is_named_where_patches_are_with_it(bundled):
-    merging = find_merging(bundled, [picture()], "last")
+    merging = find_merging(bundled, [image()], "last")
     start, end = merging.stages
-    panel = draw_regions(merging.pictures[0], end.groups[0], 4, 3)
+    panel = draw_regions(merging.images[0], end.groups[0], 4, 3)
     assert len(places(draw_found({"": [[merging]]}, [""]), panel)) == 1
     joined = dataclasses.replace(end, prefix=end.groups[:, 3, 5:6])
     changed = dataclasses.replace(merging, stages=(start, joined))
@@ -120,7 +118,7 @@ def test_the_class_token_is_named_where_patches_are_with_it(bundled):
     row, column = np.argwhere(end.groups[0] == end.groups[0, 3, 5])[0]
     panel[row * 32 : row * 32 + 32, column * 32 : column * 32 + 32] = 0  # the one patch it is written on
     x = sheet.width - 256 - 6
-    (_, y), *_ = places(sheet, merging.pictures[0].repeat(4, 0).repeat(4, 1))
+    (_, y), *_ = places(sheet, merging.images[0].repeat(4, 0).repeat(4, 1))
     shown = np.asarray(sheet)[y : y + 256, x : x + 256].copy()
     shown[row * 32 : row * 32 + 32, column * 32 : column * 32 + 32] = 0
     assert np.array_equal(shown, panel)
@@ -134,7 +132,7 @@ def test_long_titles_and_many_columns_fit():
     assert (pixels[:, -1] == 255).all() and (pixels[-1] == 255).all() and (pixels[0] == 255).all()
 
 
-def test_the_command_draws_two_pictures_on_one_sheet(files, capsys):
+def test_the_command_draws_two_images_on_one_sheet(files, capsys):
     target = files / "new" / "sheet.png"
     assert cli.main(["visualize", str(files / "1.png"), str(files / "2.png"), "--output", str(target)]) == 0
     assert capsys.readouterr().out == f"{target}\n"
@@ -142,7 +140,7 @@ def test_the_command_draws_two_pictures_on_one_sheet(files, capsys):
         assert sheet.format == "PNG" and sheet.width > 4 * 256 and sheet.height > 2 * 256
 
 
-def test_the_command_draws_a_folder_into_a_folder_and_leaves_out_what_is_no_picture(files, capsys):
+def test_the_command_draws_a_folder_into_a_folder_and_leaves_out_what_is_no_image(files, capsys):
     (files / "3.jpg").write_text("not an image")
     command = ["visualize", str(files), "--output", str(files / "out"), "--layers", "last"]
     assert cli.main([*command, "--compare-untrained"]) == 0
@@ -180,7 +178,7 @@ def test_a_connector_that_does_not_merge_is_a_message(files, capsys, write_proje
     assert "does not merge tokens" in capsys.readouterr().err
 
 
-def test_an_animated_gif_is_a_clip(tmp_path):
+def test_an_animated_gif_is_a_video(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue", "white")]
     frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:])
     read = read_frames(tmp_path / "clip.gif", 2)

@@ -25,11 +25,11 @@ def plain_pixels(groups: np.ndarray, height: int, width: int) -> list[list[int]]
     return [[int(groups[y * h // height, x * w // width]) for x in range(width)] for y in range(height)]
 
 
-def plain_means(picture: np.ndarray, groups: np.ndarray) -> dict[int, tuple[int, ...]]:
+def plain_means(image: np.ndarray, groups: np.ndarray) -> dict[int, tuple[int, ...]]:
     members: dict[int, list] = {}
-    for y, row in enumerate(plain_pixels(groups, *picture.shape[:2])):
+    for y, row in enumerate(plain_pixels(groups, *image.shape[:2])):
         for x, region in enumerate(row):
-            members.setdefault(region, []).append(picture[y, x].astype(float))
+            members.setdefault(region, []).append(image[y, x].astype(float))
     return {region: tuple(np.rint(np.mean(m, axis=0)).astype(int)) for region, m in members.items()}
 
 
@@ -51,20 +51,20 @@ GROUPS = np.array([[7, 7, 2, 3], [7, 5, 2, 9], [4, 5, 5, 9], [3, 3, 8, 1]])
 
 @pytest.mark.parametrize("size", [(16, 16), (18, 23)])
 def test_each_region_has_the_mean_colour_of_its_pixels(size):
-    picture = noise(*size, 3)
-    assert mean_colours(picture, GROUPS) == plain_means(picture, GROUPS)
+    image = noise(*size, 3)
+    assert mean_colours(image, GROUPS) == plain_means(image, GROUPS)
 
 
 @pytest.mark.parametrize(("scale", "width"), [(1, 1), (3, 2), (2, 3)])
 @pytest.mark.parametrize("size", [(24, 24), (22, 27)])
 def test_outlines_are_where_regions_end_and_nowhere_else(size, scale, width):
-    picture = noise(*size, 3)
-    drawn = draw_regions(picture, GROUPS, scale, width)
+    image = noise(*size, 3)
+    drawn = draw_regions(image, GROUPS, scale, width)
     assert drawn.shape == (size[0] * scale, size[1] * scale, 3)
     labels = plain_pixels(GROUPS, *drawn.shape[:2])
     is_alone = np.vectorize(lambda region: (GROUPS == region).sum() == 1)(labels)
     narrow, wide = plain_border(labels, max(1, width // 2)), plain_border(labels, width)
-    fills = plain_means(picture, GROUPS)
+    fills = plain_means(image, GROUPS)
     filled = np.array([[fills[region] for region in row] for row in labels])
     assert np.array_equal((drawn != filled).any(-1), np.where(is_alone, narrow, wide))
 
@@ -80,10 +80,10 @@ def test_patches_far_apart_share_fill_and_outline():
 @pytest.mark.parametrize(
     "colour", [(0, 0, 0), (255, 255, 255), (118, 118, 118), (128, 128, 128), (220, 20, 30), (10, 30, 200)]
 )
-def test_outlines_are_seen_on_dark_light_and_colourful_pictures(colour):
-    picture = np.full((96, 96, 3), colour, dtype=np.uint8)
+def test_outlines_are_seen_on_dark_light_and_colourful_images(colour):
+    image = np.full((96, 96, 3), colour, dtype=np.uint8)
     groups = np.arange(36).reshape(12, 3).repeat(4, axis=1)
-    drawn = draw_regions(picture, groups)
+    drawn = draw_regions(image, groups)
     outlines = {tuple(pixel) for pixel in drawn.reshape(-1, 3).tolist()} - {colour}
     assert len(outlines) > 15
     for outline in outlines:
@@ -101,12 +101,12 @@ def test_contrast_and_distance_are_those_of_their_standards():
 
 
 def test_a_region_keeps_the_hue_of_its_first_patch_as_it_grows():
-    picture = np.full((40, 40, 3), 200, dtype=np.uint8)
+    image = np.full((40, 40, 3), 200, dtype=np.uint8)
     small = np.arange(16).reshape(4, 4)
     small[0, 1] = 0
     large = small.copy()
     large[1, :2] = 0
-    assert np.array_equal(draw_regions(picture, small)[0, 0], draw_regions(picture, large)[0, 0])
+    assert np.array_equal(draw_regions(image, small)[0, 0], draw_regions(image, large)[0, 0])
 
 
 def test_regions_of_several_frames_have_one_colour():

@@ -20,12 +20,12 @@ from evlgen.models.language.segments import VISUAL, Segment
 from evlgen.processors.turns import Turn
 
 #: Stands for the image in a message: the character Unicode has for what is not text.
-PICTURE = "\ufffc"
+IMAGE = "\ufffc"
 _WORDS = "\ue000"  # a private character: stands for a text that spells control tokens
 _ANSWER = "\ue001"  # likewise, for an answer whose place is looked for
 _FIRST_TEXT, _FIRST_VISUAL = 0xF0000, 0x100000  # private characters for parts of turns
 _MARK = re.compile("([\U000f0000-\U0010fffd])")
-_NOT_WORDS = re.compile(f"[{PICTURE}{_WORDS}{_ANSWER}\U000f0000-\U0010fffd]")
+_NOT_WORDS = re.compile(f"[{IMAGE}{_WORDS}{_ANSWER}\U000f0000-\U0010fffd]")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TEMPLATES = PACKAGE_ROOT / "assets" / "chat_templates"
 
@@ -76,7 +76,7 @@ class ChatTemplate:
                 "template. Set it to false, or name a model that was tuned on conversations."
             )
         self.end_token_ids = ends
-        text_behind = self._answered(PICTURE).partition(PICTURE)[2]
+        text_behind = self._answered(IMAGE).partition(IMAGE)[2]
         tail = self._ids(text_behind)
         special = [token for token in tail if token in ends or token in tokenizer.added_tokens_decoder]
         self._end = special[0] if special else ends[0]
@@ -86,7 +86,7 @@ class ChatTemplate:
 
     def question(self, text: str) -> tuple[list[int], list[int]]:
         """The tokens before and after the image, up to where the answer begins."""
-        before, _, after = self._render(self._masked(text)).partition(PICTURE)
+        before, _, after = self._render(self._masked(text)).partition(IMAGE)
         return self._ids(before), self._ids_around(after, text)
 
     def answer(self, text: str, max_tokens: int) -> list[int]:
@@ -263,14 +263,14 @@ class ChatTemplate:
         return whole[len(start) :]
 
     def _render(self, question: str, answer: str | None = None) -> str:
-        messages = [{"role": "user", "content": PICTURE + question}]
+        messages = [{"role": "user", "content": IMAGE + question}]
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
         try:
             text = self._rendered(messages, answer is None)
         except DataError as error:
             raise ConfigError(self._unfit(str(error))) from error
-        if PICTURE not in text:
+        if IMAGE not in text:
             raise ConfigError(self._unfit("it leaves out what the user says"))
         return text
 

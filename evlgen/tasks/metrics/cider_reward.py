@@ -49,18 +49,18 @@ class CiderReward:
                 "fewer every reward is 0."
             )
         lines = iter(tokenize_lines([line for lines in references.values() for line in lines]))
-        self._references = {picture: [next(lines) for _ in own] for picture, own in references.items()}
+        self._references = {image: [next(lines) for _ in own] for image, own in references.items()}
         counts: Counter[Words] = Counter()
         for own in self._references.values():
             counts.update({gram for line in own for gram in _ngrams(line)})
         # what is in no image counts as what is in one, so the many that are in one need no place
         self._log_frequencies = {gram: math.log(count) for gram, count in counts.items() if count > 1}
-        self._log_pictures = math.log(len(references))
+        self._log_images = math.log(len(references))
 
-    def __contains__(self, picture: Hashable) -> bool:
-        return bool(self._references.get(picture))
+    def __contains__(self, image: Hashable) -> bool:
+        return bool(self._references.get(image))
 
-    def __call__(self, pictures: Sequence[Hashable], captions: Sequence[Sequence[str]]) -> list[list[float]]:
+    def __call__(self, images: Sequence[Hashable], captions: Sequence[Sequence[str]]) -> list[list[float]]:
         """The CIDEr-D of each image's captions, 10 at most.
 
         Args:
@@ -69,8 +69,8 @@ class CiderReward:
         """
         lines = iter(tokenize_lines([line for own in captions for line in own]))
         rewards = []
-        for picture, own in zip(pictures, captions, strict=True):
-            references = [self._vector(line) for line in self._references[picture]]
+        for image, own in zip(images, captions, strict=True):
+            references = [self._vector(line) for line in self._references[image]]
             rewards.append([self._score(self._vector(next(lines)), references) for _ in own])
         return rewards
 
@@ -78,7 +78,7 @@ class CiderReward:
         weights: list[dict[Words, float]] = [{} for _ in range(LONGEST)]
         length = 0
         for gram, count in Counter(_ngrams(line)).items():
-            rarity = self._log_pictures - self._log_frequencies.get(gram, 0.0)
+            rarity = self._log_images - self._log_frequencies.get(gram, 0.0)
             weights[len(gram) - 1][gram] = count * rarity
             length += count * (len(gram) == 2)  # pycocoevalcap counts pairs of words
         norms = [math.sqrt(sum(weight * weight for weight in own.values())) for own in weights]

@@ -122,7 +122,7 @@ def test_soft_prompts_are_as_many_as_declared_and_of_the_language_models_width(t
     assert prompts.dtype == torch.float32 and prompts.isfinite().all()
 
 
-def test_a_picture_alone_gives_what_it_gives_in_a_batch(trained, samples):
+def test_an_image_alone_gives_what_it_gives_in_a_batch(trained, samples):
     model = trained[0]
     with torch.no_grad():
         together = model.soft_prompts(samples)
@@ -183,8 +183,8 @@ def test_it_reads_encoders_with_other_tokens_before_the_patches(encoder, name, c
 
 
 @pytest.mark.parametrize(("name", "changes"), [*((name, {}) for name in OWN), *VARIANTS])
-def test_it_reads_the_frames_of_a_clip_in_a_row(name, changes, samples):
+def test_it_reads_the_frames_of_a_video_in_a_row(name, changes, samples):
     model = build(name, changes, vision={"temporal": {"form": "concat"}})
-    clips = torch.stack([samples["image"][:3], samples["image"][3:6]]).transpose(1, 2)  # [B, 3, T, H, W]
-    prompts = model.soft_prompts({"image": clips})
+    videos = torch.stack([samples["image"][:3], samples["image"][3:6]]).transpose(1, 2)  # [B, 3, T, H, W]
+    prompts = model.soft_prompts({"image": videos})
     assert prompts.shape == (2, model.connector.num_soft_prompts(3 * 65), model.language.embed_dim)

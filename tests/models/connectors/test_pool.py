@@ -40,7 +40,10 @@ def test_equals_the_means_over_windows(side, grid, prefix, keep, frames):
     count = side * side + prefix
     x = torch.randn(2, frames * count, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = torch.stack(
-        [torch.cat([slow_pool(connector, frame, prefix, side) for frame in clip.split(count)]) for clip in x]
+        [
+            torch.cat([slow_pool(connector, frame, prefix, side) for frame in video.split(count)])
+            for video in x
+        ]
     )
     got = connector(x)
     torch.testing.assert_close(got, connector.proj(F.layer_norm(expected, [12])))

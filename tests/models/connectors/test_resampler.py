@@ -52,10 +52,10 @@ def slow_layer(layer, latents: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def test_equals_the_paper_step_by_step():
     connector, x = small(), tokens(2, 10, 12)
     with torch.no_grad():
-        for got, picture in zip(connector(x), connector.proj_in(x), strict=True):
+        for got, image in zip(connector(x), connector.proj_in(x), strict=True):
             latents = connector.latents
             for layer in connector.layers:
-                latents = slow_layer(layer, latents, picture)
+                latents = slow_layer(layer, latents, image)
             torch.testing.assert_close(got, connector.proj_out(connector.out_norm(latents)))
 
 

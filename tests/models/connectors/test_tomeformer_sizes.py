@@ -76,7 +76,7 @@ def test_soft_prompts_and_gradients_equal_the_slow_form(options, num_prefix):
     wanted = [*connector.parameters(), x]
 
     got = connector(x)
-    expected = torch.stack([slow_soft_prompts(connector, picture, **_named(options)) for picture in x])
+    expected = torch.stack([slow_soft_prompts(connector, image, **_named(options)) for image in x])
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(connector.forward_details(x)["soft_prompts"], got)
     grads, slow_grads = (

@@ -7,7 +7,7 @@ import torch
 
 from evlgen.common.errors import ConfigError
 from evlgen.models.language import CausalLanguageModel, OPTLanguageModel
-from evlgen.models.language.chat import PICTURE, ChatTemplate
+from evlgen.models.language.chat import IMAGE, ChatTemplate
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
@@ -43,14 +43,14 @@ def build(model_folder):
 def rendered(model, question, answer=None):
     """transformers' tokens of the conversation before and after the image, which is one token here."""
     tokenizer = model.tokenizer
-    tokenizer.add_tokens(PICTURE, special_tokens=True)
-    messages = [{"role": "user", "content": PICTURE + question}]
+    tokenizer.add_tokens(IMAGE, special_tokens=True)
+    messages = [{"role": "user", "content": IMAGE + question}]
     if answer is not None:
         messages.append({"role": "assistant", "content": answer})
     ids = tokenizer.apply_chat_template(
         messages, add_generation_prompt=answer is None, tokenize=True, return_dict=False
     )
-    place = ids.index(tokenizer.convert_tokens_to_ids(PICTURE))
+    place = ids.index(tokenizer.convert_tokens_to_ids(IMAGE))
     return ids[:place], ids[place + 1 :]
 
 

@@ -102,7 +102,7 @@ def test_texts_are_those_transformers_gives_each_alone(model, soft_prompts, opti
 
 
 @torch.no_grad()
-def test_texts_differ_with_pictures_and_questions(seq2seq_folder, soft_prompts):
+def test_texts_differ_with_images_and_questions(seq2seq_folder, soft_prompts):
     model = Seq2SeqLanguageModel(str(seq2seq_folder("flan-t5"))).eval()
     soft = soft_prompts(model)
     assert len(set(model.generate(soft, [""] * 3, num_beams=1, max_length=6))) > 1

@@ -36,7 +36,7 @@ def build(
     return encoder.train(not cfg.freeze)
 
 
-def clips(dtype: torch.dtype = torch.float32) -> Tensor:
+def videos(dtype: torch.dtype = torch.float32) -> Tensor:
     """Frames of two videos."""
     return torch.randn(2 * FRAMES, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
 
@@ -46,7 +46,7 @@ def gradients(encoder: VisionEncoder, autocast: bool = False) -> tuple[dict[str,
     encoder.zero_grad()
     torch.manual_seed(3)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        tokens = encoder(clips(next(encoder.parameters()).dtype))
+        tokens = encoder(videos(next(encoder.parameters()).dtype))
     tokens.float().square().sum().backward()
     found = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
     return found, torch.rand(1)
@@ -114,7 +114,7 @@ def test_a_copy_computes_with_its_own_weights():
 @torch.no_grad()
 def test_without_gradients_nothing_changes(grad_checkpoint):
     encoder = build(grad_checkpoint=grad_checkpoint)
-    assert torch.equal(encoder(clips()), build()(clips()))
+    assert torch.equal(encoder(videos()), build()(videos()))
     assert kept_bytes(encoder) == 0
 
 
@@ -139,13 +139,13 @@ class _Kept(torch.autograd.graph.saved_tensors_hooks):
 def kept_bytes(encoder: VisionEncoder) -> int:
     kept = _Kept()
     with kept:
-        encoder(clips())
+        encoder(videos())
     return kept.bytes
 
 
 def test_less_than_half_is_kept():
     block_input = 2 * FRAMES * 17 * 32 * 4  # bytes
-    pixels = clips().nbytes  # kept for the patch embedding where that is trained
+    pixels = videos().nbytes  # kept for the patch embedding where that is trained
     for section, beside in (({}, pixels), ({"temporal": "average"}, 0)):
         plain, recomputed = (kept_bytes(build(grad_checkpoint=c, **section)) for c in (False, True))
         assert recomputed < plain / 2
@@ -192,7 +192,7 @@ class _Peak(TorchDispatchMode):
 
 
 def peak_bytes(encoder: VisionEncoder) -> int:
-    pixels = clips()
+    pixels = videos()
     with _Peak() as peak:
         encoder(pixels).square().sum().backward()
     return peak.bytes
@@ -266,7 +266,7 @@ def test_where_fairscale_would_give_wrong_gradients_it_is_refused(fairscale):
     with pytest.raises(ConfigError, match="a copied or changed block"):
         gradients(copy.deepcopy(encoder))
     with torch.no_grad():
-        assert torch.equal(copy.deepcopy(encoder)(clips()), build()(clips()))
+        assert torch.equal(copy.deepcopy(encoder)(videos()), build()(videos()))
     encoder.trunk.blocks[2].requires_grad_(False)
     with pytest.raises(ConfigError, match="no gradient passes a block without trained weights"):
         gradients(encoder)

@@ -49,7 +49,7 @@ def whole(family):
     return model
 
 
-def pictures(side: int) -> torch.Tensor:
+def images(side: int) -> torch.Tensor:
     return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
@@ -63,14 +63,14 @@ def test_its_tokens_are_those_of_timms_model_at_each_size(family, whole, tmp_pat
     encoder = TimmEncoder(family.name, side, str(tmp_path / "whole.safetensors"), kwargs=SMALL).eval()
     assert (encoder.num_tokens, encoder.num_prefix_tokens) == (grid**2 + family.prefix, family.prefix)
     assert encoder.embed_dim == 48
-    expected = whole.forward_features(pictures(side))
+    expected = whole.forward_features(images(side))
     assert expected.shape == (2, encoder.num_tokens, 48)
-    torch.testing.assert_close(encoder(pictures(side)), expected)
+    torch.testing.assert_close(encoder(images(side)), expected)
 
 
 def test_what_comes_after_the_tokens_is_not_kept(family):
     encoder = TimmEncoder(family.name, 4 * family.patch, pretrained=False, kwargs=SMALL)
-    encoder(pictures(4 * family.patch)).sum().backward()
+    encoder(images(4 * family.patch)).sum().backward()
     assert [name for name, p in encoder.named_parameters() if p.grad is None] == []
 
 
@@ -96,7 +96,7 @@ def test_it_trains_a_tomeformer_end_to_end(family, golden, precision):
     assert {p.dtype for p in model.vision.parameters()} == {dtype}
     assert not any(p.requires_grad for p in model.vision.parameters())
     assert not any(module.training for module in model.vision.modules())
-    image = pictures(4 * family.patch)
+    image = images(4 * family.patch)
     assert model.encode(image).dtype == dtype
     assert model.connector.num_protected == min(family.prefix, 1)
     tokens, protected = 16 + family.prefix, min(family.prefix, 1)
@@ -111,7 +111,7 @@ def test_it_trains_a_tomeformer_end_to_end(family, golden, precision):
 
 
 def test_a_class_token_is_protected_and_without_one_every_token_may_merge(golden):
-    image = pictures(64)
+    image = images(64)
     merged = []
     for family in FAMILIES:
         if family.patch == 16:
@@ -182,4 +182,4 @@ def test_weights_in_their_authors_layout_are_converted(tmp_path):
     encoder = TimmEncoder(
         "vit_small_patch14_reg4_dinov2", 56, str(tmp_path / "meta.pth"), kwargs=SMALL
     ).eval()
-    torch.testing.assert_close(encoder(pictures(56)), whole.forward_features(pictures(56)))
+    torch.testing.assert_close(encoder(images(56)), whole.forward_features(images(56)))

@@ -50,11 +50,11 @@ def pixels() -> Tensor:
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def slow_forward(encoder, picture: Tensor, r: int) -> tuple[Tensor, list[list[int]]]:
+def slow_forward(encoder, image: Tensor, r: int) -> tuple[Tensor, list[list[int]]]:
     """One image [3, H, W] through an encoder without merging, merging by plain loops -> tokens [M, C] and
     which of the first tokens each stands for."""
     trunk = encoder.trunk
-    embedded = trunk._pos_embed(trunk.patch_embed(picture[None]))
+    embedded = trunk._pos_embed(trunk.patch_embed(image[None]))
     x = trunk.norm_pre(embedded[0] if isinstance(embedded, tuple) else embedded)[0]  # [N, C]
     groups = [[i] for i in range(len(x))]
     for block in trunk.blocks:
@@ -106,8 +106,8 @@ def test_it_is_the_slow_version(name, r, pixels):
     details = encoder.forward_details(pixels)
     assert details["tokens"].shape == (3, encoder.num_tokens, 24)
     torch.testing.assert_close(details["tokens"], encoder(pixels))
-    for picture, tokens, merge_map in zip(pixels, details["tokens"], details["merge_map"], strict=True):
-        expected, groups = slow_forward(plain, picture, r)
+    for image, tokens, merge_map in zip(pixels, details["tokens"], details["merge_map"], strict=True):
+        expected, groups = slow_forward(plain, image, r)
         torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-5)
         found = [[i for i, to in enumerate(merge_map.tolist()) if to == out] for out in range(len(groups))]
         assert found == [sorted(group) for group in groups]
@@ -175,13 +175,13 @@ def test_alike_patches_merge_first(seed):
     order."""
     encoder = build(7, kwargs={**SMALL, "depth": 1})
     encoder.trunk.pos_embed.zero_()
-    picture = torch.ones(1, 3, 32, 32)
-    picture[..., 16:] = -1.0
-    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(seed))
-    merge_map = encoder.forward_details(picture + 1e-6 * noise)["merge_map"][0, 1:].view(4, 4)
+    image = torch.ones(1, 3, 32, 32)
+    image[..., 16:] = -1.0
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(seed))
+    merge_map = encoder.forward_details(image + 1e-6 * noise)["merge_map"][0, 1:].view(4, 4)
     assert not set(merge_map[:, :2].flatten().tolist()) & set(merge_map[:, 2:].flatten().tolist())
     colours = merge_mean(
-        picture[:, :1, ::8, ::8].flatten(2).transpose(1, 2), (merge_map - 1).flatten()[None], 9
+        image[:, :1, ::8, ::8].flatten(2).transpose(1, 2), (merge_map - 1).flatten()[None], 9
     )
     assert set(colours.flatten().tolist()) == {1.0, -1.0}
 

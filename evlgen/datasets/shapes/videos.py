@@ -1,7 +1,7 @@
 """Short videos of the Shapes world: shapes move, come and go, and captions say what no single frame shows.
 
-A video has one to three shapes, each in a lane of its own: a row of the grid in videos whose shapes move
-sideways, a column in those whose shapes move up or down. In the outer lanes a shape may move from one end to
+A video has one to three shapes, each in a track of its own: a row of the grid in videos whose shapes move
+sideways, a column in those whose shapes move up or down. In the outer tracks a shape may move from one end to
 the other; and where there are several, one may be seen in only the first or only the second half of the
 video.
 
@@ -37,10 +37,10 @@ from evlgen.datasets.shapes.world import (
     random_shape,
     split_of,
 )
-from evlgen.media.video import Clip
+from evlgen.media.video import VideoSource
 
 NUM_FRAMES = 8
-_SHARE_MOVING = 0.7  # of the shapes in outer lanes
+_SHARE_MOVING = 0.7  # of the shapes in outer tracks
 _SHARE_PASSING = 0.6  # of the videos of several shapes: those in which one comes or goes
 _SHARE_WITHOUT_PLACE = 0.2  # of the captions that say nothing of places which are kept all the same
 
@@ -73,7 +73,7 @@ class MovingScene:
         return draw(dataclasses.replace(self.first, shapes=shapes))
 
 
-class ShapesClip(Clip):
+class ShapesVideo(VideoSource):
     """The frames of a moving scene, drawn when they are asked for."""
 
     def __init__(self, scene: MovingScene) -> None:
@@ -91,7 +91,7 @@ def moving_scene(split: str, index: int, seed: int = 0) -> MovingScene:
     """The video number ``index`` of a split; follows from the arguments alone, and is in no other split."""
     rng = random.Random(f"clips/{seed}/{split}/{index}")
     while True:
-        made = _random_clip(split, index, seed, rng)
+        made = _random_video(split, index, seed, rng)
         if split_of(made.description) == split:
             return made
 
@@ -120,11 +120,11 @@ def _holds(reading: Reading, scene: MovingScene) -> bool:
     return all(judge(reading, moment) for moment in dict.fromkeys((scene.first, scene.last)))
 
 
-def _random_clip(split: str, index: int, seed: int, rng: random.Random) -> MovingScene:
+def _random_video(split: str, index: int, seed: int, rng: random.Random) -> MovingScene:
     sideways = rng.random() < 0.5
-    lanes = rng.sample(range(3), rng.choice(SHAPE_COUNTS))
+    tracks = rng.sample(range(3), rng.choice(SHAPE_COUNTS))
     background = rng.choice(BACKGROUNDS)
-    pairs = [_random_motion(rng, lane, sideways) for lane in lanes]
+    pairs = [_random_motion(rng, track, sideways) for track in tracks]
     seen = [(0, NUM_FRAMES)] * len(pairs)
     if len(pairs) > 1 and rng.random() < _SHARE_PASSING:
         half = NUM_FRAMES // 2
@@ -133,13 +133,13 @@ def _random_clip(split: str, index: int, seed: int, rng: random.Random) -> Movin
     return MovingScene(first, last, sideways, tuple(seen))
 
 
-def _random_motion(rng: random.Random, lane: int, sideways: bool) -> tuple[Shape, Shape]:
+def _random_motion(rng: random.Random, track: int, sideways: bool) -> tuple[Shape, Shape]:
     """A shape where it starts and where it ends, which is the same place unless it moves."""
     start = end = rng.randrange(3)
-    if lane != 1 and rng.random() < _SHARE_MOVING:
+    if track != 1 and rng.random() < _SHARE_MOVING:
         start, end = rng.choice(((0, 2), (2, 0)))
     kind, colour = rng.choice(KINDS), rng.choice(tuple(COLOURS))
-    here, there = ((lane, place) if sideways else (place, lane) for place in (start, end))
+    here, there = ((track, place) if sideways else (place, track) for place in (start, end))
     shape = random_shape(rng, kind, colour, *here)
     if here == there:
         return shape, shape
@@ -148,8 +148,8 @@ def _random_motion(rng: random.Random, lane: int, sideways: bool) -> tuple[Shape
 
 
 def _lasting(scene: MovingScene) -> Scene:
-    """The places that shapes keep. One that moves is put in the middle of its lane: the lane is then all that
-    captions say of its place."""
+    """The places that shapes keep. One that moves is put in the middle of its track: the track is then all
+    that captions say of its place."""
     middle: dict[str, Any] = {"column" if scene.sideways else "row": "middle"}
     pairs = zip(scene.first.shapes, scene.last.shapes, strict=True)
     shapes = (a if a == b else dataclasses.replace(a, **middle) for a, b in pairs)
