@@ -24,7 +24,8 @@ from evlgen.models.connectors.qformer_text import QFormerText, QFormerTokenizer,
 from evlgen.models.ops import use_fast_linear
 from evlgen.models.pixels import with_pixels
 from evlgen.models.prompts import ask
-from evlgen.models.vlm import VLM, is_sequence
+from evlgen.models.sequences import is_sequence
+from evlgen.models.vlm import VLM
 from evlgen.weights.hub import looks_like_path, missing_model
 
 
@@ -61,6 +62,8 @@ class InstructBLIP(VLM):
             )
         tokenizer = QFormerTokenizer(cfg.text.tokenizer, cfg.max_txt_len, keep_end=True)
         model = super().from_parts_config(cfg, device)
+        if model.tiling is not None:
+            raise ConfigError(f"model.vision.tiles: {cfg.arch} reads an image as a whole. Leave it out.")
         num_positions = cfg.text.max_position_embeddings or model.connector.sizes.max_position_embeddings
         if cfg.max_txt_len > num_positions:
             raise ConfigError(
