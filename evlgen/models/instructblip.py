@@ -24,7 +24,8 @@ from evlgen.models.connectors.qformer_text import QFormerText, QFormerTokenizer,
 from evlgen.models.ops import use_fast_linear
 from evlgen.models.pixels import with_pixels
 from evlgen.models.prompts import ask
-from evlgen.models.vlm import VLM, is_sequence
+from evlgen.models.sequences import is_sequence
+from evlgen.models.vlm import VLM
 from evlgen.weights.hub import looks_like_path, missing_model
 
 
