@@ -10,7 +10,7 @@ import socket
 
 import pytest
 import torch
-from data_root import _json, _pictures
+from data_root import _images, _json
 
 from evlgen.assemble import run
 from evlgen.common.errors import ConfigError, DataError
@@ -60,7 +60,7 @@ def root(tmp_path_factory):
     """Flickr30k in its published layout."""
     root = tmp_path_factory.mktemp("data")
     names = [f"flickr30k-images/{i}.jpg" for i in range(COUNT)]
-    _pictures(root / "flickr30k" / "images", names)
+    _images(root / "flickr30k" / "images", names)
     rows = [{"image": n, "caption": t} for n, t in zip(names, TEXTS, strict=True)]
     _json(root / "flickr30k" / "annotations" / "test.json", rows)
     train = [{"image": r["image"], "caption": c} for r in rows for c in r["caption"]]
