@@ -236,7 +236,7 @@ def index_images(
     if known is not None:
         known.check_model(model)
     made_by = {"model": key, "checkpoint": checkpoint or (known.made_by["checkpoint"] if known else "")}
-    stamps = {name: _stamp(name) for name in dict.fromkeys(map(_absolute, find_files(images, False)))}
+    stamps = {name: _stamp(name) for name in dict.fromkeys(map(_absolute, find_files(images, videos=False)))}
     places = {} if known is None else {name: place for place, name in enumerate(known.paths)}
     kept = [p for name, p in places.items() if stamps.get(name) == tuple(known.stamps[p].tolist())]  # type: ignore[union-attr]
     paths = [known.paths[place] for place in kept] if known else []

@@ -35,6 +35,7 @@ class Batch(TypedDict, total=False):
 
     # ---- what generation reads
     prompt: str | list[str]  # to continue, one for all images or one for each
+    instruction: list[str]  # what InstructBLIP reads of each image, if neither question nor prompt
     ocr_tokens: list[list[str]]  # words read in each image
     choices: list[list[str]]  # answers to choose from, of each question
     answers: list[list[str]]  # several people's answers to each question,

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from evlgen.models.base_model import BaseModel
 from evlgen.models.pixels import pixels_of
+from evlgen.models.protocols import HasLanguageModel, offering, reads_videos
 from evlgen.processors.turns import read_turns
 from evlgen.serving.answering import Answerer, Ask
-from evlgen.visualization.figure import merge_clips
+from evlgen.visualization.figure import merge_videos
 from evlgen.visualization.merging import Merging
 
 #: What stands for the end of a text among its words.
@@ -45,13 +46,13 @@ class Exhibit:
     def __init__(self, title: str, model: BaseModel, question: str | None = None) -> None:
         self.title, self.model = title, model
         self.answerer = Answerer(model, question)
-        self.chats = getattr(model.language, "_chat", None) is not None
+        self.chats = offering(model, HasLanguageModel).language.has_chat_template
 
     def pixels(self, frames: Sequence[Image.Image]) -> Tensor:
         """An image or the frames of a video as the model reads them: [1, 3, T, H, W] by a model of videos;
         else [T, 3, H, W], as every frame is an image to it."""
-        reads_videos = getattr(self.model, "temporal", None) is not None
-        return pixels_of(self.model, [list(frames)] if reads_videos else list(frames)).to(self.model.device)
+        of_videos = reads_videos(self.model)
+        return pixels_of(self.model, [list(frames)] if of_videos else list(frames)).to(self.model.device)
 
     @torch.no_grad()
     def captions(self, frames: Sequence[Image.Image], num_beams: int, max_length: int) -> list[Caption]:
@@ -73,7 +74,7 @@ class Exhibit:
     def merging(self, frames: Sequence[Image.Image]) -> list[Merging]:
         """How the visual tokens become soft prompts. Raises `ConfigError` for a connector that does not
         merge."""
-        (found,) = merge_clips(self.model, [frames])
+        (found,) = merge_videos(self.model, [frames])
         return found
 
     def answer(self, frames: Sequence[Image.Image], history: Sequence[dict[str, Any]], question: str) -> str:

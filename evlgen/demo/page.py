@@ -77,8 +77,8 @@ def build_page(
         for place, (title, drawing) in enumerate(drawings):
             if path is not None:
                 try:
-                    clip = merge(place, path)
-                    about, found[drawing] = describe_stage(clip, int(layer)), draw_stage(clip, int(layer))
+                    video = merge(place, path)
+                    about, found[drawing] = describe_stage(video, int(layer)), draw_stage(video, int(layer))
                 except EVLGenError as error:  # this model merges nothing
                     about, found[drawing] = str(error), None
                 found[title] = html.escape(f"{exhibits[place].title}, {about}")

@@ -107,7 +107,7 @@ def example_files(folder: Path) -> list[tuple[str, str]]:
     validation images where these are in the data root."""
     from PIL import Image
 
-    from evlgen.datasets.shapes.clips import NUM_FRAMES, ShapesClip, moving_scene
+    from evlgen.datasets.shapes.videos import NUM_FRAMES, ShapesVideo, moving_scene
     from evlgen.datasets.shapes.world import draw, scene
 
     found = []
@@ -116,7 +116,7 @@ def example_files(folder: Path) -> list[tuple[str, str]]:
         Image.fromarray(draw(scene("test", number))).save(path)
         found.append((str(path), f"drawn {number}"))
     path = folder / "drawn-video.gif"
-    frames = [Image.fromarray(f) for f in ShapesClip(moving_scene("test", 2)).frames(range(NUM_FRAMES))]
+    frames = [Image.fromarray(f) for f in ShapesVideo(moving_scene("test", 2)).frames(range(NUM_FRAMES))]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=200, loop=0)
     return [*found, (str(path), "drawn video"), *_photographs(folder)]
 

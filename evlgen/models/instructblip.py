@@ -8,25 +8,26 @@ that these take from the image what is asked for. The language model reads the i
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from evlgen.common.batch import Batch
 from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.registry import registry
 from evlgen.config.model_config import ModelConfig
 from evlgen.config.schema import PositiveInt
-from evlgen.models.base_model import MissingAsset
 from evlgen.models.blip2_stage1 import TextConfig
 from evlgen.models.connectors.qformer import QFormer
 from evlgen.models.connectors.qformer_text import QFormerText, QFormerTokenizer, encode_multimodal
+from evlgen.models.language.segments import SoftPrompts
 from evlgen.models.ops import use_fast_linear
 from evlgen.models.pixels import with_pixels
 from evlgen.models.prompts import ask
 from evlgen.models.sequences import is_sequence
 from evlgen.models.vlm import VLM
-from evlgen.weights.hub import looks_like_path, missing_model
+from evlgen.models.writing import count_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,7 @@ class InstructBLIP(VLM):
     ``text_input``, else the prompt."""
 
     CONFIG = InstructConfig
+    connector: QFormer
     text: QFormerText
     text_tokenizer: QFormerTokenizer
 
@@ -61,7 +63,7 @@ class InstructBLIP(VLM):
                 f"model.connector.name is '{name}': {cfg.arch} has a qformer, which reads the instruction."
             )
         tokenizer = QFormerTokenizer(cfg.text.tokenizer, cfg.max_txt_len, keep_end=True)
-        model = super().from_parts_config(cfg, device)
+        model = cast(InstructBLIP, super().from_parts_config(cfg, device))
         if model.tiling is not None:
             raise ConfigError(f"model.vision.tiles: {cfg.arch} reads an image as a whole. Leave it out.")
         num_positions = cfg.text.max_position_embeddings or model.connector.sizes.max_position_embeddings
@@ -76,12 +78,10 @@ class InstructBLIP(VLM):
         return model
 
     @classmethod
-    def missing(cls, cfg: InstructConfig) -> list[MissingAsset]:  # type: ignore[override]
-        name = cfg.text.tokenizer
-        own = MissingAsset(f"tokenizer {name}", missing_model(name), not looks_like_path(name))
-        return [*super().missing(cfg), *([own] if own.why else [])]
+    def _hub_parts(cls, cfg: InstructConfig) -> dict[str, str]:  # type: ignore[override]
+        return {**super()._hub_parts(cfg), "tokenizer": cfg.text.tokenizer}
 
-    def soft_prompts(self, samples: dict[str, Any]) -> Tensor:
+    def soft_prompts(self, samples: Batch) -> Tensor:
         """As of `VLM`; ``instruction`` list[str], one for each image, is what the Q-Former reads where it is
         another than the question or the prompt.
 
@@ -90,34 +90,31 @@ class InstructBLIP(VLM):
             ConfigError: samples that are sequences.
         """
         if "images" in samples:
-            return self.sequence_prompts(samples)  # type: ignore[return-value]
-        tokens = samples.get("visual_tokens")
-        tokens = self.encode(samples["image"]) if tokens is None else tokens.to(self.device)
+            return cast(Tensor, self.sequence_prompts(samples))
+        tokens = self.image_tokens(samples)
         texts = self._instructions(samples, len(tokens))
         ids = self.text_tokenizer(texts).to(tokens.device)
         visual = self.connector.keys_values(self._normed(tokens))
         queries = encode_multimodal(self.connector, self.text, ids, ids != self.text_tokenizer.pad, visual)
         return self._with_head(self.connector.proj_out(queries))
 
-    def sequence_prompts(self, samples: dict[str, Any]) -> Tensor:
+    def sequence_prompts(self, samples: Batch) -> SoftPrompts:
         """Raises `ConfigError`: a Q-Former that reads one instruction."""
         raise ConfigError(
             f"{type(self).__name__} answers one question about one image, and a conversation was given "
             "to it. Take an architecture whose connector reads images alone, such as blip2_vicuna."
         )
 
-    def rank_answers(
-        self, samples: dict[str, Any], candidates: Any, prompt: str = "", **options
-    ) -> list[str]:
+    def rank_answers(self, samples: Batch, candidates: Any, prompt: str = "", **options) -> list[str]:
         samples = with_pixels(self, samples)
-        count = len(samples["visual_tokens"] if "visual_tokens" in samples else samples["image"])
-        asked = {**samples, "instruction": ask(prompt, samples, count)}
+        count = count_images(samples)
+        asked: Batch = {**samples, "instruction": ask(prompt, samples, count)}
         return super().rank_answers(asked, candidates, prompt, **options)
 
-    def _continue(self, samples: dict[str, Any], prompts: list[str], **options) -> list[str]:
+    def _continue(self, samples: Batch, prompts: list[str], **options) -> list[str]:
         return super()._continue({**samples, "instruction": prompts}, prompts, **options)
 
-    def _instructions(self, samples: dict[str, Any], count: int) -> list[str]:
+    def _instructions(self, samples: Batch, count: int) -> list[str]:
         if any(n != 1 for n in samples.get("num_texts", ())):
             raise DataError(
                 "an image has several texts, and the Q-Former reads the question of each: give every "

@@ -87,24 +87,24 @@ def draw_found(found: Mapping[str, Sequence[Sequence[Merging]]], names: Sequence
     return draw_sheet(_headings(mergings), rows, _note(mergings))
 
 
-def draw_stage(clip: Sequence[Merging], stage: int) -> Image.Image:
+def draw_stage(video: Sequence[Merging], stage: int) -> Image.Image:
     """One stage of `merging.find_merging` over the image; the frames of a video beside each other.
 
     Args:
-        clip: of one image or video, as `merge_clips` has it.
+        video: of one image or video, as `merge_videos` has it.
         stage: 0: the image as the model sees it; the last one: the soft prompts, each with its number from 1
             on one of its patches. Higher numbers mean the last one.
     """
-    scale = _scale(clip[0])
-    panels = [panel for merging in clip for panel in _panels_at(merging, stage, scale)]
+    scale = _scale(video[0])
+    panels = [panel for merging in video for panel in _panels_at(merging, stage, scale)]
     gap = np.full((len(panels[0]), 4, 3), 255, np.uint8)
     parts = [part for panel in panels for part in (gap, panel)][1:]
     return Image.fromarray(np.concatenate(parts, axis=1))
 
 
-def describe_stage(clip: Sequence[Merging], stage: int) -> str:
+def describe_stage(video: Sequence[Merging], stage: int) -> str:
     """``layer 3: 40 tokens, 39 regions + class token``, of what `draw_stage` draws."""
-    name, *counts = _headings(clip)[min(stage, len(clip[0].stages) - 1)]
+    name, *counts = _headings(video)[min(stage, len(video[0].stages) - 1)]
     return f"{name}: {', '.join(counts)}"
 
 
@@ -156,7 +156,7 @@ def _panels(merging: Merging, scale: int) -> list[list[np.ndarray]]:
 
 def _panels_at(merging: Merging, number: int, scale: int) -> list[np.ndarray]:
     """What `draw_stage` shows of each frame: the regions, with the image shining through."""
-    large = merging.pictures.repeat(scale, axis=1).repeat(scale, axis=2)
+    large = merging.images.repeat(scale, axis=1).repeat(scale, axis=2)
     if number <= 0:
         return list(large)
     stage = merging.stages[min(number, len(merging.stages) - 1)]

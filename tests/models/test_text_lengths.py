@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from evlgen.commands.data_check import _measured
@@ -28,7 +30,7 @@ def config(arch: str = "evlgen_opt", **changes):
 def lengths(arch: str = "evlgen_opt", kind: str | None = None, **changes):
     cls, cfg = config(arch, **changes)
     if kind:
-        cfg.language.kind = kind
+        cfg = dataclasses.replace(cfg, language=dataclasses.replace(cfg.language, kind=kind))
     return cls.text_lengths(cfg)
 
 
