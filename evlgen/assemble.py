@@ -190,7 +190,7 @@ def check_image_sizes(cfg: Config) -> None:
 def check_tiles(cfg: Config) -> None:
     """Raises `ConfigError` where the model reads tiles and a processor gives none."""
     vision = getattr(cfg.model, "vision", None)
-    for name, dataset in cfg.datasets.items() if getattr(vision, "tiles", None) else ():
+    for name, dataset in cfg.datasets_plain().items() if getattr(vision, "tiles", None) else ():
         for role, section in (dataset.get("vis_processor") or {}).items():
             if "max_tiles" not in parameters_of(registry.get_processor_class(section["name"])):
                 path = f"datasets.{name}.vis_processor.{role}.name"

@@ -6,8 +6,10 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from evlgen.common.batch import Batch
 from evlgen.common.errors import DataError
@@ -86,7 +88,7 @@ def write_captions(
             items = [FrameList(frames) if of_videos else frames[0] for _, frames in batch]
             pixels = [processor(item) for item in items]
             is_ragged = len({item.shape for item in pixels}) > 1  # grids of tiles
-            samples["image"] = pixels if is_ragged else torch.stack(pixels).to(model.device)
+            samples["image"] = cast(Tensor, pixels) if is_ragged else torch.stack(pixels).to(model.device)
             texts = model.generate(samples, num_beams=num_beams, max_length=max_length)
             yield list(zip((path for path, _ in batch), texts, strict=True))
 

@@ -52,7 +52,8 @@ class Exhibit:
         """An image or the frames of a video as the model reads them: [1, 3, T, H, W] by a model of videos;
         else [T, 3, H, W], as every frame is an image to it."""
         of_videos = reads_videos(self.model)
-        return pixels_of(self.model, [list(frames)] if of_videos else list(frames)).to(self.model.device)
+        pixels = pixels_of(self.model, [list(frames)] if of_videos else list(frames))
+        return torch.stack([*pixels]).to(self.model.device)
 
     @torch.no_grad()
     def captions(self, frames: Sequence[Image.Image], num_beams: int, max_length: int) -> list[Caption]:

@@ -8,6 +8,7 @@ that these take from the image what is asked for. The language model reads the i
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -105,11 +106,17 @@ class InstructBLIP(VLM):
             "to it. Take an architecture whose connector reads images alone, such as blip2_vicuna."
         )
 
-    def rank_answers(self, samples: Batch, candidates: Any, prompt: str = "", **options) -> list[str]:
+    def rank_answers(
+        self,
+        samples: Batch,
+        candidates: Sequence[str] | Sequence[Sequence[str]],
+        prompt: str = "",
+        num_candidates: int | None = None,
+    ) -> list[str]:
         samples = with_pixels(self, samples)
         count = count_images(samples)
         asked: Batch = {**samples, "instruction": ask(prompt, samples, count)}
-        return super().rank_answers(asked, candidates, prompt, **options)
+        return super().rank_answers(asked, candidates, prompt, num_candidates)
 
     def _continue(self, samples: Batch, prompts: list[str], **options) -> list[str]:
         return super()._continue({**samples, "instruction": prompts}, prompts, **options)

@@ -33,7 +33,7 @@ class RaggedPrompts(list):
         return RaggedPrompts(super(RaggedPrompts, self).__getitem__(int(row)) for row in rows)
 
 
-def as_prompts(prompts: Sequence[Tensor]) -> Tensor | RaggedPrompts:
+def as_prompts(prompts: Tensor | Sequence[Tensor]) -> Tensor | RaggedPrompts:
     """Soft prompts of several images: [B, M, C] where all have as many, else `RaggedPrompts`."""
     if isinstance(prompts, Tensor):
         return prompts

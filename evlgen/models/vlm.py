@@ -208,20 +208,18 @@ class VLM(Chatting):
     def _prompts_to_continue(self, samples: Batch) -> Tensor:
         """`soft_prompts` for generation: of a few images by a CUDA graph where that is possible."""
         image = samples.get("image")
-        is_plain = (
-            isinstance(image, Tensor) and image.ndim == 4 and not {"images", "visual_tokens"} & {*samples}
-        )
         is_own = type(self).soft_prompts is VLM.soft_prompts and self.temporal is None and not self.tiling
-        if not (is_plain and is_own) or self.training or len(image) > _RECORDED_IMAGES:
+        is_plain = isinstance(image, Tensor) and image.ndim == 4 and len(image) <= _RECORDED_IMAGES
+        if not (is_own and is_plain) or self.training or {"images", "visual_tokens"} & {*samples}:
             return self.soft_prompts(samples)
-        self._check_image(image)
-        image = image.to(self.device)
+        self._check_image(samples["image"])
+        pixels = samples["image"].to(self.device)
 
         def make() -> cuda_graphs.RecordedCall:
-            return cuda_graphs.RecordedCall(lambda pixels: self.soft_prompts({"image": pixels}), image)
+            return cuda_graphs.RecordedCall(lambda x: self.soft_prompts({"image": x}), pixels)
 
-        with cuda_graphs.recorded(self, image.device, (image.shape, image.dtype), make) as call:
-            return self.soft_prompts({**samples, "image": image}) if call is None else call(image)
+        with cuda_graphs.recorded(self, pixels.device, (pixels.shape, pixels.dtype), make) as call:
+            return self.soft_prompts({**samples, "image": pixels}) if call is None else call(pixels)
 
     def _with_head(self, prompts: Tensor) -> Tensor:
         return prompts if self.prompt_head is None else self.prompt_head(prompts)

@@ -92,8 +92,7 @@ class FixedShapes:
         ]
         self.cache = {cache_name(model): Cache(self.layers)}
         # results: [rows, 1, vocabulary] behind the prefix, [rows, branches, vocabulary] behind a token
-        self.prefix_logits: Tensor | None = None
-        self.token_logits: Tensor | None = None
+        self.prefix_logits = self.token_logits = embeds.new_empty(0)
         # the model is in these alone: what is recorded does not keep it alive
         self.run_prefix: Callable[[], None] = partial(self._read_prefix, model)
         self.run_tokens: Callable[[], None] = partial(self._read_tokens, model)
@@ -133,7 +132,7 @@ class FixedShapes:
             position_ids=positions,
             logits_to_keep=1,
         )
-        if self.prefix_logits is None:
+        if self.prefix_logits.shape != logits.shape:  # the first time
             self.prefix_logits = torch.zeros_like(logits)
         self.prefix_logits.copy_(logits)
         self.positions.copy_(positions[:, -1:] + 1)
@@ -152,7 +151,7 @@ class FixedShapes:
             attention_mask=self._additive(self.visible),
             position_ids=self.positions,
         )
-        if self.token_logits is None:
+        if self.token_logits.shape != logits.shape:  # the first time
             self.token_logits = torch.zeros_like(logits)
         self.token_logits.copy_(logits)
         self.positions.add_(1)

@@ -212,7 +212,8 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 def _fewer_inputs(merged: Merged, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The mask and the positions of what is left."""
-    batch, found = len(merged.order), {}
+    batch = len(merged.order)
+    found: dict[str, Any] = {}
     if (mask := kwargs.get("attention_mask")) is not None:  # None: causal, which hides what is at a row's end
         mask = _columns(mask.expand(batch, -1, -1, -1), merged)
         mask = mask.gather(2, merged.order[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))

@@ -32,13 +32,12 @@ _recording = threading.Lock()  # one thread records at a time
 
 
 class Recording(Protocol):
-    """Functions without arguments over tensors that stay where they are.
+    """Functions without arguments over tensors that stay where they are."""
 
-    Attributes:
-        num_bytes: of those tensors, once the functions have run.
-    """
-
-    num_bytes: int
+    @property
+    def num_bytes(self) -> int:
+        """Of those tensors, once the functions have run."""
+        ...
 
     def functions(self) -> list[Callable[[], None]]:
         """In the order in which they run first."""
@@ -56,7 +55,7 @@ class RecordedCall:
     """A function from one tensor to one; it and an example of its input."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
-        self.input, self.output = x.clone(), None
+        self.input, self.output = x.clone(), x.new_empty(0)
         # the function is here alone: what is recorded does not keep a model alive
         self._run: Callable[[], None] = partial(self._compute, function)
 
@@ -77,7 +76,7 @@ class RecordedCall:
 
     def _compute(self, function: Callable[[Tensor], Tensor]) -> None:
         result = function(self.input)
-        if self.output is None:
+        if self.output.shape != result.shape:  # the first time
             self.output = torch.zeros_like(result)
         self.output.copy_(result)
 
