@@ -117,8 +117,9 @@ def ours_on_card(setting: Setting, like: Textbook | None = None) -> BaseModel:
         setting.sizes.opt_config().save_pretrained(folder)
         AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
         section = our_section(setting.sizes, Path(folder), setting.precision)
-        config = registry.get_model_class("evlgen_opt").CONFIG
-        model = _without_weights(build_dataclass(config, section, path="model"), setting.precision)
+        cls = registry.get_model_class("evlgen_opt")
+        config = build_dataclass(cls.CONFIG, section, path="model")
+        model = _without_weights(cls, config, setting.precision)
     model.to_empty(device=DEVICE)
     model.language.model.tie_weights()
     torch.manual_seed(0)

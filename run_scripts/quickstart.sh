@@ -16,8 +16,8 @@ import sys
 
 metrics = json.load(open(f"{sys.argv[1]}/metrics.json"))
 left_out = metrics.pop("left_out", {})
-print("held-out pictures:  " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+print("held-out images:  " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
 PY
-echo "pictures with their captions: $PWD/captions.png"
+echo "images with their captions: $PWD/captions.png"
 echo "the trained model:            $PWD/output/quickstart/latest/checkpoints/best"
 echo "caption a picture with it:    .venv/bin/python -m evlgen caption PICTURE --checkpoint output/quickstart/latest/checkpoints/best"

@@ -64,6 +64,8 @@ class InstructBLIP(VLM):
             )
         tokenizer = QFormerTokenizer(cfg.text.tokenizer, cfg.max_txt_len, keep_end=True)
         model = cast(InstructBLIP, super().from_parts_config(cfg, device))
+        if model.tiling is not None:
+            raise ConfigError(f"model.vision.tiles: {cfg.arch} reads an image as a whole. Leave it out.")
         num_positions = cfg.text.max_position_embeddings or model.connector.sizes.max_position_embeddings
         if cfg.max_txt_len > num_positions:
             raise ConfigError(

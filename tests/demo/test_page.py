@@ -188,7 +188,9 @@ def test_examples_on_a_phone_in_the_dark(open_page, tmp_path):
     found = wait_for(lambda: all(captions(page)) and captions(page))
     assert len(found[0].splitlines()) == 4
     page.get_by_text("again, layer 3: 17 soft prompts").wait_for()
-    wait_for(lambda: page.locator(".merging img").first.bounding_box()["height"] > 20)
+    for image in page.locator(".merging").all():
+        image.scroll_into_view_if_needed()  # they are loaded when they come into view
+        wait_for(lambda image=image: image.locator("img").bounding_box()["height"] > 20)
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert "dark" in page.evaluate("document.body.className")
     shot(page, "demo-phone", tmp_path)
