@@ -97,7 +97,7 @@ class InstructBLIP(VLM):
         ids = self.text_tokenizer(texts).to(tokens.device)
         visual = self.connector.keys_values(self._normed(tokens))
         queries = encode_multimodal(self.connector, self.text, ids, ids != self.text_tokenizer.pad, visual)
-        return self._with_head(self.connector.proj_out(queries))
+        return self._with_head(self.connector.project(queries))
 
     def sequence_prompts(self, samples: Batch) -> SoftPrompts:
         """Raises `ConfigError`: a Q-Former that reads one instruction."""

@@ -212,7 +212,11 @@ class QFormer(Connector):
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, vision_dim] -> soft prompts [B, M, language_dim]; without a projection [B, M, hidden]."""
         x, _ = self.read(self.keys_values(tokens), len(tokens))
-        return x if self.proj_out is None else self.proj_out(x)
+        return self.project(x)
+
+    def project(self, queries: Tensor) -> Tensor:
+        """What the layers made of the queries, [B, M, hidden], as soft prompts, [B, M, language_dim]."""
+        return queries if self.proj_out is None else self.proj_out(queries)
 
     def keys_values(self, tokens: Tensor) -> list[Tensor | None]:
         """What each layer's cross-attention reads of the visual tokens [B, N, vision_dim], which is the same
