@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
 from evlgen.common.errors import CheckpointError, DataError
@@ -87,3 +89,22 @@ def test_nothing_is_fetched_where_all_parts_are_there(get_parts, tmp_path, monke
     for name in (get_parts.LANGUAGE, get_parts.BERT, *(f"{n}.safetensors" for n in get_parts.VISION)):
         (tmp_path / name).mkdir()
     get_parts.make_all(tmp_path)
+
+
+def test_two_checkpoints_have_a_mean(tmp_path):
+    script = SCRIPTS / "average.py"
+    for name, value in (("a", 1.0), ("b", 3.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(f"name: {name}\n")
+        save_file(
+            {"w": torch.full((2, 3), value, dtype=torch.bfloat16)}, tmp_path / name / "model.safetensors"
+        )
+    command = [sys.executable, script, tmp_path / "a", tmp_path / "b", tmp_path / "mean"]
+    assert subprocess.run(command).returncode == 0
+    (weight,) = load_file(tmp_path / "mean" / "model.safetensors").values()
+    assert weight.dtype == torch.bfloat16 and (weight == 2).all()
+    assert (tmp_path / "mean" / "config.yaml").read_text() == "name: a\n"
+
+    save_file({"w": torch.ones(3, 2)}, tmp_path / "b" / "model.safetensors")
+    refused = subprocess.run([*command[:-1], tmp_path / "other"], capture_output=True, text=True)
+    assert refused.returncode == 1 and "different models" in refused.stderr
