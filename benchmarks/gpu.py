@@ -119,7 +119,7 @@ def ours_on_card(setting: Setting, like: Textbook | None = None) -> BaseModel:
         section = our_section(setting.sizes, Path(folder), setting.precision)
         cls = registry.get_model_class("evlgen_opt")
         config = build_dataclass(cls.CONFIG, section, path="model")
-        model = _without_weights(cls, config, setting.precision)
+        model = _without_weights(config, setting.precision)
     model.to_empty(device=DEVICE)
     model.language.model.tie_weights()
     torch.manual_seed(0)

@@ -154,7 +154,8 @@ def from_published(layers: Sequence[Layer], is_project: bool = True) -> tuple[li
     arch, model_type = (_strongest(layers, key)[0] for key in ("arch", "model_type"))
     task, _ = _strongest(layers, "task", "run")
     own_arch = own_names(arch, None)[0]
-    if own_arch in _INSTRUCT and _strongest(layers, "qformer_text_input")[0] is False:
+    reads_alone = _strongest(layers, "qformer_text_input")[0] is False
+    if reads_alone and isinstance(own_arch, str) and own_arch in _INSTRUCT:
         own_arch = _INSTRUCT[own_arch]
     own_keys = _own_keys(own_arch)
     met = [*_check_beta(layers, own_keys, is_project), *_check_instruction(layers, own_arch, own_keys)]
@@ -369,7 +370,7 @@ class _Translation:
             _put(out, ("vision", "temporal", "form"), "residual")  # what the published code computes
         if "arch" in out:
             own = own_names(out["arch"], None)[0]
-            out["arch"] = self.arch if own in _INSTRUCT else own
+            out["arch"] = self.arch if isinstance(own, str) and own in _INSTRUCT else own
         if "model_type" in out:
             out["model_type"], implied = _type_of(self.arch, out["model_type"])
         return out, dict(implied)
@@ -458,7 +459,7 @@ def _check_instruction(layers: Sequence[Layer], own_arch: Any, own_keys: Collect
     what the architecture does: true of InstructBLIP's, as in LAVIS, and false of BLIP-2's. Returns the key,
     to be left out."""
     known = {**dict.fromkeys(_INSTRUCT, True), **dict.fromkeys(_INSTRUCT.values(), False)}
-    if own_arch not in known or "qformer_text_input" in own_keys:
+    if not isinstance(own_arch, str) or own_arch not in known or "qformer_text_input" in own_keys:
         return []
     reads, source = _strongest(layers, "qformer_text_input")
     if source is not None and reads is not known[own_arch]:

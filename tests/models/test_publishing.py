@@ -170,14 +170,14 @@ def test_a_repository_that_may_not_be_read_says_why(hub, plain_files, monkeypatc
 def test_what_is_not_there_is_named(hub, plain_files):
     put(hub, plain_files)
     put(hub, {"model.safetensors": b""}, "ada/other")
-    put(hub, {"config.json": b'{"model_type": "instructblip"}', "model.safetensors": b""}, "ada/theirs")
+    put(hub, {"config.json": b'{"model_type": "llava_next"}', "model.safetensors": b""}, "ada/theirs")
     with pytest.raises(CheckpointError, match="has no branch, tag or commit 'v9'.*/ada/model/tree/main"):
         MODEL.from_pretrained("ada/model", revision="v9")
     with pytest.raises(
         CheckpointError, match="ada/other has no config.yaml: it is not a checkpoint of evlgen"
     ):
         MODEL.from_pretrained("ada/other")
-    with pytest.raises(CheckpointError, match="a instructblip model. Read from transformers' format are"):
+    with pytest.raises(CheckpointError, match="a llava_next model. Read from transformers' format are"):
         MODEL.from_pretrained("ada/theirs")
     with pytest.raises(CheckpointError, match="'ada/nothing' is no folder, no model type .*no such model"):
         MODEL.from_pretrained("ada/nothing")

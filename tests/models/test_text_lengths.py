@@ -69,7 +69,7 @@ def test_the_prompt_before_captions_is_read_and_not_learned():
 @pytest.mark.parametrize("kind", ["opt", "causal"])
 def test_a_word_that_only_begins_like_the_prompt_is_learned(kind):
     cls, cfg = config(prompt="a red")
-    cfg.language.kind = kind
+    cfg = dataclasses.replace(cfg, language=dataclasses.replace(cfg.language, kind=kind))
     reader = build_language_model(cfg, cls.LANGUAGE_MODEL, "meta")
     other, begins = reader.to_learn(["a reddish star", "a red star"])
     assert reader.tokenizer.decode(begins.learned).startswith(" star")
@@ -84,7 +84,7 @@ def test_a_blank_after_the_prompt_takes_no_word_from_what_is_learned():
 @pytest.mark.parametrize("kind", ["opt", "causal"])
 def test_without_weights_texts_become_the_same_tokens(kind):
     cls, cfg = config(max_txt_len=6)
-    cfg.language.kind = kind
+    cfg = dataclasses.replace(cfg, language=dataclasses.replace(cfg.language, kind=kind))
     whole, bare = (build_language_model(cfg, cls.LANGUAGE_MODEL, device) for device in ("cpu", "meta"))
     assert bare.to_learn([QUESTION], [ANSWER]) == whole.to_learn([QUESTION], [ANSWER])
     assert bare.to_read([QUESTION]) == whole.to_read([QUESTION])
@@ -100,7 +100,7 @@ def test_the_first_stage_reads_a_text_between_two_marks():
 def test_without_the_tokenizer_nothing_is_said_of_limits(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     cls, cfg = config()
-    cfg.language.name = str(tmp_path / "gone")
+    cfg = dataclasses.replace(cfg, language=dataclasses.replace(cfg.language, name=str(tmp_path / "gone")))
     assert cls.text_lengths(cfg) is None and WordLengths().limits == {}
     assert WordLengths().learned(["one two"], ["three"]) == [TextLength(2, 1)]
     assert WordLengths().asked(["one two"]) == [TextLength(2, 0)]

@@ -35,12 +35,12 @@ QUICK_PLACES = ["half a file", "before latest", "before a backward pass", "scori
 
 TEXTS = """
 import hashlib
-from evlgen.datasets.shapes import captions, clips, questions, world
+from evlgen.datasets.shapes import captions, questions, videos, world
 digest = hashlib.sha256()
 for index in range(800):
     digest.update("|".join(captions.captions(world.scene("train", index))).encode())
 for index in range(30):
-    digest.update("|".join(clips.captions(clips.moving_scene("train", index, 0))).encode())
+    digest.update("|".join(videos.captions(videos.moving_scene("train", index, 0))).encode())
     digest.update(repr(questions.question("train", index, 0)).encode())
 print(digest.hexdigest())
 """

@@ -77,7 +77,8 @@ _TRAINED = {
     },
 }
 # What InstructBLIP has besides: the Q-Former's way of text.
-_TRAINED |= {
+_INSTRUCTED = {
+    **_TRAINED,
     "qformer.embeddings.layernorm": "Qformer.bert.embeddings.LayerNorm",
     **{
         f"qformer.embeddings.{name}": f"Qformer.bert.embeddings.{name}"
@@ -205,7 +206,8 @@ def _read_blip2(source: Path, model: Any) -> tuple[dict[str, Any], dict[str, Ten
         _expect(source, "qformer_config.use_qformer_text_input", qformer.use_qformer_text_input, False)
     state = model.state_dict()
     wanted = ("query_tokens", "qformer.", "language_projection.", "vision_model.post_layernorm.")
-    trained = {_renamed(key, _TRAINED): value for key, value in state.items() if key.startswith(wanted)}
+    names = _TRAINED if config.model_type == "blip-2" else _INSTRUCTED
+    trained = {_renamed(key, names): value for key, value in state.items() if key.startswith(wanted)}
     eva = {}
     for name, value in model.vision_model.state_dict().items():
         if name.startswith("post_layernorm."):
