@@ -158,7 +158,8 @@ def both_steps(setting: Setting) -> tuple[OurStep, TextbookStep]:
 
 
 def captions(setting: Setting) -> None:
-    """Captions per second against transformers' BLIP-2, and the time of the first."""
+    """Captions per second, by CUDA graphs, against transformers' BLIP-2, and the time of the first."""
+    os.environ["EVLGEN_CUDA_GRAPHS"] = "1"
     model = ours_on_card(setting).eval()
     dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
     num_soft_prompts = model.connector.num_soft_prompts(model.vision.num_tokens)
@@ -199,7 +200,7 @@ def written(
         with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
             return model.generate({"image": images}, num_beams=beams, max_length=NEW_TOKENS)
     finally:
-        del os.environ["EVLGEN_CUDA_GRAPHS"]
+        os.environ["EVLGEN_CUDA_GRAPHS"] = "1"
 
 
 def step(setting: Setting) -> None:

@@ -6,7 +6,7 @@ the same memory every time: its inputs and results stay where they are, and noth
 A function for which that is not so is found out by running it once while waiting is forbidden, before
 anything is recorded; it then runs as without graphs, and one line in the log says so.
 
-``EVLGEN_CUDA_GRAPHS=0`` in the environment turns graphs off.
+Off unless ``EVLGEN_CUDA_GRAPHS=1`` is in the environment: nothing of it has run on a card yet.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def can_record(module: nn.Module, device: torch.device) -> bool:
     return (
         device.type == "cuda"
         and torch.version.cuda is not None
-        and os.environ.get("EVLGEN_CUDA_GRAPHS") != "0"
+        and os.environ.get("EVLGEN_CUDA_GRAPHS") == "1"
         and module not in _failed
         and not torch.is_grad_enabled()
         and not torch.are_deterministic_algorithms_enabled()
