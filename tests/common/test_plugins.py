@@ -281,7 +281,7 @@ def test_nothing_that_a_file_beside_weights_names_is_imported(given, monkeypatch
     assert Config.load(file).plugins == ("evlgen.models.connectors.pool",)
     for options, plugins in ([[], ["./mine.py"]], [["plugins=[mine.py]"], []]):
         loaded = Config.load(describe(given / name, ["./mine.py"]), options, plugins).plugins
-        assert loaded == (str(given.parent / "here" / "mine.py"),)  # the user's own, not the one beside the file
+        assert loaded == (str(given.parent / "here" / "mine.py"),)  # not the one beside the file
 
 
 def test_the_file_of_a_run_imports_what_the_run_did_but_nothing_from_its_folder(given, monkeypatch):
