@@ -242,7 +242,9 @@ class Harnessed:
         visuals, texts = list(question.visuals), question.text.split(_MARKER)
         parts: list[str | VisualPart] = [*visuals, question.text or self.model.prompt]
         if len(texts) - 1 == len(visuals):
-            parts = [part for pair in zip(texts, [*visuals, ""], strict=True) for part in pair]
+            parts = [texts[0]]
+            for visual, text in zip(visuals, texts[1:], strict=True):
+                parts += [visual, text]
         return [part for part in parts if part]
 
     def _samples(self, questions: Sequence[_Question], answers: Sequence[str] | None = None) -> Batch:
