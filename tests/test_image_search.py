@@ -187,12 +187,13 @@ def test_a_model_is_known_by_all_of_its_weights(model):
 
 
 def test_a_hundred_thousand_vectors_are_searched_in_a_second(model):
-    """20,000 images of 32 queries and 256 channels, a fifth of it, in 0.4 s: a machine may be busy."""
+    """20,000 images of 32 queries and 256 channels, a fifth of it, in 0.4 s of the processor: others may be
+    busy on the machine."""
     features = F.normalize(torch.randn(2000, 32, 256), dim=-1).half().repeat(10, 1, 1)
     query = features[777, 5].float()
-    started = time.perf_counter()
+    started = time.process_time()
     places, scores = image_search._nearest(features, query, 10)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     assert set(places.tolist()) == {777 + 2000 * i for i in range(10)}
     assert scores.tolist() == pytest.approx([1] * 10, abs=1e-3)
     assert seconds < 0.4
