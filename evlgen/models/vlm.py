@@ -386,7 +386,7 @@ class VLM(Chatting):
 
     def not_learnable(self, samples: Batch) -> dict[int, str]:
         if sequences.is_sequence(samples):
-            return sequences.not_learnable(self.language, samples, self._num_soft, self._most_positions)
+            return sequences.not_learnable(self.language, samples, self.num_soft_prompts, self._most_positions)
         if "text_output" not in samples:
             return {}
         lost = self.language.without_answer(samples["text_input"], samples["text_output"])
@@ -399,7 +399,7 @@ class VLM(Chatting):
         why = f"its question takes all {limit} tokens of model.max_txt_len: nothing of an answer is left"
         return {sample: why for sample, count in lost_of.items() if count == counts[sample]}
 
-    def _num_soft(self, image: Tensor) -> int:
+    def num_soft_prompts(self, image: Tensor) -> int:
         """The soft prompts of an image [3, H, W] or a video [3, T, H, W]."""
         if self.tiling is not None:
             num_tokens = self.vision.num_tokens
