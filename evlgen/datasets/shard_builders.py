@@ -16,9 +16,9 @@ from braceexpand import braceexpand
 
 from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.registry import registry
+from evlgen.config.build_info import as_list
 from evlgen.config.schema import NonNegativeInt, PositiveInt, build_dataclass
 from evlgen.datasets.base_builder import BaseDatasetBuilder
-from evlgen.datasets.file_builder import as_list
 from evlgen.datasets.shards import ShardDataset, read_shard, stats_path
 from evlgen.media.video import Reader
 

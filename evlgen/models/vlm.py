@@ -21,7 +21,6 @@ from evlgen.common.precision import without_autocast
 from evlgen.common.registry import registry
 from evlgen.config.model_config import GenerationConfig, ModelConfig
 from evlgen.models import room, sequences
-from evlgen.models.base_model import MissingAsset
 from evlgen.models.chatting import Chatting
 from evlgen.models.connectors.base import Connector, ConnectorInputs
 from evlgen.models.language import CausalLanguageModel, LanguageModel, build_language_model
@@ -34,6 +33,7 @@ from evlgen.models.vision import build_vision_encoder
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.temporal import pool_frames
 from evlgen.models.writing import count_images
+from evlgen.weights.needed import MissingAsset, language_parts, with_small_parts
 
 logger = logging.getLogger(__name__)
 
@@ -119,19 +119,12 @@ class VLM(Chatting):
     @classmethod
     def missing(cls, cfg: ModelConfig) -> list[MissingAsset]:
         """Weights the config names that are not on this machine."""
-        found = super().missing(cfg)
         named = (cfg.vision.pretrained, *cls._hub_parts(cfg).values())
-        if found and any("cache://parts/" in str(part) for part in named):
-            why = "bash run_scripts/photos/get_parts.sh fetches them"
-            found.append(MissingAsset("the small parts", why, False))
-        return found
+        return with_small_parts(super().missing(cfg), named)
 
     @classmethod
     def _hub_parts(cls, cfg: ModelConfig) -> dict[str, str]:
-        parts = {"language model": cfg.language.name}
-        if start := cfg.connector.get("init"):
-            parts["connector start"] = start
-        return parts
+        return language_parts(cfg.language.name, cfg.connector.get("init"))
 
     @classmethod
     def text_lengths(cls, cfg: ModelConfig) -> TextLengths | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 from typing import Any, ClassVar
 
@@ -18,11 +17,12 @@ from torch import Tensor, nn
 from evlgen.common.errors import CheckpointError, ConfigError, EVLGenError, did_you_mean
 from evlgen.common.memory import check_fits
 from evlgen.common.registry import registry
-from evlgen.files.io import download_target, resolve
+from evlgen.files.io import resolve
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.checkpointing import FairscaleCheckpoints, checkpoint_blocks, offloaded
 from evlgen.models.vision.efficientnet import efficientnet_to_timm, is_efficientnet_pytorch
 from evlgen.models.vision.merging import Merging, merge_in_blocks, num_merged_tokens
+from evlgen.weights.needed import ENCODER_WEIGHTS, missing_encoder
 from evlgen.weights.weights import check_finite, read_weights, weights_only
 
 logger = logging.getLogger(__name__)
@@ -121,19 +121,7 @@ class TimmEncoder(VisionEncoder):
     def missing(cls, pretrained: bool | str) -> str | None:
         """Why the weights are not on this machine, with the remedy; None when they are or can be asked of
         timm."""
-        source = cls.WEIGHTS_URL if pretrained is True else pretrained
-        if not isinstance(source, str):
-            return None
-        if source.startswith(("http://", "https://")):
-            target = download_target(source)
-            if target.is_file():
-                return None
-            return (
-                f"the weights are not at {target}. Download {source} to that path, "
-                "or name a file in model.vision.pretrained."
-            )
-        path = resolve(source)
-        return None if os.path.exists(path) else f"there is no file {path}"
+        return missing_encoder(cls.WEIGHTS_URL if pretrained is True else pretrained)
 
     @classmethod
     def normalisation(cls, name: str) -> dict[str, list[float]]:
@@ -255,9 +243,7 @@ class EvaClipG(TimmEncoder):
 
     TIMM_NAME = "eva_giant_patch14_clip_224"
     DEFAULTS: ClassVar[dict[str, Any]] = {"depth": 39, "use_post_transformer_norm": False}
-    WEIGHTS_URL = (
-        "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
-    )
+    WEIGHTS_URL = ENCODER_WEIGHTS["eva_clip_g"]
     ANTIALIAS = False  # LAVIS, interpolate_pos_embed of models/eva_vit.py
 
 
@@ -269,9 +255,7 @@ class ClipL(TimmEncoder):
 
     TIMM_NAME = "vit_large_patch14_clip_quickgelu_224.openai"
     DEFAULTS: ClassVar[dict[str, Any]] = {"depth": 23, "final_norm": False}
-    WEIGHTS_URL = (
-        "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/clip_vit_L.pth"
-    )
+    WEIGHTS_URL = ENCODER_WEIGHTS["clip_L"]
     ANTIALIAS = False  # LAVIS, interpolate_pos_embed of models/clip_vit.py
 
     def _adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
