@@ -33,7 +33,7 @@ for name in "${names[@]}"; do
         files=(--cfg-path projects/photos/flickr8k_lite.yaml --grid "model.connector=$(connector_of "$name")") options=(model.language.lora=null datasets.image_text.captions_together=false run.batch_size_train=32 run.warmup_steps=15)
     fi
     resume=()
-    [ ! -e "$folder/$name" ] || resume=(--resume)
+    [ ! -e "$folder/$name/plan.json" ] || resume=(--resume)
     "$python" -m evlgen compare "${files[@]}" --budget "${BUDGET:-540s}" --evaluate-every "${EVERY:-270s}" --seeds "${SEEDS:-42}" \
         --split val --evaluate-samples "${SAMPLES:-64}" --output "$folder/$name" ${resume[@]+"${resume[@]}"} --options \
         run.num_beams=1 run.max_len=20 run.image_use_samples=128 \

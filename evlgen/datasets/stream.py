@@ -25,7 +25,7 @@ class Partition(NamedTuple):
 
     seed: int
     index: int  # type: ignore[assignment]  # not that of tuples
-    count: int  # type: ignore[assignment]
+    count: int  # type: ignore[assignment]  # nor this
 
 
 class StreamDataset(BaseDataset):

@@ -56,7 +56,7 @@ class InstructBLIP(VLM):
     text_tokenizer: QFormerTokenizer
 
     @classmethod
-    def from_parts_config(cls, cfg: InstructConfig, device: torch.device) -> InstructBLIP:  # type: ignore[override]
+    def from_parts_config(cls, cfg: InstructConfig, device: torch.device) -> InstructBLIP:  # type: ignore[override]  # a config of its own kind
         """Builds the parts. Raises `ConfigError` for a connector other than a Q-Former."""
         name = cfg.connector.get("name")
         if not issubclass(registry.get_connector_class(name or "tomeformer"), QFormer):
@@ -79,7 +79,7 @@ class InstructBLIP(VLM):
         return model
 
     @classmethod
-    def _hub_parts(cls, cfg: InstructConfig) -> dict[str, str]:  # type: ignore[override]
+    def _hub_parts(cls, cfg: InstructConfig) -> dict[str, str]:  # type: ignore[override]  # as above
         return {**super()._hub_parts(cfg), "tokenizer": cfg.text.tokenizer}
 
     def soft_prompts(self, samples: Batch) -> Tensor:

@@ -400,9 +400,8 @@ class VLM(Chatting):
 
     def not_learnable(self, samples: Batch) -> dict[int, str]:
         if sequences.is_sequence(samples):
-            return sequences.not_learnable(
-                self.language, samples, self.num_soft_prompts, self._most_positions
-            )
+            room = self.num_soft_prompts, self._most_positions
+            return sequences.not_learnable(self.language, samples, *room)
         if "text_output" not in samples:
             return {}
         lost = self.language.without_answer(samples["text_input"], samples["text_output"])
