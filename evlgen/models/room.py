@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -38,14 +38,7 @@ def text_lengths(cfg: ModelConfig, kind: str, temporal: str | None) -> TextLengt
     def num_soft_of_shape(shape: Sequence[int]) -> int:
         if tiling is not None:
             return tiling.num_soft(shape, num_soft)
-<<<<<<< HEAD
-        return num_soft(shape[1] if temporal == "concat" and len(shape) == 4 else 1)
-=======
-        frames = shape[1] if len(shape) == 4 else 1
-        if temporal == "each":
-            return frames * num_soft(1)
-        return num_soft(frames if temporal == "concat" else 1)
->>>>>>> main
+        return _of_frames(temporal, shape[1] if len(shape) == 4 else 1, num_soft)
 
     limit = min(cfg.max_sequence_len, language.max_positions or cfg.max_sequence_len)
     return TextLengths(language, num_soft_of_shape, limit) if offers(language, TextReader) else None
@@ -76,7 +69,7 @@ def check_room(
     # of queries, maybe
     counts = [n for key, n in cfg.connector.items() if key.startswith("num_") and isinstance(n, int)]
     tiling = _tiling(cfg)
-    views = num_frames if temporal == "concat" else 1 if tiling is None else tiling.max + 1
+    views = num_frames if temporal in ("concat", "each") else 1 if tiling is None else tiling.max + 1
     most = views * max((cfg.vision.image_size // 8) ** 2, *counts, 0)
     if limit is not None and texts + around + num_new + most > limit:
         language = _language_without_weights(cfg, kind)
@@ -84,8 +77,14 @@ def check_room(
         def num_soft(views: int) -> int:
             return _num_soft_prompts(cfg, language.embed_dim, views)
 
-        most = num_soft(views) if tiling is None else tiling.most_soft(num_soft)
+        of_frames = _of_frames(temporal, num_frames, num_soft)
+        most = of_frames if tiling is None else tiling.most_soft(num_soft)
         language.check_room(most, prompt, num_new, learns)
+
+
+def _of_frames(temporal: str | None, frames: int, num_soft: Callable[[int], int]) -> int:
+    """The soft prompts of a video; ``num_soft`` gives those of several images whose tokens stand in a row."""
+    return frames * num_soft(1) if temporal == "each" else num_soft(frames if temporal == "concat" else 1)
 
 
 def _language_without_weights(cfg: ModelConfig, kind: str) -> LanguageModel:
