@@ -8,21 +8,19 @@ from collections.abc import Sequence
 
 from evlgen.commands import COMMANDS
 from evlgen.commands.arguments import add_run_arguments, allow_downloads
-from evlgen.console import guarded
+from evlgen.console import Parser, guarded
 
 
 def train(argv: Sequence[str] | None = None) -> int:
     """``train.py``: runs a project file. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="train.py", description="Train, validate and test what a project file describes."
-    )
+    parser = Parser(prog="train.py", description="Train, validate and test what a project file describes.")
     add_run_arguments(parser)
     return guarded(lambda args: _run(args, evaluate=False), parser, argv)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
     """``evaluate.py``: evaluates a project file's model on its test splits. Returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="evaluate.py", description="Evaluate what a project file describes, on its test splits."
     )
     add_run_arguments(parser)
@@ -31,7 +29,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m evlgen``. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="evlgen", description="Visually conditioned language generation.")
+    parser = Parser(prog="evlgen", description="Visually conditioned language generation.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, is_evaluation in (("train", False), ("evaluate", True)):
         command = commands.add_parser(name, help=f"{name} what a project file describes (as {name}.py)")

@@ -6,9 +6,18 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from evlgen.common.errors import EVLGenError, Interrupted, ProcessLost
 from evlgen.common.launcher import is_first, tell_launcher
+from evlgen.common.safe_text import printable
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows escaped what somebody typed and it does not know."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
 
 def guarded(action: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser, argv) -> int:

@@ -143,3 +143,6 @@ def test_caption_names_hostile_files_on_an_ascii_console(tmp_path, monkeypatch):
 def test_an_option_cannot_write_to_the_terminal(capsys):
     assert cli.train(["--cfg-path", "no\x1b[31m\nfile.yaml"]) == 1
     assert r"no\x1b[31m\nfile.yaml" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["caption", "x.png", "--no\x1b[31m\nsuch"])
+    assert capsys.readouterr().err.endswith("error: unrecognized arguments: --no\\x1b[31m\\nsuch\n")
