@@ -304,7 +304,7 @@ def datasets_from_lavis(section: Any, arch: Any = None) -> tuple[Any, list[str]]
     """
     if not isinstance(section, Mapping):
         return section, []
-    out, ignored = dict(section), []
+    out, ignored = dict(section), list[str]()
     for name, dataset in section.items():
         builder = builder_name(name, dataset)
         if builder in _DATASETS and builder not in registry.list_datasets() and isinstance(dataset, Mapping):
