@@ -16,13 +16,11 @@ from evlgen import __version__
 from evlgen.common.errors import (
     CheckpointError,
     ConfigError,
-    DataError,
     EVLGenError,
     TrainingError,
     did_you_mean,
 )
 from evlgen.common.registry import registry
-from evlgen.common.safe_text import message_lines
 from evlgen.config.config import Config
 from evlgen.config.machine import MACHINE_FILE, machine_of_run
 from evlgen.config.schema import parameters_of
@@ -30,6 +28,7 @@ from evlgen.config.yaml_io import read_yaml
 from evlgen.files.io import cache_root, write_atomically
 from evlgen.files.locks import sole_writer
 from evlgen.weights.checkpoints import STATE_FOLDER, found_checkpoints, update_symlink
+from evlgen.weights.needed import refuse_missing
 
 if TYPE_CHECKING:
     from evlgen.datasets.base_dataset import BaseDataset
@@ -211,19 +210,12 @@ def make_builders(cfg: Config) -> dict[str, Any]:
     return builders
 
 
-def wanted_splits(cfg: Config) -> list[str]:
-    """The splits a run touches."""
-    run = cfg.run
-    training = [] if run.evaluate else [*run.train_splits, *run.valid_splits]
-    return list(dict.fromkeys([*training, *run.test_splits]))
-
-
 def check_splits(cfg: Config, builders: dict[str, Any]) -> None:
     """Raises `ConfigError` for a split that no dataset has."""
     known = sorted({split for builder in builders.values() for split in builder.splits})
     for key in ("train_splits", "valid_splits", "test_splits"):
         for split in getattr(cfg.run, key):
-            if split in wanted_splits(cfg) and split not in known:
+            if split in cfg.run.wanted_splits() and split not in known:
                 path = f"run.{key}"
                 raise ConfigError(
                     f"{path} ({cfg.source(path) or 'default'}): no dataset has a split "
@@ -249,24 +241,14 @@ def check_nothing_missing(cfg: Config, builders: dict[str, Any]) -> None:
 
     Weights that the hub offers are not missing where it can be reached: they are downloaded later.
     """
-    from evlgen.weights.hub import hub_reachable
-
     model_class = registry.get_model_class(cfg.model.arch)
     weights = model_class.missing(cfg.model)
     data = [
         line
         for name, builder in builders.items()
-        for line in builder.missing([s for s in wanted_splits(cfg) if s in builder.splits])
+        for line in builder.missing([s for s in cfg.run.wanted_splits() if s in builder.splits])
     ]
-    if weights and not data and all(item.fetchable for item in weights) and hub_reachable():
-        for item in weights:
-            logger.info("to be downloaded: %s", item.what)
-        return
-    if weights or data:
-        found = [*(f"{w.what}: {w.why}" for w in weights), *data]
-        small = "To see the command work without any of the weights, add: --options model.model_type=shapes"
-        lines = ["this run needs what is not on this machine:", *(f"  - {line}" for line in found)]
-        raise DataError(message_lines([*lines, *([small] if weights else [])]))
+    refuse_missing(weights, data)
 
 
 def check_room(cfg: Config, task: Any) -> None:
@@ -287,7 +269,9 @@ def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str,
     from evlgen.loaders.mixed_plan import told_length
 
     datasets = {
-        name: {split: builder.get_split(split) for split in wanted_splits(cfg) if split in builder.splits}
+        name: {
+            split: builder.get_split(split) for split in cfg.run.wanted_splits() if split in builder.splits
+        }
         for name, builder in builders.items()
     }
     for name, splits in datasets.items():

@@ -48,9 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, evaluate: bool) -> int:
     from evlgen.config.config import Config, load_stages
     from evlgen.config.consent import check_project
+    from evlgen.first_look import look_for_files
 
+    options = [*args.options, *(["run.evaluate=true"] if evaluate else [])]
+    look_for_files(args.cfg_path, options, args.plugins)
     if evaluate:  # of a file with stages what the last one trains
-        stages = [Config.load(args.cfg_path, [*args.options, "run.evaluate=true"], args.plugins)]
+        stages = [Config.load(args.cfg_path, options, args.plugins)]
     else:
         stages = load_stages(args.cfg_path, args.options, args.plugins)
     for cfg in stages:

@@ -135,7 +135,7 @@ def check_split(
     """
     report = SplitReport(name, len(dataset))
     loader = eval_loader(_Summaries(dataset), 8, num_workers, pin_memory=False)
-    bar = tqdm(total=len(dataset), desc=name, unit="sample", disable=None, leave=False)
+    bar = tqdm(total=len(dataset), desc=printable(name), unit="sample", disable=None, leave=False)
     with workers_named(), seeded(seed), bar:
         for batch in loader:
             for found in batch:

@@ -13,6 +13,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from evlgen.common.registry import registry
+from evlgen.config.config import Config
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -46,6 +49,35 @@ def test_the_published_sizes_fit_together(step):
     assert sum(p.numel() for p in model.visual_encoder.parameters()) == pytest.approx(0.986e9, rel=0.01)
     assert model.opt_proj.out_features == model.opt_model.config.hidden_size == 2560
     assert len(model.opt_model.model.decoder.layers) == 32
+
+
+def test_operations_of_blip2s_first_stage_are_counted_beside_its_second(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    macs = importlib.import_module("macs")
+    assert {"projects/blip2/reproduce_stage1.yaml", "projects/blip2/reproduce_stage2.yaml"} < {*macs.PROJECTS}
+    cfg = Config.load("projects/blip2/shapes_stage1.yaml").model
+    found = macs.count("projects/blip2/shapes_stage1.yaml")
+    model = registry.get_model_class("blip2").from_config(cfg)
+    width = model.connector.sizes.hidden_size
+    more_words = (macs.BERT_WORDS - len(model.tokenizer)) * (width + 1)
+    assert found.parts["connector"].trained - more_words == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
+    # by hand: keys and values of the image once, 4 passes of the queries, 5 of the text, words at the end
+    layers, queries, text = model.connector.layers, model.connector.num_query_token, macs.TEXT_TOKENS
+    sizes, seen = model.connector.sizes, sum(layer.has_cross_attention for layer in model.connector.layers)
+    attention, forward = 4 * width**2, 2 * width * sizes.intermediate_size
+    by_hand = seen * 2 * model.vision.num_tokens * model.vision.embed_dim * width
+    by_hand += 4 * queries * (len(layers) * (attention + forward) + seen * 2 * width**2)
+    by_hand += 5 * text * len(layers) * (attention + forward) + text * macs.BERT_WORDS * width
+    assert found.parts["connector"].forward == pytest.approx(by_hand, rel=0.15)
+    assert found.flops > 2 * sum(part.forward for part in found.parts.values())
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_every_script_finds_what_it_imports(name, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    importlib.import_module(name)
 
 
 def test_a_part_of_the_gpus_figures_is_measured_at_small_sizes(monkeypatch, tmp_path, capsys):

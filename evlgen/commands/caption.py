@@ -78,6 +78,7 @@ def _to_file(args: argparse.Namespace) -> int:
     import os
 
     from evlgen.captions_file import caption_to_file
+    from evlgen.common.safe_text import printable
     from evlgen.config.consent import ask_on_terminal
 
     found = caption_to_file(
@@ -98,7 +99,7 @@ def _to_file(args: argparse.Namespace) -> int:
     if found is None:
         return 0
     captions, failures = found
-    print(f"{args.output}: {captions} captions", flush=True)
+    print(printable(f"{args.output}: {captions} captions"), flush=True)
     if failures:
-        print(f"{args.output}.failed: {failures} files that could not be read", flush=True)
+        print(printable(f"{args.output}.failed: {failures} files that could not be read"), flush=True)
     return 0

@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from evlgen.assemble import ready_builders
     from evlgen.config.config import Config
     from evlgen.config.consent import check_project
+    from evlgen.config.yaml_io import dump_yaml
     from evlgen.datasets.packing import pack
 
     cfg = Config.load(args.cfg_path, args.options, args.plugins)
@@ -36,14 +37,9 @@ def run(args: argparse.Namespace) -> int:
     packed = pack(dataset, Path(args.to).expanduser().absolute(), args.samples_per_shard)
     left_out = f"; {packed.left_out} could not be read and are left out" if packed.left_out else ""
     left_out += f"; {packed.bad_rows} rows make no sample and are left out" if packed.bad_rows else ""
-    print(
-        f"# {packed.samples} samples with {packed.captions} captions{left_out}. To train on them:\n"
-        "datasets:\n"
-        "  web_shards:\n"
-        f"    data_type: {dataset.media.what}s\n"
-        "    build_info:\n"
-        f"      storage: {packed.storage}"
-    )
+    print(f"# {packed.samples} samples with {packed.captions} captions{left_out}. To train on them:")
+    shards = {"data_type": f"{dataset.media.what}s", "build_info": {"storage": packed.storage}}
+    print(dump_yaml({"datasets": {"web_shards": shards}}), end="")
     return 0
 
 

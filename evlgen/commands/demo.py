@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from evlgen.commands.arguments import add_allow_downloads, add_common, positive
 from evlgen.commands.serve import above_zero, port
+from evlgen.common.safe_text import printable
 
 if TYPE_CHECKING:
     from evlgen.models.base_model import BaseModel
@@ -73,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
         app = make_app(page, limits, is_local)
         listening.listen()
         shown = f"[{host}]" if ":" in host else host
-        print(f"{', '.join(e.title for e in exhibits)} at http://{shown}:{number}/", flush=True)
+        titles = printable(", ".join(e.title for e in exhibits))
+        print(f"{titles} at http://{shown}:{number}/", flush=True)
         run_app(app, listening, limits)
     return 0
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evlgen.commands.arguments import add_debug
+from evlgen.common.safe_text import printable
 
 if TYPE_CHECKING:
     from evlgen.config.catalogue import Entry, Item
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 def _print_catalogue(entries: Mapping[str, Entry], root: Path) -> None:
     from evlgen.config.catalogue import items_of
 
-    print(f"in {root}\n")
+    print(printable(f"in {root}") + "\n")
     for name, entry in entries.items():
         print(f"{name:<12}{entry.title}")
         for line in (_in_short(items_of(entry), root), *entry.licences):
@@ -124,7 +125,7 @@ def _print_plan(entries: Sequence[Entry], items: Sequence[Item], missing: Sequen
         print(entry.title)
         for licence in entry.licences:
             print(f"  {licence}")
-    print(f"in {root}:")
+    print(printable(f"in {root}:"))
     to_fetch = {item.key: item for item in missing}
     states = [state_of(item, root) for item in items]
     for item, state in zip(items, states, strict=True):
@@ -160,12 +161,13 @@ def _print_end(entries: Sequence[Entry], items: Sequence[Item], root: Path) -> N
     for entry in entries:
         for item in items_of(entry):
             if item.key in missing:
-                print(f"{root / item.storage} has to come by hand. {entry.by_hand.get(item.kind, '')}")
+                where = f"{root / item.storage} has to come by hand."
+                print(printable(f"{where} {entry.by_hand.get(item.kind, '')}"))
     print(f"{len(items) - len(missing)} of {len(items)} files and archives are here.")
     setting = "" if root.resolve() == cache_root() else f"EVLGEN_CACHE={root} "
     for entry in entries:
         if entry.use:
-            print(f"use it: {setting}{entry.use}")
+            print(printable(f"use it: {setting}{entry.use}"))
 
 
 def _size_of(items: Sequence[Item]) -> str:

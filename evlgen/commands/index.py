@@ -12,6 +12,7 @@ from evlgen.commands.arguments import (
     fail_for,
     positive,
 )
+from evlgen.common.safe_text import printable
 
 HELP = "write an index of images, for `search`"
 
@@ -66,6 +67,6 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         left_out=left_out,
     )
-    print(f"{args.output}: {count} images", flush=True)
+    print(printable(f"{args.output}: {count} images"), flush=True)
     fail_for(left_out, args.images, "indexed")
     return 0

@@ -253,6 +253,7 @@ def _evaluation_options(settings: Settings, is_last: bool) -> list[str]:
         "run.evaluate=false",
         "run.test_splits=[]",
         f"run.max_eval_samples={samples}",
+        "run.max_valid_samples=null",
         "run.keep_last=1",
     ]
     if is_last:

@@ -47,13 +47,17 @@ from evlgen.config.layers import (
     read_layer,
 )
 from evlgen.config.model_config import ArchitectureConfig
-from evlgen.config.named_code import check_named, modules_of_paths
+from evlgen.config.named_code import (
+    check_named,
+    comes_with_weights,
+    modules_of_paths,
+    not_imported_unasked,
+)
 from evlgen.config.run_config import RunConfig
 from evlgen.config.schema import Problems, Registered, check_section, instantiate
 from evlgen.config.stages import Stage, check_sequence, layers_of_stage, stage_names
 from evlgen.config.yaml_io import dump_yaml
 from evlgen.files.io import PACKAGE_ROOT, write_atomically
-from evlgen.weights.hub_checkpoints import is_from_hub
 
 logger = logging.getLogger(__name__)
 
@@ -116,15 +120,20 @@ class Config:
             early.raise_any()
 
         load_entry_points()
-        asked_for, in_file = list(plugins), list(layers.get("plugins") or [])
-        modules = [modules_of_paths([layer.content]) for layer in own.layers]
-        asked_for += modules[-1]
-        in_file += [module for found in modules[:-1] for module in found]
-        if path is not None and is_from_hub(path.parent):
-            load_plugins(plugins)
-            check_named(in_file, str(cfg_path))
-            in_file = []
-        loaded = load_plugins([*in_file, *asked_for], path.parent if path else None)
+        asked_for, in_file = list(plugins), list[str]()
+        listed = layers.get("plugins") or []
+        (asked_for if layers.source("plugins") == OPTIONS else in_file).extend(listed)
+        for layer in own.layers:
+            named = modules_of_paths([layer.content])
+            (asked_for if layer.source == OPTIONS else in_file).extend(named)
+        base = path.parent if path else None
+        if path is not None and comes_with_weights(path):
+            base = None  # the user's ./part.py is his own, not a file beside the weights
+            load_plugins(asked_for)
+            withheld = not_imported_unasked(in_file, path)
+            check_named(withheld, str(cfg_path))
+            in_file = [name for name in in_file if name not in withheld]
+        loaded = load_plugins([*in_file, *asked_for], base)
 
         arch, beta_problem = own.get("model.arch"), left_out_beta(own.layers)
         translated, ignored = from_published(own.layers)

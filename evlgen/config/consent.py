@@ -12,8 +12,8 @@ from evlgen.common.errors import CheckpointError, ConfigError, EVLGenError
 from evlgen.common.safe_text import printable, shown_name
 from evlgen.config.config import Config
 from evlgen.config.layers import display
+from evlgen.config.named_code import lies_beside_weights
 from evlgen.files.io import download_target, scheme_of
-from evlgen.weights.checkpoints import is_checkpoint
 
 #: What answers a question with yes or no.
 Consent = Callable[[str], bool]
@@ -45,7 +45,7 @@ def check_project(cfg: Config, allow: bool | Consent) -> None:
         CheckpointError: the addresses may not be fetched.
     """
     file = cfg.cfg_path
-    if file is None or not is_checkpoint(file.parent):
+    if file is None or not lies_beside_weights(file):
         return
     if cfg.stage is not None:
         raise ConfigError(f"{shown_name(file)}: a file that comes with weights describes one run: no stages.")

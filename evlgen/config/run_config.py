@@ -180,6 +180,11 @@ class RunConfig:
             timed = "runner_timed" if self.max_seconds else "runner_base"
             object.__setattr__(self, "runner", "runner_iter" if self.max_iters else timed)
 
+    def wanted_splits(self) -> list[str]:
+        """The splits the run touches."""
+        training = [] if self.evaluate else [*self.train_splits, *self.valid_splits]
+        return list(dict.fromkeys([*training, *self.test_splits]))
+
     def problems(self, datasets: Iterable[str] | None = None) -> list[tuple[str, str]]:
         """Settings that contradict each other: the key and what to do about it.
 

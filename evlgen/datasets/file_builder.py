@@ -4,65 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from evlgen.common.errors import ConfigError
-from evlgen.config.catalogue import command_for, command_that_explains
-from evlgen.config.schema import build_dataclass
+from evlgen.config.build_info import Annotation, BuildInfo, DataFiles, Source, as_list
 from evlgen.datasets.base_builder import BaseDatasetBuilder
 from evlgen.datasets.media import ImageFiles, Media, VideoFiles
-from evlgen.files.archives import is_archive
-from evlgen.files.io import cache_root
 from evlgen.media.video import Reader
-
-
-@dataclass(frozen=True)
-class Annotation:
-    """An annotation in one file or in several that are read one after the other, with an address for each.
-
-    Args:
-        storage: paths, absolute or relative to the data root.
-        url: addresses of the files, or of the archives that fill a folder.
-        md5: of what is at ``url``, in the same order.
-    """
-
-    storage: str | list[str]
-    url: str | list[str] | None = None
-    md5: str | list[str] | None = None
-
-    def downloads(self) -> list[str]:
-        """``https://.. (md5 ..)`` for each address."""
-        sums = as_list(self.md5)
-        return [f"{url} (md5 {sums[i]})" if i < len(sums) else url for i, url in enumerate(as_list(self.url))]
-
-
-@dataclass(frozen=True)
-class Source(Annotation):
-    """A file or folder of a dataset: as an annotation, in one place."""
-
-    storage: str
-
-
-@dataclass(frozen=True)
-class BuildInfo:
-    """``build_info`` of a dataset in files.
-
-    Args:
-        annotations: the file, or files, of each split.
-        images: the folder that file names in the annotations are relative to.
-        videos: likewise, for videos.
-        ground_truth: files to score against, by split. A missing file is ignored.
-    """
-
-    annotations: dict[str, Annotation]
-    images: Source | None = None
-    videos: Source | None = None
-    ground_truth: dict[str, Source] = field(default_factory=dict)
-
-
-S = TypeVar("S", bound=Annotation)
 
 
 class FileBuilder(BaseDatasetBuilder):
@@ -106,19 +55,7 @@ class FileBuilder(BaseDatasetBuilder):
         return ImageFiles(root) if self.data_type == "images" else VideoFiles(root, self.video_reader)
 
     def missing(self, splits: Iterable[str] | None = None) -> list[str]:
-        lines = []
-        for split in self.splits if splits is None else splits:
-            source = self.build_info.annotations[split]
-            for i, storage in enumerate(as_list(source.storage)):
-                path = self._local(storage)
-                if path is not None and not os.path.isfile(path):
-                    remedy = self._remedy(storage, source.downloads()[i : i + 1], "to that path")
-                    lines.append(f"{self.name}: the {split} annotation is not at {path}. {remedy}")
-        root = self._local(self.media_source.storage)
-        if root is not None and not (os.path.isdir(root) or (is_archive(root) and os.path.isfile(root))):
-            what = self.data_type.removesuffix("s")
-            lines.append(f"{self.name}: the {what} folder is not at {root}. {self.media_remedy()}")
-        return lines
+        return self._files.missing(self.splits if splits is None else splits)
 
     def annotation_files(self, split: str) -> list[tuple[Path, bool]]:
         """The annotation files of a split, fetched where they are addresses, and whether each comes from an
@@ -140,21 +77,11 @@ class FileBuilder(BaseDatasetBuilder):
 
     def media_remedy(self) -> str:
         """What to do where images or videos are missing."""
-        source, key = self.media_source, f"datasets.{self.name}.build_info.{self.data_type}.storage"
-        return (
-            f"{self._remedy(source.storage, source.downloads(), 'and unpack into that folder')} "
-            f"{self.data_type.capitalize()} kept elsewhere: set {key} to their folder."
-        )
+        return self._files.media_remedy()
 
-    def _remedy(self, storage: str, downloads: list[str], where: str) -> str:
-        if command := command_for(self.name, storage):
-            elsewhere = self.cache_root.resolve() != cache_root()
-            fetch = f"Run `{command} --to {self.cache_root}`" if elsewhere else f"Run `{command}`"
-        else:
-            fetch = f"Download {' and '.join(downloads)} {where}" if downloads else "Put it there"
-            if not downloads and (command := command_that_explains(self.name)):
-                fetch += f" (`{command}` says where it is to be had)"
-        return f"{fetch}, or set EVLGEN_CACHE to the data root that has it."
+    @property
+    def _files(self) -> DataFiles:
+        return DataFiles(self.name, self.cache_root, self.build_info, self.data_type, self._local)
 
     def _local(self, storage: str) -> Path | None:
         """The path a storage must be at; None for addresses, which are fetched when they are read."""
@@ -162,7 +89,7 @@ class FileBuilder(BaseDatasetBuilder):
 
     def _checked(self, given: BuildInfo | Mapping[str, Any]) -> BuildInfo:
         path = f"datasets.{self.name}.build_info"
-        info = given if isinstance(given, BuildInfo) else build_dataclass(BuildInfo, given, path)
+        info = BuildInfo.read(given, path)
         if not info.annotations:
             raise ConfigError(
                 f"{path}.annotations: names no split. Give it one, such as "
@@ -173,21 +100,7 @@ class FileBuilder(BaseDatasetBuilder):
                 f"{path}.{self.data_type}: is missing. Name the folder that the annotations' file names are "
                 f"relative to: {{storage: my_data/{self.data_type}}}."
             )
-        return BuildInfo(
-            annotations={s: _source(Annotation, value) for s, value in info.annotations.items()},
-            images=info.images,
-            videos=info.videos,
-            ground_truth={s: _source(Source, value) for s, value in info.ground_truth.items()},
-        )
-
-
-def as_list(value: str | list[str] | None) -> list[str]:
-    """One value, several or none, as a list."""
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
-
-
-def _source(cls: type[S], given: S | Mapping[str, Any]) -> S:
-    return cls(**given) if isinstance(given, Mapping) else given
+        return info
 
 
 def _is_url(storage: str) -> bool:

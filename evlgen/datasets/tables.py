@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -89,8 +90,7 @@ class DelimitedTable(Table):
 
     def __init__(self, path: Path) -> None:
         with _reading(path), _text(path) as file:
-            start = [line for line, _ in zip(file, range(10 * _SNIFFED_ROWS), strict=False)]
-            self._delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(start)
+            self._delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(file)
             file.seek(0)
             header = next((found for _, found in _records(file, self._delimiter)), None)
         if not isinstance(header, list):
@@ -290,17 +290,20 @@ def _is_utf8(fields: Sequence[str]) -> bool:
     return True
 
 
-def _delimiter(lines: Sequence[str]) -> str:
-    """What parts the fields of these first lines: what gives most rows the header's number of fields, then
-    most fields; the comma where nothing does."""
+def _delimiter(file: TextIO) -> str:
+    """What parts the fields of a text's first rows: the comma where it gives every row the header's number of
+    fields, as the standard has it; else what gives most rows that, then most fields; the comma where nothing
+    does."""
 
-    def score(delimiter: str) -> tuple[bool, float, int]:
-        found = [fields for _, fields in _records(iter(lines), delimiter) if isinstance(fields, list)]
-        rows = found[:_SNIFFED_ROWS]
+    def score(delimiter: str) -> tuple[bool, bool, float, int]:
+        file.seek(0)
+        records = itertools.islice(_records(file, delimiter), 10 * _SNIFFED_ROWS)
+        rows = list(itertools.islice((r for _, r in records if isinstance(r, list)), _SNIFFED_ROWS))
         if not rows or len(rows[0]) < 2:
-            return False, 0.0, 0
+            return False, False, 0.0, 0
         has_quotes = any('"' in name for name in rows[0])  # a name in quotes was cut in two
-        return not has_quotes, sum(len(row) == len(rows[0]) for row in rows) / len(rows), len(rows[0])
+        fitting = sum(len(row) == len(rows[0]) for row in rows) / len(rows)
+        return not has_quotes, delimiter == "," and fitting == 1, fitting, len(rows[0])
 
     return max(_DELIMITERS, key=score)
 

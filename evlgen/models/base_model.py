@@ -9,7 +9,7 @@ import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from omegaconf import DictConfig
@@ -30,17 +30,9 @@ from evlgen.models.protocols import NotOffered
 from evlgen.models.text_lengths import TextLengths
 from evlgen.models.vision import vision_encoder_class
 from evlgen.weights.checkpoints import CONFIG_FILE
+from evlgen.weights.needed import MissingAsset
 
 logger = logging.getLogger(__name__)
-
-
-class MissingAsset(NamedTuple):
-    """Something a config needs and this machine lacks: what, why with the remedy, and whether it would be
-    downloaded by itself where there is a connection."""
-
-    what: str
-    why: str | None  # None: it is here
-    fetchable: bool
 
 
 class BaseModel(nn.Module):

@@ -38,7 +38,10 @@ def text_lengths(cfg: ModelConfig, kind: str, temporal: str | None) -> TextLengt
     def num_soft_of_shape(shape: Sequence[int]) -> int:
         if tiling is not None:
             return tiling.num_soft(shape, num_soft)
-        return num_soft(1) * (shape[1] if temporal == "concat" and len(shape) == 4 else 1)
+        frames = shape[1] if len(shape) == 4 else 1
+        if temporal == "each":
+            return frames * num_soft(1)
+        return num_soft(frames if temporal == "concat" else 1)
 
     limit = min(cfg.max_sequence_len, language.max_positions or cfg.max_sequence_len)
     return TextLengths(language, num_soft_of_shape, limit) if offers(language, TextReader) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -10,15 +9,13 @@ from torch import Tensor, nn
 
 from evlgen.common.batch import Batch
 from evlgen.common.precision import without_autocast
-from evlgen.files.io import resolve
-from evlgen.models.base_model import BaseModel, MissingAsset
+from evlgen.models.base_model import BaseModel
 from evlgen.models.ops import use_fast_linear
 from evlgen.models.pixels import pixels_of
 from evlgen.models.vision import vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.temporal import temporal_modules
-from evlgen.weights.hub import looks_like_path, missing_model
-from evlgen.weights.hub_checkpoints import HUB_PREFIX
+from evlgen.weights.needed import MissingAsset, missing_parts
 
 
 class VisionModel(BaseModel):
@@ -43,16 +40,9 @@ class VisionModel(BaseModel):
     @classmethod
     def missing(cls, cfg: Any) -> list[MissingAsset]:
         """Weights and tokenizers the config names that are not on this machine."""
-        vision, checkpoint = cfg.vision, cfg.checkpoint
+        vision = cfg.vision
         why = vision_encoder_class(vision.name).missing(vision.pretrained)
-        found = [MissingAsset(f"vision encoder {vision.name}", why, vision.pretrained is True)]
-        for what, name in cls._hub_parts(cfg).items():
-            found.append(MissingAsset(f"{what} {name}", missing_model(name), not looks_like_path(name)))
-        if checkpoint and not checkpoint.startswith(("http://", "https://", HUB_PREFIX)):
-            if not os.path.exists(resolve(checkpoint)):
-                why = "there is no such file or folder; see model.checkpoint"
-                found.append(MissingAsset(f"checkpoint {checkpoint}", why, False))
-        return [item for item in found if item.why]
+        return missing_parts(vision.name, vision.pretrained, why, cls._hub_parts(cfg), cfg.checkpoint)
 
     @classmethod
     def _hub_parts(cls, cfg: Any) -> dict[str, str]:

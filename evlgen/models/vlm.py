@@ -21,7 +21,6 @@ from evlgen.common.precision import without_autocast
 from evlgen.common.registry import registry
 from evlgen.config.model_config import GenerationConfig, ModelConfig
 from evlgen.models import room, sequences
-from evlgen.models.base_model import MissingAsset
 from evlgen.models.chatting import Chatting
 from evlgen.models.connectors.base import Connector, ConnectorInputs
 from evlgen.models.language import CausalLanguageModel, LanguageModel, build_language_model
@@ -34,6 +33,7 @@ from evlgen.models.vision import build_vision_encoder
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.temporal import pool_frames
 from evlgen.models.writing import count_images
+from evlgen.weights.needed import MissingAsset, language_parts, with_small_parts
 
 logger = logging.getLogger(__name__)
 
@@ -119,19 +119,12 @@ class VLM(Chatting):
     @classmethod
     def missing(cls, cfg: ModelConfig) -> list[MissingAsset]:
         """Weights the config names that are not on this machine."""
-        found = super().missing(cfg)
         named = (cfg.vision.pretrained, *cls._hub_parts(cfg).values())
-        if found and any("cache://parts/" in str(part) for part in named):
-            why = "bash run_scripts/photos/get_parts.sh fetches them"
-            found.append(MissingAsset("the small parts", why, False))
-        return found
+        return with_small_parts(super().missing(cfg), named)
 
     @classmethod
     def _hub_parts(cls, cfg: ModelConfig) -> dict[str, str]:
-        parts = {"language model": cfg.language.name}
-        if start := cfg.connector.get("init"):
-            parts["connector start"] = start
-        return parts
+        return language_parts(cfg.language.name, cfg.connector.get("init"))
 
     @classmethod
     def text_lengths(cls, cfg: ModelConfig) -> TextLengths | None:
@@ -203,7 +196,21 @@ class VLM(Chatting):
 
     def _to_prompts(self, tokens: Tensor) -> Tensor:
         """The encoder's tokens [B, N, C_vision] -> [B, M, C_language]."""
-        return self._with_head(self.connector(self._normed(tokens)))
+        frames = self._frames_apart(tokens)
+        return self._in_rows(self._with_head(self.connector(self._normed(frames))), len(tokens))
+
+    def _frames_apart(self, tokens: Tensor) -> Tensor:
+        """With ``temporal: each`` the tokens of videos [B, T * N, C] -> of their frames [B * T, N, C], those
+        of a video in a row; else what was given."""
+        return (
+            tokens.unflatten(1, (-1, self.vision.num_tokens)).flatten(0, 1)
+            if self.temporal == "each"
+            else tokens
+        )
+
+    def _in_rows(self, prompts: Tensor, num_videos: int) -> Tensor:
+        """The soft prompts of frames [B * T, M, C] -> of ``num_videos`` videos [B, T * M, C]."""
+        return prompts if len(prompts) == num_videos else prompts.unflatten(0, (num_videos, -1)).flatten(1, 2)
 
     def _prompts_to_continue(self, samples: Batch) -> Tensor:
         """`soft_prompts` for generation: of a few images by a CUDA graph where that is possible."""
@@ -235,7 +242,7 @@ class VLM(Chatting):
                 image is a video of one frame. Or Pillow images, see `generate`.
 
         Returns:
-            [B, N, C_vision]; with ``temporal: concat`` [B, T * N, C_vision].
+            [B, N, C_vision]; with ``temporal: concat`` or ``each`` [B, T * N, C_vision].
 
         Raises:
             ConfigError: videos for a model of images.
@@ -393,7 +400,8 @@ class VLM(Chatting):
 
     def not_learnable(self, samples: Batch) -> dict[int, str]:
         if sequences.is_sequence(samples):
-            return sequences.not_learnable(self.language, samples, self._num_soft, self._most_positions)
+            room = self.num_soft_prompts, self._most_positions
+            return sequences.not_learnable(self.language, samples, *room)
         if "text_output" not in samples:
             return {}
         lost = self.language.without_answer(samples["text_input"], samples["text_output"])
@@ -406,15 +414,19 @@ class VLM(Chatting):
         why = f"its question takes all {limit} tokens of model.max_txt_len: nothing of an answer is left"
         return {sample: why for sample, count in lost_of.items() if count == counts[sample]}
 
-    def _num_soft(self, image: Tensor) -> int:
+    def num_soft_prompts(self, image: Tensor) -> int:
         """The soft prompts of an image [3, H, W] or a video [3, T, H, W]."""
         if self.tiling is not None:
             num_tokens = self.vision.num_tokens
             return self.tiling.num_soft(
                 image.shape, lambda n: self.connector.num_soft_prompts(n * num_tokens)
             )
-        frames = image.shape[1] if image.ndim == 4 and self.temporal == "concat" else 1
-        return self.connector.num_soft_prompts(self.vision.num_tokens * frames)
+        frames = image.shape[1] if image.ndim == 4 else 1
+        if self.temporal == "each":
+            return frames * self.connector.num_soft_prompts(self.vision.num_tokens)
+        return self.connector.num_soft_prompts(
+            self.vision.num_tokens * (frames if self.temporal == "concat" else 1)
+        )
 
     def _log_parts(self) -> None:
         parts: dict[str, tuple[nn.Module, bool]] = {

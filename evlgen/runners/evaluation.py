@@ -8,8 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from accelerate.utils import gather_object
-
+from evlgen.common.gathering import gather_records
 from evlgen.loaders.data import eval_loader, to_device
 from evlgen.loaders.interruption import StopNow
 from evlgen.runners.listener import Evaluation
@@ -61,12 +60,12 @@ def evaluate_split(runner: Runner, evaluation: Evaluation) -> None:
     evaluation.skipped = skipped.causes
     with runner.distribution.generating(), accelerator.autocast():
         evaluation.results = task.finish_evaluation(runner.model, evaluation.results, dataset)
-    evaluation.results = gather_object(evaluation.results)
+    evaluation.results = gather_records(evaluation.results)
     runner.model.train(was_training)
     if accelerator.is_main_process:
         folder = runner.folder / "result" / evaluation.name
         evaluation.metrics = task.after_evaluation(evaluation.results, dataset, evaluation.split, folder)
-    evaluation.metrics = gather_object([evaluation.metrics])[0]
+    evaluation.metrics = gather_records([evaluation.metrics])[0]
     evaluation.seconds = time.perf_counter() - started
     runner.notify("after_evaluation", evaluation)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from evlgen.common.batch import Batch
 from evlgen.common.errors import EVLGenError
+from evlgen.common.gathering import gather_records
 from evlgen.loaders.data import batch_size
 from evlgen.models.base_model import BaseModel
 from evlgen.models.protocols import HasPromptHead, HasSoftPrompts, offers
@@ -254,7 +255,7 @@ class ImageUseMeter:
 
     def over_processes(self) -> ImageUse | None:
         """What all processes found together; None where nothing could be measured."""
-        parts = gather_object([self._rows])
+        parts = gather_records([[list(row) for row in self._rows]])
         measured = torch.tensor([row for part in parts for row in part], dtype=torch.float64).reshape(-1, 3)
         common = common_fraction(gather_object([(self._mean, self._square, self._prompts)]))
         rows = measured[measured.isfinite().all(1)]

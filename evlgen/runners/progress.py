@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from evlgen.common.safe_text import printable
 from evlgen.config.run_config import RunConfig
 from evlgen.files.io import write_atomically
 from evlgen.runners.listener import Evaluation, Listener, Step
@@ -139,7 +140,8 @@ class RunLog(Listener):
 
     def progress(self, batches: Iterable[Any], label: str) -> Iterable[Any]:
         """A bar over an evaluation's batches, on a terminal."""
-        return tqdm(batches, desc=label, leave=False, dynamic_ncols=True, disable=not self.terminal)
+        hidden = not self.terminal
+        return tqdm(batches, desc=printable(label), leave=False, dynamic_ncols=True, disable=hidden)
 
     def _show_step(self, record: dict[str, Any], also: list[str], seconds: float) -> None:
         """A line of a record's loss, of what else the task gives (``also``), rate and speed."""

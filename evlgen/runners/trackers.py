@@ -174,7 +174,7 @@ def _show_in_tensorboard(tracker: Any, key: str, rows: list[dict[str, Any]], fol
         if "image" in row:
             with Image.open(folder / row["image"]) as image:
                 tracker.writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
-        tracker.writer.add_text(tag, _caption(row), step)
+        tracker.writer.add_text(tag, f"    {_caption(row)}", step)  # Markdown shows what is indented as it is
     tracker.writer.flush()
 
 

@@ -169,12 +169,7 @@ class Answerer:
 
     def _num_read(self, prompt: str, images: Sequence[Tensor]) -> int:
         """Soft prompts and text tokens read before an answer; without those of a conversation's template."""
-        tiling = getattr(self.model, "tiling", None)
-        of_views, num_tokens = self.model.connector.num_soft_prompts, self.model.vision.num_tokens
-        if tiling is not None:
-            soft = sum(tiling.num_soft(image.shape, lambda n: of_views(n * num_tokens)) for image in images)
-        else:
-            soft = len(images) * of_views(num_tokens)
+        soft = sum(map(self.model.num_soft_prompts, images))
         return soft + self.model.language.num_read(prompt)
 
     @contextlib.contextmanager

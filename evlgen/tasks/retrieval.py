@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from evlgen.common.batch import Batch
 from evlgen.common.errors import ConfigError, DataError
+from evlgen.common.gathering import gather_records, gather_rows
 from evlgen.common.registry import registry
 from evlgen.config.run_config import RunConfig
 from evlgen.datasets.base_dataset import BaseDataset
@@ -88,7 +88,7 @@ class RetrievalTask(BaseTask):
         """One result for each image that this process has read: ``rank`` among the texts, ``caption`` (the
         text found first), and its scores by text, ``texts`` and ``scores``."""
         images, self._images = self._images, []
-        everyone = gather_object([(image.image_id, image.instance_id) for image in images])
+        everyone = gather_records([[image.image_id, image.instance_id] for image in images])
         everyone = sorted(everyone, key=lambda pair: int(pair[1]))
         texts, owners = self._texts([image_id for image_id, _ in everyone], dataset)
         if not everyone:
@@ -171,7 +171,7 @@ class RetrievalTask(BaseTask):
         if not k:
             return torch.ones_like(own, dtype=torch.bool)
         values = own.topk(min(k, len(own)), dim=0).values  # the best of all are among the best of each
-        everyone = torch.cat(gather_object([values]))
+        everyone = gather_rows(values)
         return own >= everyone.topk(min(k, len(everyone)), dim=0).values[-1]
 
     def _scores(

@@ -177,7 +177,8 @@ def _stamp(source: Any, root: str) -> str:
 def _encoder_settings(model: BaseModel) -> dict[str, Any]:
     cfg: Any = getattr(getattr(model, "cfg", None), "vision", None)
     fields = asdict(cfg) if is_dataclass(cfg) and not isinstance(cfg, type) else {}
-    settings = {name: value for name, value in fields.items() if name not in _LEFT_OUT}
+    # without what is not set: a setting that a later version brings does not empty the stores of this one
+    settings = {name: v for name, v in fields.items() if name not in _LEFT_OUT and v is not None}
     return {"class": _class_name(model.vision), **settings}
 
 

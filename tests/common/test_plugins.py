@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
+import yaml
 
+from evlgen import cli
 from evlgen.common.errors import ConfigError, EVLGenError, RegistryError
 from evlgen.common.plugins import load_entry_points, load_plugins
 from evlgen.common.registry import registry
@@ -233,3 +235,84 @@ def test_a_dotted_path_of_a_module_that_nobody_imported_runs_nothing(tmp_path, m
     with pytest.raises(RegistryError, match="no connector is registered as 'own_stranger.Part'"):
         registry.get_connector_class("own_stranger.Part")
     assert "own_stranger" not in sys.modules
+
+
+@pytest.fixture
+def given(tmp_path, monkeypatch):
+    """A folder of somebody else's, with weights, a configuration and code that leaves a mark; the user is in
+    another one."""
+    folder = tmp_path / "given"
+    mark = f"open({str(tmp_path / 'it_ran')!r}, 'w').close()\n"
+    for name in ("evil.py", "evil_package/__init__.py", "evil_package/part.py"):
+        write(folder, name, mark)
+    write(folder, "checkpoints/step_000001/model.safetensors", "")
+    write(folder, "checkpoints/step_000001/config.yaml", "")
+    write(tmp_path, "here/mine.py", PLUGIN.format(name="shout"))
+    write(folder, "mine.py", mark)
+    monkeypatch.chdir(tmp_path / "here")
+    yield folder
+    assert not (tmp_path / "it_ran").exists()
+
+
+def describe(file, plugins, **model):
+    run = {"task": "captioning", "max_epoch": 1}
+    model = {"arch": "evlgen_opt", "model_type": "shapes", **model}
+    content = {"plugins": plugins, "model": model, "datasets": {"shapes_caption": {}}, "run": run}
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "project.yaml"])
+def test_nothing_that_a_file_beside_weights_names_is_imported(given, monkeypatch, name):
+    write(given, "model.safetensors", "")
+    monkeypatch.syspath_prepend(given)  # as where the command is started there with `python -m`
+    link = given.parent / "link"
+    link.symlink_to(given)
+    for plugin in ("./evil.py", str(given / "evil.py"), "evil_package.part", "evil", "../given/evil.py"):
+        for folder in (given, link):
+            with pytest.raises(EVLGenError, match="needs plugins: .*Nothing that comes with weights is run"):
+                Config.load(describe(folder / name, [plugin]))
+    file = describe(given / name, [], connector={"name": "evil_package.part.Part"})
+    with pytest.raises(EVLGenError, match="needs plugins: evil_package.part"):
+        Config.load(file)
+    assert "evil_package" not in sys.modules
+
+    file = describe(given / name, [], connector={"name": "evlgen.models.connectors.pool.Pool"})
+    assert Config.load(file).plugins == ("evlgen.models.connectors.pool",)
+    for options, plugins in ([[], ["./mine.py"]], [["plugins=[mine.py]"], []]):
+        loaded = Config.load(describe(given / name, ["./mine.py"]), options, plugins).plugins
+        assert loaded == (str(given.parent / "here" / "mine.py"),)  # not the one beside the file
+
+
+def test_the_file_of_a_run_imports_what_the_run_did_but_nothing_from_its_folder(given, monkeypatch):
+    own = str(given.parent / "here" / "mine.py")
+    assert Config.load(describe(given / "config.yaml", [own])).plugins == (own,)
+    monkeypatch.syspath_prepend(given)
+    (given.parent / "here" / "link.py").symlink_to(given / "evil.py")
+    beside = str(given.parent / "here" / "link.py")
+    for plugin in ("./evil.py", str(given / "evil.py"), "evil_package.part", "evil", beside):
+        with pytest.raises(EVLGenError, match="needs plugins"):
+            Config.load(describe(given / "config.yaml", [own, plugin]))
+
+
+def test_a_run_with_a_plugin_goes_on_from_its_own_folder(write_project, tmp_path, capsys):
+    plugin = write(tmp_path, "shout.py", PLUGIN.format(name="shout"))
+    processors = {"text_processor": {"train": {"name": "shout"}}}
+    project = write_project(
+        tmp_path,
+        plugins=["./shout.py"],
+        datasets={"shapes_caption": processors},
+        run={"max_epoch": 1, "valid_splits": [], "test_splits": []},
+    )
+    assert cli.train(["--cfg-path", str(project)]) == 0
+    run = (tmp_path / "output" / "latest").resolve()
+    more = ["--options", "run.resume=auto", "run.max_epoch=2"]
+    assert cli.train(["--cfg-path", str(run / "config.yaml"), *more]) == 0
+    assert {path.name for path in (tmp_path / "output").iterdir()} == {run.name, "latest"}
+    assert sorted(p.name for p in (run / "checkpoints").glob("step_*")) == ["step_00000006", "step_00000012"]
+    for name in [name for name in sys.modules if name.startswith("evlgen_plugin_shout")]:
+        del sys.modules[name]  # as in another process
+    beside = ["--cfg-path", str(run / "checkpoints" / "latest" / "config.yaml"), *more]
+    assert cli.train(beside) == 1
+    assert f"needs plugins: {plugin}" in capsys.readouterr().err
+    assert cli.train([*beside, "--plugins", str(plugin)]) == 0

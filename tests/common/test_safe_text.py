@@ -136,6 +136,8 @@ def test_caption_names_hostile_files_on_an_ascii_console(tmp_path, monkeypatch):
         r"error: 1 of the 3 paths named could not be captioned: no\x1b[31m\nfile.png."
     )
     assert "\x1b" not in shown + said
+    assert cli.main(["caption", "--num-beams", "1", "--output", "o\x1b[31m\nx.jsonl", names[1]]) == 0
+    assert out.getvalue().splitlines()[-1] == rb"o\x1b[31m\nx.jsonl: 1 captions"
 
 
 def test_an_option_cannot_write_to_the_terminal(capsys):

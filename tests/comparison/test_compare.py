@@ -28,7 +28,7 @@ from evlgen.config.config import Config
 ROOT = Path(__file__).resolve().parents[2]
 RECORDING = Path(__file__).with_name("recording.py")
 RATES = ("0.001", "0.002")
-BUDGET = 2.0
+BUDGET = 1.2
 WAIT = [sys.executable, "-c", "import time; time.sleep(60)"]
 
 
@@ -170,6 +170,7 @@ def test_the_page_stands_alone_and_names_every_run_and_nothing_of_this_machine(c
     assert "python -m evlgen compare --cfg-path …/project.yaml" in page
 
 
+@pytest.mark.slow
 def test_runs_that_take_turns_give_what_they_give_alone(environment, write_project, tmp_path, monkeypatch):
     environment.setenv("PAUSE_AT", "3")
     project = write_project(tmp_path, run={"precision": "fp32"})

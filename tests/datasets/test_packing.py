@@ -248,5 +248,11 @@ def test_the_command_ends_with_the_lines_that_read_the_shards_back(tmp_path, cap
         "data_type": "images",
         "build_info": {"storage": f"{tmp_path}/out/00000.tar"},
     }
+    hostile = tmp_path / "out\x1b[31m: #x"  # a name that YAML must quote, and a terminal not obey
+    assert main([*command[:-1], str(hostile)]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    storage = yaml.safe_load(shown)["datasets"]["web_shards"]["build_info"]["storage"]
+    assert storage == f"{hostile}/00000.tar"
     assert main([*command, "--dataset", "coco"]) == 1
     assert "no dataset 'coco'. Did you mean 'coco_caption'? It has: coco_caption." in capsys.readouterr().err

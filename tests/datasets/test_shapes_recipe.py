@@ -39,11 +39,13 @@ def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_the_recipe_gives_the_tensors_that_are_bundled(made: Path, name: str):
     assert shapes_in(made / name) == shapes_in(BUNDLED / name)
 
 
+@pytest.mark.slow
 def test_the_recipe_gives_the_bundled_vocabulary(made: Path):
     new, bundled = (
         json.loads((folder / "language/tokenizer.json").read_text())["model"] for folder in (made, BUNDLED)
@@ -52,6 +54,7 @@ def test_the_recipe_gives_the_bundled_vocabulary(made: Path):
     assert {tuple(m) for m in new["merges"]} == {tuple(m) for m in bundled["merges"]}
 
 
+@pytest.mark.slow
 def test_the_card_holds_the_numbers_of_the_run(made: Path):
     card = (made / "CARD.md").read_text()
     assert f"12 steps of {json.loads((made / 'vision.json').read_text())['batch_size']} pictures" in card

@@ -248,4 +248,4 @@ def test_draws_are_those_of_torch():
         torch.manual_seed(seed)
         expected = torch.multinomial(probabilities.flatten(0, -2), 1).view(2, 3)
         torch.manual_seed(seed)
-        assert (_draw(probabilities) == expected).all()
+        assert (_draw(probabilities, torch.arange(2), 2) == expected).all()

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from evlgen.common.errors import ConfigError
+from evlgen.models.language import generation
 from evlgen.models.language.generation import (
     TOP_K,
     Decoding,
@@ -82,6 +83,53 @@ def test_texts_are_those_of_transformers(kind, options, padded):
     theirs = decode_by_transformers(model, embeds, mask, options, [END], PAD)
     assert texts(ours) == texts(theirs)
     assert len(ours) == 3 * options.num_captions
+
+
+GREEDY = Decoding(num_beams=1, max_length=24, repetition_penalty=1.3)
+BEAMS = Decoding(num_beams=3, max_length=24, num_captions=2)
+SAMPLED = Decoding(use_nucleus_sampling=True, max_length=24)
+THREE_SAMPLED = Decoding(use_nucleus_sampling=True, max_length=24, num_captions=3)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "options", "scale", "bonus"),
+    [
+        *[("opt", GREEDY, 3.0, 1.5), ("opt", BEAMS, 3.0, 1.5), ("opt", SAMPLED, 1.0, 2.0)],
+        *[("gemma3", GREEDY, 1.0, 1.0), ("gemma3", BEAMS, 1.0, 2.0), ("gemma3", THREE_SAMPLED, 1.0, 2.0)],
+    ],
+    ids=["greedy", "beams", "sampled", "greedy, windows", "beams, windows", "three sampled, windows"],
+)
+@torch.no_grad()
+def test_images_whose_texts_have_ended_leave_and_change_no_text(
+    kind, options, scale, bonus, padded, monkeypatch
+):
+    model = model_of(kind)
+    likelier = torch.zeros(97)
+    likelier[END] = bonus  # so that texts end, at different lengths
+    sizes: list[int] = []  # images in the batch at each token
+
+    def change(module, inputs, logits):
+        sizes.append(len(logits))
+        return scale * logits + likelier
+
+    model.get_output_embeddings().register_forward_hook(change)
+    torch.manual_seed(2)
+    embeds, mask = 2.0 * torch.randn(16, 7, 32), torch.ones(16, 7, dtype=torch.long)
+    if padded:
+        mask[::3, 4:6] = 0
+
+    def written() -> list[list[int]]:
+        sizes.clear()
+        torch.manual_seed(3)
+        return decode(model, embeds, mask, options, [END], PAD).tolist()
+
+    found = written()
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 16 and sizes[-1] <= 12
+    monkeypatch.setattr(generation, "_STAY", -1.0)
+    assert written() == found
+    assert {*sizes} == {16}
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

@@ -114,7 +114,9 @@ def t5(golden, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("case", ["frozen", "trained", "t5 with adapters"])
+@pytest.mark.parametrize(
+    "case", [pytest.param("frozen", marks=pytest.mark.slow), "trained", "t5 with adapters"]
+)
 def test_a_spread_language_model_trains_like_a_whole_one_from_and_to_its_checkpoints(
     forks, write_pair_project, tmp_path, t5, case
 ):

@@ -109,7 +109,10 @@ def test_no_other_number_of_a_run_depends_on_the_measure(tiny_project):
         }
 
 
-@pytest.mark.parametrize("project", ["projects/shapes/vqa.yaml", "projects/shapes/video_caption.yaml"])
+@pytest.mark.parametrize(
+    "project",
+    ["projects/shapes/vqa.yaml", pytest.param("projects/shapes/video_caption.yaml", marks=pytest.mark.slow)],
+)
 def test_questions_and_videos_are_measured_too(project, tmp_path):
     found = bundled(project, tmp_path)[-1]
     assert found["exchanged_loss"] > found["eval_loss"] > 0

@@ -108,6 +108,8 @@ def test_a_resumed_run_goes_on_with_the_same_tracker_runs(tiny_project, tmp_path
     assert [e.step for e in board.Scalars("train/loss")] == list(losses)
     assert board.Scalars("val/CIDEr")[1].step == 12
     assert [e.step for e in board.Images("val/00")] == [6, 12]
+    texts = [e.tensor_proto.string_val[0] for e in board.Tensors("val/00/text_summary")]
+    assert len(texts) == 2 and all(text.startswith(b"    ") for text in texts)  # shown as it is: no Markdown
     if "mlflow" in trackers:
         client = mlflow.MlflowClient()
         history = client.get_metric_history(before["mlflow"], "train/loss")

@@ -18,13 +18,17 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from evlgen.common.errors import ConfigError
 from evlgen.models.language.fixed_prefix import prefix_behind
-from evlgen.models.language.prefixes import Prefix, branch_rows, can_read_trees
+from evlgen.models.language.prefixes import Prefix, SharedPrefix, branch_rows, can_read_trees
 
 #: Tokens that sampling chooses from at most: transformers' default, in force for every published result.
 TOP_K = 50
 
 #: A GPU is asked after so many tokens whether all texts have ended: until it answers it has nothing to do.
 _TOKENS_PER_QUESTION = 8
+
+#: Images whose texts have ended leave the batch where at most this fraction of it goes on, whose keys and
+#: values are copied then.
+_STAY = 0.75
 
 
 @dataclass(frozen=True)
@@ -163,37 +167,62 @@ def _extensions(
 ) -> Iterator[Tensor]:
     """The texts so far, [B, R, T], after each token; at most ``question_every`` - 1 tokens of padding
     longer than the longest."""
-    texts = prefix.next_position.new_empty(*prefix.next_position.shape, 0)  # [B, R, 0]
+    everyone = texts = prefix.next_position.new_empty(*prefix.next_position.shape, 0)  # [B, R, 0]
+    rows = torch.arange(len(texts), device=texts.device)  # those that are still in the batch
     ended = torch.zeros_like(prefix.next_position, dtype=torch.bool)
     logits = prefix.logits
     while True:
         scores = _adjust(logits.float(), texts, options, ends).expand(-1, texts.shape[1], -1)
-        tokens = _sample(scores, options) if options.use_nucleus_sampling else scores.argmax(-1)
+        if options.use_nucleus_sampling:
+            tokens = _sample(scores, options, rows, len(everyone))
+        else:
+            tokens = scores.argmax(-1)
         tokens = tokens.masked_fill(ended, pad_token)
         texts = torch.cat([texts, tokens[:, :, None]], dim=2)
         ended = ended | torch.isin(tokens, ends)
-        yield texts
+        everyone = F.pad(everyone, (0, 1), value=pad_token)
+        everyone[rows] = texts
+        yield everyone
         length = texts.shape[2]
-        if length == options.max_length or (length % question_every == 0 and ended.all()):
+        if length == options.max_length:
             return
+        if length % question_every == 0:
+            left = _left(prefix, ended.all(1))
+            if not len(left):
+                return
+            if len(left) < len(rows):
+                rows, texts, ended, tokens = rows[left], texts[left], ended[left], tokens[left]
         logits = prefix.read(tokens)
 
 
-def _sample(scores: Tensor, options: Decoding) -> Tensor:
-    """[..., vocabulary] -> tokens [...], drawn by torch's global generator from the likeliest of total
-    probability ``top_p`` among the ``top_k`` likeliest. Holtzman et al., *The Curious Case of Neural Text
-    Degeneration*, ICLR 2020, section 3.1."""
+def _left(prefix: Prefix, done: Tensor) -> Tensor:
+    """The rows [n] of a batch to go on with, where some are ``done`` [B]: all of them where none can leave or
+    too few are done for it to pay; none where all are done. The prefix goes on with these."""
+    left = (~done).nonzero()[:, 0]
+    if not len(left):
+        return left
+    if len(left) > _STAY * len(done) or not (isinstance(prefix, SharedPrefix) and prefix.rows_may_leave):
+        return torch.arange(len(done), device=done.device)
+    prefix.keep(left)
+    return left
+
+
+def _sample(scores: Tensor, options: Decoding, rows: Tensor, batch: int) -> Tensor:
+    """[n, R, vocabulary], of ``rows`` [n] of a batch -> tokens [n, R], drawn by torch's global generator
+    from the likeliest of total probability ``top_p`` among the ``top_k`` likeliest. Holtzman et al., *The
+    Curious Case of Neural Text Degeneration*, ICLR 2020, section 3.1."""
     scores = scores / options.temperature
     if options.top_k is None and options.top_p == 1:  # of all tokens: nothing to sort
-        return _draw(scores.softmax(-1))
+        return _draw(scores.softmax(-1), rows, batch)
     probabilities, tokens = nucleus(scores, options.top_p, options.top_k)
-    return tokens.gather(-1, _draw(probabilities)[..., None]).squeeze(-1)
+    return tokens.gather(-1, _draw(probabilities, rows, batch)[..., None]).squeeze(-1)
 
 
-def _draw(probabilities: Tensor) -> Tensor:
+def _draw(probabilities: Tensor, rows: Tensor, batch: int) -> Tensor:
     """What `torch.multinomial` draws, one of each row [..., n] -> [...], without its checks: those wait for
-    the card."""
-    return (probabilities / torch.empty_like(probabilities).exponential_(1)).argmax(-1)
+    the card. Drawn for the whole batch, so that it is the same whoever has left it."""
+    noise = probabilities.new_empty(batch, *probabilities.shape[1:]).exponential_(1)
+    return (probabilities / (noise if len(rows) == batch else noise[rows])).argmax(-1)
 
 
 def nucleus(scores: Tensor, top_p: float, k: int | None = TOP_K) -> tuple[Tensor, Tensor]:
@@ -217,6 +246,7 @@ def _beam_search(prefix: Prefix, options: Decoding, ends: Tensor, pad_token: int
     finished = texts.new_full((batch, beams, options.max_length), pad_token)
     scores = running.new_full((batch, beams), -torch.inf)
     improvable = torch.ones_like(scores[:, :1], dtype=torch.bool)
+    everyone, rows = finished.clone(), torch.arange(batch, device=finished.device)  # see `_extensions`
     logits, question_every = prefix.logits, _question_every(ends.device)
     for length in range(1, options.max_length + 1):
         log_probs = _adjust(logits.float().log_softmax(-1), texts, options, ends)
@@ -244,13 +274,23 @@ def _beam_search(prefix: Prefix, options: Decoding, ends: Tensor, pad_token: int
         improvable = improvable & (
             running[:, :1] / length**options.length_penalty > scores.amin(1, keepdim=True)
         )
-        if length == options.max_length or (length % question_every == 0 and not improvable.any()):
+        if length == options.max_length:
             break
         texts = branch_rows(candidates, going_on)
         # behind the prefix there are no branches yet that could change places
         branches = parents.gather(1, going_on) if length > 1 else None
+        if length % question_every == 0:
+            left = _left(prefix, ~improvable[:, 0])
+            if not len(left):
+                break
+            if len(left) < len(rows):
+                everyone[rows] = finished
+                rows, texts, running, finished = rows[left], texts[left], running[left], finished[left]
+                scores, improvable = scores[left], improvable[left]
+                branches = None if branches is None else branches[left]
         logits = prefix.read(texts[:, :, -1], branches)
-    return finished
+    everyone[rows] = finished
+    return everyone
 
 
 def _adjust(scores: Tensor, texts: Tensor, options: Decoding, ends: Tensor) -> Tensor:

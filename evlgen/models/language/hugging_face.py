@@ -218,7 +218,7 @@ class HuggingFaceLanguageModel(LanguageModel):
         raise NotImplementedError
 
     def check_whole(self, text: str) -> None:
-        count = len(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        count = len(self._plain_text(text))
         if count > self.max_txt_len:
             limit = self.max_txt_len
             raise DataError(f"the text takes {count} tokens, and the model reads {limit}: shorten it.")

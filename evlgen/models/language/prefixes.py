@@ -83,6 +83,12 @@ class _PreallocatedLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.length
 
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with some rows [n] of the batch alone, in ascending order."""
+        for states in (self.keys, self.values):
+            states[: len(rows), :, : self.length] = states[rows, :, : self.length]
+        self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
+
 
 class SharedPrefix:
     """What a model has read: one prefix for each image and R branches behind it.
@@ -132,6 +138,19 @@ class SharedPrefix:
         self.next_position, self.visible, lengths = self._start
         for layer, length in zip(self.cache.layers, lengths, strict=True):
             layer.length = length
+
+    @property
+    def rows_may_leave(self) -> bool:
+        """Whether `keep` may be called: not where soft prompts merge inside the model, image by image."""
+        return getattr(self.cache, "soft_prompts_merged", None) is None
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with some images [n] of the batch alone, in ascending order; there is no `rewind` then."""
+        for layer in self.cache.layers:
+            layer.keep(rows)
+        self.next_position = self.next_position[rows]
+        if self.visible is not None:
+            self.visible, self.own = self.visible[rows], self.own[: len(rows)]
 
     def read(self, tokens: Tensor, branches: Tensor | None = None) -> Tensor:
         """One more token in each branch.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 from typing import Any, ClassVar
 
@@ -18,11 +17,13 @@ from torch import Tensor, nn
 from evlgen.common.errors import CheckpointError, ConfigError, EVLGenError, did_you_mean
 from evlgen.common.memory import check_fits
 from evlgen.common.registry import registry
-from evlgen.files.io import download_target, resolve
+from evlgen.files.io import resolve
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.checkpointing import FairscaleCheckpoints, checkpoint_blocks, offloaded
 from evlgen.models.vision.efficientnet import efficientnet_to_timm, is_efficientnet_pytorch
 from evlgen.models.vision.merging import Merging, merge_in_blocks, num_merged_tokens
+from evlgen.weights.hub import files_on_hub
+from evlgen.weights.needed import ENCODER_WEIGHTS, missing_encoder
 from evlgen.weights.weights import check_finite, read_weights, weights_only
 
 logger = logging.getLogger(__name__)
@@ -121,19 +122,7 @@ class TimmEncoder(VisionEncoder):
     def missing(cls, pretrained: bool | str) -> str | None:
         """Why the weights are not on this machine, with the remedy; None when they are or can be asked of
         timm."""
-        source = cls.WEIGHTS_URL if pretrained is True else pretrained
-        if not isinstance(source, str):
-            return None
-        if source.startswith(("http://", "https://")):
-            target = download_target(source)
-            if target.is_file():
-                return None
-            return (
-                f"the weights are not at {target}. Download {source} to that path, "
-                "or name a file in model.vision.pretrained."
-            )
-        path = resolve(source)
-        return None if os.path.exists(path) else f"there is no file {path}"
+        return missing_encoder(cls.WEIGHTS_URL if pretrained is True else pretrained)
 
     @classmethod
     def normalisation(cls, name: str) -> dict[str, list[float]]:
@@ -255,9 +244,7 @@ class EvaClipG(TimmEncoder):
 
     TIMM_NAME = "eva_giant_patch14_clip_224"
     DEFAULTS: ClassVar[dict[str, Any]] = {"depth": 39, "use_post_transformer_norm": False}
-    WEIGHTS_URL = (
-        "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
-    )
+    WEIGHTS_URL = ENCODER_WEIGHTS["eva_clip_g"]
     ANTIALIAS = False  # LAVIS, interpolate_pos_embed of models/eva_vit.py
 
 
@@ -269,9 +256,7 @@ class ClipL(TimmEncoder):
 
     TIMM_NAME = "vit_large_patch14_clip_quickgelu_224.openai"
     DEFAULTS: ClassVar[dict[str, Any]] = {"depth": 23, "final_norm": False}
-    WEIGHTS_URL = (
-        "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/clip_vit_L.pth"
-    )
+    WEIGHTS_URL = ENCODER_WEIGHTS["clip_L"]
     ANTIALIAS = False  # LAVIS, interpolate_pos_embed of models/clip_vit.py
 
     def _adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -391,6 +376,7 @@ def _create(name: str, pretrained: bool, empty: bool, **kwargs: Any) -> nn.Modul
         check_fits(sum(p.numel() for p in model.parameters()), f"model.vision ({name})")
         if pretrained:
             logger.info("%s: timm's weights, fetched from %s unless they are here", name, _origin(model))
+            kwargs |= _without_asking_again(name, model)
         with torch.no_grad(), weights_only():
             return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
     except EVLGenError:
@@ -400,11 +386,39 @@ def _create(name: str, pretrained: bool, empty: bool, **kwargs: Any) -> nn.Modul
     except Exception as error:  # timm's models check little of what they are given
         cause = (str(error).splitlines() or [""])[0] or type(error).__name__
         if pretrained:
-            raise CheckpointError(
-                f"timm could not get the weights of {name} ({cause}). Download them where there is a "
-                "connection and set model.vision.pretrained to the file, or to false for random weights."
-            ) from error
+            raise _not_fetched(name, cause) from error
         raise ConfigError(f"model.vision: timm cannot build {name} ({cause})") from error
+
+
+def _not_fetched(name: str, cause: object) -> CheckpointError:
+    return CheckpointError(
+        f"timm could not get the weights of {name} ({cause}). Download them where there is a connection and "
+        "set model.vision.pretrained to the file, or to false for random weights."
+    )
+
+
+def _without_asking_again(name: str, model: nn.Module) -> dict[str, Any]:
+    """What has timm read its weights from the Hugging Face cache, where they are in it, without a word to the
+    hub. Where they are not, the hub is asked once here: timm would ask again and again for a minute.
+
+    Raises:
+        CheckpointError: the hub has to give them and does not.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    if not cfg.get("hf_hub_id") or cfg.get("file") or cfg.get("state_dict"):
+        return {}
+    hub_id, _, revision = cfg["hf_hub_id"].partition("@")
+    names = [cfg.get("hf_hub_filename") or "model.safetensors", "pytorch_model.bin"]
+    found = (try_to_load_from_cache(hub_id, file, revision=revision or None) for file in names)
+    here = next((path for path in found if isinstance(path, str)), None)
+    if here is None:
+        try:
+            files_on_hub(hub_id)
+        except CheckpointError as error:
+            raise _not_fetched(name, error) from error
+    return {"pretrained_cfg_overlay": {"file": here}} if here and not cfg.get("custom_load") else {}
 
 
 def _build(name: str, kwargs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
