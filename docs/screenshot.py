@@ -1,4 +1,6 @@
-"""A PNG of an HTML page for the documentation: python docs/screenshot.py PAGE.html IMAGE.png [--width 1000] [--height 1400] [--dark]
+"""A PNG of an HTML page for the documentation.
+
+    python docs/screenshot.py PAGE.html IMAGE.png [--width 1000] [--height 1400] [--dark]
 
 Needs playwright and a Chromium. The demo's images come from its own test; see tests/demo/test_page.py.
 """
