@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every connector between the parts of run_scripts/photos/get_parts.sh on Flickr8k: same frozen parts, same seconds of training, sizes
-# within a tenth of the TomeFormer's 10.5 million weights. The runs of benchmarks/photos.md. What was stopped goes on.
+# within a tenth of the TomeFormer's 10.5 million weights. The rate stays at 1e-3 after its warm-up: in minutes, a falling one stops the
+# learning before it has begun. The runs of benchmarks/photos.md. What was stopped goes on.
 # Usage: bash benchmarks/photos.sh [NAME ...]      (names below; default: all)
 #   BUDGET=540s EVERY=270s SEEDS=42 SAMPLES=64 FOLDER=output/photos_compare
 set -euo pipefail
@@ -30,12 +31,12 @@ for name in "${names[@]}"; do
     if [ "$name" = qformer_two_stages ]; then
         files=(benchmarks/photos/qformer_stage1.yaml+benchmarks/photos/qformer_stage2.yaml) options=()
     else
-        files=(--cfg-path projects/photos/flickr8k_lite.yaml --grid "model.connector=$(connector_of "$name")") options=(model.language.lora=null datasets.image_text.captions_together=false run.batch_size_train=32 run.warmup_steps=15)
+        files=(--cfg-path projects/photos/flickr8k_lite.yaml --grid "model.connector=$(connector_of "$name")") options=(model.language.lora=null datasets.image_text.captions_together=false run.batch_size_train=32 run.warmup_steps=20)
     fi
     resume=()
-    [ ! -e "$folder/$name" ] || resume=(--resume)
+    [ ! -e "$folder/$name/plan.json" ] || resume=(--resume)
     "$python" -m evlgen compare "${files[@]}" --budget "${BUDGET:-540s}" --evaluate-every "${EVERY:-270s}" --seeds "${SEEDS:-42}" \
         --split val --evaluate-samples "${SAMPLES:-64}" --output "$folder/$name" ${resume[@]+"${resume[@]}"} --options \
-        run.num_beams=1 run.max_len=20 run.image_use_samples=128 \
+        run.min_lr=1.0e-3 run.num_beams=1 run.max_len=20 run.image_use_samples=128 \
         run.metrics=[bleu,meteor,cider] run.log_freq=10 ${options[@]+"${options[@]}"}
 done

@@ -238,7 +238,8 @@ def index_images(
     made_by = {"model": key, "checkpoint": checkpoint or (known.made_by["checkpoint"] if known else "")}
     stamps = {name: _stamp(name) for name in dict.fromkeys(map(_absolute, find_files(images, videos=False)))}
     places = {} if known is None else {name: place for place, name in enumerate(known.paths)}
-    kept = [p for name, p in places.items() if stamps.get(name) == tuple(known.stamps[p].tolist())]  # type: ignore[union-attr]
+    old = [] if known is None else known.stamps.tolist()
+    kept = [place for name, place in places.items() if stamps.get(name) == tuple(old[place])]
     paths = [known.paths[place] for place in kept] if known else []
     parts = [known.features[kept]] if known else []
     new = [name for name in stamps if name not in set(paths)]

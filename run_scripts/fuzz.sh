@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Reads 10,000 damaged configurations, annotations, checkpoints, tables, tar files, images and videos each; 1 where
+# Reads 20,000 damaged configurations, annotations, checkpoints, tables, tar files, images and videos each; 1 where
 # anything but our own errors came out.
-# Usage: bash run_scripts/fuzz.sh [--inputs 10000] [--kinds configs annotations checkpoints tables tars images pyav decord gif]
+# Usage: bash run_scripts/fuzz.sh [--inputs 20000] [--kinds configs annotations checkpoints tables tars images pyav decord gif]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash run_scripts/install.sh tests

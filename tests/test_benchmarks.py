@@ -76,6 +76,12 @@ def test_operations_of_blip2s_first_stage_are_counted_beside_its_second(monkeypa
     assert found.flops > 2 * sum(part.forward for part in found.parts.values())
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_every_script_finds_what_it_imports(name, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    importlib.import_module(name)
+
+
 def test_a_part_of_the_gpus_figures_is_measured_at_small_sizes(monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
     gpu = importlib.import_module("gpu")

@@ -120,7 +120,7 @@ class Config:
             early.raise_any()
 
         load_entry_points()
-        asked_for, in_file = list(plugins), []
+        asked_for, in_file = list(plugins), list[str]()
         listed = layers.get("plugins") or []
         (asked_for if layers.source("plugins") == OPTIONS else in_file).extend(listed)
         for layer in own.layers:

@@ -116,6 +116,12 @@ _CAPTION_TASKS = ("captioning", "video_captioning")
 _ANSWER_TASKS = ("vqa", "gqa", "aok_vqa", "video_qa")
 _GQA_TESTDEV = "balanced_testdev"
 _DATASET_IGNORED = ("type", "data_dir")
+_UNREAD = "instance_id_key"  # of `build_info`: nothing in LAVIS reads it
+# The same questions; the builders differ in what their samples call an answer (lavis/datasets/builders).
+_DATASETS = {"msrvtt_qa_instruct": "msrvtt_qa", "msvd_qa_instruct": "msvd_qa"}
+# Of ALPRO's processors: `full_video: false` cuts at times that these datasets do not have, and in evaluation
+# no part is cut out (lavis/processors/alpro_processors.py).
+_VIDEO_IGNORED = {"train": ("full_video",), "eval": ("full_video", "min_scale", "max_scale")}
 IGNORED_SECTIONS = ("preprocess",)  # in the YAML of LAVIS's model types: what load_preprocess gives
 _RUN_FIELDS = {field.name: field.default for field in dataclasses.fields(RunConfig)}
 _RUN_INTS = {field.name for field in dataclasses.fields(RunConfig) if "int" in str(field.type).lower()}
@@ -159,7 +165,7 @@ def from_published(layers: Sequence[Layer], is_project: bool = True) -> tuple[li
         own_arch = _INSTRUCT[own_arch]
     own_keys = _own_keys(own_arch)
     met = [*_check_beta(layers, own_keys, is_project), *_check_instruction(layers, own_arch, own_keys)]
-    translation = _Translation(own_arch, own_keys, _Weights(own_arch, model_type), met)
+    translation = _Translation(own_arch, own_keys, _Weights(own_arch, model_type), met, _of_videos(layers))
     published = has_published_file(layers, own_keys)
     defaults = _defaults(layers, arch) if published else {}
     out = [Layer(_DEFAULTS, defaults)] if defaults else []
@@ -222,6 +228,8 @@ def _run_of_a_file(section: Mapping[str, Any], layers: Sequence[Layer]) -> tuple
         if value is not None or (key != "amp" and _RUN_FIELDS.get(_RUN_NAMES.get(key, key)) is None)
     }
     ignored = []
+    if _strongest(layers, "task", "run")[0] in _CAPTION_TASKS and out.pop("prompt", None) is not None:
+        ignored.append("run.prompt")  # captions are asked for by the model's own (lavis/tasks/captioning.py)
     if out.get("max_iters") is not None and out.get("max_epoch") is not None:
         by_iterations = _strongest(layers, "runner", "run")[0] == "runner_iter"
         unread = ("max_epoch",) if by_iterations else ("max_iters", "iters_per_inner_epoch")
@@ -296,15 +304,20 @@ def datasets_from_lavis(section: Any, arch: Any = None) -> tuple[Any, list[str]]
     """
     if not isinstance(section, Mapping):
         return section, []
-    out, ignored = dict(section), []
+    out, ignored = dict(section), list[str]()
     for name, dataset in section.items():
         builder = builder_name(name, dataset)
+        if builder in _DATASETS and builder not in registry.list_datasets() and isinstance(dataset, Mapping):
+            builder = _DATASETS[builder]
+            dataset = out[name] = {**dataset, "builder": builder}
         if builder not in registry.list_datasets() or not isinstance(dataset, Mapping):
             continue
         if builder == "gqa" and dataset.get("type") == _GQA_TESTDEV:
             dataset = _with_testdev_as_val(dataset)
         if arch in _LIPTOME:
             dataset = out[name] = _without_augmentation(dataset)
+        out[name], without_effect = _without_unread_keys(dataset)
+        dataset, ignored = out[name], [*ignored, *(f"datasets.{name}.{key}" for key in without_effect)]
         parameters = parameters_of(registry.get_builder_class(builder))
         left_out = [key for key in _DATASET_IGNORED if key in dataset and key not in parameters]
         if left_out and not parameters.any_key:
@@ -332,6 +345,25 @@ def _without_augmentation(dataset: Mapping[str, Any]) -> dict[str, Any]:
     return {**dataset, "vis_processor": {**visual, "train": {"augment": "none", **train}}}
 
 
+def _without_unread_keys(dataset: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A dataset's section without keys inside it that LAVIS's code does not read, and their paths in it."""
+    dataset, ignored = dict(dataset), []
+    info = dataset.get("build_info")
+    if isinstance(info, Mapping) and _UNREAD in info:
+        dataset["build_info"] = {key: value for key, value in info.items() if key != _UNREAD}
+        ignored.append(f"build_info.{_UNREAD}")
+    visual = dataset.get("vis_processor")
+    if not isinstance(visual, Mapping):
+        return dataset, ignored
+    out = dict(visual)
+    for role, keys in _VIDEO_IGNORED.items():
+        section = visual.get(role)
+        if isinstance(section, Mapping) and section.get("name") == f"alpro_video_{role}":
+            out[role] = {key: value for key, value in section.items() if key not in keys}
+            ignored += [f"vis_processor.{role}.{key}" for key in keys if key in section]
+    return {**dataset, "vis_processor": out}, ignored
+
+
 @dataclasses.dataclass
 class _Translation:
     """Of the ``model`` sections of a project's layers, in their order."""
@@ -340,6 +372,7 @@ class _Translation:
     own_keys: Collection[str]
     weights: _Weights
     met: Collection[str]  # keys that say what is so here anyway
+    of_videos: bool
     ignored: list[str] = dataclasses.field(default_factory=list)
 
     def section(self, section: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -368,6 +401,8 @@ class _Translation:
         implied: dict[str, Any] = {}
         if section.get("arch") in _VIDEO:
             _put(out, ("vision", "temporal", "form"), "residual")  # what the published code computes
+        if self.of_videos and str(section.get("arch")) in _INSTRUCT:
+            _put(out, ("vision", "temporal", "form"), "each")  # likewise
         if "arch" in out:
             own = own_names(out["arch"], None)[0]
             out["arch"] = self.arch if isinstance(own, str) and own in _INSTRUCT else own
@@ -512,6 +547,15 @@ def _own_keys(arch: Any) -> Collection[str]:
     """Keys that the architecture's ``model`` section has in this project."""
     is_known = isinstance(arch, str) and arch in registry.list_models()
     return parameters_of(registry.get_model_class(arch).CONFIG if is_known else ModelConfig)
+
+
+def _of_videos(layers: Sequence[Layer]) -> bool:
+    """Whether a dataset of a project names a processor of videos."""
+    sections = [layer.content.get("datasets") for layer in layers]
+    datasets = [dataset for of in sections if isinstance(of, Mapping) for dataset in of.values()]
+    visual = [d.get("vis_processor") for d in datasets if isinstance(d, Mapping)]
+    processors = [p for section in visual if isinstance(section, Mapping) for p in section.values()]
+    return any(str(p.get("name")).startswith("alpro_video") for p in processors if isinstance(p, Mapping))
 
 
 def _strongest(layers: Iterable[Layer], key: str, name: str = "model") -> tuple[Any, str | None]:

@@ -26,10 +26,11 @@ class TemporalConfig:
         form: ``average``: attention over the frames inside every block of the encoder, as the paper states
             it (a still video is exactly the image model); ``residual``: the same as published code and
             checkpoints compute it; ``mean``: the mean of the frames' tokens; ``concat``: the tokens of all
-            frames in a row.
+            frames in a row; ``each``: the connector reads every frame by itself, and their soft prompts stand
+            in a row, as InstructBLIP's do.
     """
 
-    form: Literal["average", "residual", "mean", "concat"] = "average"
+    form: Literal["average", "residual", "mean", "concat", "each"] = "average"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -183,7 +183,7 @@ class BaseDataset(CollatedDataset):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "picture" in vars(cls) and "image" not in vars(cls):
-            cls.image = cls.picture  # type: ignore[method-assign]
+            cls.image = cls.picture  # type: ignore[method-assign]  # the earlier name
 
     def extra_metrics(self, captions: Mapping[int | str, str]) -> dict[str, float]:
         """What only this dataset can judge about captions, by metric name.

@@ -104,22 +104,30 @@ class ConversationDataset(BaseDataset):
         return about_positions(*texts, num_images=len(record["visuals"]))
 
     def _pixels(self, kind: str, name: str) -> torch.Tensor:
-        reads_videos = isinstance(self.vis_processor, VideoProcessor)
-        if kind == "image":
-            image = self._open(name)
-            return self.vis_processor(FrameList([image]) if reads_videos else image)
-        if not reads_videos:
-            raise DataError(
-                f"{name} is a video, and the model reads images only. Set model.vision.temporal and "
-                "vis_processor: {name: alpro_video_eval}, or leave such conversations out.",
-                "a video for a model of images",
-            )
-        return self.vis_processor(self.videos.open(name))
+        check_reads(self.vis_processor, kind, name)
+        visual = self._open(name) if kind == "image" else self.videos.open(name)
+        return self.vis_processor(frames_of(self.vis_processor, visual))
 
     def _open(self, name: str) -> Image.Image:
         if is_data_address(name):
             return open_image(decode_address(name))
         return self.media.open(name, getattr(self.vis_processor, "draft_size", None))
+
+
+def check_reads(vis_processor: BaseProcessor, kind: str, name: str) -> None:
+    """Raises `DataError` for a video where the processor is one of images."""
+    if kind == "video" and not isinstance(vis_processor, VideoProcessor):
+        raise DataError(
+            f"{name} is a video, and the model reads images only. Set model.vision.temporal and "
+            "vis_processor: {name: alpro_video_eval}, or leave such conversations out.",
+            "a video for a model of images",
+        )
+
+
+def frames_of(vis_processor: BaseProcessor, visual: Any) -> Any:
+    """An image or a video as the processor takes it: to one of videos an image is a video of one frame."""
+    is_frame = isinstance(visual, Image.Image) and isinstance(vis_processor, VideoProcessor)
+    return FrameList([visual]) if is_frame else visual
 
 
 @registry.register_builder("conversations")

@@ -7,10 +7,10 @@ import glob
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from braceexpand import braceexpand
 
@@ -19,7 +19,8 @@ from evlgen.common.registry import registry
 from evlgen.config.build_info import as_list
 from evlgen.config.schema import NonNegativeInt, PositiveInt, build_dataclass
 from evlgen.datasets.base_builder import BaseDatasetBuilder
-from evlgen.datasets.shards import ShardDataset, read_shard, stats_path
+from evlgen.datasets.conversation_shards import ConversationShardDataset, read_conversation_shard
+from evlgen.datasets.shards import ShardDataset, ShardIndex, read_shard, stats_path
 from evlgen.media.video import Reader
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,8 @@ class ShardBuilder(BaseDatasetBuilder):
     """
 
     TRAINING_ONLY = True
+    DATASET: ClassVar[type[ShardDataset]] = ShardDataset
+    READ: ClassVar[Callable[..., ShardIndex]] = staticmethod(read_shard)
 
     def __init__(
         self,
@@ -107,14 +110,15 @@ class ShardBuilder(BaseDatasetBuilder):
                 len(self._named),
                 gone[0],
             )
-        return ShardDataset(
+        read = functools.partial(self.READ, data_type=self.data_type)
+        return self.DATASET(
             shards,
             self.vis_processor(split),
             self.text_processor(split),
             data_type=self.data_type,
             caption=self.caption,
             shuffle_buffer=self.shuffle_buffer,
-            num_samples=self.num_samples or functools.partial(count_samples, shards, self.data_type),
+            num_samples=self.num_samples or functools.partial(count_samples, shards, read),
             reader=self.video_reader,
         )
 
@@ -152,6 +156,39 @@ class WebShardsBuilder(ShardBuilder):
     DEFAULT_CONFIG = "configs/datasets/web_shards.yaml"
 
 
+@registry.register_builder("conversation_shards")
+class ConversationShardsBuilder(ShardBuilder):
+    """Conversations in shards; see `evlgen.datasets.conversation_shards`."""
+
+    DEFAULT_CONFIG = "configs/datasets/conversation_shards.yaml"
+    DATASET = ConversationShardDataset
+    READ = staticmethod(read_conversation_shard)
+
+    def __init__(
+        self,
+        name: str,
+        cache_root: str | Path,
+        vis_processor: dict,
+        build_info: ShardInfo,
+        text_processor: dict | None = None,
+        shuffle_buffer: NonNegativeInt = 1000,
+        num_samples: PositiveInt | None = None,
+        video_reader: Reader = "auto",
+        dataset_card: str | None = None,
+    ) -> None:
+        super().__init__(
+            name,
+            cache_root,
+            vis_processor,
+            text_processor or {"train": {"name": "blip_caption"}},  # of captions, of which there are none
+            build_info,
+            shuffle_buffer=shuffle_buffer,
+            num_samples=num_samples,
+            video_reader=video_reader,
+            dataset_card=dataset_card,
+        )
+
+
 @registry.register_builder("ccs14M")
 class Ccs14MBuilder(ShardBuilder):
     """CC3M, CC12M and SBU with the captions that BLIP wrote and filtered (Li et al., ICML 2022)."""
@@ -166,16 +203,16 @@ class Laion115MBuilder(ShardBuilder):
     DEFAULT_CONFIG = "configs/datasets/laion115M.yaml"
 
 
-def count_samples(shards: list[str], data_type: str) -> int | None:
+def count_samples(shards: list[str], read: Callable[[str], ShardIndex]) -> int | None:
     """How many samples these shards have by their ``_stats.json``, or, where there are few shards, by their
-    headers; None where that takes too long to find out."""
+    headers, which ``read`` gives; None where that takes too long to find out."""
     counts = [_count_in_stats(shard) for shard in shards]
     known = [count for count in counts if count is not None]
     if len(known) == len(counts):
         return sum(known)
     if len(shards) > _MOST_COUNTED or any(_is_remote(shard) for shard in shards):
         return None
-    return sum(len(read_shard(shard, data_type).samples) for shard in shards)
+    return sum(len(read(shard).samples) for shard in shards)
 
 
 def _count_in_stats(shard: str) -> int | None:

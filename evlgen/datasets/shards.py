@@ -122,10 +122,10 @@ class ShardDataset(StreamDataset):
 
     def load_place(self, place: ShardSample) -> dict[str, Any]:
         name = self.place_id(place)
-        with open(_local(place.shard), "rb") as file:
-            record, text = (part and _read(file, part, "caption") for part in (place.json, place.txt))
-            content = _read(file, place.visual, self.data_type)
-        described = {} if record is None else _parsed(record)
+        with open(local_path(place.shard), "rb") as file:
+            record, text = (part and read_part(file, part, "caption") for part in (place.json, place.txt))
+            content = read_part(file, place.visual, self.data_type)
+        described = {} if record is None else parse_json(record)
         caption = self._caption(described, text)
         with self._opened(content, _path(place)) as visual:
             pixels = self.vis_processor(visual)
@@ -137,8 +137,8 @@ class ShardDataset(StreamDataset):
         }
 
     def image_at(self, place: ShardSample) -> Image.Image:
-        with open(_local(place.shard), "rb") as file:
-            content = _read(file, place.visual, self.data_type)
+        with open(local_path(place.shard), "rb") as file:
+            content = read_part(file, place.visual, self.data_type)
         with self._opened(content, _path(place)) as visual:
             if isinstance(visual, Image.Image):
                 return visual
@@ -160,17 +160,22 @@ class ShardDataset(StreamDataset):
         ones, which may be whole the next time."""
         if shard in self._indices:
             return self._indices[shard]
-        index = _read_patiently(shard, self.data_type)
+        index = _read_patiently(self._read_shard, shard)
         if index.damage is None:
             if len(self._indices) >= _KEPT_INDICES:
                 del self._indices[next(iter(self._indices))]
             self._indices[shard] = index
         return index
 
+    def _read_shard(self, shard: str) -> ShardIndex:
+        return read_shard(shard, self.data_type)
+
     @contextlib.contextmanager
-    def _opened(self, content: bytes, name: str) -> Iterator[Image.Image | Video]:
+    def _opened(
+        self, content: bytes, name: str, data_type: str | None = None
+    ) -> Iterator[Image.Image | Video]:
         """What a processor takes, of a file's bytes."""
-        if self.data_type == "images":
+        if (data_type or self.data_type) == "images":
             yield open_image(NamedBytes(content, name), getattr(self.vis_processor, "draft_size", None))
             return
         with tempfile.NamedTemporaryFile(suffix=os.path.splitext(name)[1]) as file:  # readers want a path
@@ -213,8 +218,8 @@ def read_shard(shard: str, data_type: str) -> ShardIndex:
     wanted = {*SUFFIXES[data_type], *_TEXTS}
     damage: DataError | None = None
     try:
-        for member in tar_members(_local(shard)):
-            key, suffix = _split(member.name)
+        for member in tar_members(local_path(shard)):
+            key, suffix = key_and_suffix(member.name)
             if key and suffix in wanted:
                 found.setdefault((key, times[key, suffix]), {})[suffix] = (member.offset, member.size)
                 times[key, suffix] += 1
@@ -228,7 +233,7 @@ def read_shard(shard: str, data_type: str) -> ShardIndex:
     whole = {key for (key, _), sample in made.items() if isinstance(sample, ShardSample)}
     samples = []
     for (key, _), sample in made.items():
-        if (first := _before_dots(key)) == key or first not in whole:
+        if (first := before_dots(key)) == key or first not in whole:
             samples.append(sample)
         elif key in whole:
             why = f"its name has dots: it may be a sample of its own, or belong to '{first}'."
@@ -238,15 +243,15 @@ def read_shard(shard: str, data_type: str) -> ShardIndex:
     return ShardIndex(samples, damage)
 
 
-def _read_patiently(shard: str, data_type: str) -> ShardIndex:
-    """`read_shard`, tried again as `PAUSES` allow where a disk or the network has failed."""
+def _read_patiently(read: Callable[[str], ShardIndex], shard: str) -> ShardIndex:
+    """What a shard holds, read again as `PAUSES` allow where a disk or the network has failed."""
     for pause in PAUSES:
-        index = read_shard(shard, data_type)
+        index = read(shard)
         if index.damage is None or not _may_pass(index.damage):
             return index
         logger.warning("%s Trying again in %g s.", index.damage, pause)
         time.sleep(pause)
-    return read_shard(shard, data_type)
+    return read(shard)
 
 
 def _may_pass(damage: DataError) -> bool:
@@ -314,14 +319,14 @@ def _shuffled(places: Iterator[Any], size: int, order: random.Random) -> Iterato
     yield from _permuted(buffer, order)
 
 
-def _split(name: str) -> tuple[str, str]:
+def key_and_suffix(name: str) -> tuple[str, str]:
     """``a/b/001.seg.png`` -> ``("a/b/001.seg", "png")``; no key where the name of the file is hidden."""
     folder, slash, file = name.rpartition("/")
     stem, _, suffix = file.rpartition(".")
     return (folder + slash + stem if stem and not file.startswith(".") else "", suffix.lower())
 
 
-def _before_dots(key: str) -> str:
+def before_dots(key: str) -> str:
     """``a/b/001.seg`` -> ``a/b/001``: what webdataset calls a sample."""
     folder, slash, file = key.rpartition("/")
     return folder + slash + file.partition(".")[0]
@@ -331,11 +336,11 @@ def _path(place: ShardSample) -> str:
     return f"{place.shard}/{place.key}.{place.suffix}"
 
 
-def _local(shard: str) -> str:
+def local_path(shard: str) -> str:
     return resolve(shard) if "://" in shard else shard
 
 
-def _read(file: BinaryIO, part: Part, what: str) -> bytes:
+def read_part(file: BinaryIO, part: Part, what: str) -> bytes:
     offset, size = part
     if size > _MOST_BYTES[what]:
         which = "text" if what == "caption" else "file"
@@ -346,7 +351,7 @@ def _read(file: BinaryIO, part: Part, what: str) -> bytes:
     return file.read(size)
 
 
-def _parsed(content: bytes) -> dict[str, Any]:
+def parse_json(content: bytes) -> dict[str, Any]:
     try:
         record = json.loads(_decoded(content))
     except (ValueError, RecursionError) as error:

@@ -25,7 +25,7 @@ class Partition(NamedTuple):
 
     seed: int
     index: int  # type: ignore[assignment]  # not that of tuples
-    count: int  # type: ignore[assignment]
+    count: int  # type: ignore[assignment]  # nor this
 
 
 class StreamDataset(BaseDataset):
@@ -123,7 +123,7 @@ class _Listed(BaseDataset):
         return self._stream.load_place(self.records[index])
 
     def load_text(self, index: int) -> dict[str, Any]:
-        return {key: value for key, value in self.load_sample(index).items() if key != "image"}
+        return {k: v for k, v in self.load_sample(index).items() if k not in ("image", "images")}
 
     def visual_source(self, index: int) -> str:
         return self.sample_id(index)  # no two samples of a stream are told to show the same

@@ -200,9 +200,11 @@ def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
-    rows = max(1, _STRIP_PIXELS // image.width)
+    columns = min(_STRIP_PIXELS, image.width)  # a single row may have millions
+    rows = _STRIP_PIXELS // columns
     for top in range(0, image.height, rows):
-        yield 0, top, image.width, min(top + rows, image.height)
+        for left in range(0, image.width, columns):
+            yield left, top, min(left + columns, image.width), min(top + rows, image.height)
 
 
 def _over_white(image: Image.Image) -> Image.Image:

@@ -56,7 +56,7 @@ class InstructBLIP(VLM):
     text_tokenizer: QFormerTokenizer
 
     @classmethod
-    def from_parts_config(cls, cfg: InstructConfig, device: torch.device) -> InstructBLIP:  # type: ignore[override]
+    def from_parts_config(cls, cfg: InstructConfig, device: torch.device) -> InstructBLIP:  # type: ignore[override]  # a config of its own kind
         """Builds the parts. Raises `ConfigError` for a connector other than a Q-Former."""
         name = cfg.connector.get("name")
         if not issubclass(registry.get_connector_class(name or "tomeformer"), QFormer):
@@ -79,7 +79,7 @@ class InstructBLIP(VLM):
         return model
 
     @classmethod
-    def _hub_parts(cls, cfg: InstructConfig) -> dict[str, str]:  # type: ignore[override]
+    def _hub_parts(cls, cfg: InstructConfig) -> dict[str, str]:  # type: ignore[override]  # as above
         return {**super()._hub_parts(cfg), "tokenizer": cfg.text.tokenizer}
 
     def soft_prompts(self, samples: Batch) -> Tensor:
@@ -94,10 +94,12 @@ class InstructBLIP(VLM):
             return cast(Tensor, self.sequence_prompts(samples))
         tokens = self.image_tokens(samples)
         texts = self._instructions(samples, len(tokens))
+        frames = self._frames_apart(tokens)
         ids = self.text_tokenizer(texts).to(tokens.device)
-        visual = self.connector.keys_values(self._normed(tokens))
+        ids = ids.repeat_interleave(len(frames) // len(tokens), 0)
+        visual = self.connector.keys_values(self._normed(frames))
         queries = encode_multimodal(self.connector, self.text, ids, ids != self.text_tokenizer.pad, visual)
-        return self._with_head(self.connector.project(queries))
+        return self._in_rows(self._with_head(self.connector.project(queries)), len(tokens))
 
     def sequence_prompts(self, samples: Batch) -> SoftPrompts:
         """Raises `ConfigError`: a Q-Former that reads one instruction."""

@@ -12,7 +12,7 @@ from evlgen.common.batch import Batch
 from evlgen.common.errors import DataError
 from evlgen.media.images import to_rgb
 from evlgen.media.video import FrameList, VideoSource
-from evlgen.models.protocols import HasVision, reads_videos
+from evlgen.models.protocols import HasVision, reads_videos, tiling_of
 
 
 def with_pixels(model: HasVision, samples: Any) -> Batch:
@@ -53,7 +53,7 @@ def pixels_of(model: HasVision, images: Any) -> Tensor | list[Tensor]:
         items = [process(_as_video(item) if of_videos else item) for item in items]
     shapes = {tuple(item.shape) for item in items}
     if len(shapes) > 1:
-        if getattr(model, "tiling", None) is not None:
+        if tiling_of(model) is not None:
             return items
         raise DataError(f"the images of one batch have different shapes: {sorted(shapes)}. Give them apart.")
     return torch.stack(items)

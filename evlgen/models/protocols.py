@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from evlgen.models.connectors.base import Connector
     from evlgen.models.language.base import LanguageModel
     from evlgen.models.soft_prompts import SoftPromptHead
+    from evlgen.models.tiles import Tiling
     from evlgen.models.vision.base import VisionEncoder
 
 T = TypeVar("T")
@@ -41,6 +42,12 @@ class ReadsVideo(Protocol):
 
     #: How the frames of a video become one set of visual tokens (`TemporalConfig`); None: it reads images.
     temporal: str | None
+
+
+class CutsTiles(Protocol):
+    """May cut images into tiles: see `tiling_of`."""
+
+    tiling: Tiling | None  # None: it reads an image as a whole
 
 
 class HasConnector(Protocol):
@@ -141,6 +148,11 @@ def offering(model: object, protocol: type[T]) -> T:
 def reads_videos(model: object) -> bool:
     """Whether a model is one of videos."""
     return offers(model, ReadsVideo) and model.temporal is not None
+
+
+def tiling_of(model: object) -> Tiling | None:
+    """How a model cuts images into tiles; None where it reads them as a whole."""
+    return model.tiling if offers(model, CutsTiles) else None
 
 
 def _members(protocol: type) -> list[str]:

@@ -131,8 +131,11 @@ class VLM(Chatting):
         return room.text_lengths(cfg, cls.LANGUAGE_MODEL, cls._temporal_of(cfg))
 
     @classmethod
-    def check_room(cls, cfg: ModelConfig, prompt: str | None, num_new: int, learns: bool) -> None:
-        room.check_room(cfg, cls.LANGUAGE_MODEL, prompt, num_new, learns)
+    def check_room(
+        cls, cfg: ModelConfig, prompt: str | None, num_new: int, learns: bool, num_frames: int = 1
+    ) -> None:
+        temporal = cls._temporal_of(cfg)
+        room.check_room(cfg, cls.LANGUAGE_MODEL, temporal, prompt, num_new, learns, num_frames)
 
     @classmethod
     def _temporal_of(cls, cfg: ModelConfig) -> str | None:
@@ -196,7 +199,21 @@ class VLM(Chatting):
 
     def _to_prompts(self, tokens: Tensor) -> Tensor:
         """The encoder's tokens [B, N, C_vision] -> [B, M, C_language]."""
-        return self._with_head(self.connector(self._normed(tokens)))
+        frames = self._frames_apart(tokens)
+        return self._in_rows(self._with_head(self.connector(self._normed(frames))), len(tokens))
+
+    def _frames_apart(self, tokens: Tensor) -> Tensor:
+        """With ``temporal: each`` the tokens of videos [B, T * N, C] -> of their frames [B * T, N, C], those
+        of a video in a row; else what was given."""
+        return (
+            tokens.unflatten(1, (-1, self.vision.num_tokens)).flatten(0, 1)
+            if self.temporal == "each"
+            else tokens
+        )
+
+    def _in_rows(self, prompts: Tensor, num_videos: int) -> Tensor:
+        """The soft prompts of frames [B * T, M, C] -> of ``num_videos`` videos [B, T * M, C]."""
+        return prompts if len(prompts) == num_videos else prompts.unflatten(0, (num_videos, -1)).flatten(1, 2)
 
     def _prompts_to_continue(self, samples: Batch) -> Tensor:
         """`soft_prompts` for generation: of a few images by a CUDA graph where that is possible."""
@@ -228,7 +245,7 @@ class VLM(Chatting):
                 image is a video of one frame. Or Pillow images, see `generate`.
 
         Returns:
-            [B, N, C_vision]; with ``temporal: concat`` [B, T * N, C_vision].
+            [B, N, C_vision]; with ``temporal: concat`` or ``each`` [B, T * N, C_vision].
 
         Raises:
             ConfigError: videos for a model of images.
@@ -386,7 +403,8 @@ class VLM(Chatting):
 
     def not_learnable(self, samples: Batch) -> dict[int, str]:
         if sequences.is_sequence(samples):
-            return sequences.not_learnable(self.language, samples, self.num_soft_prompts, self._most_positions)
+            room = self.num_soft_prompts, self._most_positions
+            return sequences.not_learnable(self.language, samples, *room)
         if "text_output" not in samples:
             return {}
         lost = self.language.without_answer(samples["text_input"], samples["text_output"])
@@ -406,8 +424,12 @@ class VLM(Chatting):
             return self.tiling.num_soft(
                 image.shape, lambda n: self.connector.num_soft_prompts(n * num_tokens)
             )
-        frames = image.shape[1] if image.ndim == 4 and self.temporal == "concat" else 1
-        return self.connector.num_soft_prompts(self.vision.num_tokens * frames)
+        frames = image.shape[1] if image.ndim == 4 else 1
+        if self.temporal == "each":
+            return frames * self.connector.num_soft_prompts(self.vision.num_tokens)
+        return self.connector.num_soft_prompts(
+            self.vision.num_tokens * (frames if self.temporal == "concat" else 1)
+        )
 
     def _log_parts(self) -> None:
         parts: dict[str, tuple[nn.Module, bool]] = {

@@ -19,7 +19,7 @@ from evlgen.config.lavis import own_names
 from evlgen.config.schema import show
 from evlgen.models.base_model import BaseModel
 from evlgen.models.checkpoint_io import checkpoint_path
-from evlgen.models.protocols import HasVision, offers, reads_videos
+from evlgen.models.protocols import HasVision, offers, reads_videos, tiling_of
 from evlgen.processors import build_processor
 from evlgen.processors.base_processor import BaseProcessor, UnchangedProcessor
 from evlgen.weights.checkpoints import CONFIG_FILE
@@ -90,7 +90,7 @@ def load_preprocess(
         )
     vision = model.vision
     pixels = {"image_size": vision.image_size, "mean": list(vision.image_mean), "std": list(vision.image_std)}
-    if (tiling := getattr(model, "tiling", None)) is not None:
+    if (tiling := tiling_of(model)) is not None:
         pixels["max_tiles"] = tiling.max
     if reads_videos(model):
         train = {"name": "alpro_video_train", "augment": "none"}  # as EVLGen's video models are trained

@@ -172,6 +172,37 @@ class BlipImageEvalProcessor(ImageProcessor):
         super().__init__(whole, mean, std, image_size if draft and max_tiles == 1 else None, max_tiles)
 
 
+@registry.register_processor("clip_image_train")
+class ClipImageTrainProcessor(ImageProcessor):
+    """A random part (``min_scale`` to ``max_scale`` of the area), resized; not mirrored. LAVIS's name."""
+
+    def __init__(
+        self,
+        image_size: PositiveInt = 224,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+        min_scale: Fraction = 0.9,
+        max_scale: Fraction = 1.0,
+        resize: Resize = "pillow",
+    ) -> None:
+        super().__init__(_crop_and_flip(image_size, min_scale, max_scale, resize)[0], mean, std)
+
+
+@registry.register_processor("clip_image_eval")
+class ClipImageEvalProcessor(ImageProcessor):
+    """The square in the middle of the image, resized: as CLIP sees images. LAVIS's name."""
+
+    def __init__(
+        self,
+        image_size: PositiveInt = 224,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+        resize: Resize = "pillow",
+    ) -> None:
+        shorter_side = _RESIZES[resize][0](image_size, interpolation=v2.InterpolationMode.BICUBIC)
+        super().__init__(v2.Compose([shorter_side, v2.CenterCrop(image_size)]), mean, std)
+
+
 def check_scales(min_scale: float, max_scale: float) -> None:
     """Raises `ConfigError` where these are no smallest and largest share of an image's area."""
     if not 0 < min_scale <= max_scale:

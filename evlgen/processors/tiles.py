@@ -1,8 +1,10 @@
 """Images of high resolution as grids of square tiles, which an encoder reads one by one.
 
 The grid is chosen as LLaVA-NeXT's AnyRes does (Liu et al., 2024; ``select_best_resolution`` of its public
-code): the one that keeps most of the image's pixels, and of those the one that adds least. The image is then
-resized to the whole grid, without regard to small differences in its proportions.
+code): the one that keeps most of the image's pixels, and of those the one that adds least. It is chosen among
+all grids of at most ``max`` tiles; LLaVA-1.6's own list has neither a single tile nor four in a row
+(``image_grid_pinpoints``: 1 x 2, 2 x 1, 2 x 2, 1 x 3, 3 x 1). The image is then resized to the whole grid;
+LLaVA-NeXT keeps its proportions there and fills the rest with black.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ def _results(runs: Sequence[RunFolder], names: Sequence[str]) -> tuple[list[str]
     rows = []
     for name, run in zip(names, runs, strict=True):
         for record in run.evaluations:
-            what = f"{record['split']}, {record['label'] or 'test'}"
+            what = ", ".join(filter(None, (record["split"], record["label"])))
             use = record.get("image_worth")
             rows.append(
                 [
@@ -277,7 +277,8 @@ def _captions(runs: Sequence[RunFolder], names: Sequence[str]) -> list[dict[str,
         of_split = [line for line in of_split if line["split"] == of_split[0]["split"]] or run.samples[:1]
         shown = of_split[-1:] if len(runs) > 1 else _spread(of_split, _MOST_EVALUATIONS)
         for line in shown:
-            heading = names[number] if len(runs) > 1 else f"iteration {line['iteration']}"
+            at = line["split"] if line["iteration"] is None else f"iteration {line['iteration']}"
+            heading = names[number] if len(runs) > 1 else at
             for row in line.get("samples", ()):
                 entry = entries.setdefault(str(row["id"]) + row.get("question", ""), _card(row, run))
                 entry["texts"].append((number if len(runs) > 1 else None, heading, _written(row)))

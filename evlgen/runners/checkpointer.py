@@ -41,6 +41,7 @@ from evlgen.runners.training_state import (
     TrainingCost,
     TrainingState,
     data_changes,
+    kept_random_state,
     load_optimizer,
     optimizer_tensors,
     random_state,
@@ -286,8 +287,7 @@ class Checkpointer:
         rank, processes = self.accelerator.process_index, saved.progress["processes"]
         if rank >= len(processes):
             return {}
-        drawn = {k.partition(".")[2]: v for k, v in saved.drawn.items() if k.partition(".")[0] == str(rank)}
-        set_random_state(drawn, processes[rank].get("random", {}))
+        _set_random_state_of(saved.drawn, processes, rank)
         return processes[rank].get("own", {})
 
     def _count_rewind(self, state: TrainingState) -> None:
@@ -339,7 +339,16 @@ class _Saved:
         except ConfigError as error:
             raise CheckpointError(str(error)) from error
         moments, generators = (read_weights(state / name) for name in (OPTIMIZER_FILE, RANDOM_FILE))
+        with kept_random_state():  # whether they can be set, before anything else of it is used
+            for rank in range(len(processes)):
+                _set_random_state_of(generators, processes, rank)
         return cls(config, progress, moments, generators, TrainingCost.read(state / EFFORT_FILE))
+
+
+def _set_random_state_of(drawn: dict[str, Tensor], processes: list[dict[str, Any]], rank: int) -> None:
+    """Sets the random states that the process of this rank had. Raises `CheckpointError` for damaged ones."""
+    own = {k.partition(".")[2]: v for k, v in drawn.items() if k.partition(".")[0] == str(rank)}
+    set_random_state(own, processes[rank].get("random", {}))
 
 
 def _check_counters(progress: dict[str, Any]) -> None:

@@ -240,10 +240,11 @@ class Harnessed:
     def _parts(self, question: _Question) -> list[str | VisualPart]:
         """The texts and images of a sequence."""
         visuals, texts = list(question.visuals), question.text.split(_MARKER)
+        parts: list[str | VisualPart] = [*visuals, question.text or self.model.prompt]
         if len(texts) - 1 == len(visuals):
-            parts = [part for pair in zip(texts, [*visuals, ""], strict=True) for part in pair]
-        else:
-            parts = [*visuals, question.text or self.model.prompt]
+            parts = [texts[0]]
+            for visual, text in zip(visuals, texts[1:], strict=True):
+                parts += [visual, text]
         return [part for part in parts if part]
 
     def _samples(self, questions: Sequence[_Question], answers: Sequence[str] | None = None) -> Batch:
@@ -275,7 +276,7 @@ class Harnessed:
     def _options(self, how: dict[str, Any], question: _Question) -> dict[str, Any]:
         temperature = float(how.get("temperature") or 0)
         samples = bool(how.get("do_sample", temperature > 0)) and temperature > 0
-        options = {
+        options: dict[str, Any] = {
             "num_beams": int(how.get("num_beams") or 1),
             "max_length": self._room(question, int(how.get("max_new_tokens") or _NEW_TOKENS)),
             "use_nucleus_sampling": samples,
@@ -317,7 +318,8 @@ class Harnessed:
         prompts: Any = None
         if "image" in samples:
             distinct = self._samples(asked)
-            prompts = self.model.soft_prompts({**distinct, "instruction": distinct["prompt"]})
+            distinct["instruction"] = [self._prompt(question) for question in asked]
+            prompts = self.model.soft_prompts(distinct)
             prompts = prompts[[places.index(owner) for owner in owners]]
         found = self.model.sample_losses(samples, prompts)
         lengths = found["num_tokens"].tolist()

@@ -140,6 +140,10 @@ def _pixels(model: BaseModel, frames: Sequence[Image.Image]) -> Tensor:
             f"this is a model of images, and {len(frames)} frames are one video: give them one by one, or "
             "set model.vision.temporal."
         )
+    if len(frames) > 1 and model.temporal == "each":
+        raise ConfigError(
+            "model.vision.temporal.form is 'each': every frame merges by itself. Give the frames one by one."
+        )
     vision = model.vision
     processor = build_processor(
         {

@@ -30,6 +30,7 @@ _LAYERS, _FEWEST_LAYERS = re.compile(r".*layers?|(.*_)?(blocks?|depth|stages?)")
 _PARTS, _FEWEST_PARTS = re.compile(r".*(expert|head|group).*"), 16_384
 _LABELS, _MOST_LABELS = re.compile(r".*labels?"), 10_000
 _MOST_LAYERS = 10_000
+_NEVER_NEGATIVE = re.compile(r"(num|n)_.*|d_(model|ff|kv)|.*_(size|dim)")
 _MOST_ENTRIES = 10_000  # of a list or mapping, which transformers looks through again and again
 _BUFFER_BYTES = 1 << 30  # of what is no weight, such as masks of attention
 
@@ -58,7 +59,7 @@ def weights_held(path: Path) -> Held:
 
 def check_counts(source: str | Path, config: Mapping[str, Any], held: Held) -> None:
     """Raises `CheckpointError` for a configuration in which one number alone is more than the files can have,
-    whatever its name and however deep it stands, or that lists more than any model has."""
+    whatever its name and however deep it stands, or is below 0, or that lists more than any model has."""
     if long := next(_long_lists(config), None):
         raise CheckpointError(
             f"{source} cannot be read: its configuration gives {long[0]} with {long[1]} entries, and at most "
@@ -66,6 +67,10 @@ def check_counts(source: str | Path, config: Mapping[str, Any], held: Held) -> N
         )
     for key, value in _numbers(config):
         name = key.rpartition(".")[2].lower()
+        if value < 0 and _NEVER_NEGATIVE.fullmatch(name) and not _NO_SIZE.search(name):
+            raise CheckpointError(
+                f"{source} cannot be read: its configuration gives {key} as {value:g}. Get it again."
+            )
         limit = held.weights if _SIZE.search(name) and not _NO_SIZE.search(name) else None
         if _LAYERS.fullmatch(name):
             limit = min(max(_FEWEST_LAYERS, held.tensors), _MOST_LAYERS)

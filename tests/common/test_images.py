@@ -153,14 +153,16 @@ def test_images_are_converted_alike_in_strips_and_as_a_whole(mode: str, monkeypa
     if mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         del image.info["transparency"]
     whole = np.asarray(to_rgb(image))
-    monkeypatch.setattr("evlgen.media.images._STRIP_PIXELS", 24)
-    assert np.array_equal(to_rgb(image), whole) and whole.std() > 10
+    for pixels in (24, 5):  # two rows; a part of a row
+        monkeypatch.setattr("evlgen.media.images._STRIP_PIXELS", pixels)
+        assert np.array_equal(to_rgb(image), whole) and whole.std() > 10
 
 
+@pytest.mark.parametrize("size", [(2000, 2000), (4_000_000, 1)])
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_deep_images_take_little_memory_to_convert(mode: str) -> None:
+def test_deep_images_take_little_memory_to_convert(mode: str, size: tuple[int, int]) -> None:
     """Beside the image and its RGB form, which Python does not see: all at once it would be 110 MB."""
-    image = Image.new(mode, (2000, 2000), 7)
+    image = Image.new(mode, size, 7)
     tracemalloc.start()
     try:
         to_rgb(image)

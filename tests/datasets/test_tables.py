@@ -110,7 +110,7 @@ def test_a_quote_that_ends_in_a_later_row_swallows_no_rows(tmp_path):
         "path,caption (en|de|fr)\na.png,dog|Hund|chien\nb.png,cat|Katze|chat\n",
         'path,caption;x\na.png,"' + "a;b\n" * 400 + '"\nb.png,c;d\n',
     ],
-    ids=["numbers", "rows in quotes", "three columns", "long", "quoted", "others in the header", "long start"],
+    ids=["numbers", "rows in quotes", "three columns", "long", "quoted", "in the header", "long start"],
 )
 def test_what_pythons_csv_reads_without_complaint_is_read_as_it_does(tmp_path, content):
     expected = [row for row in csv.reader(content.splitlines(keepends=True), strict=True) if row][1:]

@@ -1,4 +1,4 @@
-"""``PYTHONPATH=tests python -m fuzzing --inputs 10000``: the whole campaign.
+"""``PYTHONPATH=tests python -m fuzzing --inputs 20000``: the whole campaign.
 
 Each chunk runs in a process of its own, so that even a crash of the interpreter is a failure that is counted,
 and not the end.
@@ -22,7 +22,7 @@ CHUNK = 500
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="fuzzing", description=__doc__)
-    parser.add_argument("--inputs", type=int, default=10_000, help="of each kind")
+    parser.add_argument("--inputs", type=int, default=20_000, help="of each kind")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--chunk", type=int, help="only this one, in this process")
     parser.add_argument("--first", type=int, default=0, help="number of the first chunk: others are others")

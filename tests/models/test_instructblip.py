@@ -108,6 +108,21 @@ def test_the_question_changes_what_is_seen_and_the_batch_does_not(pair):
     assert set(ranked) <= set(ANSWERS)
 
 
+def test_of_a_video_each_frame_is_asked_and_their_soft_prompts_stand_in_a_row(pair, monkeypatch):
+    ours, theirs, _ = pair
+    monkeypatch.setattr(ours, "temporal", "each")
+    video = torch.stack([PIXELS, PIXELS.flip(0), PIXELS.flip(3)], 2)  # [2, 3, T, H, W]
+    found = ours.soft_prompts({"image": video, "prompt": QUESTIONS})
+    for i, question in enumerate(QUESTIONS):
+        frames = [theirs.get_image_features(f[None], **asked(ours, question)) for f in video[i].unbind(1)]
+        expected = torch.cat([torch.stack(list(frame.pooler_output))[0] for frame in frames])
+        torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-5)
+    assert found.shape[1] == ours.num_soft_prompts(video[0]) == 3 * ours.num_soft_prompts(video[0, :, 0])
+    assert len(ours.generate({"image": video, "prompt": QUESTIONS}, num_beams=1, max_length=3)) == 2
+    one = {"image": video[:1], "text_input": QUESTIONS[:1], "text_output": ANSWERS[:1]}
+    assert ours(one)["loss"].isfinite()
+
+
 def test_published_names_and_a_saved_checkpoint_are_read_back(pair, tmp_path):
     ours, _, folder = pair
     state = ours.trained_state_dict()

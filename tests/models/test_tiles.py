@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from transformers.image_processing_utils import select_best_resolution
 
 from evlgen.assemble import run
 from evlgen.common.errors import ConfigError, DataError
@@ -40,32 +41,35 @@ def pixels(rows, columns, seed=0):
     return torch.randn(3, rows * SIDE, columns * SIDE, generator=torch.Generator().manual_seed(seed))
 
 
-def select_best_resolution(original_size, possible_resolutions):
-    """As in LLaVA-NeXT's ``llava/mm_utils.py``: (width, height) of each."""
-    original_width, original_height = original_size
-    best_fit, most_kept, least_wasted = None, 0, float("inf")
-    for width, height in possible_resolutions:
-        scale = min(width / original_width, height / original_height)
-        down_width, down_height = int(original_width * scale), int(original_height * scale)
-        kept = min(down_width * down_height, original_width * original_height)
-        wasted = width * height - kept
-        if kept > most_kept or (kept == most_kept and wasted < least_wasted):
-            best_fit, most_kept, least_wasted = (width, height), kept, wasted
-    return best_fit
+#: ``image_grid_pinpoints`` of LLaVA-1.6, as rows and columns: neither a single tile nor four in a row.
+LLAVA_16 = [(1, 2), (2, 1), (2, 2), (1, 3), (3, 1)]
+
+
+def anyres(size, grids, side):
+    """Rows and columns by transformers' own code for LLaVA-NeXT."""
+    width, height = size
+    rows, columns = select_best_resolution((height, width), [(r * side, c * side) for r, c in grids])
+    return rows // side, columns // side
 
 
 def test_grids_are_those_of_llava_next():
     draw, side = random.Random(0), 336
+    shared = 0
     for most in (1, 2, 4, 6):
         grids = [(r, c) for r in range(1, 7) for c in range(1, 7) if r * c <= most]
         grids.sort(key=lambda grid: grid[0] * grid[1])
         for _ in range(200):
             size = draw.randint(1, 2000), draw.randint(1, 2000)
-            width, height = select_best_resolution(size, [(c * side, r * side) for r, c in grids])
-            assert choose_grid(*size, side, most) == (height // side, width // side), size
+            chosen = choose_grid(*size, side, most)
+            assert chosen == anyres(size, grids, side), size
+            if most == 4 and chosen in LLAVA_16:
+                assert chosen == anyres(size, LLAVA_16, side), size
+                shared += 1
+    assert shared > 100
     expected = {(672, 336): (1, 2), (300, 700): (3, 1), (1000, 1000): (2, 2), (640, 480): (2, 2)}
     expected |= {(2000, 500): (1, 4), (336, 336): (1, 1), (100, 80): (1, 1)}
     assert {size: choose_grid(*size, side, 4) for size in expected} == expected
+    assert [anyres(size, LLAVA_16, side) for size in ((2000, 500), (336, 336))] == [(1, 3), (1, 2)]
 
 
 @pytest.mark.parametrize("name", ["blip_image_eval", "blip2_image_train", "blip_image_train"])

@@ -123,6 +123,12 @@ def test_mean_and_concatenation_of_frames(video):
     soft_prompts = concat.soft_prompts({"image": video})
     assert soft_prompts.shape[1] == concat.connector.num_soft_prompts(4 * 17) == 4 * 17 - 2 * 3
     assert not temporal_modules(mean.vision) and not temporal_modules(concat.vision)
+    each = build(temporal={"form": "each"})
+    each.connector = concat.connector
+    rows = [concat.soft_prompts({"image": frame}) for frame in video.unbind(2)]  # a frame is an image
+    torch.testing.assert_close(each.soft_prompts({"image": video}), torch.cat(rows, 1), rtol=1e-4, atol=1e-5)
+    for model in (mean, concat, each):
+        assert model.num_soft_prompts(video[0]) == model.soft_prompts({"image": video}).shape[1]
 
 
 def test_the_frames_matter_once_alpha_is_not_0(video):

@@ -16,7 +16,7 @@ from evlgen.processors.randaugment import RandAugment
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
 BICUBIC = transforms.InterpolationMode.BICUBIC
-NAMES = ("blip_image_eval", "blip2_image_train", "blip_image_train")
+NAMES = ("blip_image_eval", "blip2_image_train", "blip_image_train", "clip_image_eval", "clip_image_train")
 
 
 def published(*geometry) -> transforms.Compose:
@@ -35,6 +35,8 @@ def test_default_sizes_are_the_published_ones() -> None:
         "blip_image_eval": 384,
         "blip2_image_train": 364,
         "blip_image_train": 384,
+        "clip_image_eval": 224,
+        "clip_image_train": 224,
     }
 
 
@@ -42,6 +44,23 @@ def test_eval_equals_the_published_transforms() -> None:
     expected = published(transforms.Resize((40, 40), interpolation=BICUBIC))(PHOTO)
     pixels = build_processor({"name": "blip_image_eval", "image_size": 40})(PHOTO)
     torch.testing.assert_close(pixels, expected, atol=2e-6, rtol=0)
+
+
+def test_clip_eval_is_the_square_in_the_middle() -> None:
+    for photo in (PHOTO, PHOTO.transpose(Image.Transpose.ROTATE_90), PHOTO.crop((0, 0, 31, 20))):
+        expected = published(transforms.Resize(40, interpolation=BICUBIC), transforms.CenterCrop(40))(photo)
+        pixels = build_processor({"name": "clip_image_eval", "image_size": 40})(photo)
+        torch.testing.assert_close(pixels, expected, atol=2e-6, rtol=0)
+
+
+def test_clip_training_equals_the_published_transforms_under_one_seed() -> None:
+    expected = published(transforms.RandomResizedCrop(40, scale=(0.9, 1.0), interpolation=BICUBIC))
+    ours = build_processor({"name": "clip_image_train", "image_size": 40})
+    for seed in range(4):
+        torch.manual_seed(seed)
+        target = expected(PHOTO)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(ours(PHOTO), target, atol=2e-6, rtol=0)
 
 
 def test_training_equals_the_published_transforms_under_one_seed() -> None:

@@ -97,6 +97,19 @@ def test_runs_are_laid_beside_each_other(make_run):
     assert page.index("run.seed<") < page.index("run.max_epoch<" if "run.max_epoch<" in page else "</html>")
 
 
+def test_captions_of_a_run_that_was_only_tested_are_those_of_its_split(make_run):
+    folder = make_run()
+    name = folder / "samples.jsonl"
+    line = json.loads(name.read_text().splitlines()[0])
+    lines(name, [{**line, "split": "test", "label": "", "iteration": None}])
+    with open(folder / "log.jsonl", "a") as file:
+        record = {"type": "evaluation", "split": "test", "label": "", "iteration": None}
+        file.write('"}\n' + json.dumps(record) + "\n")
+    page = run_page([RunFolder(folder)])
+    assert "<dt>test</dt><dd>written at 1</dd>" in page and "<td>test</td>" in page
+    assert "iteration None" not in page and "test, test" not in page
+
+
 def test_a_run_that_has_only_begun_has_a_page(make_run):
     folder = make_run()
     for name in ("log.jsonl", "samples.jsonl", "skipped.jsonl", "facts.json"):

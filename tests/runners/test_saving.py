@@ -150,6 +150,13 @@ def test_a_checkpoint_without_digests_is_read_and_refused_where_a_number_is_not_
         assert resumed(training).iteration == 1
         assert f"{key} holds numbers that are not finite" in caplog.text
         save_file(tensors, newest / name)
+    drawn = load_file(newest / "training_state/random.safetensors")
+    for damaged in ({"0.torch": drawn["0.torch"][:9]}, {"0.python": -drawn["0.python"]}):
+        save_file({**drawn, **damaged}, newest / "training_state/random.safetensors")
+        assert resumed(training).iteration == 1
+        assert "step_00000002 is skipped: its random.safetensors is damaged" in caplog.text
+        caplog.clear()
+    save_file(drawn, newest / "training_state/random.safetensors")
     assert resumed(training).iteration == 2
 
 

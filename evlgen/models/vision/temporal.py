@@ -96,10 +96,10 @@ def temporal_modules(encoder: nn.Module) -> list[TemporalAttention]:
 
 
 def pool_frames(tokens: Tensor, num_frames: int, form: str) -> Tensor:
-    """Tokens of all frames [B * T, N, C] -> of the videos: their mean [B, N, C], or, with ``concat``, in a
-    row [B, T * N, C]."""
+    """Tokens of all frames [B * T, N, C] -> of the videos: their mean [B, N, C], or, with ``concat`` and
+    ``each``, in a row [B, T * N, C]."""
     tokens = tokens.unflatten(0, (-1, num_frames))
-    return tokens.flatten(1, 2) if form == "concat" else tokens.mean(1)
+    return tokens.flatten(1, 2) if form in ("concat", "each") else tokens.mean(1)
 
 
 class _ContextualBlock(nn.Module):

@@ -22,6 +22,7 @@ from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.checkpointing import FairscaleCheckpoints, checkpoint_blocks, offloaded
 from evlgen.models.vision.efficientnet import efficientnet_to_timm, is_efficientnet_pytorch
 from evlgen.models.vision.merging import Merging, merge_in_blocks, num_merged_tokens
+from evlgen.weights.hub import files_on_hub
 from evlgen.weights.needed import ENCODER_WEIGHTS, missing_encoder
 from evlgen.weights.weights import check_finite, read_weights, weights_only
 
@@ -375,6 +376,7 @@ def _create(name: str, pretrained: bool, empty: bool, **kwargs: Any) -> nn.Modul
         check_fits(sum(p.numel() for p in model.parameters()), f"model.vision ({name})")
         if pretrained:
             logger.info("%s: timm's weights, fetched from %s unless they are here", name, _origin(model))
+            kwargs |= _without_asking_again(name, model)
         with torch.no_grad(), weights_only():
             return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
     except EVLGenError:
@@ -384,11 +386,39 @@ def _create(name: str, pretrained: bool, empty: bool, **kwargs: Any) -> nn.Modul
     except Exception as error:  # timm's models check little of what they are given
         cause = (str(error).splitlines() or [""])[0] or type(error).__name__
         if pretrained:
-            raise CheckpointError(
-                f"timm could not get the weights of {name} ({cause}). Download them where there is a "
-                "connection and set model.vision.pretrained to the file, or to false for random weights."
-            ) from error
+            raise _not_fetched(name, cause) from error
         raise ConfigError(f"model.vision: timm cannot build {name} ({cause})") from error
+
+
+def _not_fetched(name: str, cause: object) -> CheckpointError:
+    return CheckpointError(
+        f"timm could not get the weights of {name} ({cause}). Download them where there is a connection and "
+        "set model.vision.pretrained to the file, or to false for random weights."
+    )
+
+
+def _without_asking_again(name: str, model: nn.Module) -> dict[str, Any]:
+    """What has timm read its weights from the Hugging Face cache, where they are in it, without a word to the
+    hub. Where they are not, the hub is asked once here: timm would ask again and again for a minute.
+
+    Raises:
+        CheckpointError: the hub has to give them and does not.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    if not cfg.get("hf_hub_id") or cfg.get("file") or cfg.get("state_dict"):
+        return {}
+    hub_id, _, revision = cfg["hf_hub_id"].partition("@")
+    names = [cfg.get("hf_hub_filename") or "model.safetensors", "pytorch_model.bin"]
+    found = (try_to_load_from_cache(hub_id, file, revision=revision or None) for file in names)
+    here = next((path for path in found if isinstance(path, str)), None)
+    if here is None:
+        try:
+            files_on_hub(hub_id)
+        except CheckpointError as error:
+            raise _not_fetched(name, error) from error
+    return {"pretrained_cfg_overlay": {"file": here}} if here and not cfg.get("custom_load") else {}
 
 
 def _build(name: str, kwargs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:

@@ -75,6 +75,8 @@ LARGE = [
     *(("gemma3", f"vision_config.{key}", 10**6) for key in ("hidden_size", "image_size")),
     *(("bloom", key, 10**6) for key in ("n_layer", "hidden_size")),
     *(("mamba", key, 10**7) for key in ("state_size", "conv_kernel")),
+    *(("llama", key, -5) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size")),
+    *(("gpt2", "n_layer", -1), ("gemma3", "text_config.num_hidden_layers", -1)),
     ("opt", "word_embed_proj_dim", 10**7),
     ("opt", "max_position_embeddings", 10**8),
     ("qwen3", "hidden_size", 3200),  # a hundred times as wide, below what one number may be
@@ -117,7 +119,8 @@ def test_sizes_are_looked_at_before_the_weights_are_here(folders, tmp_path):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "gemma3", "mamba"])
 def test_models_as_they_are_saved_are_read(folders, kind, tmp_path):
-    harmless = {"rope_theta": 10**9, "model_max_length": 10**30, "seed": 10**12, "num_labels": 50}
+    harmless = {"vision_feature_layer": -2, "image_token_index": -200}
+    harmless |= {"rope_theta": 10**9, "model_max_length": 10**30, "seed": 10**12, "num_labels": 50}
     assert load(changed(folders(kind), tmp_path / "model", harmless)).embed_dim == 32
 
 
