@@ -1,4 +1,6 @@
-"""A PNG of an HTML page for the documentation: python docs/screenshot.py PAGE.html IMAGE.png [--width 1000] [--height 1400] [--dark]
+"""A PNG of an HTML page for the documentation.
+
+    python docs/screenshot.py PAGE.html IMAGE.png [--width 1000] [--height 1400] [--dark]
 
 Needs playwright and a Chromium. The demo's images come from its own test; see tests/demo/test_page.py.
 """
@@ -13,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-COLOURS = 128  # of the PNG, whose size is kept below 150 kB
+COLOURS = 256  # of the PNG, whose size is to stay below 150 kB
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("page", type=Path)
