@@ -28,6 +28,7 @@ from evlgen.media.images import open_image
 from evlgen.processors import build_processor
 
 SIZE, TARGET = (640, 480), 224
+BATCH, NEEDED = 64, 400  # images a second that a training step on a fast card reads
 SETTINGS = {
     "as published": {},
     "draft: true": {"draft": True},
@@ -53,6 +54,7 @@ def main() -> None:
             return
         for name in ("blip_image_eval", "blip2_image_train"):
             compare_processors(name, paths, args.rounds)
+        measure_parts(paths, args.rounds)
 
 
 def compare_processors(name: str, paths: Sequence[Path], rounds: int) -> None:
@@ -78,6 +80,40 @@ def compare_processors(name: str, paths: Sequence[Path], rounds: int) -> None:
         changed = "" if label == "Pillow alone" else difference(name, SETTINGS[label], paths)
         took = f"{1e3 * side.median:5.2f} ms  {ratio:.2f} ({pairs[0]:.2f} to {pairs[-1]:.2f})"
         print(f"  {label:<14} {took}{changed}", flush=True)
+
+
+def measure_parts(paths: Sequence[Path], rounds: int) -> None:
+    """Where a training image's time goes, and how many cores the need of a fast card takes."""
+    processor = build_processor({"name": "blip2_image_train", "image_size": TARGET})
+    parts: dict[str, list[float]] = {"decode": [], "crop and resize": [], "to a tensor": [], "batch": []}
+    for number in range(1 + rounds):
+        torch.manual_seed(number)
+        marks = [time.process_time()]
+        images = [open_image(path).convert("RGB") for path in paths]
+        marks.append(time.process_time())
+        cut = [processor.transform(image) for image in images]
+        marks.append(time.process_time())
+        tensors = [processor._normalise(torch.from_numpy(np.array(c)).permute(2, 0, 1)) for c in cut]
+        marks.append(time.process_time())
+        batch = shared_batch([tensors[i % len(tensors)] for i in range(BATCH)])
+        marks.append(time.process_time())
+        counts = (*[len(paths)] * 3, len(batch))
+        for name, start, end, count in zip(parts, marks, marks[1:], counts, strict=False):
+            if number:
+                parts[name].append((end - start) / count)
+    medians = {name: statistics.median(seconds) for name, seconds in parts.items()}
+    each = sum(medians.values())
+    print(
+        "blip2_image_train, part by part: " + ", ".join(f"{n} {1e3 * s:.2f} ms" for n, s in medians.items())
+    )
+    print(f"{1 / each:.0f} images a second and core: {NEEDED} a second take {NEEDED * each:.1f} cores")
+
+
+def shared_batch(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """A batch in memory that other processes read, as a loader's process makes it."""
+    storage = tensors[0].untyped_storage()._new_shared(sum(t.nbytes for t in tensors))
+    out = torch.empty(0).set_(storage, 0, (len(tensors), *tensors[0].shape))
+    return torch.stack(tensors, out=out)
 
 
 def bare(path: Path) -> Image.Image:

@@ -260,7 +260,9 @@ def check_room(cfg: Config, task: Any) -> None:
     writes |= task.LEARNS_WRITING and not run.evaluate
     learns = not (run.evaluate or task.LEARNS_WRITING)
     prompt = None if task.ASKS else (cfg.model.prompt if run.prompt is None else run.prompt)
-    model_class.check_room(cfg.model, prompt, task.max_len if writes else 0, learns)
+    sections = [section.get("vis_processor") or {} for section in cfg.datasets.values()]
+    frames = [processor.get("n_frms") or 1 for section in sections for processor in section.values()]
+    model_class.check_room(cfg.model, prompt, task.max_len if writes else 0, learns, max(frames, default=1))
 
 
 def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str, BaseDataset]]:

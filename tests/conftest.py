@@ -49,6 +49,7 @@ _CACHES = {
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
     "TRITON_HOME": "triton",
     "FVCORE_CACHE": "iopath",
+    "RUSTUP_HOME": "rustup",  # pip asks rustc for its version
 }
 
 

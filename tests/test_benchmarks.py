@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import re
+import subprocess
 import time
 from pathlib import Path
 
@@ -100,3 +102,17 @@ def test_a_part_of_the_gpus_figures_is_measured_at_small_sizes(monkeypatch, tmp_
     assert lines[2]["error"] == "TimeoutError: not ready in 1 s"
     assert all(line["device"].startswith("CPU") for line in lines)
     assert set(gpu.PARTS) == set(re.findall(r"(\w+):\d+", (BENCHMARKS / "gpu.sh").read_text()))
+
+
+def test_two_processes_exchange_gradients_while_the_backward_pass_goes_on_and_once_a_step(forks):
+    command = [forks.python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(BENCHMARKS / "ddp.py"), "--small", "--batch", "2", "--rounds", "1"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{BENCHMARKS}:{BENCHMARKS.parent}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    one_step = re.search(r"gradients: (\d+) buckets, the first exchanged after (\d\.\d+) of", done.stdout)
+    assert one_step and int(one_step[1]) > 1 and float(one_step[2]) < 0.9
+    assert f"4 batches a step: {one_step[1]} buckets exchanged" in done.stdout

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from evlgen.common.batch import Batch
 from evlgen.common.errors import DataError
@@ -288,4 +288,6 @@ def _batched(key: str, values: list[Any], may_differ: bool) -> torch.Tensor | li
             f"'{key}' has samples of different shapes in one batch: {', '.join(map(str, sorted(shapes)))}. "
             "A processor must give every sample the same shape."
         )
+    if len({value.dtype for value in values}) == 1:
+        return default_collate(values)  # in a loader's process straight into memory that others read
     return torch.stack(values)

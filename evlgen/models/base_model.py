@@ -172,9 +172,15 @@ class BaseModel(nn.Module):
         return None
 
     @classmethod
-    def check_room(cls, cfg: Any, prompt: str | None, num_new: int, learns: bool) -> None:
+    def check_room(
+        cls, cfg: Any, prompt: str | None, num_new: int, learns: bool, num_frames: int = 1
+    ) -> None:
         """Raises `ConfigError` where the longest texts that the settings allow are more than the model of a
-        config can read, as far as that is known without its weights. See `LanguageModel.check_room`."""
+        config can read, as far as that is known without its weights. See `LanguageModel.check_room`.
+
+        Args:
+            num_frames: of a video at most.
+        """
 
     def __getattr__(self, name: str) -> Any:
         if name in self.LACKS:

@@ -205,7 +205,9 @@ class Blip2Stage1(VisionModel):
         return None if missing_model(name) else TextLengths(QFormerTokenizer(name, cfg.max_txt_len))
 
     @classmethod
-    def check_room(cls, cfg: Stage1Config, prompt: str | None, num_new: int, learns: bool) -> None:
+    def check_room(
+        cls, cfg: Stage1Config, prompt: str | None, num_new: int, learns: bool, num_frames: int = 1
+    ) -> None:
         start, tokenizer_name = cfg.connector.get("init"), with_settings(cfg.text.tokenizer)
         start = start and with_settings(start)
         if tokenizer_name is None or (start is None and cfg.connector.get("init")):

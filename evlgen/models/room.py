@@ -47,11 +47,19 @@ def text_lengths(cfg: ModelConfig, kind: str, temporal: str | None) -> TextLengt
     return TextLengths(language, num_soft_of_shape, limit) if offers(language, TextReader) else None
 
 
-def check_room(cfg: ModelConfig, kind: str, prompt: str | None, num_new: int, learns: bool) -> None:
+def check_room(
+    cfg: ModelConfig,
+    kind: str,
+    temporal: str | None,
+    prompt: str | None,
+    num_new: int,
+    learns: bool,
+    num_frames: int,
+) -> None:
     """See `BaseModel.check_room`.
 
     Args:
-        kind: of language model that the architecture names.
+        kind, temporal: see `text_lengths`.
     """
     name = with_settings(cfg.language.name)
     if name is None:
@@ -64,7 +72,7 @@ def check_room(cfg: ModelConfig, kind: str, prompt: str | None, num_new: int, le
     # of queries, maybe
     counts = [n for key, n in cfg.connector.items() if key.startswith("num_") and isinstance(n, int)]
     tiling = _tiling(cfg)
-    views = 1 if tiling is None else tiling.max + 1
+    views = num_frames if temporal in ("concat", "each") else 1 if tiling is None else tiling.max + 1
     most = views * max((cfg.vision.image_size // 8) ** 2, *counts, 0)
     if limit is not None and texts + around + num_new + most > limit:
         language = _language_without_weights(cfg, kind)
@@ -72,7 +80,10 @@ def check_room(cfg: ModelConfig, kind: str, prompt: str | None, num_new: int, le
         def num_soft(views: int) -> int:
             return _num_soft_prompts(cfg, language.embed_dim, views)
 
-        most = num_soft(1) if tiling is None else tiling.most_soft(num_soft)
+        if tiling is not None:
+            most = tiling.most_soft(num_soft)
+        else:
+            most = num_frames * num_soft(1) if temporal == "each" else num_soft(views)
         language.check_room(most, prompt, num_new, learns)
 
 

@@ -131,8 +131,11 @@ class VLM(Chatting):
         return room.text_lengths(cfg, cls.LANGUAGE_MODEL, cls._temporal_of(cfg))
 
     @classmethod
-    def check_room(cls, cfg: ModelConfig, prompt: str | None, num_new: int, learns: bool) -> None:
-        room.check_room(cfg, cls.LANGUAGE_MODEL, prompt, num_new, learns)
+    def check_room(
+        cls, cfg: ModelConfig, prompt: str | None, num_new: int, learns: bool, num_frames: int = 1
+    ) -> None:
+        temporal = cls._temporal_of(cfg)
+        room.check_room(cfg, cls.LANGUAGE_MODEL, temporal, prompt, num_new, learns, num_frames)
 
     @classmethod
     def _temporal_of(cls, cfg: ModelConfig) -> str | None:

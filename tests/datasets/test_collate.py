@@ -55,6 +55,25 @@ def test_samples_of_different_shapes_are_named() -> None:
         EveryThirdIsBroken([0]).collater(samples)
 
 
+def test_in_a_loaders_process_a_batch_is_made_in_memory_that_others_read(dataset) -> None:
+    def look(samples):
+        batch = dataset.collater(samples)
+        return batch["image"].is_shared(), batch["image"]
+
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=5, num_workers=1, collate_fn=look, multiprocessing_context="fork"
+    )
+    for number, (is_shared, image) in enumerate(loader):
+        assert is_shared
+        own = [dataset[i] for i in range(5 * number, 5 * number + 5)]
+        assert torch.equal(image, torch.stack([s["image"] for s in own if isinstance(s, dict)]))
+
+
+def test_tensors_of_different_types_become_the_wider_one(dataset) -> None:
+    samples = [{"x": torch.tensor([1])}, {"x": torch.tensor([0.5])}]
+    assert dataset.collater(samples)["x"].tolist() == [[1.0], [0.5]]
+
+
 def test_skipped_samples_travel_between_processes(dataset) -> None:
     loader = torch.utils.data.DataLoader(
         dataset, batch_size=5, num_workers=1, collate_fn=dataset.collater, multiprocessing_context="fork"

@@ -87,7 +87,7 @@ def test_what_makes_no_sample_says_why(tmp_path):
     assert isinstance(read_conversation_shard(path).damage, DataError)
 
 
-def test_a_run_trains_on_them(tiny_project, tmp_path):
+def test_a_run_trains_on_them_and_data_check_counts_them(tiny_project, tmp_path, capsys):
     write_shard(tmp_path / "0.tar", MEMBERS[:8])
     path = tiny_project(
         run={"task": "conversation", "max_epoch": 1, "batch_size_train": 2, "valid_splits": []}
@@ -95,6 +95,8 @@ def test_a_run_trains_on_them(tiny_project, tmp_path):
     content = OmegaConf.load(path)
     content.datasets = {"conversation_shards": {"build_info": {"storage": str(tmp_path / "*.tar")}}}
     OmegaConf.save(content, path)
+    assert cli.main(["data", "check", "--cfg-path", str(path), "--to", str(tmp_path / "check")]) == 0
+    assert "images: 1 with 0, 2 with 1, 1 with 2" in capsys.readouterr().out
     assert cli.train(["--cfg-path", str(path)]) == 0
     log = [
         json.loads(line) for line in (tmp_path / "output" / "latest" / "log.jsonl").read_text().splitlines()

@@ -57,6 +57,18 @@ def test_longer_ones_are_refused_with_the_key_to_lower(tiny_project, options, po
         check(tiny_project(), options)
 
 
+def test_frames_in_a_row_have_soft_prompts_of_their_own(tiny_project):
+    """Of four frames of 17 tokens 59 are left, of eight 127."""
+    path, name = tiny_project(), "shapes_video_caption"
+    path.write_text(path.read_text().replace("shapes_caption", name))
+    concat = ["model.arch=evlgen_video_opt", "model.vision.temporal={form: concat}", "model.checkpoint=null"]
+    check(path, concat)
+    with pytest.raises(ConfigError, match=r"take 159 positions, and the language model has 128\. Lower"):
+        check(path, [*concat, f"datasets.{name}.vis_processor.train.n_frms=8"])
+    mean = [concat[0], "model.vision.temporal={form: mean}", concat[2]]
+    check(path, [*mean, f"datasets.{name}.vis_processor.train.n_frms=8"])
+
+
 def test_a_run_is_refused_before_it_makes_its_folder_or_a_model(tiny_project, tmp_path):
     with pytest.raises(ConfigError, match=r"run\.max_len"):
         run(Config.load(tiny_project(), ["run.max_len=120"]))

@@ -103,9 +103,8 @@ def test_captions_of_a_run_that_was_only_tested_are_those_of_its_split(make_run)
     line = json.loads(name.read_text().splitlines()[0])
     lines(name, [{**line, "split": "test", "label": "", "iteration": None}])
     with open(folder / "log.jsonl", "a") as file:
-        tested = {"type": "evaluation", "split": "test", "label": "", "iteration": None}
-        file.write('"}\n' + json.dumps(tested))
-        file.write("\n")
+        record = {"type": "evaluation", "split": "test", "label": "", "iteration": None}
+        file.write('"}\n' + json.dumps(record) + "\n")
     page = run_page([RunFolder(folder)])
     assert "<dt>test</dt><dd>written at 1</dd>" in page and "<td>test</td>" in page
     assert "iteration None" not in page and "test, test" not in page

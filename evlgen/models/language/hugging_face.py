@@ -410,8 +410,7 @@ class HuggingFaceLanguageModel(LanguageModel):
         if known and positions > known:
             raise ConfigError(
                 f"soft prompts and text take {positions} positions, and the language model has {known}. "
-                f"Lower {key}, "
-                "or raise model.connector.r for fewer soft prompts."
+                f"Lower {key}, or take fewer soft prompts (model.connector)."
             )
 
     def _check_kind(self, config: PretrainedConfig) -> None:
