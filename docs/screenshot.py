@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-COLOURS = 128  # of the PNG, whose size is kept below 150 kB
+COLOURS = 256  # of the PNG, whose size is to stay below 150 kB
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("page", type=Path)

@@ -71,9 +71,9 @@ def look(number: int) -> tuple[str, str, str]:
     return COLOURS[number % len(COLOURS)], _MARKERS[number % len(_MARKERS)], _DASHES[turn % len(_DASHES)]
 
 
-def thin(axis: Axes) -> None:
-    """Few and plain numbers on the x axis."""
-    axis.xaxis.set_major_locator(MaxNLocator(6))
+def thin(axis: Axes, whole: bool = False) -> None:
+    """Few and plain numbers on the x axis; ``whole``: without fractions."""
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=whole))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.10g}"))
 
 

@@ -178,7 +178,7 @@ def _draw(
     axis.set_ylabel(printable(label, 60))
     axis.set_xlim(left=0)
     axis.margins(y=0.08)
-    thin(axis)
+    thin(axis, whole=True)
 
 
 def _is_finite(value: Any) -> TypeGuard[float]:
