@@ -24,7 +24,6 @@ CSS = """
 .words small {color: var(--body-text-color-subdued)}
 .problem {padding: .6rem .8rem; border-left: .3rem solid #c62828}
 .seen img, .merging img {image-rendering: pixelated}
-.answers .message-wrap {padding-top: 2rem}
 """
 _SEEN = 256  # pixels of an image's height on the page at least
 
