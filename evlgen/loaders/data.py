@@ -62,7 +62,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 def mix_seed(*parts: int) -> int:
     """One seed of 63 bits out of several numbers."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1
 
 
 class BatchPlan:
