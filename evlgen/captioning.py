@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from evlgen.common.batch import Batch
+from evlgen.batch import Batch
 from evlgen.common.errors import DataError
 from evlgen.config.consent import Consent
 from evlgen.media.frames import find_files, read_files, without_result

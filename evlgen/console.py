@@ -40,6 +40,16 @@ def guarded(action: Callable[[argparse.Namespace], int | None], parser: argparse
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except UnicodeEncodeError as error:
+        if args.debug or sys.getfilesystemencoding().lower().startswith("utf"):
+            raise
+        name = printable(repr(error.object)[:200])
+        print(
+            f"error: {name} cannot be the name of a file: this system writes names in {error.encoding}. "
+            "Set the environment variable PYTHONUTF8=1, or LC_ALL=C.UTF-8.",
+            file=sys.stderr,
+        )
+        return 1
     except Exception:
         tell_launcher(traceback.format_exc())
         raise

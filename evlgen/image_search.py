@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from evlgen.common.batch import Batch
+from evlgen.batch import Batch
 from evlgen.common.errors import ConfigError, DataError
 from evlgen.files.io import write_atomically
 from evlgen.media.frames import find_files, read_files

@@ -14,7 +14,7 @@ from evlgen.commands.arguments import add_run_arguments, allow_downloads
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from evlgen.common.batch import Batch
+    from evlgen.batch import Batch
     from evlgen.config.config import Config
     from evlgen.data_check import SplitReport
     from evlgen.datasets.base_builder import BaseDatasetBuilder

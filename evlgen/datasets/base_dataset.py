@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
-from evlgen.common.batch import Batch
+from evlgen.batch import Batch
 from evlgen.common.errors import DataError
 from evlgen.datasets.media import Media
 from evlgen.processors.base_processor import BaseProcessor
@@ -257,7 +257,7 @@ def about_positions(*texts: str | Sequence[str], num_images: int = 1) -> int:
 
 
 def collate(samples: Sequence[Mapping[str, Any] | Skipped], may_differ: Collection[str] = ()) -> Batch:
-    """A batch (`evlgen.common.batch.Batch`): tensors stacked along a new first dimension, everything else in
+    """A batch (`evlgen.batch.Batch`): tensors stacked along a new first dimension, everything else in
     lists.
 
     Args:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from evlgen.common.batch import Batch
+from evlgen.batch import Batch
 from evlgen.common.errors import EVLGenError, TrainingError
 from evlgen.datasets.base_dataset import BaseDataset, CollatedDataset, Skipped
 from evlgen.datasets.stream import StreamDataset

@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from evlgen.common.batch import Batch
+from evlgen.batch import Batch
 from evlgen.common.errors import CheckpointError, ConfigError
 from evlgen.common.registry import registry
 from evlgen.config.config import load_model_config, load_model_file

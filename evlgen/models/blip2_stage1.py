@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evlgen.common.batch import Batch
+from evlgen.batch import Batch
 from evlgen.common.errors import ConfigError
 from evlgen.common.precision import without_autocast
 from evlgen.common.registry import registry

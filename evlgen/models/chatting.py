@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from evlgen.common.batch import Batch
+from evlgen.batch import Batch
 from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.precision import without_autocast
 from evlgen.files.io import resolve

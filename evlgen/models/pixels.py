@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from evlgen.common.batch import Batch
+from evlgen.batch import Batch
 from evlgen.common.errors import DataError
 from evlgen.media.images import to_rgb
 from evlgen.media.video import FrameList, VideoSource

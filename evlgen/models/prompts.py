@@ -11,7 +11,7 @@ import itertools
 import string
 from collections.abc import Iterator, Sequence, Sized
 
-from evlgen.common.batch import Batch
+from evlgen.batch import Batch
 from evlgen.common.errors import ConfigError
 
 SLOT = "{}"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from evlgen.common.batch import Batch
+from evlgen.batch import Batch
 from evlgen.common.errors import DataError
 from evlgen.models.language import LanguageModel
 from evlgen.models.language.segments import (

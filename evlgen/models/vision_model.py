@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evlgen.common.batch import Batch
+from evlgen.batch import Batch
 from evlgen.common.precision import without_autocast
 from evlgen.models.base_model import BaseModel
 from evlgen.models.ops import use_fast_linear

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from evlgen.common.batch import Batch
+from evlgen.batch import Batch
 from evlgen.common.errors import DataError
 from evlgen.common.precision import without_autocast
 from evlgen.config.model_config import GenerationConfig

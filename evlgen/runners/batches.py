@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from evlgen.common.batch import Batch
+from evlgen.batch import Batch
 from evlgen.common.errors import TrainingError
 from evlgen.datasets.base_dataset import BaseDataset, Skipped
 from evlgen.loaders.data import batch_size, rows_of, seeded

@@ -8,9 +8,9 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from evlgen.common.gathering import gather_records
 from evlgen.loaders.data import eval_loader, to_device
 from evlgen.loaders.interruption import StopNow
+from evlgen.runners.gathering import gather_records
 from evlgen.runners.listener import Evaluation
 
 if TYPE_CHECKING:

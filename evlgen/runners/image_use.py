@@ -18,12 +18,12 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from evlgen.common.batch import Batch
+from evlgen.batch import Batch
 from evlgen.common.errors import EVLGenError
-from evlgen.common.gathering import gather_records
 from evlgen.loaders.data import batch_size
 from evlgen.models.base_model import BaseModel
 from evlgen.models.protocols import HasPromptHead, HasSoftPrompts, offers
+from evlgen.runners.gathering import gather_records
 from evlgen.runners.listener import Evaluation, Listener
 from evlgen.runners.log_fields import IMAGE_USE
 from evlgen.runners.training_state import kept_random_state

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from evlgen.common.batch import Batch
+from evlgen.batch import Batch
 from evlgen.common.registry import registry
 from evlgen.config.schema import check_section
 from evlgen.runners.training_state import TrainingState

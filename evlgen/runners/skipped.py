@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from accelerate.utils import gather_object
 
-from evlgen.common.batch import Batch
+from evlgen.batch import Batch
 from evlgen.common.errors import CheckpointError, TrainingError
 from evlgen.common.safe_text import shown_name
 from evlgen.datasets.base_dataset import Skipped

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from evlgen.common.batch import Batch
+from evlgen.batch import Batch
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.models.base_model import BaseModel
 from evlgen.runners.distribution import Distribution

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from evlgen.common.batch import Batch
+from evlgen.batch import Batch
 from evlgen.common.errors import ConfigError
 from evlgen.media.video import FrameList
 from evlgen.models.base_model import BaseModel

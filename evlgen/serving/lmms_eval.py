@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from evlgen.batch import Batch
 from evlgen.captioning import default_device
-from evlgen.common.batch import Batch
 from evlgen.common.errors import ConfigError, did_you_mean
 from evlgen.common.plugins import load_plugins
 from evlgen.media.video import VIDEO_SUFFIXES

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from evlgen.common.batch import Batch
+from evlgen.batch import Batch
 from evlgen.common.errors import DataError
 from evlgen.config.run_config import CAPTION_LEN, RunConfig
 from evlgen.models.base_model import BaseModel

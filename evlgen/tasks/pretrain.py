@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from evlgen.common.batch import Batch
+from evlgen.batch import Batch
 from evlgen.common.registry import registry
 from evlgen.models.base_model import BaseModel
 from evlgen.tasks.base_task import BaseTask

@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from evlgen.common.batch import Batch
+from evlgen.batch import Batch
 from evlgen.common.errors import ConfigError, DataError
-from evlgen.common.gathering import gather_records, gather_rows
 from evlgen.common.registry import registry
 from evlgen.config.run_config import RunConfig
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.files.io import write_atomically
 from evlgen.models.base_model import BaseModel
 from evlgen.models.blip2_stage1 import Blip2Stage1
+from evlgen.runners.gathering import gather_records, gather_rows
 from evlgen.tasks.base_task import BaseTask
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from evlgen.common.batch import Batch
+from evlgen.batch import Batch
 from evlgen.common.errors import ConfigError, DataError, EVLGenError, TrainingError
 from evlgen.config.run_config import RunConfig
 from evlgen.datasets.base_dataset import BaseDataset, CollatedDataset

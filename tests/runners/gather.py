@@ -12,7 +12,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 
-from evlgen.common.gathering import gather_records, gather_rows  # noqa: E402
+from evlgen.runners.gathering import gather_records, gather_rows  # noqa: E402
 
 state = PartialState(cpu=True)
 pickled = []

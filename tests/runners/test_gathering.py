@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evlgen.common.gathering import gather_records, gather_rows
+from evlgen.runners.gathering import gather_records, gather_rows
 
 PROGRAM = Path(__file__).with_name("gather.py")
 
