@@ -45,7 +45,7 @@ def can_read_trees(model: PreTrainedModel, length: int) -> bool:
         and not getattr(config, "alibi", False)
         and all(
             type(layer) is DynamicLayer
-            or (getattr(layer, "is_sliding", False) and layer.get_max_length() >= length)
+            or (getattr(layer, "is_sliding", False) and layer.sliding_window >= length)
             for layer in DynamicCache(config=config).layers
         )
     )
