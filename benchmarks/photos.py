@@ -52,7 +52,8 @@ def draw(runs: dict[str, dict[str, Any]]) -> Figure:
     for axis, (key, label) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
         for name, run in runs.items():
             points = [(p["seconds"], p[key]) for p in run["curve"] if p.get(key) is not None]
-            axis.plot(*zip((0, 0), *points, strict=True), "o-", ms=4, label=name)
+            axis.plot(*zip(*points, strict=True), "o-", ms=4, label=name)
+        axis.set_xlim(left=0)
         axis.set_xlabel("seconds of training")
         axis.set_ylabel(label)
         axis.grid(color="0.9")
