@@ -102,7 +102,7 @@ def test_soft_prompts_are_those_of_the_overview_and_of_each_tile(overview):
     expected = torch.cat([*each[:-4], *each[-4:-2], marker, *each[-2:], marker])
     found = model.soft_prompts({"image": image[None]})
     torch.testing.assert_close(found[0], expected)
-    assert model._num_soft(image) == len(expected)
+    assert model.num_soft_prompts(image) == len(expected)
     one = pixels(1, 1)
     alone = torch.cat([model._to_prompts(model.encode(one[None]))[0], marker])
     torch.testing.assert_close(model.soft_prompts({"image": one[None]})[0], alone)
@@ -118,7 +118,7 @@ def test_one_connector_reads_the_tokens_of_all_tiles():
     found = model.soft_prompts({"image": image[None]})
     assert torch.equal(found, expected) and len(views) == 3
     num_tokens = model.vision.num_tokens
-    assert found.shape[1] == 3 * num_tokens - 2 * 3 * 12 == model._num_soft(image)
+    assert found.shape[1] == 3 * num_tokens - 2 * 3 * 12 == model.num_soft_prompts(image)
 
 
 @torch.no_grad()
@@ -160,7 +160,7 @@ def test_lengths_of_conversations_count_all_tiles():
     model = build({"max": 4, "row_markers": True})
     for grid in ((1, 1), (2, 2), (3, 1)):
         shape = pixels(*grid).shape
-        assert lengths._num_soft(shape) == model._num_soft(pixels(*grid)) > 0
+        assert lengths._num_soft(shape) == model.num_soft_prompts(pixels(*grid)) > 0
     talk = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "yes"}]
     assert not model.not_learnable({"messages": [talk], "images": [[pixels(2, 2)]]})
     model.max_sequence_len = 60
