@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evlgen import cli, load_model, load_model_and_preprocess, model_zoo
+from evlgen import cli, console, load_model, load_model_and_preprocess, model_zoo
 from evlgen.common.errors import ConfigError, RegistryError
 from evlgen.datasets.shapes.world import draw, scene
 
@@ -182,3 +182,19 @@ def test_without_weights_and_data_everything_missing_is_named_at_once(tmp_path, 
     assert [w for w in wanted if w not in shown] == []
     assert len(shown.splitlines()) < 40
     assert not list(tmp_path.glob("*"))
+
+
+def test_a_name_that_the_system_cannot_write_is_an_error_of_ours(monkeypatch, capsys):
+    def name_it(args):
+        "/data/für_☃.png".encode("ascii")
+
+    parser = console.Parser()
+    parser.add_argument("--debug", action="store_true")
+    monkeypatch.setattr(console.sys, "getfilesystemencoding", lambda: "ascii")
+    assert console.guarded(name_it, parser, []) == 1
+    shown = capsys.readouterr().err
+    assert (
+        "cannot be the name of a file: this system writes names in ascii" in shown and "PYTHONUTF8=1" in shown
+    )
+    with pytest.raises(UnicodeEncodeError):
+        console.guarded(name_it, parser, ["--debug"])
