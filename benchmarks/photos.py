@@ -30,9 +30,7 @@ def finished_runs(folder: Path) -> dict[str, dict[str, Any]]:
 
 def row(name: str, run: dict[str, Any]) -> str:
     use, final = run["image_use"], run["final"]
-    last = run["curve"][-1]["stage"]
-    points = [*(point for point in run["curve"][:-1] if point["stage"] == last), use]
-    worth = " / ".join(f"{point['image_worth']:.2f}" for point in points)
+    worth = " / ".join(f"{point['image_worth']:.2f}" for point in [*of_last_stage(run)[:-1], use])
     cells = [
         f"{run['trainable_parameters'] / 1e6:.1f} M",
         str(run["soft_prompts"]),
@@ -46,12 +44,17 @@ def row(name: str, run: dict[str, Any]) -> str:
     return f"| {name} | {' | '.join(cells)} |"
 
 
+def of_last_stage(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The evaluations of what writes captions with the language model."""
+    return [point for point in run["curve"] if point["stage"] == run["curve"][-1]["stage"]]
+
+
 def draw(runs: dict[str, dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     for axis, (key, label) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
         for name, run in runs.items():
-            points = [(p["seconds"], p[key]) for p in run["curve"] if p.get(key) is not None]
+            points = [(p["seconds"], p[key]) for p in of_last_stage(run) if p.get(key) is not None]
             axis.plot(*zip(*points, strict=True), "o-", ms=4, label=name)
         axis.set_xlim(left=0)
         axis.set_xlabel("seconds of training")

@@ -73,11 +73,14 @@ def _check(cfg: Config, args: argparse.Namespace) -> int:
     content = {report.name: report.to_json(_limits(lengths, report), lengths.UNIT) for report in reports}
     write_atomically(folder / "report.json", json.dumps(content, indent=1))
     print(printable(f"report: {folder / 'report.json'}; broken samples: {folder / 'skipped.jsonl'}"))
+    from evlgen.runners.skipped import SkippedSamples
+
     too_many = [r for r in reports if r.error is None and r.broken_share > cfg.run.max_skipped_share]
     for report in too_many:
         print(
             f"{printable(report.name)}: {report.broken_share:.1%} are broken, more than "
-            f"run.max_skipped_share ({cfg.run.max_skipped_share:.1%}) allows: a run would stop"
+            f"run.max_skipped_share ({cfg.run.max_skipped_share:.1%}) allows: a run stops for that once it "
+            f"has read {SkippedSamples.MIN_SEEN} samples"
         )
     return 1 if too_many or any(report.error is not None for report in reports) else 0
 

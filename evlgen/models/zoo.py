@@ -176,7 +176,10 @@ def load_model_of(
     best = folder / "checkpoints" / "best"
     file = (best if os.path.isdir(best) else folder) / CONFIG_FILE
     if not os.path.exists(folder):
-        raise DataError(f"there is no checkpoint at {checkpoint}.")
+        beside = folder.parent / "latest"
+        hint = f" {beside} is there: a run chooses a best one by `agg_metrics`, which it did not have."
+        has_latest = folder.name == "best" and os.path.exists(beside)
+        raise DataError(f"there is no checkpoint at {checkpoint}.{hint if has_latest else ''}")
     if not os.path.isfile(file):
         raise DataError(
             f"{checkpoint} is no folder with a {CONFIG_FILE}, so the model it belongs to is not known: name "
