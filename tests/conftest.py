@@ -50,6 +50,8 @@ _CACHES = {
     "TRITON_HOME": "triton",
     "FVCORE_CACHE": "iopath",
     "RUSTUP_HOME": "rustup",  # pip asks rustc for its version
+    "WANDB_CACHE_DIR": "wandb",
+    "WANDB_CONFIG_DIR": "wandb-config",
 }
 
 
