@@ -53,14 +53,14 @@ class ConversationShardDataset(ShardDataset):
     """A stream of ``messages``, ``images`` and ``instance_id``, as of
     `evlgen.datasets.conversation_dataset.ConversationDataset`."""
 
-    def load_place(self, place: ShardConversation) -> dict[str, Any]:  # type: ignore[override]
+    def load_place(self, place: ShardConversation) -> dict[str, Any]:  # type: ignore[override]  # its own places
         with open(local_path(place.shard), "rb") as file:
             values = parse_json(read_part(file, place.json, "caption"))
             contents = [read_part(file, part, kind) for kind, _, part in place.visuals]
         values = {key: value for key, value in values.items() if key not in ("image", "video", "videos")}
         values["images"] = [name for kind, name, _ in place.visuals if kind == "images"]
         values["videos"] = [name for kind, name, _ in place.visuals if kind == "videos"]
-        name = self.place_id(place)  # type: ignore[arg-type]
+        name = self.place_id(place)  # type: ignore[arg-type]  # it has a key and a shard as well
         record = read_conversation(Row(name, values))
         if len(record["visuals"]) != len(contents):
             raise DataError(
@@ -76,7 +76,7 @@ class ConversationShardDataset(ShardDataset):
             "images": list(self._pixels(place, contents, [kind for kind, _ in record["visuals"]])),
         }
 
-    def image_at(self, place: ShardConversation) -> Image.Image | None:  # type: ignore[override]
+    def image_at(self, place: ShardConversation) -> Image.Image | None:  # type: ignore[override]  # likewise
         if not place.visuals:
             return None
         kind, name, part = place.visuals[0]
@@ -128,7 +128,7 @@ def read_conversation_shard(shard: str, data_type: str = "images") -> ShardIndex
         samples.append(ShardConversation(shard, key, parts[0], tuple(sorted(visuals[key], key=_in_order))))
         why = "its shard has had a sample of this key: the first is taken."
         samples += [BadRecord(f"{shard_name(shard)}/{key}", why, "duplicate id") for _ in parts[1:]]
-    for key in visuals.keys() - records.keys():
+    for key in [key for key in visuals if key not in records]:  # as the shard has them
         why = f"it has no conversation ({key}.json)."
         samples.append(BadRecord(f"{shard_name(shard)}/{key}", why, "no turns"))
     if not samples and damage is None:

@@ -102,3 +102,13 @@ def test_a_run_trains_on_them_and_data_check_counts_them(tiny_project, tmp_path,
         json.loads(line) for line in (tmp_path / "output" / "latest" / "log.jsonl").read_text().splitlines()
     ]
     assert any(record.get("train_loss", 0) > 0 or record.get("loss", 0) > 0 for record in log)
+
+
+def test_images_without_a_conversation_are_named_in_the_order_of_the_shard(tmp_path):
+    names = [f"{letter}{letter}" for letter in "qbzmakxcyd"]  # whose set has another order in most processes
+    write_shard(
+        tmp_path / "0.tar", [(f"{name}.png", png(0)) for name in names] + [("t.json", talk("a?", "b"))]
+    )
+    samples = read_conversation_shard(str(tmp_path / "0.tar")).samples
+    bad = [sample.id for sample in samples if isinstance(sample, BadRecord)]
+    assert [name.rpartition("/")[2] for name in bad] == names
