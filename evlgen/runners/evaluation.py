@@ -14,12 +14,12 @@ from evlgen.runners.gathering import gather_records
 from evlgen.runners.listener import Evaluation
 
 if TYPE_CHECKING:
-    from evlgen.runners.runner import Runner
+    from evlgen.runners.listener import TrainingRun
 
 logger = logging.getLogger(__name__)
 
 
-def evaluate_split(runner: Runner, evaluation: Evaluation) -> None:
+def evaluate_split(runner: TrainingRun, evaluation: Evaluation) -> None:
     """Generates for every sample of a split and scores: fills in ``evaluation``, on all processes.
 
     Raises:
