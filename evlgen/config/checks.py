@@ -127,6 +127,9 @@ def _check_sharding(model: Mapping[str, Any], problems: Problems) -> None:
     elif isinstance(language, Mapping) and language.get("quantization", "none") != "none":
         why = "quantised weights cannot be spread over the processes"
         problems.add("run.shard_language", f"{why}. Set model.language.quantization: none, or this to false")
+    elif isinstance(language, Mapping) and language.get("precision") == "fp8":
+        why = "weights in float8 cannot be spread over the processes"
+        problems.add("run.shard_language", f"{why}. Set model.language.precision: auto, or this to false")
 
 
 def check_datasets(section: Mapping[str, Any], problems: Problems) -> dict[str, Any]:

@@ -362,6 +362,7 @@ ONE_TABLE = Shares(val=0.1, test=0.1)  # of one table for everything, where noth
 
 def divide(records: Sequence[Any], shares: Shares) -> dict[str, list[Any]]:
     """Records by split, all of an image in one: those of one ``image_id``, of one name, of equal bytes.
+    Images that a conversation shows together are in one split too.
 
     Which split an image is in follows from its id (else its name, or the digest of its bytes) and the seed,
     whatever the order of the records: the images are ordered by a digest of both, the first are the test's,
@@ -374,6 +375,7 @@ def divide(records: Sequence[Any], shares: Shares) -> dict[str, list[Any]]:
     for record in good(records):
         if (own_id := _own_id(record)) is not None or record["visual"] not in image_of:
             image_of[record["visual"]] = _content(record["visual"]) if own_id is None else str(own_id)
+    _join(records, image_of)
     order = sorted(set(image_of.values()), key=lambda image: _digest(image, shares.seed))
     split_of: dict[str, str] = {}
     for split in reversed(shares.splits):
@@ -388,6 +390,24 @@ def divide(records: Sequence[Any], shares: Shares) -> dict[str, list[Any]]:
         is_bad = isinstance(record, BadRecord)
         divided["train" if is_bad else split_of.get(image_of[record["visual"]], "train")].append(record)
     return divided
+
+
+def _join(records: Sequence[Any], image_of: dict[str, str]) -> None:
+    """Takes images that one record shows for the same image: that of the least name."""
+    least: dict[str, str] = {}
+
+    def find(image: str) -> str:
+        while image in least:
+            image = least[image]
+        return image
+
+    for record in good(records):
+        others = [_content(name) for _, name in record.get("visuals", ())[1:]]
+        if others:
+            found = sorted({find(image) for image in (image_of[record["visual"]], *others)})
+            least.update(dict.fromkeys(found[1:], found[0]))
+    if least:
+        image_of.update({name: find(image) for name, image in image_of.items()})
 
 
 def _own_id(record: Mapping[str, Any]) -> int | str | None:
