@@ -29,7 +29,8 @@ from evlgen.config.run_config import RunConfig
 from evlgen.datasets.base_dataset import BaseDataset, CollatedDataset, SequenceDataset
 from evlgen.files.io import cache_root
 from evlgen.files.locks import lock_at, try_lock
-from evlgen.loaders.data import eval_loader, mix_seed
+from evlgen.loaders.batch_plan import mix_seed
+from evlgen.loaders.data import eval_loader
 from evlgen.loaders.interruption import StopNow, StopRequest
 from evlgen.models.base_model import BaseModel
 from evlgen.models.protocols import EncodesImages, offers

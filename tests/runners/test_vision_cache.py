@@ -26,7 +26,8 @@ from evlgen.datasets.base_dataset import BaseDataset, Skipped
 from evlgen.datasets.caption_dataset import CaptionDataset
 from evlgen.datasets.media import ImageFiles
 from evlgen.datasets.shapes_dataset import ShapesCaptionDataset
-from evlgen.loaders.data import mix_seed, seeded
+from evlgen.loaders.batch_plan import mix_seed
+from evlgen.loaders.data import seeded
 from evlgen.loaders.interruption import StopRequest
 from evlgen.models.vision.timm_encoder import TimmEncoder
 from evlgen.processors import build_processor
