@@ -211,7 +211,7 @@ def _sized(datasets: Iterable[BaseDataset]) -> list[HasSizes]:
     return found
 
 
-def told_length(dataset: BaseDataset) -> str:
+def format_length(dataset: BaseDataset) -> str:
     """The size of a dataset for people, as far as it is known without counting."""
     if isinstance(dataset, StreamDataset):
         return f"{len(dataset.records)} shards"

@@ -441,7 +441,7 @@ class _Progress:
         self._bar = tqdm(
             total=total * processes,
             desc="encoding images",
-            unit="picture",
+            unit="image",
             dynamic_ncols=True,
             leave=False,
             disable=not (shown and sys.stderr.isatty()),
