@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -15,11 +15,8 @@ from torch import Tensor
 
 from evlgen.common.errors import TrainingError
 from evlgen.config.run_config import RunConfig
-from evlgen.runners.listener import Listener, Step
+from evlgen.runners.listener import Listener, Step, TrainingRun
 from evlgen.runners.training_state import TrainingState
-
-if TYPE_CHECKING:
-    from evlgen.runners.listener import TrainingRun
 
 logger = logging.getLogger(__name__)
 

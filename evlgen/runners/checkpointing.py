@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from evlgen.runners.listener import Listener, Step
-
-if TYPE_CHECKING:
-    from evlgen.runners.listener import TrainingRun
+from evlgen.runners.listener import Listener, Step, TrainingRun
 
 
 class Checkpointing(Listener):

@@ -7,16 +7,12 @@ import logging
 import time
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 from evlgen.loaders.data import eval_loader, to_device
 from evlgen.loaders.interruption import StopNow
 from evlgen.runners.batches import set_aside
 from evlgen.runners.gathering import gather_records
-from evlgen.runners.listener import Evaluation
-
-if TYPE_CHECKING:
-    from evlgen.runners.listener import TrainingRun
+from evlgen.runners.listener import Evaluation, TrainingRun
 
 logger = logging.getLogger(__name__)
 

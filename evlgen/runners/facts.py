@@ -8,16 +8,13 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from evlgen.files.io import write_atomically
-from evlgen.runners.listener import Listener
-
-if TYPE_CHECKING:
-    from evlgen.runners.listener import TrainingRun
+from evlgen.runners.listener import Listener, TrainingRun
 
 FACTS_FILE = "facts.json"
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from typing import TYPE_CHECKING
 
 from evlgen.common.registry import registry
 from evlgen.config.schema import PositiveFloat
 from evlgen.files.io import write_atomically
-from evlgen.runners.listener import Listener, Step
-
-if TYPE_CHECKING:
-    from evlgen.runners.listener import TrainingRun
+from evlgen.runners.listener import Listener, Step, TrainingRun
 
 
 @registry.register_listener("heartbeat")

@@ -8,20 +8,17 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from evlgen.common.safe_text import printable
 from evlgen.config.run_config import RunConfig
 from evlgen.files.io import write_atomically
-from evlgen.runners.listener import Evaluation, Listener, Step
+from evlgen.runners.listener import Evaluation, Listener, Step, TrainingRun
 from evlgen.runners.sample_captions import SAMPLES_FILE
 from evlgen.runners.skipped import format_counts
 from evlgen.runners.training_state import TrainingState
-
-if TYPE_CHECKING:
-    from evlgen.runners.listener import TrainingRun
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from evlgen.files.io import atomic_file
 from evlgen.loaders.data import evenly_spread
-from evlgen.runners.listener import Evaluation, Listener
+from evlgen.runners.listener import Evaluation, Listener, TrainingRun
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from evlgen.runners.listener import TrainingRun
 
 SAMPLES_FILE = "samples.jsonl"
 IMAGES = "samples"  # the folder of their images

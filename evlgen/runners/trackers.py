@@ -11,7 +11,7 @@ import random
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
@@ -19,11 +19,8 @@ from evlgen.common.errors import ConfigError, TrainingError
 from evlgen.common.safe_text import message, printable
 from evlgen.files.io import write_atomically
 from evlgen.files.json_io import read_json
-from evlgen.runners.listener import Evaluation, Listener
+from evlgen.runners.listener import Evaluation, Listener, TrainingRun
 from evlgen.runners.training_state import kept_random_state
-
-if TYPE_CHECKING:
-    from evlgen.runners.listener import TrainingRun
 
 logger = logging.getLogger(__name__)
 
