@@ -14,6 +14,7 @@ from evlgen.config.model_config import ModelConfig
 from evlgen.config.run_config import RunConfig
 from evlgen.config.schema import Problems, Registered, check_section, show, unknown_key
 
+ARCH_IS_REQUIRED = "is required: the name of a registered model, such as evlgen_opt"
 SECTIONS = ("plugins", "env", "model", "datasets", "run")
 
 
@@ -74,9 +75,12 @@ def check_run(
 def check_model(section: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
     """The ``model`` section: the architecture's own dataclass, its type, and the connector's parameters."""
     arch, model_type = section.get("arch"), section.get("model_type")
+    if "arch" not in section:
+        problems.add("model.arch", ARCH_IS_REQUIRED)
+        return dict(section)
     if not isinstance(arch, str) or not registry.has("model", arch):
         # What else the section may say depends on the architecture.
-        check_section({"arch": arch} if "arch" in section else {}, ModelConfig, "model", problems=problems)
+        check_section({"arch": arch}, ModelConfig, "model", problems=problems)
         return dict(section)
     cls = registry.get_model_class(arch)
     if model_type is not None and (not isinstance(model_type, str) or model_type not in cls.MODEL_TYPES):

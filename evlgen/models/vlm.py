@@ -170,7 +170,8 @@ class VLM(Chatting):
                 Samples that are sequences have ``segments`` in place of all these, a list of `Read`, `Learn`
                 and `Visual` for each, or ``messages``, a conversation for each (`evlgen.processors.turns`);
                 and ``images``: the images [3, H, W] and videos [3, T, H, W] of each, none, one or several,
-                in the order of their places. Without ``images``, ``image`` has one for each.
+                in the order of their places, or in their stead tokens [N, C_vision] that `encode` gave
+                earlier. Without ``images``, ``image`` has one for each.
 
         Returns:
             ``loss``: scalar, float32; ``num_tokens``: how many tokens it is the mean of, and with
@@ -362,10 +363,12 @@ class VLM(Chatting):
         return prompts if marker is None else prompts + marker
 
     def _encode_each(self, images: list[Tensor]) -> list[Tensor]:
-        """The tokens [N, C_vision] of images and videos of any lengths, those of one shape together."""
+        """The tokens [N, C_vision] of images and videos of any lengths, those of one shape together; what is
+        tokens already stays as it is."""
         found: dict[int, Tensor] = {}
         for places in _alike(images):
-            tokens = self.encode(torch.stack([images[place] for place in places]))
+            stacked = torch.stack([images[place] for place in places])
+            tokens = stacked if stacked.ndim == 3 else self.encode(stacked)
             found.update(zip(places, tokens, strict=True))
         return [found[place] for place in range(len(images))]
 
@@ -417,14 +420,19 @@ class VLM(Chatting):
         why = f"its question takes all {limit} tokens of model.max_txt_len: nothing of an answer is left"
         return {sample: why for sample, count in lost_of.items() if count == counts[sample]}
 
+    def not_answerable(self, samples: Batch, num_new: int) -> dict[int, str]:
+        return sequences.not_answerable(self.language, samples, self.num_soft_prompts, num_new)
+
     def num_soft_prompts(self, image: Tensor) -> int:
-        """The soft prompts of an image [3, H, W] or a video [3, T, H, W]."""
+        """The soft prompts of an image [3, H, W], a video [3, T, H, W], or of tokens [N, C_vision]."""
         if self.tiling is not None:
             num_tokens = self.vision.num_tokens
             return self.tiling.num_soft(
                 image.shape, lambda n: self.connector.num_soft_prompts(n * num_tokens)
             )
         frames = image.shape[1] if image.ndim == 4 else 1
+        if image.ndim == 2:
+            frames = len(image) // self.vision.num_tokens
         if self.temporal == "each":
             return frames * self.connector.num_soft_prompts(self.vision.num_tokens)
         return self.connector.num_soft_prompts(
