@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from evlgen.datasets.base_dataset import BaseDataset, SequenceDataset, about_pos
 from evlgen.datasets.conversation_records import read_conversations
 from evlgen.datasets.media import ImageFiles, Media, VideoFiles, is_address
 from evlgen.datasets.records import good
-from evlgen.datasets.table_dataset import ImageTextBuilder, Shares
-from evlgen.datasets.table_records import ImageColumns
+from evlgen.datasets.table_dataset import ImageTextBuilder, TableConfig
+from evlgen.datasets.table_records import Columns, ImageColumns
 from evlgen.datasets.tables import open_table
 from evlgen.media.frames import decode_address, is_data_address
 from evlgen.media.images import open_image
@@ -138,37 +139,34 @@ def frames_of(vis_processor: BaseProcessor, visual: Any) -> Any:
     return FrameList([visual]) if is_frame else visual
 
 
-@registry.register_builder("conversations")
-class ConversationsBuilder(ImageTextBuilder):
-    """Conversations in tables (JSON, JSON lines, Parquet, Arrow), in the layouts of
-    `evlgen.datasets.conversation_records`.
+@dataclass(frozen=True, kw_only=True)
+class ConversationsConfig(TableConfig):
+    """The section of conversations in tables.
 
     Args:
-        annotations, root, split: as of `ImageTextBuilder`; a split of held out images takes all
-            conversations about them.
+        annotations, root, split: as of `TableConfig`; a split of held out images takes all conversations
+            about them.
+        text_processor: nothing goes through it.
         split_column: the column that says which rows are of which split; None: ``split``, where there is one.
         video_reader: see `evlgen.media.video.Video`.
     """
 
+    text_processor: dict[str, Any] | None = None  # type: ignore[assignment]  # it may be left out
+    split_column: str | None = None
+    video_reader: Reader = "auto"
+
+
+@registry.register_builder("conversations")
+class ConversationsBuilder(ImageTextBuilder):
+    """Conversations in tables (JSON, JSON lines, Parquet, Arrow), in the layouts of
+    `evlgen.datasets.conversation_records`."""
+
+    CONFIG = ConversationsConfig
     DEFAULT_CONFIG = "configs/datasets/conversations.yaml"
 
-    def __init__(
-        self,
-        name: str,
-        cache_root: str | Path,
-        vis_processor: dict,
-        annotations: str | dict[str, str],
-        text_processor: dict | None = None,
-        root: str | dict[str, str] | None = None,
-        split: Shares | None = None,
-        split_column: str | None = None,
-        video_reader: Reader = "auto",
-    ) -> None:
-        columns = ImageColumns(split=split_column)
-        super().__init__(
-            name, cache_root, vis_processor, text_processor or {}, annotations, columns, root, split
-        )
-        self.video_reader = video_reader
+    @property
+    def columns(self) -> Columns:
+        return ImageColumns(split=self.config.split_column)
 
     def build_split(self, split: str) -> BaseDataset:
         if self._held_out.splits and split in ("train", *self._held_out.splits):
@@ -182,7 +180,7 @@ class ConversationsBuilder(ImageTextBuilder):
         return ConversationDataset(
             records,
             media,
-            VideoFiles(root, self.video_reader),
+            VideoFiles(root, self.config.video_reader),
             self.vis_processor(split),
             learned=role_of(split) == "train",
         )

@@ -25,7 +25,7 @@ from evlgen.models.chatting import Chatting
 from evlgen.models.connectors.base import Connector, ConnectorInputs
 from evlgen.models.language import CausalLanguageModel, LanguageModel, build_language_model
 from evlgen.models.language.segments import Row, SoftPrompts
-from evlgen.models.ops import cuda_graphs
+from evlgen.models.ops import FP8, cuda_graphs, plain_dtype
 from evlgen.models.soft_prompts import SoftPromptHead
 from evlgen.models.text_lengths import TextLengths
 from evlgen.models.tiles import Tiling, as_prompts
@@ -388,7 +388,7 @@ class VLM(Chatting):
         assert self.tiling is not None
         views = [self.tiling.cut(image.to(self.device)) for image in images]
         counts = [len(of_one) for of_one in views]
-        tokens = self.encode_frames(torch.cat(views).to(next(self.vision.parameters()).dtype), 1)  # [V, N, C]
+        tokens = self.encode_frames(torch.cat(views).to(plain_dtype(self.vision)), 1)  # [V, N, C]
         if self.tiling.join == "before":
             return as_prompts(self._connect([of_one.flatten(0, 1) for of_one in tokens.split(counts)]))
         grids = [self.tiling.grid_of(image.shape) for image in images]
@@ -449,12 +449,13 @@ class VLM(Chatting):
             weights = list(part.parameters())
             learned = sum(p.numel() for p in weights if p.requires_grad)
             logger.info(
-                "%s: %.3g million weights, %s%s, %s",
+                "%s: %.3g million weights, %s%s, %s%s",
                 name,
                 sum(p.numel() for p in weights) / 1e6,
                 "frozen" if is_frozen else "trained",
                 f", but for {learned / 1e6:.3g} million" if is_frozen and learned else "",
-                str(weights[0].dtype).removeprefix("torch."),
+                str(plain_dtype(part)).removeprefix("torch."),
+                ", linear layers in float8" if any(p.dtype == FP8 for p in weights) else "",
             )
 
 

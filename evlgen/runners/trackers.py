@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
 import os
+import random
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +43,7 @@ def check_trackers(names: Iterable[str]) -> None:
         if importlib.util.find_spec(_PACKAGES[name]) is None:
             raise ConfigError(
                 f"run.trackers: {name} needs the package {_PACKAGES[name]}, which is not installed: "
-                "pip install 'evlgen[trackers]'."
+                f"pip install {_PACKAGES[name]}."
             )
 
 
@@ -87,7 +89,7 @@ class Trackers(Listener):
             return
         self._open, path = {}, runner.folder / RUNS_FILE
         known = read_json(path, TrainingError, "list of trackers") if path.exists() else {}
-        with kept_random_state():
+        with _fresh_random_state():
             for name in self.names:
                 try:
                     tracker = _begin(name, runner, known.get(name), iteration)
@@ -106,11 +108,22 @@ class Trackers(Listener):
         at_work = self._open or {}
         for name, tracker in list(at_work.items()):
             try:
-                with kept_random_state():
+                with _fresh_random_state():
                     action(name, tracker)
             except Exception as error:  # whatever it is: the run's own log has the numbers
                 del at_work[name]
                 logger.warning("%s failed and gets nothing from here on: %s", name, message(error))
+
+
+@contextlib.contextmanager
+def _fresh_random_state() -> Iterator[None]:
+    """Within the block Python's random numbers are not those of the run's seed, and after it they are again.
+
+    Names that a tracker draws (Comet's of its archives) would be the same in every run of a seed.
+    """
+    with kept_random_state():
+        random.seed()
+        yield
 
 
 def _begin(name: str, runner: Runner, run_id: str | None, iteration: int) -> GeneralTracker:
@@ -124,11 +137,17 @@ def _begin(name: str, runner: Runner, run_id: str | None, iteration: int) -> Gen
     elif name == "mlflow":
         tracker = cls(PROJECT, run_id=run_id, run_name=folder.name)
     else:
-        project = os.environ.get("COMET_PROJECT_NAME", PROJECT)
-        settings: dict[str, Any] = {"experiment_key": run_id} if run_id else {}
-        if os.environ.get("COMET_START_ONLINE", "").lower() in ("0", "false"):
-            settings["online"] = False
-        tracker = cls(project, **settings)
+        import comet_ml
+
+        # With a key, what was kept offline before and after a resumption is one experiment once uploaded.
+        tracker = cls(
+            os.environ.get("COMET_PROJECT_NAME", PROJECT),
+            experiment_key=run_id or uuid.uuid4().hex,
+            experiment_config=comet_ml.ExperimentConfig(
+                name=folder.name,
+                offline_directory=os.environ.get("COMET_OFFLINE_DIRECTORY", str(folder / "comet")),
+            ),
+        )
     if hasattr(tracker, "start"):  # accelerate of before 1.8 starts it at once
         tracker.start()
     if run_id is None or name == "wandb":  # MLflow's parameters stay as they were first

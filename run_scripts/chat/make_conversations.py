@@ -34,7 +34,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--root", type=Path, default=cache_root(), help="the data root")
     parser.add_argument("--seed", type=int, default=42, help="of the order and of how captions are asked for")
-    parser.add_argument("--captions-per-image", type=int, default=1, help="conversations about a photograph of Flickr8k")
+    parser.add_argument(
+        "--captions-per-image", type=int, default=1, help="conversations about a photograph of Flickr8k"
+    )
     args = parser.parse_args()
     draw = random.Random(args.seed)
     questions = _daquar(args.root)

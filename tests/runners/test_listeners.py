@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 
 import pytest
 from runners.test_runner import train
@@ -79,6 +80,37 @@ def test_settings_of_listeners_are_checked_before_anything_is_loaded(tiny_projec
         assert "run.listeners" in str(error.value)
     with pytest.raises(ConfigError, match="trackers"):
         Config.load(path, ["run.trackers=[tensorbord]"])
+
+
+def test_comet_keeps_a_resumed_run_offline_as_one_experiment(tiny_project, monkeypatch):
+    pytest.importorskip("comet_ml", reason="comet_ml is not installed: pip install comet_ml")
+    monkeypatch.setenv("COMET_START_ONLINE", "0")
+    monkeypatch.setenv("COMET_DISABLE_AUTO_LOGGING", "1")  # of packages and processors: seconds
+    monkeypatch.delenv("COMET_OFFLINE_DIRECTORY", raising=False)
+    path = tiny_project(run={"max_epoch": 1, "log_freq": 2, "trackers": ["comet_ml"]})
+    folder, _ = train(path)
+    key = json.loads((folder / "trackers.json").read_text())["comet_ml"]
+    again, records = train(path, "run.resume=auto", "run.max_epoch=2")
+    assert again == folder and json.loads((folder / "trackers.json").read_text())["comet_ml"] == key
+
+    losses, shown, parameters = {}, [], {}
+    parts = sorted((folder / "comet").glob(f"{key}-*.zip"), key=lambda part: part.stat().st_mtime_ns)
+    for part in parts:  # what `comet upload` reads
+        with zipfile.ZipFile(part) as archive:
+            facts = json.loads(archive.read("experiment.json"))
+            assert (facts["offline_id"], facts["resume_strategy"]) == (key, "get_or_create")
+            messages = [json.loads(line) for line in archive.read("messages.json").splitlines()]
+        for content in (message["payload"] for message in messages):
+            metric, parameter = content.get("metric") or {}, content.get("param") or {}
+            about = content.get("additional_params") or {}
+            if metric.get("metricName") == "train/loss":
+                losses[metric["step"]] = float(metric["metricValue"])
+            elif "paramName" in parameter:
+                parameters[parameter["paramName"]] = parameter["paramValue"]
+            elif str(about.get("figName")).startswith("val: "):
+                shown.append(about["step"])
+    assert len(parts) == 2 and shown == [6] * 6 + [12] * 6 and parameters["run.max_epoch"] == 1
+    assert losses == pytest.approx({r["iteration"]: r["loss"] for r in records if r["type"] == "train"})
 
 
 def test_a_resumed_run_goes_on_with_the_same_tracker_runs(tiny_project, tmp_path, monkeypatch):
