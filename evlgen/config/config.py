@@ -31,7 +31,7 @@ from evlgen.config.checks import (
     check_structure,
     check_together,
 )
-from evlgen.config.dataset_config import DatasetConfig, FrozenDict, dataset_config
+from evlgen.config.dataset_config import DatasetConfig, FrozenDict, dataset_config, frozen
 from evlgen.config.derived import drop_foreign_sources, fill_processors, real_path
 from evlgen.config.lavis import (
     datasets_from_lavis,
@@ -159,9 +159,9 @@ class Config:
             for name, section in datasets.items()
         }
         return cls(
-            model=model,
+            model=frozen(model),
             datasets=FrozenDict(typed),
-            run=run,
+            run=frozen(run),
             env=EnvConfig(**env),
             plugins=tuple(loaded),
             cfg_path=path,
