@@ -29,7 +29,7 @@ from evlgen.runners.checkpointing import Checkpointing
 from evlgen.runners.distribution import Distribution, WeightedMeans, make_accelerator
 from evlgen.runners.evaluation import deciding_metric, evaluate_split
 from evlgen.runners.facts import RunFacts
-from evlgen.runners.image_use import ImageUseWatch
+from evlgen.runners.image_use_watch import ImageUseWatch
 from evlgen.runners.lengths import Epochs
 from evlgen.runners.listener import Evaluation, Listener, Step, ending_noted
 from evlgen.runners.optimizer import set_learning_rate, update_weights

@@ -18,12 +18,12 @@ from evlgen.runners.training_state import TrainingState
 from evlgen.vision_cache.cache import cached
 
 if TYPE_CHECKING:
-    from evlgen.runners.runner import Runner
+    from evlgen.runners.listener import TrainingRun
 
 logger = logging.getLogger(__name__)
 
 
-def set_up_training(runner: Runner) -> None:
+def set_up_training(runner: TrainingRun) -> None:
     """Gives a runner its plan, length, schedule, optimizer, state and batches; a resumed run stands where it
     stopped."""
     run, accelerator = runner.run, runner.accelerator
