@@ -128,6 +128,19 @@ def test_data_check_counts_turns_images_and_lengths(project, tmp_path, capsys):
     assert report["conversations/train"]["images"] == {"0": 2, "1": 5, "2": 1}
 
 
+def test_a_model_of_videos_sees_several_frames_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (40, 30), color) for color in ("red", "green", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "a.png")
+    written = []
+    chat = Chat(load_model("evlgen_video_opt", "shapes"), None, {"max_length": 3, "num_frames": 3})
+    for name in ("a.gif", "a.png"):
+        chat.show(str(tmp_path / name))
+    chat.hold(iter(["what happens?"]), written.append)
+    assert [part["image"].shape[1] for part in chat.messages[0]["content"][:2]] == [3, 1]
+    assert chat.messages[1]["content"] in "".join(written)
+
+
 def test_ctrl_c_stops_an_answer_and_not_the_chat(tmp_path):
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     chat = Chat(load_model("evlgen_opt", "shapes"), "be short", {"max_length": 6})
