@@ -139,7 +139,7 @@ def _begin(name: str, runner: Runner, run_id: str | None, iteration: int) -> Gen
     else:
         import comet_ml
 
-        # With a key given, what was kept offline before and after a resumption is one experiment once uploaded.
+        # with a key of ours, what is kept offline before and after a resumption is uploaded as one experiment
         tracker = cls(
             os.environ.get("COMET_PROJECT_NAME", PROJECT),
             experiment_key=run_id or uuid.uuid4().hex,
