@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py PART[:SECONDS] ... [--output FILE] [--dry-run]
 
-Parts: captions, step, compile, memory, lengths, profile, scaling, each with the seconds it may take; those of
-one command share models.
+Parts: captions, step, compile, fp8, memory, lengths, profile, scaling, each with the seconds it may take;
+those of one command share models.
 
 Each figure is printed, and added to FILE as a line of JSON, as soon as it is known. ``--dry-run`` does the
 same at small sizes, on a CPU too.
@@ -38,6 +38,7 @@ from evlgen.common.registry import registry
 from evlgen.config.schema import build_dataclass
 from evlgen.estimate import _without_weights, estimate
 from evlgen.models.base_model import BaseModel
+from evlgen.models.ops import use_fp8
 from evlgen.models.published.checkpoints import to_own_names
 from evlgen.models.token_merging import merge_schedule
 from evlgen.runners.compilation import compile_blocks
@@ -295,6 +296,60 @@ def compiled(setting: Setting) -> None:
     )
 
 
+def fp8(setting: Setting) -> None:
+    """Frozen linear layers in float8 against bf16: time, memory, and what changes; compiled too."""
+    ours = OurStep(setting.sizes, None, setting.precision, model=ours_on_card(setting))
+    model = ours.model
+    pixels = batches(setting.sizes, setting.batch, DEVICE)
+    sample = next(pixels)
+    for module in model.modules():
+        if "Dropout" in type(module).__name__:
+            module.p = 0.0
+
+    def numbers() -> dict[str, torch.Tensor]:
+        ours.optimizer.zero_grad()
+        with ours.accelerator.autocast():
+            tokens = model.encode(sample["image"])
+            prompts = model.soft_prompts({"visual_tokens": tokens})
+            loss = model(sample)["loss"]
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.connector.parameters() if p.grad is not None])
+        return {"visual tokens": tokens, "soft prompts": prompts, "gradient": gradient, "loss": loss}
+
+    def size() -> int:
+        return sum(p.nbytes for part in (model.vision, model.language) for p in part.parameters())
+
+    before, bytes_before = numbers(), size()
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    plain = seconds(lambda: ours(next(pixels)), setting.rounds + 2)
+    use_fp8(model.vision, DEVICE)
+    use_fp8(model.language, DEVICE, apart=[model.language.model.get_output_embeddings()])
+    rounded = seconds(lambda: ours(next(pixels)), setting.rounds + 2)
+    setting.report(
+        f"fp8 step, batch {setting.batch}",
+        **{"fp8, s": rounded, "plain, s": plain, "ratio": rounded / plain},
+        **{"frozen weights, of plain": size() / bytes_before},
+    )
+    with torch.no_grad():  # the timed steps have trained the connector
+        for name, weight in model.named_parameters():
+            if name in start:
+                weight.copy_(start[name])
+    after = numbers()
+    before_loss, after_loss = before.pop("loss").item(), after.pop("loss").item()
+    cosines = {
+        name: torch.cosine_similarity(before[name].float().flatten(), after[name].float().flatten(), dim=0)
+        for name in before
+    }
+    setting.report(
+        "fp8 against plain: cosines, and losses",
+        **{name: value.item() for name, value in cosines.items()},
+        **{"loss": after_loss, "plain loss": before_loss},
+    )
+    compile_blocks(model, backend="inductor" if DEVICE.type == "cuda" else "aot_eager")
+    compiled_step = seconds(lambda: ours(next(pixels)), setting.rounds + 2)
+    setting.report("fp8 compiled step", **{"s": compiled_step, "of plain": compiled_step / plain})
+
+
 def memory(setting: Setting) -> None:
     """Measured peaks of our step against computed ones."""
     ours, _ = both_steps(setting)
@@ -373,6 +428,7 @@ PARTS = {
     "captions": captions,
     "step": step,
     "compile": compiled,
+    "fp8": fp8,
     "memory": memory,
     "lengths": lengths,
     "profile": profiled,

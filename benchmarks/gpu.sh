@@ -25,8 +25,8 @@ measure() {  # SECONDS PART:SECONDS ...
         failed=1
     fi
 }
-measure 150 captions:130
-measure 145 step:70 memory:25 lengths:25 profile:30
-measure 100 compile:85
-measure 80 scaling:70
+measure 140 captions:125
+measure 135 step:65 memory:20 lengths:20 profile:25
+measure 130 compile:70 fp8:50
+measure 70 scaling:60
 exit "$failed"

@@ -23,7 +23,7 @@ from evlgen.common.errors import (
 from evlgen.common.registry import registry
 from evlgen.config.config import Config
 from evlgen.config.machine import MACHINE_FILE, machine_of_run
-from evlgen.config.schema import parameters_of
+from evlgen.config.schema import config_of, parameters_of
 from evlgen.config.yaml_io import read_yaml
 from evlgen.files.io import cache_root, write_atomically
 from evlgen.files.locks import sole_writer
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from evlgen.runners.listener import Listener
 
 logger = logging.getLogger(__name__)
+
+_FEW_SAMPLES = 30  # whose score changes by chance as much as by training
 
 
 def run(cfg: Config, listeners: Sequence[Listener] = ()) -> dict[str, dict[str, float]]:
@@ -175,8 +177,8 @@ def check_image_sizes(cfg: Config) -> None:
     """Raises `ConfigError` where a processor's image size differs from the vision encoder's."""
     defaults = registry.get_model_class(cfg.model.arch).processor_defaults(cfg.model)
     size = defaults.get("vis_processor", {}).get("image_size")
-    for name, dataset in cfg.datasets_plain().items():
-        for role, section in (dataset.get("vis_processor") or {}).items():
+    for name, dataset in cfg.datasets.items():
+        for role, section in (dataset.vis_processor or {}).items():
             if size and section.get("image_size", size) != size:
                 path = f"datasets.{name}.vis_processor.{role}.image_size"
                 raise ConfigError(
@@ -189,8 +191,8 @@ def check_image_sizes(cfg: Config) -> None:
 def check_tiles(cfg: Config) -> None:
     """Raises `ConfigError` where the model reads tiles and a processor gives none."""
     vision = getattr(cfg.model, "vision", None)
-    for name, dataset in cfg.datasets_plain().items() if getattr(vision, "tiles", None) else ():
-        for role, section in (dataset.get("vis_processor") or {}).items():
+    for name, dataset in cfg.datasets.items() if getattr(vision, "tiles", None) else ():
+        for role, section in (dataset.vis_processor or {}).items():
             if "max_tiles" not in parameters_of(registry.get_processor_class(section["name"])):
                 path = f"datasets.{name}.vis_processor.{role}.name"
                 raise ConfigError(
@@ -205,8 +207,11 @@ def make_builders(cfg: Config) -> dict[str, Any]:
     root = cache_root(cfg.env.cache_root)
     builders = {}
     for name, section in cfg.datasets_plain().items():
-        cls = registry.get_builder_class(section.pop("builder", name))
-        builders[name] = cls(name=name, cache_root=root, **section)
+        config = cfg.datasets[name]
+        cls = registry.get_builder_class(config.builder)
+        section.pop("builder", None)
+        takes_keys = config_of(cls) is None
+        builders[name] = cls(name=name, cache_root=root, **section) if takes_keys else cls(name, root, config)
     return builders
 
 
@@ -260,8 +265,8 @@ def check_room(cfg: Config, task: Any) -> None:
     writes |= task.LEARNS_WRITING and not run.evaluate
     learns = not (run.evaluate or task.LEARNS_WRITING)
     prompt = None if task.ASKS else (cfg.model.prompt if run.prompt is None else run.prompt)
-    sections = [section.get("vis_processor") or {} for section in cfg.datasets.values()]
-    frames = [processor.get("n_frms") or 1 for section in sections for processor in section.values()]
+    processors = [p for section in cfg.datasets.values() for p in (section.vis_processor or {}).values()]
+    frames = [processor.get("n_frms") or 1 for processor in processors]
     model_class.check_room(cfg.model, prompt, task.max_len if writes else 0, learns, max(frames, default=1))
 
 
@@ -282,7 +287,23 @@ def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str,
         if not cfg.run.evaluate:
             scored = [*cfg.run.valid_splits, *cfg.run.test_splits]
             tell_of_overlap(name, splits, cfg.run.train_splits, scored)
+            if cfg.run.valid_splits:
+                _warn_of_few_samples(name, cfg.run.valid_splits[0], splits)
     return datasets
+
+
+def _warn_of_few_samples(name: str, split: str, splits: dict[str, BaseDataset]) -> None:
+    """Of the split that decides which checkpoint is best."""
+    if split in splits and 0 < (size := len(splits[split])) < _FEW_SAMPLES:
+        logger.warning(
+            "%s/%s has %d sample%s: a score of so few says little, and the checkpoint that it finds best may "
+            "be any of them. Give the split at least %d, or look at the latest checkpoint too",
+            name,
+            split,
+            size,
+            "" if size == 1 else "s",
+            _FEW_SAMPLES,
+        )
 
 
 def run_folder(cfg: Config, accelerator: Any, stack: contextlib.ExitStack, restarted: bool) -> Path:

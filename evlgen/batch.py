@@ -18,7 +18,9 @@ class Batch(TypedDict, total=False):
     visual_tokens: (
         Tensor  # in place of `image`: the frozen encoder's tokens [B, N, C_vision], computed earlier
     )
-    images: Sequence[Sequence[Tensor]]  # in place of `image`: none or several of each sample, see `messages`
+    images: Sequence[
+        Sequence[Tensor]
+    ]  # in place of `image`: none or several of each sample, see `messages`; or tokens [N, C_vision] of each
 
     # ---- what is read and learned
     text_input: list[str]  # B texts to learn, or questions; N texts with `num_texts`

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,11 +21,18 @@ class Parser(argparse.ArgumentParser):
         super().error(printable(message))
 
 
+def write_any_text() -> None:
+    r"""From now on standard output shows characters that its encoding lacks as ``\u6f22``, as standard error
+    does, instead of raising."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def guarded(action: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser, argv) -> int:
     """Runs a command; what a user can fix is shown in a line or two, without a traceback unless
     ``--debug``."""
     args = parser.parse_args(argv)
-    from evlgen.common.logs import log_to_terminal, write_any_text
+    from evlgen.common.logs import log_to_terminal
 
     write_any_text()
     log_to_terminal(args.debug)

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from evlgen.common.errors import ConfigError
-from evlgen.common.precision import DTYPES, resolve_precision
+from evlgen.common.precision import DTYPES, dtype_of, resolve_precision
 from evlgen.common.registry import registry
 from evlgen.config.model_config import ArchitectureConfig, ModelConfig
 from evlgen.models.connectors import ConnectorInputs
 from evlgen.models.language import build_language_model
+from evlgen.models.ops import FP8
 from evlgen.models.soft_prompts import SoftPromptHead
 from evlgen.models.tiles import Tiling
 from evlgen.models.vision import build_vision_encoder
@@ -34,6 +35,8 @@ PARTS = ("vision", "connector", "language")
 #: AMX and a Zen 3 (benchmarks/README.md).
 REACHED = 0.5
 _TRAINED_BYTES = 4 + 4 + 8  # a trained weight in float32, its gradient, AdamW's two moments
+# torch before 2.8 does not count it
+_COUNTED = {torch.ops.aten._scaled_mm: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[1]}
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.56}  # a weight of a linear layer, with the scales of its blocks
 
 
@@ -172,7 +175,7 @@ def _step(model: VLM, cfg: ModelConfig, batch_size: int, texts: list[str], num_f
     ]
     try:
         with (
-            FlopCounterMode(display=False) as counter,
+            FlopCounterMode(display=False, custom_mapping=_COUNTED) as counter,
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             _masks_by_shape(),
         ):
@@ -242,8 +245,8 @@ def _without_weights(cfg: ModelConfig, precision: str) -> VLM:
         model.tiling = Tiling.build(cfg, vision, language.embed_dim, 1.0, temporal)
     if cfg.language.freeze:  # transformers makes it in the type that its configuration names
         for weight in language.parameters():
-            if not weight.requires_grad:
-                weight.data = weight.data.to(DTYPES[language_cfg.precision])
+            if not weight.requires_grad and weight.dtype != FP8:
+                weight.data = weight.data.to(dtype_of(language_cfg.precision))
     return model.to(meta).train()
 
 

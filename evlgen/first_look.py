@@ -21,6 +21,7 @@ from evlgen.config.config import DEFAULTS, find_config
 from evlgen.config.layers import Layers, builder_name, options_layer, read_layer
 from evlgen.config.problems import Problems
 from evlgen.config.run_config import RunConfig
+from evlgen.config.schema import build_dataclass
 from evlgen.files.io import PACKAGE_ROOT, cache_root
 from evlgen.weights.needed import (
     ENCODER_WEIGHTS,
@@ -111,7 +112,7 @@ def _missing_data(name: str, section: Mapping[str, Any], root: Path, run: RunCon
     build_info = section.get("build_info") or {}
     if not isinstance(build_info.get("annotations"), Mapping):
         return None
-    info = BuildInfo.read(build_info, f"datasets.{name}.build_info")
+    info = build_dataclass(BuildInfo, build_info, f"datasets.{name}.build_info")
     splits = [split for split in run.wanted_splits() if split in info.annotations]
     storages = [info.images, info.videos, *(info.annotations[split] for split in splits)]
     if any("://" in str(source.storage) for source in storages if source is not None):

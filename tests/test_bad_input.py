@@ -39,7 +39,7 @@ def refused(tiny_project, capsys):
         ("model.conector.r=3", ["model.conector", "'connector'", "--options"]),
         ("run.batchsize_train=3", ["run.batchsize_train", "'batch_size_train'"]),
         ("model.connector.rr=3", ["model.connector.rr", "--options"]),
-        ("model.vision.precision=fp8", ["model.vision.precision", "bf16"]),
+        ("model.vision.precision=fp9", ["model.vision.precision", "bf16"]),
         ("run.batch_size_train=many", ["run.batch_size_train", "many", "int"]),
         ("run.batch_size_train=0", ["run.batch_size_train", "at least 1"]),
         ("run.batch_size_eval=-4", ["run.batch_size_eval", "at least 1"]),

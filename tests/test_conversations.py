@@ -83,6 +83,35 @@ def test_a_run_learns_and_scores_conversations(project, tmp_path, capsys, monkey
     assert any(line.startswith("/image PATH shows another image") for line in told) and "no.png" in told[-1]
 
 
+def test_what_the_model_cannot_answer_is_skipped_and_counted(project, tmp_path):
+    asked = [llava(0, ROUND, image="0.png"), llava(1, [("gpt", "hi"), *ROUND[2:]]), llava(2, ROUND[2:])]
+    long = [("human", "what? " * 300), ("gpt", "a star")]
+    (tmp_path / "val.jsonl").write_text("\n".join(map(json.dumps, [*asked, llava(3, long)])))
+    alternate = (
+        "{% if messages[0].role != 'user' %}{{ raise_exception('The user begins') }}{% endif %}"
+        "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    )
+    (tmp_path / "mine.jinja").write_text(alternate)
+    options = [
+        f"datasets.conversations.annotations.val={tmp_path / 'val.jsonl'}",
+        f"model.language.chat_template={tmp_path / 'mine.jinja'}",
+    ]
+    path = project(test_splits=["val"], evaluate=True, max_skipped_share=0.6)
+    assert cli.evaluate(["--cfg-path", path, "--options", *options]) == 0
+    folder = tmp_path / "output" / "latest"
+    (answers,) = folder.glob("result/*/answers.json")
+    assert [a["instance_id"] for a in json.loads(answers.read_text())] == ["0", "2"]
+    skipped = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    reasons = {record["id"]: record["reason"] for record in skipped}
+    assert reasons["1"] == "The user begins" and "leaves no room for 5 tokens" in reasons["3"]
+
+
+def test_a_first_stage_says_that_it_holds_no_conversations(tmp_path, capsys):
+    (tmp_path / "model.yaml").write_text("model: {arch: blip2, model_type: shapes}")
+    assert cli.main(["chat", "--cfg-path", str(tmp_path / "model.yaml")]) == 1
+    assert "first stage holds no conversations" in capsys.readouterr().err
+
+
 def test_data_check_counts_turns_images_and_lengths(project, tmp_path, capsys):
     assert cli.main(["data", "check", "--cfg-path", project(), "--to", str(tmp_path / "check")]) == 0
     told = capsys.readouterr().out

@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from evlgen.common.logs import quiet_libraries
     from evlgen.common.plugins import load_plugins
     from evlgen.config.consent import ask_on_terminal
+    from evlgen.models.protocols import Chats, offering
     from evlgen.models.zoo import load_model_of
 
     load_plugins(args.plugins, None)
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {"max_length": args.max_length, "num_frames": args.frames}
     if args.sample:
         options |= {"use_nucleus_sampling": True, "temperature": args.temperature}
-    chat = Chat(model, args.system, options)
+    chat = Chat(offering(model, Chats), args.system, options)
     for path in args.images:
         chat.show(path)
     print(_COMMANDS, flush=True)

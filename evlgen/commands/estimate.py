@@ -48,7 +48,7 @@ def _report(cfg: Config, args: argparse.Namespace) -> None:
     from evlgen.estimate import estimate, measured_rate
 
     precision = args.precision or cfg.run.precision
-    together = any(section.get("captions_together") for section in cfg.datasets.values())
+    together = any(section.get("captions_together") for section in cfg.sections.values())
     found = estimate(cfg.model, precision, args.text_tokens, 5 if together else 1, args.frames)
     rate = args.rate * 1e12 if args.rate else measured_rate(precision)
     print("\n".join(lines(found, cfg, rate, measured=not args.rate)))

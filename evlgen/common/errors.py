@@ -71,15 +71,8 @@ class Interrupted(EVLGenError):
         self.exit_code = exit_code
 
 
-def nearest(name: str, candidates: Iterable[str], limit: int = 3) -> list[str]:
-    """The candidates most like ``name``, best first; may be empty."""
-    candidates = list(candidates)
+def did_you_mean(name: str, candidates: Iterable[str], at_least: float = 0.5) -> str:
+    """`` Did you mean 'a' or 'b'?`` with a leading blank, the nearest first; empty when nothing is near."""
     folded = {c.lower().replace("-", "_"): c for c in candidates}
-    hits = difflib.get_close_matches(name.lower().replace("-", "_"), folded, n=limit, cutoff=0.5)
-    return [folded[h] for h in hits]
-
-
-def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """`` Did you mean 'a' or 'b'?`` with a leading blank, or an empty string when nothing is near."""
-    hits = nearest(name, candidates)
-    return f" Did you mean {' or '.join(repr(h) for h in hits)}?" if hits else ""
+    hits = difflib.get_close_matches(name.lower().replace("-", "_"), folded, n=3, cutoff=at_least)
+    return f" Did you mean {' or '.join(repr(folded[hit]) for hit in hits)}?" if hits else ""

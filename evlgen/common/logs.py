@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import sys
 from collections.abc import Iterator
@@ -30,13 +29,6 @@ class _Handler(logging.StreamHandler):
                 super().emit(record)
         else:
             super().emit(record)
-
-
-def write_any_text() -> None:
-    r"""From now on standard output shows characters that its encoding lacks as ``\u6f22``, as standard error
-    does, instead of raising."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def log_to_terminal(debug: bool = False) -> None:

@@ -47,15 +47,6 @@ def load_plugins(names: Sequence[str], base: Path | None = None) -> list[str]:
     return list(dict.fromkeys(loaded))
 
 
-def is_imported(name: str) -> bool:
-    """Whether the module that a plugin's name stands for is imported already; a file is known by its own
-    name, wherever it lies. Imports nothing."""
-    if not name.endswith(".py"):
-        return name in sys.modules
-    files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
-    return any(file and os.path.basename(file) == os.path.basename(name) for file in files)
-
-
 def load_entry_points() -> list[str]:
     """Imports what installed packages declare as entry points ``evlgen.plugins``; returns their names.
 
@@ -67,9 +58,8 @@ def load_entry_points() -> list[str]:
     found = sorted(unordered, key=lambda entry: (entry.name, entry.value))
     for entry in found:
         package = entry.dist.name if entry.dist else "an installed package"
-        with _named(
-            f"plugin '{entry.name}' of {package} ({entry.value})", "Repair or uninstall that package."
-        ):
+        plugin = f"plugin '{entry.name}' of {package} ({entry.value})"
+        with _named(plugin, "Repair or uninstall that package."):
             entry.load()
     return [entry.name for entry in found]
 
@@ -154,7 +144,6 @@ def _named(plugin: str, remedy: str, path: Path | None = None) -> Iterator[None]
 def _line_in(path: Path | None, error: Exception) -> str:
     if isinstance(error, SyntaxError) and error.lineno:
         return f" at line {error.lineno}"
-    lines = [
-        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
-    ]
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
     return f" at line {lines[-1]}" if lines else ""

@@ -10,12 +10,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_precision(precision: str, device: str | torch.device) -> str:
-    """``auto`` becomes bf16 where the device multiplies in it, else fp32; anything else stays.
+    """``auto`` becomes bf16 where the device multiplies in it, else fp32; ``fp8``, which is for linear layers
+    alone, becomes bf16; anything else stays.
 
     bf16 units: CUDA from compute capability 8.0, CPUs with AMX or AVX512-bf16. fp16 on a CPU is emulated, far
     slower and short of range there, so published configs' fp16 becomes what ``auto`` gives.
     """
     device = torch.device(device)
+    if precision == "fp8":  # what is not a linear layer; see `evlgen.models.ops.fp8`
+        return "bf16"
     if precision == "auto" or (precision == "fp16" and device.type == "cpu"):
         return "bf16" if computes_in_bf16(device) else "fp32"
     return precision
@@ -31,7 +34,7 @@ def computes_in_bf16(device: torch.device) -> bool:
 
 
 def dtype_of(precision: str, device: str | torch.device = "cpu") -> torch.dtype:
-    """The torch dtype of ``auto``, ``fp32``, ``bf16`` or ``fp16`` on a device."""
+    """The torch dtype of ``auto``, ``fp32``, ``bf16``, ``fp16`` or ``fp8`` on a device."""
     return DTYPES[resolve_precision(precision, device)]
 
 

@@ -18,8 +18,7 @@ from evlgen.common.errors import RegistryError, did_you_mean
 
 T = TypeVar("T")
 
-# kind -> (package whose import registers the built-in ones, "module:Base" each class must derive from, if
-# any)
+# kind -> (package whose import registers the built-in ones, "module:Base" that each class derives from)
 KINDS: dict[str, tuple[str, str | None]] = {
     "model": ("evlgen.models.architectures", "evlgen.models.base_model:BaseModel"),
     "vision_encoder": ("evlgen.models.vision", "evlgen.models.vision.base:VisionEncoder"),
@@ -123,11 +122,8 @@ class Registry:
     @staticmethod
     def _check_base(kind: str, name: str, cls: Any) -> None:
         module, _, attribute = (KINDS[kind][1] or "").partition(":")
-        is_base = (getattr(cls, "__module__", None), getattr(cls, "__qualname__", None)) == (
-            module,
-            attribute,
-        )
-        if not module or is_base:  # a base that is registered itself is not an attribute of its module yet
+        own = (getattr(cls, "__module__", None), getattr(cls, "__qualname__", None))
+        if not module or own == (module, attribute):  # a base itself is not in its module yet
             return
         base = getattr(importlib.import_module(module), attribute)
         if not (isinstance(cls, type) and issubclass(cls, base)):
@@ -177,11 +173,8 @@ class Registry:
 def _same_source(first: Any, second: Any) -> bool:
     """True when a module was executed again (a plugin loaded twice, a reload): the same class from the same
     file."""
-    return (
-        first is second
-        or getattr(first, "__qualname__", 1) == getattr(second, "__qualname__", 2)
-        and _where(first) == _where(second)
-    )
+    names = getattr(first, "__qualname__", 1), getattr(second, "__qualname__", 2)
+    return first is second or names[0] == names[1] and _where(first) == _where(second)
 
 
 registry = Registry()

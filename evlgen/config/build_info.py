@@ -4,17 +4,13 @@ LAVIS's."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 from evlgen.config.catalogue import command_for, command_that_explains
-from evlgen.config.schema import build_dataclass
 from evlgen.files.archives import is_archive
-from evlgen.files.io import cache_root
-
-S = TypeVar("S", bound="Annotation")
+from evlgen.files.io import cache_root, near_name
 
 
 @dataclass(frozen=True)
@@ -59,17 +55,6 @@ class BuildInfo:
     images: Source | None = None
     videos: Source | None = None
     ground_truth: dict[str, Source] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, given: BuildInfo | Mapping[str, Any], path: str) -> BuildInfo:
-        """From a section of YAML, at ``path``. Raises `ConfigError` where its keys or values are wrong."""
-        info = given if isinstance(given, BuildInfo) else build_dataclass(BuildInfo, given, path)
-        return cls(
-            annotations={split: _source(Annotation, value) for split, value in info.annotations.items()},
-            images=info.images,
-            videos=info.videos,
-            ground_truth={split: _source(Source, value) for split, value in info.ground_truth.items()},
-        )
 
 
 @dataclass(frozen=True)
@@ -124,6 +109,8 @@ class DataFiles:
             fetch = f"Run `{command} --to {self.data_root}`" if elsewhere else f"Run `{command}`"
         else:
             fetch = f"Download {' and '.join(downloads)} {where}" if downloads else "Put it there"
+            if not downloads and (path := self.path_of(storage)) and (near := near_name(path)):
+                return f"{near.strip()} {fetch}, or set EVLGEN_CACHE to the data root that has it."
             if not downloads and (command := command_that_explains(self.name)):
                 fetch += f" (`{command}` says where it is to be had)"
         return f"{fetch}, or set EVLGEN_CACHE to the data root that has it."
@@ -132,7 +119,3 @@ class DataFiles:
 def as_list(value: str | list[str] | None) -> list[str]:
     """One value, several or none, as a list."""
     return [] if value is None else [value] if isinstance(value, str) else list(value)
-
-
-def _source(cls: type[S], given: S | Mapping[str, Any]) -> S:
-    return cls(**given) if isinstance(given, Mapping) else given

@@ -14,6 +14,7 @@ from evlgen.config.model_config import ModelConfig
 from evlgen.config.run_config import RunConfig
 from evlgen.config.schema import Problems, Registered, check_section, show, unknown_key
 
+ARCH_IS_REQUIRED = "is required: the name of a registered model, such as evlgen_opt"
 SECTIONS = ("plugins", "env", "model", "datasets", "run")
 
 
@@ -74,9 +75,12 @@ def check_run(
 def check_model(section: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
     """The ``model`` section: the architecture's own dataclass, its type, and the connector's parameters."""
     arch, model_type = section.get("arch"), section.get("model_type")
+    if "arch" not in section:
+        problems.add("model.arch", ARCH_IS_REQUIRED)
+        return dict(section)
     if not isinstance(arch, str) or not registry.has("model", arch):
         # What else the section may say depends on the architecture.
-        check_section({"arch": arch} if "arch" in section else {}, ModelConfig, "model", problems=problems)
+        check_section({"arch": arch}, ModelConfig, "model", problems=problems)
         return dict(section)
     cls = registry.get_model_class(arch)
     if model_type is not None and (not isinstance(model_type, str) or model_type not in cls.MODEL_TYPES):
@@ -123,6 +127,9 @@ def _check_sharding(model: Mapping[str, Any], problems: Problems) -> None:
     elif isinstance(language, Mapping) and language.get("quantization", "none") != "none":
         why = "quantised weights cannot be spread over the processes"
         problems.add("run.shard_language", f"{why}. Set model.language.quantization: none, or this to false")
+    elif isinstance(language, Mapping) and language.get("precision") == "fp8":
+        why = "weights in float8 cannot be spread over the processes"
+        problems.add("run.shard_language", f"{why}. Set model.language.precision: auto, or this to false")
 
 
 def check_datasets(section: Mapping[str, Any], problems: Problems) -> dict[str, Any]:

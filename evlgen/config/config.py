@@ -1,19 +1,20 @@
 """Configuration: files and options in, one checked, frozen `Config` out.
 
 Layers, the weakest first: ``configs/default.yaml``, the model type's YAML, each dataset's YAML, the project
-file, ``--options``. Everything is checked before anything is built: structure and the ``run`` section before
-torch is even imported, then names, then the parameters of what was named.
+file, ``--options``. Everything is checked before anything is built: structure before torch is even imported,
+then names, then all sections with the parameters of what was named.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,6 +23,7 @@ from evlgen.common.plugins import load_entry_points, load_plugins
 from evlgen.common.registry import registry
 from evlgen.common.safe_text import message_lines
 from evlgen.config.checks import (
+    ARCH_IS_REQUIRED,
     EnvConfig,
     check_datasets,
     check_model,
@@ -29,6 +31,7 @@ from evlgen.config.checks import (
     check_structure,
     check_together,
 )
+from evlgen.config.dataset_config import DatasetConfig, FrozenDict, dataset_config
 from evlgen.config.derived import drop_foreign_sources, fill_processors, real_path
 from evlgen.config.lavis import (
     datasets_from_lavis,
@@ -54,10 +57,10 @@ from evlgen.config.named_code import (
     not_imported_unasked,
 )
 from evlgen.config.run_config import RunConfig
-from evlgen.config.schema import Problems, Registered, check_section, instantiate
+from evlgen.config.schema import Problems, Registered, build_dataclass, check_section, instantiate
 from evlgen.config.stages import Stage, check_sequence, layers_of_stage, stage_names
 from evlgen.config.yaml_io import dump_yaml
-from evlgen.files.io import PACKAGE_ROOT, write_atomically
+from evlgen.files.io import PACKAGE_ROOT, near_name, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -70,22 +73,24 @@ class Config:
 
     Attributes:
         model: the ``model`` section: its architecture's dataclass (`BaseModel.CONFIG`).
-        datasets: name -> section, read-only: the parameters of its builder's constructor.
+        datasets: name -> section: its builder's dataclass (`BaseDatasetBuilder.CONFIG`).
         run: the ``run`` section.
         env: the ``env`` section.
         plugins: the plugins loaded, files as absolute paths.
         cfg_path: the project file, None where there was none.
         layers: where each key came from.
+        sections: the ``datasets`` section as it is written: what is left out has its builder's default.
         stage: which stage of the file it is, None where the file has none.
     """
 
     model: ArchitectureConfig
-    datasets: DictConfig
+    datasets: Mapping[str, DatasetConfig]
     run: RunConfig
     env: EnvConfig
     plugins: tuple[str, ...]
     cfg_path: Path | None
     layers: Layers = field(repr=False, compare=False)
+    sections: Mapping[str, Any] = field(repr=False, compare=False)
     stage: Stage | None = None
 
     @classmethod
@@ -116,9 +121,6 @@ class Config:
         layers = Layers([defaults, *own.layers])
         published = has_published_file(own.layers)
         early = _early_problems(layers, published)
-        if not _may_name_parts_that_are_not_here(own):
-            early.raise_any()
-
         load_entry_points()
         asked_for, in_file = list(plugins), list[str]()
         listed = layers.get("plugins") or []
@@ -140,7 +142,6 @@ class Config:
         own = Layers(translated)
         if published or len(early):
             _check_names(own)
-        early.raise_any()
         layers = Layers([defaults, *_with_dataset_defaults(_with_model_type(own)).layers])
         merged = layers.merged()
         merged["datasets"], of_datasets = datasets_from_lavis(merged.get("datasets", {}), arch)
@@ -153,7 +154,9 @@ class Config:
         check_together(model_values, run, problems)
         if beta_problem:
             problems.add("model.beta", beta_problem)
-        problems.raise_any()
+        early.extend(problems)
+        early.raise_any()
+        layers.log_left_out()
         assert run is not None  # else there is a problem
         if this_stage is not None:
             run = dataclasses.replace(run, output_dir=os.path.join(run.output_dir, this_stage.name))
@@ -164,8 +167,21 @@ class Config:
         model = instantiate(model_class.CONFIG, model_values)
         fill_processors(datasets, model_class.processor_defaults(model))
         drop_foreign_sources(datasets, layers)
-        sections = OmegaConf.create(datasets, flags={"readonly": True})
-        return cls(model, sections, run, EnvConfig(**env), tuple(loaded), path, layers, this_stage)
+        typed = {
+            name: dataset_config(registry.get_builder_class(builder_name(name, section)), section, name)
+            for name, section in datasets.items()
+        }
+        return cls(
+            model=model,
+            datasets=FrozenDict(typed),
+            run=run,
+            env=EnvConfig(**env),
+            plugins=tuple(loaded),
+            cfg_path=path,
+            layers=layers,
+            sections=datasets,
+            stage=this_stage,
+        )
 
     def source(self, key_path: str) -> str:
         """The file (or ``--options``) a key such as ``model.connector.r`` came from; "" if built in."""
@@ -189,7 +205,7 @@ class Config:
 
     def datasets_plain(self) -> dict[str, dict[str, Any]]:
         """The ``datasets`` section as plain dicts and lists."""
-        return cast(dict[str, dict[str, Any]], OmegaConf.to_container(self.datasets))
+        return copy.deepcopy(dict(self.sections))
 
     def to_dict(self) -> dict[str, Any]:
         """The whole configuration as plain dicts and lists."""
@@ -248,7 +264,8 @@ def find_config(path: str | os.PathLike) -> Path:
         p.relative_to(PACKAGE_ROOT).as_posix() for p in sorted(PACKAGE_ROOT.glob("projects/**/*.yaml"))
     ]
     looked = " nor at ".join(dict.fromkeys(map(str, places)))
-    raise ConfigError(f"there is no YAML file at {looked}.{did_you_mean(str(path), packaged)}")
+    hint = near_name(given) or did_you_mean(str(path), packaged)
+    raise ConfigError(f"there is no YAML file at {looked}.{hint}")
 
 
 def load_model_config(
@@ -303,7 +320,31 @@ def load_dataset_config(
     problems = Problems(layers.source)
     values = check_datasets(datasets_from_lavis(layers.merged()["datasets"])[0], problems)
     problems.raise_any()
+    layers.log_left_out()
     return values[name], dict(section)
+
+
+def defaults_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``model`` and ``datasets`` sections where only the architecture, its type and datasets are named.
+
+    Args:
+        config: plain values, as a saved configuration has them.
+
+    Raises:
+        RegistryError, ConfigError: a part of it is not here.
+    """
+    load_entry_points()
+    model = {key: value for key, value in config["model"].items() if key in ("arch", "model_type") and value}
+    named = {}
+    for name, section in config["datasets"].items():
+        builder = builder_name(name, section)
+        named[name] = {} if builder == name else {"builder": builder}
+    layers = _with_model_type(Layers([Layer("", {"model": model, "datasets": named})]))
+    merged = _with_dataset_defaults(layers).merged()
+    cls = registry.get_model_class(model["arch"])
+    built = build_dataclass(cls.CONFIG, merged["model"], "model")
+    fill_processors(merged["datasets"], cls.processor_defaults(built))
+    return {"model": dataclasses.asdict(built), "datasets": merged["datasets"]}
 
 
 def load_model_file(path: str | os.PathLike) -> DictConfig:
@@ -335,6 +376,7 @@ def _model_section(layers: Layers) -> DictConfig:
     problems = Problems(layers.source)
     values = check_model(layers.merged()["model"], problems)
     problems.raise_any()
+    layers.log_left_out()
     return OmegaConf.create(values)
 
 
@@ -352,7 +394,7 @@ def _early_problems(layers: Layers, published: bool) -> Problems:
     published file they may belong to a task that is not here, and wait.
 
     Raises:
-        ConfigError: the sections are wrong.
+        ConfigError: the sections are wrong, or the file is empty.
     """
     problems = Problems(layers.source, check_names=False)
     check_structure(layers, problems)
@@ -366,15 +408,10 @@ def _early_problems(layers: Layers, published: bool) -> Problems:
         check_run(merged.get("run", {}), problems)
     if "arch" not in merged.get("model", {}):
         empty = [layer.source for layer in layers.layers if not layer.content and layer.source != OPTIONS]
-        why = f"; {empty[0]} is empty" if empty else ""
-        problems.add("model.arch", f"is required: the name of a registered model, such as evlgen_opt{why}")
+        problems.add("model.arch", f"{ARCH_IS_REQUIRED}; {empty[0]} is empty" if empty else ARCH_IS_REQUIRED)
+        if empty:
+            problems.raise_any()
     return problems
-
-
-def _may_name_parts_that_are_not_here(layers: Layers) -> bool:
-    """Whether an architecture or a task may be unknown, as far as that can be said without importing them."""
-    built_in = [folder.name for folder in (PACKAGE_ROOT / "configs" / "models").iterdir()]
-    return layers.has("run.task") or layers.get("model.arch") not in (None, *built_in)
 
 
 def _check_names(layers: Layers) -> None:

@@ -181,7 +181,7 @@ def from_published(layers: Sequence[Layer], is_project: bool = True) -> tuple[li
                 content["run"], ignored = _run_of_a_file(content["run"], layers)
                 translation.ignored += ignored
                 content["run"] = _with_new_tokens(content["run"], own_arch, task, layer.source)
-        out.append(Layer(layer.source, content))
+        out.append(dataclasses.replace(layer, content=content))
     return out, list(dict.fromkeys(translation.ignored))
 
 

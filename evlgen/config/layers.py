@@ -51,12 +51,14 @@ PROCESSOR_SECTIONS = ("vis_processor", "text_processor")
 @dataclass
 class Layer:
     """What one file (or the command line) says. ``source`` is what messages call it; ``is_built_in`` marks a
-    type's or a dataset's own defaults; ``replaces`` are those of `NAMED_VALUES` that it gives as a whole."""
+    type's or a dataset's own defaults; ``replaces`` are those of `NAMED_VALUES` that it gives as a whole;
+    ``left_out`` says which keys of the layers below went because it names another part."""
 
     source: str
     content: dict[str, Any]
     is_built_in: bool = False
     replaces: tuple[KeyPath, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 def read_layer(path: Path) -> Layer:
@@ -165,6 +167,12 @@ class Layers:
         built_in = [_get(layer.content, path) for layer in self.layers if layer.is_built_in]
         return places[-1], value in built_in
 
+    def log_left_out(self) -> None:
+        """Logs which keys went with the parts they belonged to; for a configuration that is not refused."""
+        for layer in self.layers:
+            for line in layer.left_out:
+                logger.info("%s", line)
+
     def section_names(self, section: str) -> list[str]:
         """Keys that any layer has in a top-level section, in the order of first mention."""
         names: dict[str, None] = {}
@@ -262,14 +270,9 @@ def _drop_replaced(layers: list[Layer], path: KeyPath, keys: frozenset[str] | No
                     if (_get(lower.content, ("model",)) or {}).pop("checkpoint", None)
                 ]
             if dropped:
-                logger.info(
-                    "%s is '%s' (%s): left out what was set for '%s': %s",
-                    ".".join(path),
-                    name,
-                    layer.source,
-                    current,
-                    ", ".join(dict.fromkeys(dropped)),
-                )
+                keys_left_out = ", ".join(dict.fromkeys(dropped))
+                why = f"{'.'.join(path)} is '{name}' ({layer.source})"
+                layer.left_out += (f"{why}: left out what was set for '{current}': {keys_left_out}",)
         current = name
 
 

@@ -15,7 +15,7 @@ from evlgen.config.schema import (
     Registered,
 )
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,8 @@ class VisionConfig:
         pretrained: true for the published weights, a path or URL of weights, false for random ones.
         freeze: no gradients, eval mode, not in checkpoints.
         precision: type frozen weights are kept and computed in (trained ones: float32); ``auto`` is bf16
-            where the device has it.
+            where the device has it; ``fp8``: linear layers in float8, the rest in bf16 (NVIDIA cards from
+            compute capability 8.9 on).
         grad_checkpoint: recompute activations in the backward pass, where something in the encoder is
             trained; ``offload`` also keeps what is recomputed from in the CPU's memory. By torch, or, with
             ``fairscale`` and ``fairscale_offload``, by fairscale's ``checkpoint_wrapper`` as in LAVIS (not
@@ -131,7 +132,8 @@ class LanguageConfig:
             ``causal``, ``seq2seq``); null: the one that fits the architecture and the model's own config.
         freeze: no gradients, eval mode, not in checkpoints.
         precision: type frozen weights are kept and computed in (trained ones: float32); ``auto`` is bf16
-            where the device has it.
+            where the device has it; ``fp8``: linear layers in float8, the rest in bf16 (NVIDIA cards from
+            compute capability 8.9 on).
         quantization: keep frozen weights in 8 or 4 bits (bitsandbytes, a GPU).
         chat_template: put prompts into the tokenizer's own chat template; or the name of one of this package
             (``vicuna_v1``, ``chatml``, ``question_answer``), or a Jinja file. Conversations always have one:

@@ -6,12 +6,12 @@ from __future__ import annotations
 import importlib.machinery
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from evlgen.common.errors import EVLGenError
-from evlgen.common.plugins import is_imported
 from evlgen.common.safe_text import shown_name
 from evlgen.weights.checkpoints import WEIGHTS_FILE, found_checkpoints
 from evlgen.weights.hub_checkpoints import is_from_hub
@@ -76,10 +76,19 @@ def check_named(plugins: Iterable[str], what: str) -> None:
     Args:
         what: needs them, for the message.
     """
-    wanted = [plugin for plugin in plugins if not is_imported(plugin)]
+    wanted = [plugin for plugin in plugins if not _is_imported(plugin)]
     if wanted:
         raise EVLGenError(
             f"{shown_name(what)} needs plugins: {', '.join(map(shown_name, wanted[:5]))}. Nothing that comes "
             "with weights is run. Get that code, read it, and name it yourself: --plugins ./my_part.py (in "
             "Python: import it first)."
         )
+
+
+def _is_imported(plugin: str) -> bool:
+    """Whether its module is imported already; a file is known by its own name, wherever it lies. Imports
+    nothing."""
+    if not plugin.endswith(".py"):
+        return plugin in sys.modules
+    files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    return any(file and os.path.basename(file) == os.path.basename(plugin) for file in files)

@@ -28,7 +28,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union, cast
 
 from evlgen.common.errors import did_you_mean
 from evlgen.config.constraints import (
@@ -100,9 +100,10 @@ class Parameters(dict[str, Parameter]):
 
 
 def parameters_of(target: Any) -> Parameters:
-    """The keys that a section for ``target`` (a class, a function or a dataclass) may have."""
-    if dataclasses.is_dataclass(target):
-        return _fields_of(target)
+    """The keys that a section for ``target`` (a class, a function or a dataclass) may have; of a class that
+    declares them in a dataclass (`config_of`), its fields."""
+    if declared := target if dataclasses.is_dataclass(target) else config_of(target):
+        return _fields_of(declared)
     is_class = isinstance(target, type)
     function = target.__init__ if is_class else target
     found = Parameters()
@@ -117,6 +118,15 @@ def parameters_of(target: Any) -> Parameters:
             default = REQUIRED if parameter.default is inspect.Parameter.empty else parameter.default
             found[parameter.name] = Parameter(hints.get(parameter.name, Any), default)
     return found
+
+
+def config_of(target: Any) -> Any:
+    """The dataclass that a class declares as its ``CONFIG``; None where it has none, or where a subclass with
+    a constructor of its own says anew what the keys are."""
+    for owner in target.__mro__ if isinstance(target, type) else ():
+        if "CONFIG" in vars(owner) or "__init__" in vars(owner):
+            return vars(owner).get("CONFIG")
+    return None
 
 
 def check_section(
@@ -165,11 +175,18 @@ def build_dataclass(
 def instantiate(cls: type, values: Mapping[str, Any]) -> Any:
     """An instance of the dataclass from values that `check_section` returned."""
     parameters = parameters_of(cls)
-    arguments = {}
-    for key, value in values.items():
-        nested = _dataclass_in(parameters[key].annotation)
-        arguments[key] = instantiate(nested, value) if nested and isinstance(value, Mapping) else value
-    return cls(**arguments)
+    return cls(**{key: _instantiated(value, parameters[key].annotation) for key, value in values.items()})
+
+
+def _instantiated(value: Any, annotation: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    if nested := _dataclass_in(annotation):
+        return instantiate(nested, value)
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) in _MAPPINGS and len(arguments) == 2:
+        return {key: _instantiated(item, arguments[1]) for key, item in value.items()}
+    return value
 
 
 def to_plain(value: Any) -> Any:
@@ -294,6 +311,8 @@ def _convert(value: Any, annotation: Any, path: str, problems: Problems) -> Any:
     if origin is Literal:
         return _convert_literal(value, annotation, path, problems)
     if dataclasses.is_dataclass(annotation):
+        if isinstance(value, cast(type, annotation)):
+            return value
         return _check_mapping(value, parameters_of(annotation), path, problems)
     if annotation in _LISTS or origin in _LISTS:
         return _convert_list(value, annotation, path, problems)

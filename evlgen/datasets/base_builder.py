@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from evlgen.common.errors import ConfigError, DataError, did_you_mean
 from evlgen.common.safe_text import message_lines
+from evlgen.config.dataset_config import DatasetConfig
 from evlgen.config.schema import unknown_key
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.files.archives import fetch_archive, is_archive
@@ -26,33 +27,31 @@ _EXAMPLES = {
 class BaseDatasetBuilder:
     """Builds the datasets of one name in a YAML file's ``datasets:`` section.
 
-    A subclass's constructor parameters are the keys of its section, save those in ``FROM_FRAMEWORK``, which
-    are handed in. It defines `splits` and `build_split`, and `missing` where it reads files.
+    A subclass declares the keys of its section as the fields of a dataclass, ``CONFIG``; or, without one, as
+    the parameters of a constructor of its own, which are handed in save those in ``FROM_FRAMEWORK``. It
+    defines `splits` and `build_split`, and `missing` where it reads files.
 
     Args:
-        name: the registered name.
+        name: the section's name.
         cache_root: the data root that relative storage paths start from.
-        vis_processor: ``{train: {name: .., ..}, eval: {name: .., ..}}``.
-        text_processor: likewise.
+        section: the section as its ``CONFIG``; or the values of its keys.
 
     Raises:
-        ConfigError, RegistryError: a processor's section is wrong.
+        ConfigError, RegistryError: the section, or a processor's in it, is wrong.
     """
 
+    CONFIG: ClassVar[type[DatasetConfig]] = DatasetConfig
     DEFAULT_CONFIG: str | None = None  # YAML of the defaults, relative to the package
-    FROM_FRAMEWORK = ("name", "cache_root")
+    FROM_FRAMEWORK = ("name", "cache_root", "builder")
 
-    def __init__(
-        self,
-        name: str,
-        cache_root: str | Path,
-        vis_processor: Mapping[str, Any],
-        text_processor: Mapping[str, Any],
-    ) -> None:
+    config: DatasetConfig
+
+    def __init__(self, name: str, cache_root: str | Path, *section: Any, **values: Any) -> None:
         self.name = name
         self.cache_root = Path(cache_root)
-        self.vis_processors = self._build_processors("vis_processor", vis_processor)
-        self.text_processors = self._build_processors("text_processor", text_processor)
+        self.config = self.CONFIG.from_arguments(name, *section, **values)
+        self.vis_processors = self._build_processors("vis_processor", self.config.vis_processor)
+        self.text_processors = self._build_processors("text_processor", self.config.text_processor or {})
 
     @property
     def splits(self) -> list[str]:

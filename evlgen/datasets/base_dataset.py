@@ -198,6 +198,28 @@ class BaseDataset(CollatedDataset):
         return collate(samples, ("image",) if getattr(self.vis_processor, "shapes_differ", False) else ())
 
 
+class SequenceDataset(BaseDataset):
+    """Records whose samples show none, one or several images and videos, in ``images``.
+
+    A subclass defines `load_text`, `visuals`, `load_one` and `source_of`.
+    """
+
+    def load_sample(self, index: int) -> dict[str, Any]:
+        return {"images": [self.load_one(visual) for visual in self.visuals(index)], **self.load_text(index)}
+
+    def visuals(self, index: int) -> Sequence[Hashable]:
+        """What names each image and video of a sample, in the order of their places."""
+        raise NotImplementedError(f"{type(self).__name__} must define visuals(index)")
+
+    def load_one(self, visual: Any) -> torch.Tensor:
+        """The pixels of one of `visuals`, [3, H, W] or, of a video, [3, T, H, W]. Raises as `load_sample`."""
+        raise NotImplementedError(f"{type(self).__name__} must define load_one(visual)")
+
+    def source_of(self, visual: Any) -> Hashable:
+        """What the pixels of one of `visuals` are made from; see `visual_source`."""
+        raise NotImplementedError(f"{type(self).__name__} must define source_of(visual)")
+
+
 class MediaDataset(BaseDataset):
     """Records, mappings with ``visual``: the name of an image or video among ``media``.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,12 @@ from evlgen.common.errors import DataError
 from evlgen.common.registry import registry
 from evlgen.datasets.annotations import check_inside
 from evlgen.datasets.base_builder import role_of
-from evlgen.datasets.base_dataset import BaseDataset, about_positions
+from evlgen.datasets.base_dataset import BaseDataset, SequenceDataset, about_positions
 from evlgen.datasets.conversation_records import read_conversations
 from evlgen.datasets.media import ImageFiles, Media, VideoFiles, is_address
 from evlgen.datasets.records import good
-from evlgen.datasets.table_dataset import ImageTextBuilder, Shares
-from evlgen.datasets.table_records import ImageColumns
+from evlgen.datasets.table_dataset import ImageTextBuilder, TableConfig
+from evlgen.datasets.table_records import Columns, ImageColumns
 from evlgen.datasets.tables import open_table
 from evlgen.media.frames import decode_address, is_data_address
 from evlgen.media.images import open_image
@@ -29,8 +31,10 @@ from evlgen.processors.video import VideoProcessor
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_ID = 200  # characters: an address may hold a whole image
 
-class ConversationDataset(BaseDataset):
+
+class ConversationDataset(SequenceDataset):
     """One sample per conversation: ``messages`` (a list of ``{"role", "content"}``), ``images`` (a list of
     its images float32 [3, H, W] and videos [3, T, H, W], in the order of their places), ``instance_id``.
 
@@ -52,18 +56,26 @@ class ConversationDataset(BaseDataset):
         super().__init__(records, vis_processor)
         self.media, self.videos, self.learned = media, videos, learned
 
-    def load_sample(self, index: int) -> dict[str, Any]:
-        return {**self.load_text(index), "images": self.load_visuals(index)}
-
     def load_text(self, index: int) -> dict[str, Any]:
         return {"messages": self._messages(index), "instance_id": str(index)}
 
-    def load_visuals(self, index: int) -> list[torch.Tensor]:
-        """The pixels of its images and videos. Raises as `load_sample`."""
+    def visuals(self, index: int) -> list[tuple[str, str]]:
+        """Kind (``image``, ``video``) and name of each."""
         contents = [message["content"] for message in self._messages(index)]
         parts = [part for content in contents if isinstance(content, list) for part in content]
-        count = sum(part["type"] != "text" for part in parts)
-        return [self._pixels(kind, name) for kind, name in self.records[index]["visuals"][:count]]
+        return self.records[index]["visuals"][: sum(part["type"] != "text" for part in parts)]
+
+    def load_one(self, visual: tuple[str, str]) -> torch.Tensor:
+        kind, name = visual
+        check_reads(self.vis_processor, kind, name)
+        found = self._open(name) if kind == "image" else self.videos.open(name)
+        return self.vis_processor(frames_of(self.vis_processor, found))
+
+    def source_of(self, visual: tuple[str, str]) -> Hashable:
+        kind, name = visual
+        if is_data_address(name):
+            return kind, hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+        return kind, (self.media if kind == "image" else self.videos).source(name)
 
     def _messages(self, index: int) -> list[dict[str, Any]]:
         messages = self.records[index]["messages"]
@@ -71,7 +83,9 @@ class ConversationDataset(BaseDataset):
 
     def sample_id(self, index: int) -> str:
         record = self.records[index]
-        return record.id if not isinstance(record, dict) else str(record.get("id", record["visual"]))
+        if not isinstance(record, dict):
+            return record.id
+        return str(record.get("id", record["visual"]))[:_LONGEST_ID]
 
     def references(self) -> dict[int | str, list[str]]:
         """The right last answers of each conversation, by index."""
@@ -103,11 +117,6 @@ class ConversationDataset(BaseDataset):
         texts = [str(message["content"]) for message in record["messages"]]
         return about_positions(*texts, num_images=len(record["visuals"]))
 
-    def _pixels(self, kind: str, name: str) -> torch.Tensor:
-        check_reads(self.vis_processor, kind, name)
-        visual = self._open(name) if kind == "image" else self.videos.open(name)
-        return self.vis_processor(frames_of(self.vis_processor, visual))
-
     def _open(self, name: str) -> Image.Image:
         if is_data_address(name):
             return open_image(decode_address(name))
@@ -130,37 +139,34 @@ def frames_of(vis_processor: BaseProcessor, visual: Any) -> Any:
     return FrameList([visual]) if is_frame else visual
 
 
-@registry.register_builder("conversations")
-class ConversationsBuilder(ImageTextBuilder):
-    """Conversations in tables (JSON, JSON lines, Parquet, Arrow), in the layouts of
-    `evlgen.datasets.conversation_records`.
+@dataclass(frozen=True, kw_only=True)
+class ConversationsConfig(TableConfig):
+    """The section of conversations in tables.
 
     Args:
-        annotations, root, split: as of `ImageTextBuilder`; a split of held out images takes all
-            conversations about them.
+        annotations, root, split: as of `TableConfig`; a split of held out images takes all conversations
+            about them.
+        text_processor: nothing goes through it.
         split_column: the column that says which rows are of which split; None: ``split``, where there is one.
         video_reader: see `evlgen.media.video.Video`.
     """
 
+    text_processor: dict[str, Any] | None = None  # type: ignore[assignment]  # it may be left out
+    split_column: str | None = None
+    video_reader: Reader = "auto"
+
+
+@registry.register_builder("conversations")
+class ConversationsBuilder(ImageTextBuilder):
+    """Conversations in tables (JSON, JSON lines, Parquet, Arrow), in the layouts of
+    `evlgen.datasets.conversation_records`."""
+
+    CONFIG = ConversationsConfig
     DEFAULT_CONFIG = "configs/datasets/conversations.yaml"
 
-    def __init__(
-        self,
-        name: str,
-        cache_root: str | Path,
-        vis_processor: dict,
-        annotations: str | dict[str, str],
-        text_processor: dict | None = None,
-        root: str | dict[str, str] | None = None,
-        split: Shares | None = None,
-        split_column: str | None = None,
-        video_reader: Reader = "auto",
-    ) -> None:
-        columns = ImageColumns(split=split_column)
-        super().__init__(
-            name, cache_root, vis_processor, text_processor or {}, annotations, columns, root, split
-        )
-        self.video_reader = video_reader
+    @property
+    def columns(self) -> Columns:
+        return ImageColumns(split=self.config.split_column)
 
     def build_split(self, split: str) -> BaseDataset:
         if self._held_out.splits and split in ("train", *self._held_out.splits):
@@ -174,7 +180,7 @@ class ConversationsBuilder(ImageTextBuilder):
         return ConversationDataset(
             records,
             media,
-            VideoFiles(root, self.video_reader),
+            VideoFiles(root, self.config.video_reader),
             self.vis_processor(split),
             learned=role_of(split) == "train",
         )

@@ -12,11 +12,13 @@ What a record holds is told by its keys:
 ====================================================  =======================================================
 
 A marker is one only where there is an image for it: ``<image>`` in a record without images, in an answer, or
-in a text part is text, unless it stands on a line of its own in a question, where an image is missing then.
+in a part of type text is text, unless it stands on a line of its own in a question, where an image is missing
+then. ``<image>`` may be the place of a video, as LLaVA-Video's data have it.
 """
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -103,12 +105,7 @@ def read_conversation(row: Row) -> dict[str, Any]:
     for number, turn in enumerate(turns, 1):
         if problem := text_problem(turn.text):
             raise DataError(f"turn {number} has {problem} in it.", "not UTF-8")
-    visuals = [tuple(visual) for turn in turns for visual in turn.visuals]
-    for kind, name in visuals:
-        if not isinstance(name, str) or not name.strip():
-            raise DataError(
-                f"an {kind} of it is named by {name!r:.60}, not by a file.", "image without a file"
-            )
+    visuals = [(visual.kind, _file_of(visual)) for turn in turns for visual in turn.visuals]
     known = {key: values[key] for key in ("id", "source") if isinstance(values.get(key), int | str)}
     references = values.get("references")
     if isinstance(references, Sequence) and all(isinstance(text, str) for text in references):
@@ -134,6 +131,20 @@ def _names(value: Any, key: str) -> list[Any]:
     return [value]
 
 
+def _file_of(visual: VisualPart) -> str:
+    """The name of a part's file; of bytes (``{bytes, path}`` in Parquet) an address that holds them."""
+    source = visual.source
+    if isinstance(source, Mapping):
+        source = next((source[k] for k in ("bytes", "path", "url") if source.get(k)), source)
+    if isinstance(source, bytes):
+        source = f"data:{visual.kind}/any;base64,{base64.b64encode(source).decode()}"
+    if isinstance(source, str) and source.strip():
+        return source
+    raise DataError(
+        f"the {visual.kind} of a part is named by {source!r:.60}, not by a file.", "image without a file"
+    )
+
+
 def _llava_turns(conversations: Any) -> list[Turn]:
     if not isinstance(conversations, Sequence) or isinstance(conversations, str):
         raise DataError("'conversations' must be a list of turns.", "no turns")
@@ -153,6 +164,12 @@ def _llava_turns(conversations: Any) -> list[Turn]:
 def _message_turns(messages: Any, given: Sequence[VisualPart]) -> list[Turn]:
     turns = read_turns(messages)
     places = [visual for turn in turns for visual in turn.visuals]
+    if not places and not given:  # what stands in a part of type text is text
+        written = [
+            turn for turn, message in zip(turns, messages, strict=True) if isinstance(message["content"], str)
+        ]
+        _with_places(written, given)
+        return turns
     if not places:
         return _with_places(turns, given)
     open_places = [place for place in places if place.source is None]
@@ -217,11 +234,12 @@ def _parts(text: str, names: Mapping[str, list[VisualPart]], only_alone: bool) -
     for marker in _MARKER.finditer(text):
         if only_alone and not any(a <= marker.start() and marker.end() <= b for a, b in lines):
             continue
-        if not names[marker[1]]:
+        own = names[marker[1]] or (names["video"] if marker[1] == "image" else [])
+        if not own:
             raise DataError(f"it has more markers <{marker[1]}> than {marker[1]}s.", "places without images")
         if text[start : marker.start()]:
             yield text[start : marker.start()]
-        yield names[marker[1]].pop()
+        yield own.pop()
         start = marker.end()
     if text[start:]:
         yield text[start:]

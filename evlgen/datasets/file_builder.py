@@ -3,42 +3,47 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from evlgen.common.errors import ConfigError
 from evlgen.config.build_info import Annotation, BuildInfo, DataFiles, Source, as_list
+from evlgen.config.dataset_config import DatasetConfig
 from evlgen.datasets.base_builder import BaseDatasetBuilder
 from evlgen.datasets.media import ImageFiles, Media, VideoFiles
 from evlgen.media.video import Reader
 
 
-class FileBuilder(BaseDatasetBuilder):
-    """A dataset whose files are named in ``build_info``. A subclass defines `build_split`.
+@dataclass(frozen=True, kw_only=True)
+class FileConfig(DatasetConfig):
+    """The section of a dataset in files.
 
     Args:
         build_info: see `BuildInfo`.
         data_type: ``images`` or ``videos``: what the annotations' file names are.
+        dataset_card: a page about the dataset; nothing reads it.
         video_reader: the library that decodes videos; see `evlgen.media.video`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        cache_root: str | Path,
-        vis_processor: dict,
-        text_processor: dict,
-        build_info: BuildInfo,
-        data_type: Literal["images", "videos"] = "images",
-        dataset_card: str | None = None,
-        video_reader: Reader = "auto",
-    ) -> None:
-        super().__init__(name, cache_root, vis_processor, text_processor)
-        self.video_reader = video_reader
-        self.data_type = data_type
-        self.dataset_card = dataset_card
-        self.build_info = self._checked(build_info)
+    build_info: BuildInfo
+    data_type: Literal["images", "videos"] = "images"
+    dataset_card: str | None = None
+    video_reader: Reader = "auto"
+
+
+class FileBuilder(BaseDatasetBuilder):
+    """A dataset whose files are named in ``build_info``. A subclass defines `build_split`."""
+
+    CONFIG = FileConfig
+    config: FileConfig
+
+    def __init__(self, name: str, cache_root: str | Path, *section: Any, **values: Any) -> None:
+        super().__init__(name, cache_root, *section, **values)
+        self.data_type = self.config.data_type
+        self.build_info = self.config.build_info
+        self._check_sources()
 
     @property
     def splits(self) -> list[str]:
@@ -52,7 +57,7 @@ class FileBuilder(BaseDatasetBuilder):
     def media(self) -> Media:
         """Where this dataset's images or videos are read."""
         root = self.source_path(self.media_source)
-        return ImageFiles(root) if self.data_type == "images" else VideoFiles(root, self.video_reader)
+        return ImageFiles(root) if self.data_type == "images" else VideoFiles(root, self.config.video_reader)
 
     def missing(self, splits: Iterable[str] | None = None) -> list[str]:
         return self._files.missing(self.splits if splits is None else splits)
@@ -87,20 +92,18 @@ class FileBuilder(BaseDatasetBuilder):
         """The path a storage must be at; None for addresses, which are fetched when they are read."""
         return None if _is_url(storage) else self.storage_path(storage)
 
-    def _checked(self, given: BuildInfo | Mapping[str, Any]) -> BuildInfo:
+    def _check_sources(self) -> None:
         path = f"datasets.{self.name}.build_info"
-        info = BuildInfo.read(given, path)
-        if not info.annotations:
+        if not self.build_info.annotations:
             raise ConfigError(
                 f"{path}.annotations: names no split. Give it one, such as "
                 "{train: {storage: train.json}}."
             )
-        if getattr(info, self.data_type) is None:
+        if self.media_source is None:
             raise ConfigError(
                 f"{path}.{self.data_type}: is missing. Name the folder that the annotations' file names are "
                 f"relative to: {{storage: my_data/{self.data_type}}}."
             )
-        return info
 
 
 def _is_url(storage: str) -> bool:

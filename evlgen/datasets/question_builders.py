@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 from evlgen.common.errors import DataError
 from evlgen.common.registry import registry
+from evlgen.config.build_info import Source
 from evlgen.config.constraints import PositiveFloat
 from evlgen.datasets.annotations import check_inside
 from evlgen.datasets.base_builder import role_of
-from evlgen.datasets.file_builder import BuildInfo, FileBuilder, Source
+from evlgen.datasets.file_builder import FileBuilder, FileConfig
 from evlgen.datasets.question_annotations import QuestionFiles, read_answer_list, read_questions
 from evlgen.datasets.question_dataset import QuestionDataset, QuestionEvalDataset, QuestionMediaDataset
 from evlgen.datasets.records import good
-from evlgen.media.video import Reader
 
 _ANSWER_SPLIT = "ans2label"  # where LAVIS's video questions name their list of answers, among the splits
 
 
-class QuestionBuilder(FileBuilder):
-    """Questions on disk, in the layouts of `read_questions`, and a folder of images or videos.
+@dataclass(frozen=True, kw_only=True)
+class QuestionConfig(FileConfig):
+    """The section of a dataset of questions in files.
 
     Args:
         train_answers, answer_weight: see `QuestionDataset`.
@@ -30,26 +31,16 @@ class QuestionBuilder(FileBuilder):
             split's annotations, or the split ``ans2label``.
     """
 
-    def __init__(
-        self,
-        name: str,
-        cache_root: str | Path,
-        vis_processor: dict,
-        text_processor: dict,
-        build_info: BuildInfo,
-        train_answers: Literal["sample", "all"] = "sample",
-        answer_weight: PositiveFloat = 1.0,
-        answer_list: Source | None = None,
-        data_type: Literal["images", "videos"] = "images",
-        dataset_card: str | None = None,
-        video_reader: Reader = "auto",
-    ) -> None:
-        super().__init__(
-            name, cache_root, vis_processor, text_processor, build_info, data_type, dataset_card, video_reader
-        )
-        self.train_answers = train_answers
-        self.answer_weight = answer_weight
-        self.answer_list = Source(**answer_list) if isinstance(answer_list, dict) else answer_list
+    train_answers: Literal["sample", "all"] = "sample"
+    answer_weight: PositiveFloat = 1.0
+    answer_list: Source | None = None
+
+
+class QuestionBuilder(FileBuilder):
+    """Questions on disk, in the layouts of `read_questions`, and a folder of images or videos."""
+
+    CONFIG = QuestionConfig
+    config: QuestionConfig
 
     @property
     def splits(self) -> list[str]:
@@ -61,7 +52,7 @@ class QuestionBuilder(FileBuilder):
         media.check((record["visual"] for record in good(found.records)), self.media_remedy())
         parts = (found.records, media, self.vis_processor(split), self.text_processor(split))
         if learned:
-            return QuestionDataset(*parts, self.train_answers, self.answer_weight)
+            return QuestionDataset(*parts, self.config.train_answers, self.config.answer_weight)
         candidates = partial(list, found.answer_list) if found.answer_list else self._answer_list
         return QuestionEvalDataset(*parts, candidates)
 
@@ -74,7 +65,7 @@ class QuestionBuilder(FileBuilder):
         return found
 
     def _answer_list(self) -> list[str]:
-        source = self.answer_list or self.build_info.annotations.get(_ANSWER_SPLIT)
+        source = self.config.answer_list or self.build_info.annotations.get(_ANSWER_SPLIT)
         if source is None:
             return []
         path = self.source_path(source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from PIL import Image
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
 from evlgen.config.constraints import PositiveInt
+from evlgen.config.dataset_config import DatasetConfig
 from evlgen.datasets.base_builder import BaseDatasetBuilder, role_of
 from evlgen.datasets.base_dataset import BaseDataset, about_positions
 from evlgen.datasets.shapes.captions import captions as write_captions
@@ -83,42 +85,46 @@ class ShapesCaptionDataset(BaseDataset):
         return check(caption, scene(self.split, number, self.seed)).true
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShapesConfig(DatasetConfig):
+    """The section of a dataset of the Shapes world.
+
+    Args:
+        train_size, val_size, test_size: samples of each split. No scene is in two splits.
+        seed: of the world.
+        data_type: what the scenes are shown as, which the builder has decided.
+        dataset_card: a page about the dataset; nothing reads it.
+    """
+
+    train_size: PositiveInt = 20000
+    val_size: PositiveInt = 500
+    test_size: PositiveInt = 500
+    seed: int = 0
+    data_type: Literal["images", "videos"] | None = None
+    dataset_card: str | None = None
+
+
 @registry.register_builder("shapes_caption")
 class ShapesCaptionBuilder(BaseDatasetBuilder):
     """Captioned scenes of the Shapes world. Nothing is read from disk, so nothing can be missing.
 
-    Args:
-        train_size, val_size, test_size: scenes of each split. No scene is in two splits.
-        seed: of the world.
-        data_type: what the scenes are shown as, which the class has decided.
-
     Raises:
-        ConfigError: ``data_type`` says otherwise.
+        ConfigError: ``data_type`` is not what the class shows.
     """
+
+    CONFIG = ShapesConfig
+    config: ShapesConfig
 
     DEFAULT_CONFIG = "configs/datasets/shapes_caption.yaml"
     DATA_TYPE = "images"
     dataset_class: type[ShapesCaptionDataset] = ShapesCaptionDataset
 
-    def __init__(
-        self,
-        name: str,
-        cache_root: str | Path,
-        vis_processor: dict,
-        text_processor: dict,
-        train_size: PositiveInt = 20000,
-        val_size: PositiveInt = 500,
-        test_size: PositiveInt = 500,
-        seed: int = 0,
-        data_type: Literal["images", "videos"] | None = None,
-        dataset_card: str | None = None,
-    ) -> None:
-        super().__init__(name, cache_root, vis_processor, text_processor)
-        if data_type not in (None, self.DATA_TYPE):
-            raise ConfigError(f"datasets.{name}.data_type: must be {self.DATA_TYPE}, not {data_type}.")
-        self.sizes = {"train": train_size, "val": val_size, "test": test_size}
-        self.seed = seed
-        self.dataset_card = dataset_card
+    def __init__(self, name: str, cache_root: str | Path, *section: Any, **values: Any) -> None:
+        super().__init__(name, cache_root, *section, **values)
+        if (given := self.config.data_type) not in (None, self.DATA_TYPE):
+            raise ConfigError(f"datasets.{name}.data_type: must be {self.DATA_TYPE}, not {given}.")
+        self.sizes = {split: getattr(self.config, f"{split}_size") for split in SPLITS}
+        self.seed = self.config.seed
 
     @property
     def splits(self) -> list[str]:

@@ -40,12 +40,7 @@ class ShapesVideoCaptionDataset(ShapesCaptionDataset):
 
 @registry.register_builder("shapes_video_caption")
 class ShapesVideoCaptionBuilder(ShapesCaptionBuilder):
-    """Captioned videos of the Shapes world. Nothing is read from disk, so nothing can be missing.
-
-    Args:
-        train_size, val_size, test_size: videos of each split. No video is in two splits.
-        seed: of the world.
-    """
+    """Captioned videos of the Shapes world. Nothing is read from disk, so nothing can be missing."""
 
     DEFAULT_CONFIG = "configs/datasets/shapes_video_caption.yaml"
     DATA_TYPE = "videos"

@@ -91,12 +91,7 @@ class ShapesQuestionDataset(BaseDataset):
 
 @registry.register_builder("shapes_vqa")
 class ShapesVQABuilder(ShapesCaptionBuilder):
-    """Questions about scenes of the Shapes world. Nothing is read from disk, so nothing can be missing.
-
-    Args:
-        train_size, val_size, test_size: questions of each split. No scene is in two splits.
-        seed: of the world.
-    """
+    """Questions about scenes of the Shapes world. Nothing is read from disk, so nothing can be missing."""
 
     DEFAULT_CONFIG = "configs/datasets/shapes_vqa.yaml"
 

@@ -7,21 +7,23 @@ import glob
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from braceexpand import braceexpand
 
 from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.registry import registry
 from evlgen.config.build_info import as_list
-from evlgen.config.schema import NonNegativeInt, PositiveInt, build_dataclass
+from evlgen.config.dataset_config import DatasetConfig
+from evlgen.config.schema import NonNegativeInt, PositiveInt
 from evlgen.datasets.base_builder import BaseDatasetBuilder
 from evlgen.datasets.conversation_shards import ConversationShardDataset, read_conversation_shard
 from evlgen.datasets.shards import ShardDataset, ShardIndex, read_shard, stats_path
 from evlgen.media.video import Reader
+from evlgen.processors.base_processor import BaseProcessor, UnchangedProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +42,9 @@ class ShardInfo:
     storage: str | list[str] | None = None
 
 
-class ShardBuilder(BaseDatasetBuilder):
-    """Captioned images or videos in shards.
-
-    Shards that are not there are left out with a warning, unless all are.
+@dataclass(frozen=True, kw_only=True)
+class ShardConfig(DatasetConfig):
+    """The section of a dataset in shards.
 
     Args:
         build_info: see `ShardInfo`.
@@ -53,36 +54,33 @@ class ShardBuilder(BaseDatasetBuilder):
             shards say, both where a run has to know. Else it is unknown, and a run's length must be given in
             iterations.
         video_reader: see `Video`.
+        dataset_card: a page about the dataset; nothing reads it.
     """
+
+    build_info: ShardInfo
+    data_type: Literal["images", "videos"] = "images"
+    caption: str = "caption"
+    shuffle_buffer: NonNegativeInt = 1000
+    num_samples: PositiveInt | None = None
+    video_reader: Reader = "auto"
+    dataset_card: str | None = None
+
+
+class ShardBuilder(BaseDatasetBuilder):
+    """Captioned images or videos in shards. Those that are not there are left out with a warning, unless all
+    are."""
+
+    CONFIG: ClassVar[type[DatasetConfig]] = ShardConfig
+    config: ShardConfig
 
     TRAINING_ONLY = True
     DATASET: ClassVar[type[ShardDataset]] = ShardDataset
     READ: ClassVar[Callable[..., ShardIndex]] = staticmethod(read_shard)
 
-    def __init__(
-        self,
-        name: str,
-        cache_root: str | Path,
-        vis_processor: dict,
-        text_processor: dict,
-        build_info: ShardInfo,
-        data_type: Literal["images", "videos"] = "images",
-        caption: str = "caption",
-        shuffle_buffer: NonNegativeInt = 1000,
-        num_samples: PositiveInt | None = None,
-        video_reader: Reader = "auto",
-        dataset_card: str | None = None,
-    ) -> None:
-        super().__init__(name, cache_root, vis_processor, text_processor)
-        self.data_type, self.caption, self.shuffle_buffer = data_type, caption, shuffle_buffer
-        self.num_samples, self.dataset_card = num_samples, dataset_card
-        self.video_reader = video_reader
+    def __init__(self, name: str, cache_root: str | Path, *section: Any, **values: Any) -> None:
+        super().__init__(name, cache_root, *section, **values)
         self._key = f"datasets.{name}.build_info"
-        self.build_info = (
-            build_dataclass(ShardInfo, build_info, self._key)
-            if isinstance(build_info, Mapping)
-            else build_info
-        )
+        self.build_info = self.config.build_info
         self._named = self._expanded()
 
     @property
@@ -110,16 +108,17 @@ class ShardBuilder(BaseDatasetBuilder):
                 len(self._named),
                 gone[0],
             )
-        read = functools.partial(self.READ, data_type=self.data_type)
+        config = self.config
+        read = functools.partial(self.READ, data_type=config.data_type)
         return self.DATASET(
             shards,
             self.vis_processor(split),
             self.text_processor(split),
-            data_type=self.data_type,
-            caption=self.caption,
-            shuffle_buffer=self.shuffle_buffer,
-            num_samples=self.num_samples or functools.partial(count_samples, shards, read),
-            reader=self.video_reader,
+            data_type=config.data_type,
+            caption=config.caption,
+            shuffle_buffer=config.shuffle_buffer,
+            num_samples=config.num_samples or functools.partial(count_samples, shards, read),
+            reader=config.video_reader,
         )
 
     def _expanded(self) -> list[str]:
@@ -156,6 +155,15 @@ class WebShardsBuilder(ShardBuilder):
     DEFAULT_CONFIG = "configs/datasets/web_shards.yaml"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConversationShardConfig(ShardConfig):
+    """The section of conversations in shards: of images and videos alike, and without captions."""
+
+    text_processor: dict[str, Any] | None = None  # type: ignore[assignment]  # it may be left out
+    data_type: Literal["images", "videos"] = field(default="images", init=False)
+    caption: str = field(default="caption", init=False)
+
+
 @registry.register_builder("conversation_shards")
 class ConversationShardsBuilder(ShardBuilder):
     """Conversations in shards; see `evlgen.datasets.conversation_shards`."""
@@ -164,29 +172,10 @@ class ConversationShardsBuilder(ShardBuilder):
     DATASET = ConversationShardDataset
     READ = staticmethod(read_conversation_shard)
 
-    def __init__(
-        self,
-        name: str,
-        cache_root: str | Path,
-        vis_processor: dict,
-        build_info: ShardInfo,
-        text_processor: dict | None = None,
-        shuffle_buffer: NonNegativeInt = 1000,
-        num_samples: PositiveInt | None = None,
-        video_reader: Reader = "auto",
-        dataset_card: str | None = None,
-    ) -> None:
-        super().__init__(
-            name,
-            cache_root,
-            vis_processor,
-            text_processor or {"train": {"name": "blip_caption"}},  # of captions, of which there are none
-            build_info,
-            shuffle_buffer=shuffle_buffer,
-            num_samples=num_samples,
-            video_reader=video_reader,
-            dataset_card=dataset_card,
-        )
+    CONFIG = ConversationShardConfig
+
+    def text_processor(self, split: str) -> BaseProcessor:
+        return UnchangedProcessor()  # of captions, of which there are none
 
 
 @registry.register_builder("ccs14M")

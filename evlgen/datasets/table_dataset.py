@@ -9,11 +9,12 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal
 
 from evlgen.common.errors import ConfigError, DataError, did_you_mean
 from evlgen.common.registry import registry
-from evlgen.config.schema import Fraction, NonNegativeInt, build_dataclass
+from evlgen.config.dataset_config import DatasetConfig
+from evlgen.config.schema import Fraction, NonNegativeInt
 from evlgen.datasets.annotations import check_inside
 from evlgen.datasets.archive_media import split_cell
 from evlgen.datasets.base_builder import BaseDatasetBuilder, role_of
@@ -26,11 +27,10 @@ from evlgen.datasets.records import good
 from evlgen.datasets.table_folders import Tables, find_tables, split_named
 from evlgen.datasets.table_records import Columns, ImageColumns, VideoColumns, count_splits, read_records
 from evlgen.datasets.tables import Table, open_table
+from evlgen.files.io import near_name
 from evlgen.media.video import Reader
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Shares:
         return [split for split in ("val", "test") if getattr(self, split)]
 
 
-@registry.register_builder("image_text")
-class ImageTextBuilder(BaseDatasetBuilder):
-    """Images and a table about them.
+@dataclass(frozen=True, kw_only=True)
+class TableConfig(DatasetConfig):
+    """The section of a dataset in tables.
 
     Paths in the YAML (of annotations, root, answer list) are tried from the working folder, then from the
     data root; those that start with ``./`` or ``../`` are beside the YAML file. Addresses are fetched once.
@@ -62,47 +62,55 @@ class ImageTextBuilder(BaseDatasetBuilder):
     Args:
         annotations: a table (CSV, TSV, JSON, JSON lines, Parquet), or a Hugging Face dataset folder; or one
             for each split: ``{train: my.csv, val: val.csv}``. A column ``split`` says which rows are whose.
-        columns: what its columns are called; those left out are guessed, and the log says so.
         root: the folder, or zip or tar archive, that the names of images start from; or one for each split,
             that has a table (splits that are shares of the training images are read where those are).
             None: the table's own folder.
         split: shares of the training images that become ``val`` and ``test``. An image with all its texts
             is in one split. None: a tenth each where there is one table for everything, which has no column
             of splits, else nothing.
+    """
+
+    annotations: str | dict[str, str]
+    root: str | dict[str, str] | None = None
+    split: Shares | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTextConfig(TableConfig):
+    """The section of images and a table about them.
+
+    Args:
+        columns: what its columns are called; those left out are guessed, and the log says so.
         train_answers: of questions; see `QuestionDataset`.
         answer_list: of questions: a JSON list of the answers that ranking chooses from.
         captions_together: a training sample is an image with all its captions; see `CaptionDataset`.
     """
 
+    columns: ImageColumns | None = None
+    train_answers: Literal["sample", "all"] = "sample"
+    answer_list: str | None = None
+    captions_together: bool = False
+
+
+@registry.register_builder("image_text")
+class ImageTextBuilder(BaseDatasetBuilder):
+    """Images and a table about them."""
+
+    CONFIG: ClassVar[type[DatasetConfig]] = ImageTextConfig
+    config: Any
+
     DEFAULT_CONFIG = "configs/datasets/image_text.yaml"
 
     visual = "image"
+    own_columns: type[Columns] = ImageColumns
 
-    def __init__(
-        self,
-        name: str,
-        cache_root: str | Path,
-        vis_processor: dict,
-        text_processor: dict,
-        annotations: str | dict[str, str],
-        columns: ImageColumns | None = None,
-        root: str | dict[str, str] | None = None,
-        split: Shares | None = None,
-        train_answers: Literal["sample", "all"] = "sample",
-        answer_list: str | None = None,
-        captions_together: bool = False,
-    ) -> None:
-        super().__init__(name, cache_root, vis_processor, text_processor)
+    def __init__(self, name: str, cache_root: str | Path, *section: Any, **values: Any) -> None:
+        super().__init__(name, cache_root, *section, **values)
         self._key = f"datasets.{name}"
-        if not annotations:
+        self.annotations, self.root = self.config.annotations, self.config.root
+        self.shares: Shares | None = self.config.split
+        if not self.annotations:
             raise ConfigError(f"{self._key}.annotations: names no table. Give it one: my.csv.")
-        self.annotations = annotations
-        self.columns: Columns = _made(ImageColumns, columns or {}, f"{self._key}.columns")
-        self.root = root
-        self.shares = None if split is None else _made(Shares, split, f"{self._key}.split")
-        self.train_answers = train_answers
-        self.answer_list = answer_list
-        self.captions_together = captions_together
         self._counts: dict[tuple[Path, ...], dict[str, int]] = {}
 
     @property
@@ -114,8 +122,8 @@ class ImageTextBuilder(BaseDatasetBuilder):
         wanted = {text: "annotations" for text in map(self._table_path, splits)}
         wanted |= {root: "root" for root in map(self._root_of, splits) if root is not None}
         return [
-            f"{self.name}: '{text}' is not there (looked at {' and '.join(places)}). Put it there, or set "
-            f"{self._key}.{key}."
+            f"{self.name}: '{text}' is not there (looked at {' and '.join(places)})."
+            f"{next(filter(None, map(near_name, places)), '')} Put it there, or set {self._key}.{key}."
             for text, key in wanted.items()
             if "://" not in text and not any(map(os.path.exists, places := self._places(text)))
         ]
@@ -133,6 +141,11 @@ class ImageTextBuilder(BaseDatasetBuilder):
         is_question = any("question" in record for record in good(records))
         return (self._question_dataset if is_question else self._caption_dataset)(split, records, media)
 
+    @property
+    def columns(self) -> Columns:
+        """What the columns are called."""
+        return self.config.columns or self.own_columns()
+
     def media(self, root: Path) -> Media:
         """Where images are read."""
         return ImageFiles(root)
@@ -140,19 +153,20 @@ class ImageTextBuilder(BaseDatasetBuilder):
     def _caption_dataset(self, split: str, records: Sequence[Any], media: Media) -> BaseDataset:
         parts = (records, media, self.vis_processor(split), self.text_processor(split))
         if role_of(split) == "train":
-            return CaptionDataset(*parts, self.captions_together)
+            return CaptionDataset(*parts, self.config.captions_together)
         return CaptionEvalDataset(*parts)
 
     def _question_dataset(self, split: str, records: Sequence[Any], media: Media) -> BaseDataset:
-        if self.captions_together:
+        if self.config.captions_together:
             raise ConfigError(f"{self._key}.captions_together: this is a table of questions. Take it out.")
         parts = (records, media, self.vis_processor(split), self.text_processor(split))
         if role_of(split) == "train":
-            return QuestionDataset(*parts, self.train_answers)
+            return QuestionDataset(*parts, self.config.train_answers)
         return QuestionEvalDataset(*parts, self._answers_to_rank)
 
     def _answers_to_rank(self) -> list[str]:
-        return [] if self.answer_list is None else read_answer_list(self._path(self.answer_list))
+        answer_list = self.config.answer_list
+        return [] if answer_list is None else read_answer_list(self._path(answer_list))
 
     @functools.cached_property
     def _given_splits(self) -> list[str]:
@@ -315,51 +329,32 @@ class ImageTextBuilder(BaseDatasetBuilder):
         return list(dict.fromkeys([os.path.abspath(os.path.expanduser(text)), str(self.storage_path(text))]))
 
 
-@registry.register_builder("video_text")
-class VideoTextBuilder(ImageTextBuilder):
-    """Videos and a table about them; see `ImageTextBuilder`.
+@dataclass(frozen=True, kw_only=True)
+class VideoTextConfig(ImageTextConfig):
+    """The section of videos and a table about them.
 
     Args:
+        columns: as of `ImageTextConfig`.
         video_reader: the library that decodes; see `evlgen.media.video.Video`.
     """
+
+    columns: VideoColumns | None = None  # type: ignore[assignment]
+    video_reader: Reader = "auto"
+
+
+@registry.register_builder("video_text")
+class VideoTextBuilder(ImageTextBuilder):
+    """Videos and a table about them; see `ImageTextBuilder`."""
+
+    CONFIG = VideoTextConfig
 
     DEFAULT_CONFIG = "configs/datasets/video_text.yaml"
 
     visual = "video"
-
-    def __init__(
-        self,
-        name: str,
-        cache_root: str | Path,
-        vis_processor: dict,
-        text_processor: dict,
-        annotations: str | dict[str, str],
-        columns: VideoColumns | None = None,
-        root: str | dict[str, str] | None = None,
-        split: Shares | None = None,
-        train_answers: Literal["sample", "all"] = "sample",
-        answer_list: str | None = None,
-        video_reader: Reader = "auto",
-        captions_together: bool = False,
-    ) -> None:
-        super().__init__(
-            name,
-            cache_root,
-            vis_processor,
-            text_processor,
-            annotations,
-            None,
-            root,
-            split,
-            train_answers,
-            answer_list,
-            captions_together,
-        )
-        self.columns = _made(VideoColumns, columns or {}, f"{self._key}.columns")
-        self.video_reader = video_reader
+    own_columns = VideoColumns
 
     def media(self, root: Path) -> Media:
-        return VideoFiles(root, self.video_reader)
+        return VideoFiles(root, self.config.video_reader)
 
 
 ONE_TABLE = Shares(val=0.1, test=0.1)  # of one table for everything, where nothing is said
@@ -367,6 +362,7 @@ ONE_TABLE = Shares(val=0.1, test=0.1)  # of one table for everything, where noth
 
 def divide(records: Sequence[Any], shares: Shares) -> dict[str, list[Any]]:
     """Records by split, all of an image in one: those of one ``image_id``, of one name, of equal bytes.
+    Images that a conversation shows together are in one split too.
 
     Which split an image is in follows from its id (else its name, or the digest of its bytes) and the seed,
     whatever the order of the records: the images are ordered by a digest of both, the first are the test's,
@@ -379,6 +375,7 @@ def divide(records: Sequence[Any], shares: Shares) -> dict[str, list[Any]]:
     for record in good(records):
         if (own_id := _own_id(record)) is not None or record["visual"] not in image_of:
             image_of[record["visual"]] = _content(record["visual"]) if own_id is None else str(own_id)
+    _join(records, image_of)
     order = sorted(set(image_of.values()), key=lambda image: _digest(image, shares.seed))
     split_of: dict[str, str] = {}
     for split in reversed(shares.splits):
@@ -395,6 +392,24 @@ def divide(records: Sequence[Any], shares: Shares) -> dict[str, list[Any]]:
     return divided
 
 
+def _join(records: Sequence[Any], image_of: dict[str, str]) -> None:
+    """Takes images that one record shows for the same image: that of the least name."""
+    least: dict[str, str] = {}
+
+    def find(image: str) -> str:
+        while image in least:
+            image = least[image]
+        return image
+
+    for record in good(records):
+        others = [_content(name) for _, name in record.get("visuals", ())[1:]]
+        if others:
+            found = sorted({find(image) for image in (image_of[record["visual"]], *others)})
+            least.update(dict.fromkeys(found[1:], found[0]))
+    if least:
+        image_of.update({name: find(image) for name, image in image_of.items()})
+
+
 def _own_id(record: Mapping[str, Any]) -> int | str | None:
     """The id that the table has for a record's image."""
     image_id, cell = record.get("image_id"), split_cell(record["visual"])
@@ -409,7 +424,3 @@ def _content(visual: str) -> str:
 
 def _digest(name: str, seed: int) -> bytes:
     return hashlib.blake2b(f"{seed} {name}".encode(), digest_size=16).digest()
-
-
-def _made(cls: type[T], given: T | Mapping[str, Any], path: str) -> T:
-    return given if isinstance(given, cls) else build_dataclass(cls, cast(Mapping[str, Any], given), path)

@@ -13,16 +13,18 @@ import re
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from evlgen.common.errors import DataError
+from evlgen.common.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
     from iopath.common.file_io import PathManager
 
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 PACKAGE_PREFIX, CACHE_PREFIX = "evlgen://", "cache://"
+_MOST_NAMES = 10_000  # of a folder that are compared with one that is not there
 _LONGEST_STEM = 100  # of a downloaded file's name, in bytes; the name of its temporary file is longer
 _SUFFIX = re.compile(r"((?<=.)(\.tar)?\.\w{1,12})?$")  # of a file's name; may be empty
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
@@ -67,6 +69,20 @@ def scheme_of(name: str) -> str | None:
     """``s3`` of ``s3://bucket/file``; None for a path of this machine."""
     found = _SCHEME.match(name)
     return found and found.group(1).lower()
+
+
+def near_name(path: str | os.PathLike, after: str = "") -> str:
+    """`` Did you mean 'train.csv'?`` of a path that is not there: what its folder has of a like name, or the
+    first folder of it that is there; empty where nothing is. ``after`` ends the sentence before."""
+    place = Path(path)
+    with contextlib.suppress(OSError, ValueError):  # no folder, or one that is not to be looked into
+        while not place.parent.is_dir() and place != place.parent:
+            place = place.parent
+        with os.scandir(place.parent) as entries:
+            names = sorted({entry.name for entry in islice(entries, _MOST_NAMES)} - {place.name})
+        hint = did_you_mean(place.name, names, at_least=0.8)
+        return after + hint if hint else ""
+    return ""
 
 
 def resolve(path: str | os.PathLike, md5: str | None = None) -> str:

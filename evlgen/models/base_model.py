@@ -208,6 +208,10 @@ class BaseModel(nn.Module):
         question that takes all tokens there may be."""
         return {}
 
+    def not_answerable(self, samples: Batch, num_new: int) -> dict[int, str]:
+        """The conversations of a batch behind which the model cannot write ``num_new`` tokens, and why."""
+        return {}
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device

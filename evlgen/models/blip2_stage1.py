@@ -131,6 +131,9 @@ class Blip2Stage1(VisionModel):
         ),
         "generate_tokens": f"BLIP-2's first stage does not learn from its own captions. {SECOND_STAGE}",
         "soft_prompts": f"BLIP-2's first stage has no soft prompts. {SECOND_STAGE}",
+        **dict.fromkeys(
+            ("chat", "answer_turns"), f"BLIP-2's first stage holds no conversations. {SECOND_STAGE}"
+        ),
     }
 
     connector: QFormer

@@ -111,6 +111,13 @@ class HoldsConversations(Protocol):
         """The assistant's next turn of each sample's conversation; see `VLM.answer_turns`."""
 
 
+class Chats(Protocol):
+    """Answers in a conversation with somebody."""
+
+    def chat(self, messages: Sequence[Any], *args: Any, **options: Any) -> Any:
+        """What the assistant says next, whole or in pieces; see `VLM.chat`."""
+
+
 class MergesTokens(Protocol):
     """A connector that merges tokens, and shows which: see `Connector`."""
 

@@ -73,7 +73,9 @@ def rows_to_continue(
     for number in range(_num_sequences(samples)):
         whole = _row(language, samples, number, answers_next=True)
         end = first + num_visuals(whole)
-        row, own = _recent(language, samples, number, whole, num_soft[first:end], room)
+        row, own, start = _recent(language, samples, number, whole, num_soft[first:end], room)
+        if start:
+            logger.warning("a conversation is too long: its turns before turn %d are left out", start + 1)
         rows.append(row)
         kept += [first + place for place in own]
         first = end
@@ -95,11 +97,34 @@ def not_learnable(
         except DataError as error:
             found[number] = str(error)
             continue
-        images = samples.get("images") or [[image] for image in samples.get("image", [])]
-        num_soft = [num_soft_prompts(image) for image in images[number]] if images else []
-        if not has_learned(cut(row, num_soft, limit)):
+        if not has_learned(cut(row, _num_soft(samples, number, num_soft_prompts), limit)):
             found[number] = f"nothing of an answer is within the {limit} positions of model.max_sequence_len"
     return found
+
+
+def not_answerable(
+    language: LanguageModel, samples: Batch, num_soft_prompts: Callable[[Tensor], int], room: int
+) -> dict[int, str]:
+    """See `BaseModel.not_answerable`; arguments as of `not_learnable` and `rows_to_continue`."""
+    found = {}
+    most = language.max_positions
+    for number in range(_num_sequences(samples)):
+        num_soft = _num_soft(samples, number, num_soft_prompts)
+        try:
+            whole = _row(language, samples, number, answers_next=True)
+            row, own, _ = _recent(language, samples, number, whole, num_soft, room)
+        except DataError as error:
+            found[number] = str(error)
+            continue
+        if most and num_positions(row, [num_soft[place] for place in own]) + room > most:
+            found[number] = f"its question leaves no room for {room} tokens in the language model's {most}"
+    return found
+
+
+def _num_soft(samples: Batch, number: int, num_soft_prompts: Callable[[Tensor], int]) -> list[int]:
+    """The soft prompts of each image of a sample."""
+    images = samples.get("images") or [[image] for image in samples.get("image", [])]
+    return [num_soft_prompts(image) for image in images[number]] if images else []
 
 
 def _num_sequences(samples: Batch) -> int:
@@ -125,23 +150,24 @@ def _row(language: LanguageModel, samples: Batch, number: int, answers_next: boo
 
 def _recent(
     language: LanguageModel, samples: Batch, number: int, row: Row, num_soft: list[int], room: int
-) -> tuple[Row, list[int]]:
+) -> tuple[Row, list[int], int]:
     """A conversation without its oldest turns, but for the system's, so that ``room`` positions are left
-    behind it; and which of its images are in the rest."""
+    behind it; which of its images are in the rest; and how many turns stand before that, the system's among
+    them, 0 where none is left out."""
     most = language.max_positions
     turns = read_turns(samples["messages"][number]) if "messages" in samples else []
     counts = [len(turn.visuals) for turn in turns]
     first = start = sum(turn.role == "system" for turn in turns[:1])
+    left_out = 0
     kept = list(range(len(num_soft)))
     while most and num_positions(row, [num_soft[i] for i in kept]) + room > most:
         later = [i for i in range(first + 1, len(turns)) if turns[i].role == "user"]
         if not later:
             break  # the last question alone: generation names what is too long
-        first = later[0]
+        first = left_out = later[0]
         row = language.row_of_turns([*turns[:start], *turns[first:]], True)
         kept = [*range(sum(counts[:start])), *range(sum(counts[:first]), sum(counts))]
-        logger.warning("a conversation is too long: its turns before turn %d are left out", first + 1)
-    return row, kept
+    return row, kept, left_out
 
 
 def _kept(soft_prompts: SoftPrompts, places: list[int]) -> SoftPrompts:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from evlgen.batch import Batch
 from evlgen.common.precision import without_autocast
 from evlgen.models.base_model import BaseModel
-from evlgen.models.ops import use_fast_linear
+from evlgen.models.ops import plain_dtype, use_fast_linear
 from evlgen.models.pixels import pixels_of
 from evlgen.models.vision import vision_encoder_class
 from evlgen.models.vision.base import VisionEncoder
@@ -103,7 +103,7 @@ class VisionModel(BaseModel):
         """A batch as the encoder reads it: pixels, or Pillow images, see `pixels_of`."""
         image = image if isinstance(image, Tensor) else pixels_of(self, image)
         self._check_image(image)
-        return image.to(self.device, next(self.vision.parameters()).dtype)
+        return image.to(self.device, plain_dtype(self.vision))
 
     def _check_image(self, image: Tensor) -> None:
         """Raises `ConfigError` or `DataError` for a batch of another shape than the model reads."""

@@ -25,7 +25,7 @@ from evlgen.models.chatting import Chatting
 from evlgen.models.connectors.base import Connector, ConnectorInputs
 from evlgen.models.language import CausalLanguageModel, LanguageModel, build_language_model
 from evlgen.models.language.segments import Row, SoftPrompts
-from evlgen.models.ops import cuda_graphs
+from evlgen.models.ops import FP8, cuda_graphs, plain_dtype
 from evlgen.models.soft_prompts import SoftPromptHead
 from evlgen.models.text_lengths import TextLengths
 from evlgen.models.tiles import Tiling, as_prompts
@@ -170,7 +170,8 @@ class VLM(Chatting):
                 Samples that are sequences have ``segments`` in place of all these, a list of `Read`, `Learn`
                 and `Visual` for each, or ``messages``, a conversation for each (`evlgen.processors.turns`);
                 and ``images``: the images [3, H, W] and videos [3, T, H, W] of each, none, one or several,
-                in the order of their places. Without ``images``, ``image`` has one for each.
+                in the order of their places, or in their stead tokens [N, C_vision] that `encode` gave
+                earlier. Without ``images``, ``image`` has one for each.
 
         Returns:
             ``loss``: scalar, float32; ``num_tokens``: how many tokens it is the mean of, and with
@@ -362,10 +363,12 @@ class VLM(Chatting):
         return prompts if marker is None else prompts + marker
 
     def _encode_each(self, images: list[Tensor]) -> list[Tensor]:
-        """The tokens [N, C_vision] of images and videos of any lengths, those of one shape together."""
+        """The tokens [N, C_vision] of images and videos of any lengths, those of one shape together; what is
+        tokens already stays as it is."""
         found: dict[int, Tensor] = {}
         for places in _alike(images):
-            tokens = self.encode(torch.stack([images[place] for place in places]))
+            stacked = torch.stack([images[place] for place in places])
+            tokens = stacked if stacked.ndim == 3 else self.encode(stacked)
             found.update(zip(places, tokens, strict=True))
         return [found[place] for place in range(len(images))]
 
@@ -385,7 +388,7 @@ class VLM(Chatting):
         assert self.tiling is not None
         views = [self.tiling.cut(image.to(self.device)) for image in images]
         counts = [len(of_one) for of_one in views]
-        tokens = self.encode_frames(torch.cat(views).to(next(self.vision.parameters()).dtype), 1)  # [V, N, C]
+        tokens = self.encode_frames(torch.cat(views).to(plain_dtype(self.vision)), 1)  # [V, N, C]
         if self.tiling.join == "before":
             return as_prompts(self._connect([of_one.flatten(0, 1) for of_one in tokens.split(counts)]))
         grids = [self.tiling.grid_of(image.shape) for image in images]
@@ -417,14 +420,19 @@ class VLM(Chatting):
         why = f"its question takes all {limit} tokens of model.max_txt_len: nothing of an answer is left"
         return {sample: why for sample, count in lost_of.items() if count == counts[sample]}
 
+    def not_answerable(self, samples: Batch, num_new: int) -> dict[int, str]:
+        return sequences.not_answerable(self.language, samples, self.num_soft_prompts, num_new)
+
     def num_soft_prompts(self, image: Tensor) -> int:
-        """The soft prompts of an image [3, H, W] or a video [3, T, H, W]."""
+        """The soft prompts of an image [3, H, W], a video [3, T, H, W], or of tokens [N, C_vision]."""
         if self.tiling is not None:
             num_tokens = self.vision.num_tokens
             return self.tiling.num_soft(
                 image.shape, lambda n: self.connector.num_soft_prompts(n * num_tokens)
             )
         frames = image.shape[1] if image.ndim == 4 else 1
+        if image.ndim == 2:
+            frames = len(image) // self.vision.num_tokens
         if self.temporal == "each":
             return frames * self.connector.num_soft_prompts(self.vision.num_tokens)
         return self.connector.num_soft_prompts(
@@ -441,12 +449,13 @@ class VLM(Chatting):
             weights = list(part.parameters())
             learned = sum(p.numel() for p in weights if p.requires_grad)
             logger.info(
-                "%s: %.3g million weights, %s%s, %s",
+                "%s: %.3g million weights, %s%s, %s%s",
                 name,
                 sum(p.numel() for p in weights) / 1e6,
                 "frozen" if is_frozen else "trained",
                 f", but for {learned / 1e6:.3g} million" if is_frozen and learned else "",
-                str(weights[0].dtype).removeprefix("torch."),
+                str(plain_dtype(part)).removeprefix("torch."),
+                ", linear layers in float8" if any(p.dtype == FP8 for p in weights) else "",
             )
 
 

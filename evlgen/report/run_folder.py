@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections import Counter
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from evlgen.common.errors import DataError, EVLGenError
-from evlgen.config.config import Config, flat_keys
+from evlgen.config.checks import EnvConfig
+from evlgen.config.config import defaults_of, flat_keys
 from evlgen.config.machine import MACHINE_FILE
 from evlgen.config.run_config import RunConfig
 from evlgen.config.yaml_io import read_yaml
@@ -130,16 +132,11 @@ class RunFolder:
     def _defaults(self) -> dict[str, Any]:
         found = {"run": dataclasses.asdict(RunConfig(max_epoch=1))}
         found["run"] |= {"max_epoch": None, "runner": None}
-        model, datasets = self.config.get("model") or {}, self.config.get("datasets") or {}
-        options = [
-            f"model.{key}={json.dumps(model[key])}" for key in ("arch", "model_type") if model.get(key)
-        ]
-        options += [f"datasets={json.dumps({name: {} for name in datasets})}", "run.max_epoch=1"]
-        try:
-            default = Config.load(None, options).to_dict()
-        except (EVLGenError, OSError):  # parts of a plugin: all that is set is shown
-            return flat_keys(found)
-        return flat_keys({**default, **found, "plugins": []})
+        found["env"] = dataclasses.asdict(EnvConfig())
+        sections = {name: self.config.get(name) or {} for name in ("model", "datasets")}
+        with contextlib.suppress(EVLGenError, OSError):  # parts of a plugin: all that is set is shown
+            found |= defaults_of(sections)
+        return flat_keys(found)
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         """The whole lines of a file of JSON; none where it is missing."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from evlgen.batch import Batch
 from evlgen.common.errors import TrainingError
@@ -12,6 +12,24 @@ from evlgen.loaders.mixed_plan import one_by_one
 from evlgen.models.base_model import BaseModel
 from evlgen.runners.skipped import SkippedSamples
 from evlgen.runners.task import Task
+
+
+def set_aside(batch: Batch, reasons: Callable[[Batch], Mapping[int, str]], cause: str) -> Batch:
+    """A batch with some more of its samples among its ``skipped`` ones.
+
+    Args:
+        reasons: from the samples to those, by their places, and why.
+        cause: see `DataError`.
+    """
+    samples: Batch = {**batch}
+    samples.pop("skipped", None)
+    found = reasons(samples) if samples else {}
+    if not found:
+        return batch
+    ids = samples.get("sample_id", samples.get("instance_id", [""] * batch_size(samples)))
+    skipped = [Skipped(None, ids[row], why, cause) for row, why in found.items()]
+    rest = rows_of(samples, [row for row in range(batch_size(samples)) if row not in found])
+    return {**rest, "skipped": [*batch.get("skipped", []), *skipped]}
 
 
 class TrainingBatches:
@@ -58,15 +76,11 @@ class TrainingBatches:
 
     def _learnable(self, batch: Batch) -> Batch:
         """A batch whose samples that leave nothing to learn are among its ``skipped`` ones."""
-        samples: Batch = {**batch}
-        samples.pop("skipped", None)
-        reasons = self.model.not_learnable(self.task.to_learn(samples)) if samples else {}
-        if not reasons:
-            return batch
-        ids = samples.get("sample_id", [""] * batch_size(samples))
-        skipped = [Skipped(None, ids[row], why, "nothing to learn") for row, why in reasons.items()]
-        rest = rows_of(samples, [row for row in range(batch_size(samples)) if row not in reasons])
-        return {**rest, "skipped": [*batch.get("skipped", []), *skipped]}
+
+        def reasons(samples: Batch) -> Mapping[int, str]:
+            return self.model.not_learnable(self.task.to_learn(samples))
+
+        return set_aside(batch, reasons, "nothing to learn")
 
     def _stand_in(self) -> Batch:
         """The batch before, where nothing of one could be read; for a run's first, any readable sample."""

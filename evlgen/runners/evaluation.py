@@ -6,10 +6,12 @@ import contextlib
 import logging
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from evlgen.loaders.data import eval_loader, to_device
 from evlgen.loaders.interruption import StopNow
+from evlgen.runners.batches import set_aside
 from evlgen.runners.gathering import gather_records
 from evlgen.runners.listener import Evaluation
 
@@ -44,6 +46,7 @@ def evaluate_split(runner: Runner, evaluation: Evaluation) -> None:
         for batch in runner.stop.heeding(batches, loader.num_workers > 0):
             if runner.stop.requested:
                 break
+            batch = set_aside(batch, partial(task.not_answerable, runner.model), "cannot be answered")
             samples = skipped.pop_skipped(batch, None)
             if samples is None:
                 continue

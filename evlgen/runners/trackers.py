@@ -139,7 +139,7 @@ def _begin(name: str, runner: Runner, run_id: str | None, iteration: int) -> Gen
     else:
         import comet_ml
 
-        # with a key of ours, what is kept offline before and after a resumption is uploaded as one experiment
+        # With a key, what was kept offline before and after a resumption is one experiment once uploaded.
         tracker = cls(
             os.environ.get("COMET_PROJECT_NAME", PROJECT),
             experiment_key=run_id or uuid.uuid4().hex,

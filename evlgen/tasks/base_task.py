@@ -113,6 +113,10 @@ class BaseTask:
             self._referenced, self._references = dataset, dataset.references()
         return self._references
 
+    def not_answerable(self, model: BaseModel, samples: Batch) -> Mapping[int, str]:
+        """The samples of a batch that `valid_step` could write nothing for, and why: they are skipped."""
+        return {}
+
     def valid_step(self, model: BaseModel, samples: Batch) -> list[dict[str, Any]]:
         """One JSON-able result for each sample of a batch."""
         raise NotImplementedError(f"{type(self).__name__} must define valid_step(model, samples)")

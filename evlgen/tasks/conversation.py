@@ -72,6 +72,9 @@ class ConversationTask(BaseTask):
         image_ids = [dataset.records[int(index)]["visual"] for index in found["instance_id"]]
         return {**found, "messages": messages, "image_id": image_ids}
 
+    def not_answerable(self, model: BaseModel, samples: Batch) -> Mapping[int, str]:
+        return model.not_answerable(samples, self.max_len) if "messages" in samples else {}
+
     def valid_step(self, model: BaseModel, samples: Batch) -> list[dict[str, Any]]:
         """``{"instance_id", "question", "answer"}`` for each sample of a batch."""
         self.check_keys(samples, ("messages", "instance_id"))

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from evlgen.batch import Batch
 from evlgen.common.errors import ConfigError, DataError, EVLGenError, TrainingError
 from evlgen.config.run_config import RunConfig
-from evlgen.datasets.base_dataset import BaseDataset, CollatedDataset
+from evlgen.datasets.base_dataset import BaseDataset, CollatedDataset, SequenceDataset
 from evlgen.files.io import cache_root
 from evlgen.files.locks import lock_at, try_lock
 from evlgen.loaders.data import eval_loader, mix_seed
@@ -54,27 +54,37 @@ _DIFFERENT = 0.1  # share of a token's length; bf16 on two devices differs by a 
 
 
 class CachedVisuals(BaseDataset):
-    """A dataset whose samples hold ``visual_tokens`` bfloat16 [N, C], read from a store, instead of pixels.
+    """A dataset whose samples hold ``visual_tokens`` bfloat16 [N, C], read from a store, instead of pixels;
+    those of a `SequenceDataset` hold them in ``images``, for each image.
 
     Of several views torch's global generator chooses one.
 
     Args:
         dataset: what gives the texts.
         store: what gives the tokens.
-        entries: the store's entry of each sample, [len(dataset)].
+        entries: the store's entries of all samples, one sample after the other.
+        ends: where each sample's end there, [len(dataset)].
     """
 
-    def __init__(self, dataset: BaseDataset, store: TokenStore, entries: np.ndarray) -> None:
+    def __init__(
+        self, dataset: BaseDataset, store: TokenStore, entries: np.ndarray, ends: np.ndarray
+    ) -> None:
         super().__init__(dataset.records, dataset.vis_processor, dataset.text_processor)
-        self.dataset, self.store, self.entries = dataset, store, entries
+        self.dataset, self.store, self.entries, self.ends = dataset, store, entries, ends
 
     def load_sample(self, index: int) -> dict[str, Any]:
-        entry = int(self.entries[index])
+        start = int(self.ends[index - 1]) if index else 0
+        tokens = [self._tokens(int(entry)) for entry in self.entries[start : self.ends[index]]]
+        if isinstance(self.dataset, SequenceDataset):
+            return {"images": tokens, **self.dataset.load_text(index)}
+        return {"visual_tokens": tokens[0], **self.dataset.load_text(index)}
+
+    def _tokens(self, entry: int) -> torch.Tensor:
         problem = self.store.problem(entry)
         if problem is not None:
             raise problem
         view = int(torch.randint(self.store.views, ())) if self.store.views > 1 else 0
-        return {"visual_tokens": self.store.read(entry, view), **self.dataset.load_text(index)}
+        return self.store.read(entry, view)
 
     def sample_id(self, index: int) -> str:
         return self.dataset.sample_id(index)
@@ -95,7 +105,8 @@ def cached(
     All processes call it together and share the work. No random generator is moved.
 
     Args:
-        datasets: by name; each must define `load_visual`, `load_text` and `visual_source`.
+        datasets: by name; each must define `load_visual`, `load_text` and `visual_source`, or be a
+            `SequenceDataset`. One that shows no images comes out as it is.
         model: on its device, its vision encoder frozen.
         run: ``seed``, ``cache_vision_views``, ``batch_size_eval``, ``num_workers``.
         stop: asked between batches whether to stop; what is computed by then is kept.
@@ -129,14 +140,17 @@ def check_encoder(model: BaseModel) -> None:
 
 def check_dataset(name: str, dataset: BaseDataset) -> None:
     """Raises `ConfigError` where a dataset cannot be read without its pixels."""
-    cls, needed = type(dataset), ("load_visual", "load_text", "visual_source")
-    lacking = [method for method in needed if getattr(cls, method) is getattr(BaseDataset, method)]
-    if lacking or cls.load_sample is not BaseDataset.load_sample:
+    cls, base = type(dataset), BaseDataset
+    needed = ["load_visual", "load_text", "visual_source"]
+    if isinstance(dataset, SequenceDataset):
+        base, needed = SequenceDataset, ["visuals", "load_one", "load_text", "source_of"]
+    lacking = [method for method in needed if getattr(cls, method) is getattr(base, method)]
+    if lacking or cls.load_sample is not base.load_sample:
         what = f"does not define {', '.join(lacking)}" if lacking else "defines load_sample as well"
         raise ConfigError(
             f"run.cache_vision: {cls.__name__} of dataset '{name}' {what}, so it cannot be read without its "
-            "pixels. Define load_visual, load_text and visual_source in place of load_sample (see "
-            "evlgen.datasets.BaseDataset), or set run.cache_vision: false."
+            f"pixels. Define {', '.join(needed[:-1])} and {needed[-1]} in place of load_sample (see "
+            f"evlgen.datasets.base_dataset.{base.__name__}), or set run.cache_vision: false."
         )
 
 
@@ -156,8 +170,11 @@ class _Cache:
         self.images = DistinctImages.of(dataset)
         self.root = cache_root() / FOLDER
 
-    def filled(self) -> CachedVisuals:
+    def filled(self) -> BaseDataset:
         """The dataset over its store, whose every entry is done or broken."""
+        if not len(self.images):
+            logger.info("run.cache_vision: '%s' shows no images", self.name)
+            return self.images.dataset
         key = self._told(lambda: CacheKey.of(self.images, self.model, self.run))
         folder = self.root / key.digest
         self._say_views(key)
@@ -169,7 +186,7 @@ class _Cache:
                 self._fill(store)
             self._agreed(lambda: self._check_filled(store))
         self._say_filled(store)
-        return CachedVisuals(self.images.dataset, store, self.images.of_sample)
+        return CachedVisuals(self.images.dataset, store, self.images.of_samples, self.images.ends)
 
     # ---- the store ----
 
@@ -285,9 +302,9 @@ class _Cache:
             for group in groups:
                 for entry, (reason, cause) in group["broken"].items():
                     writer.put_broken(entry, reason, cause)
-                if group["entries"]:
-                    self._write(writer, group)
-                progress.add(len(group["entries"]) + len(group["broken"]))
+                for entries, pixels in group["alike"]:
+                    self._write(writer, entries, pixels)
+                progress.add(group["count"])
                 if time.monotonic() - flushed > _FLUSH_SECONDS:
                     writer.flush()
                     flushed = time.monotonic()
@@ -296,9 +313,9 @@ class _Cache:
         writer.flush()
         self._stop_if_asked()
 
-    def _write(self, writer: TokenWriter, group: dict[str, Any]) -> None:
-        pixels = group["pixels"].flatten(0, 1)  # [entries x views, 3, H, W]
-        parts = [self.model.encode(part).to("cpu") for part in pixels.split(self.run.batch_size_eval)]
+    def _write(self, writer: TokenWriter, entries: list[int], pixels: torch.Tensor) -> None:
+        views = pixels.flatten(0, 1).split(self.run.batch_size_eval)
+        parts = [self.model.encode(part).to("cpu") for part in views]
         tokens = torch.cat(parts).unflatten(0, (-1, writer.store.views))  # [entries, views, N, C]
         if tuple(tokens.shape[2:]) != writer.store.shape:
             raise DataError(
@@ -306,7 +323,7 @@ class _Cache:
                 f"{tuple(tokens.shape[2:])}, another {writer.store.shape}. The training transform must make "
                 "all images the same size."
             )
-        for entry, one in zip(group["entries"], tokens, strict=True):
+        for entry, one in zip(entries, tokens, strict=True):
             writer.put(entry, one)
 
     def _check_filled(self, store: TokenStore) -> None:
@@ -388,8 +405,9 @@ class _Cache:
 
 
 class _Groups(CollatedDataset):
-    """Images to encode: an item is a group, with ``entries`` list[int], their ``pixels``
-    [entries, views, 3, H, W], and ``broken``: entry -> reason and cause."""
+    """Images to encode: an item is a group of ``count`` entries, with ``alike``: those whose pixels have one
+    shape and these, [entries, views, 3, H, W] or, of videos, [entries, views, 3, T, H, W]; and ``broken``:
+    entry -> reason and cause."""
 
     def __init__(self, images: DistinctImages, groups: list[list[int]], views: int, seed: int) -> None:
         self.images, self.groups, self.views, self.seed = images, groups, views, seed
@@ -398,15 +416,17 @@ class _Groups(CollatedDataset):
         return len(self.groups)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        pixels, broken = {}, {}
+        alike: dict[torch.Size, dict[int, torch.Tensor]] = {}
+        broken = {}
         for entry in self.groups[number]:
             seeds = [mix_seed(self.seed, entry, view) for view in range(self.views)]
             try:
-                pixels[entry] = torch.stack([self.images.load(entry, seed) for seed in seeds])
+                pixels = torch.stack([self.images.load(entry, seed) for seed in seeds])
+                alike.setdefault(pixels.shape, {})[entry] = pixels
             except (DataError, OSError) as error:
                 broken[entry] = (str(error), getattr(error, "cause", "unreadable"))
-        stacked = torch.stack(list(pixels.values())) if pixels else torch.empty(0)
-        return {"entries": list(pixels), "pixels": stacked, "broken": broken}
+        stacked = [(list(found), torch.stack(list(found.values()))) for found in alike.values()]
+        return {"alike": stacked, "broken": broken, "count": len(self.groups[number])}
 
     def collater(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return samples[0]

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, is_dataclass
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from evlgen.common.errors import DataError
 from evlgen.config.run_config import RunConfig
-from evlgen.datasets.base_dataset import BaseDataset
+from evlgen.datasets.base_dataset import BadRecord, BaseDataset, SequenceDataset
 from evlgen.files.io import cache_root
 from evlgen.loaders.data import seeded
 from evlgen.models.base_model import BaseModel
@@ -39,27 +40,36 @@ class DistinctImages:
 
     Attributes:
         dataset: whose they are.
-        of_sample: the number of each sample's image, [samples].
+        of_samples: the numbers of the images of all samples, one sample after the other.
+        ends: where each sample's end there, [samples].
         sources: what each is made from; see `BaseDataset.visual_source`.
-        samples: the first sample that shows each, [pictures].
+        shown: what the dataset loads each by: the first sample that shows it, or its name among
+            `SequenceDataset.visuals`.
     """
 
     dataset: BaseDataset
-    of_sample: np.ndarray
+    of_samples: np.ndarray
+    ends: np.ndarray
     sources: list[Any]
-    samples: np.ndarray
+    shown: list[Any]
 
     @classmethod
     def of(cls, dataset: BaseDataset) -> DistinctImages:
         """Asks every sample for its source."""
         numbers: dict[Any, int] = {}
-        of_sample = np.empty(len(dataset), dtype=np.int64)
-        samples: list[int] = []
+        of_samples, ends = array("q"), array("q")
+        shown: list[Any] = []
         for index in range(len(dataset)):
-            of_sample[index] = numbers.setdefault(dataset.visual_source(index), len(numbers))
-            if of_sample[index] == len(samples):
-                samples.append(index)
-        return cls(dataset, of_sample, list(numbers), np.array(samples, dtype=np.int64))
+            for visual in _visuals(dataset, index):
+                if isinstance(dataset, SequenceDataset):
+                    source = dataset.source_of(visual)
+                else:
+                    source = dataset.visual_source(visual)
+                of_samples.append(numbers.setdefault(source, len(numbers)))
+                if of_samples[-1] == len(shown):
+                    shown.append(visual)
+            ends.append(len(of_samples))
+        return cls(dataset, np.array(of_samples, np.int64), np.array(ends, np.int64), list(numbers), shown)
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -67,11 +77,24 @@ class DistinctImages:
     def load(self, number: int, seed: int) -> Tensor:
         """An image's pixels, its random choices decided by the seed. Raises as `load_visual`."""
         with seeded(seed):
-            return self.dataset.load_visual(int(self.samples[number]))
+            return self.load_now(number)
+
+    def load_now(self, number: int) -> Tensor:
+        """As `load`, by the random generators as they are."""
+        if isinstance(self.dataset, SequenceDataset):
+            return self.dataset.load_one(self.shown[number])
+        return self.dataset.load_visual(self.shown[number])
 
     def probes(self) -> list[int]:
         """A few images from all over the dataset."""
         return sorted({i * len(self) // PROBES for i in range(PROBES)})
+
+
+def _visuals(dataset: BaseDataset, index: int) -> Sequence[Any]:
+    """What a dataset loads the images of a sample by."""
+    if not isinstance(dataset, SequenceDataset):
+        return [index]
+    return [] if isinstance(dataset.records[index], BadRecord) else dataset.visuals(index)
 
 
 @dataclass(frozen=True)
@@ -131,7 +154,7 @@ def look_at(images: DistinctImages) -> tuple[Tensor, str, bool]:
         with seeded(0):
             before = _generators()
             try:
-                pixels = images.dataset.load_visual(int(images.samples[number]))
+                pixels = images.load_now(number)
             except (DataError, OSError) as error:
                 problem = error
                 continue
@@ -164,6 +187,8 @@ def sources_digest(sources: Sequence[Any]) -> str:
 
 
 def _stamp(source: Any, root: str) -> str:
+    if isinstance(source, tuple):
+        return " ".join(_stamp(part, root) for part in source)
     if not isinstance(source, os.PathLike):
         return str(source)
     name = os.fspath(source).removeprefix(root)  # a data root may be moved

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evlgen.common.errors import CheckpointError
-from evlgen.files.io import PACKAGE_PREFIX, resolve
+from evlgen.files.io import PACKAGE_PREFIX, near_name, resolve
 from evlgen.files.json_io import read_json
 from evlgen.weights.model_sizes import UNKNOWN, check_counts, weights_held
 
@@ -60,7 +60,7 @@ def missing_model(name: str) -> str | None:
     if os.path.isdir(path):
         return None if os.path.isfile(path / "config.json") else f"the folder {path} holds no config.json"
     if looks_like_path(name):
-        return f"there is no folder {path}"
+        return f"there is no folder {path}{near_name(path, after='.')}"
     if _cached_folder(name) is not None:
         return None
     return (

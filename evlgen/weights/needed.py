@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from evlgen.common.errors import DataError
 from evlgen.common.safe_text import message_lines
-from evlgen.files.io import download_target, resolve
+from evlgen.files.io import download_target, near_name, resolve
 from evlgen.weights.hub import looks_like_path, missing_model
 from evlgen.weights.hub_checkpoints import HUB_PREFIX
 
@@ -46,7 +46,7 @@ def missing_encoder(source: str | bool | None) -> str | None:
             "or name a file in model.vision.pretrained."
         )
     path = resolve(source)
-    return None if os.path.exists(path) else f"there is no file {path}"
+    return None if os.path.exists(path) else f"there is no file {path}{near_name(path, after='.')}"
 
 
 def missing_parts(
@@ -69,7 +69,8 @@ def missing_parts(
         found.append(MissingAsset(f"{what} {name}", missing_model(name), not looks_like_path(name)))
     if checkpoint and not checkpoint.startswith(("http://", "https://", HUB_PREFIX)):
         if not os.path.exists(resolve(checkpoint)):
-            why = "there is no such file or folder; see model.checkpoint"
+            near = near_name(resolve(checkpoint), after=".")
+            why = f"there is no such file or folder; see model.checkpoint{near}"
             found.append(MissingAsset(f"checkpoint {checkpoint}", why, False))
     return [item for item in found if item.why]
 

@@ -10,10 +10,10 @@ import sys
 
 import pytest
 import yaml
-from omegaconf.errors import ReadonlyConfigError
 
 from evlgen.assemble import check_nothing_missing, make_builders
 from evlgen.common.errors import ConfigError, DataError, RegistryError
+from evlgen.config.build_info import Annotation, Source
 from evlgen.config.config import Config, find_config, load_model_config, load_model_file
 from evlgen.config.layers import Layer, Layers
 from evlgen.config.run_config import RunConfig
@@ -400,6 +400,27 @@ def test_all_problems_of_all_sections_are_shown_at_once(project):
     assert all(key in text for key in ("model.connector.r", "data_type", "run.task", "model.vision.nam"))
 
 
+def test_problems_of_the_run_section_hide_no_others(project):
+    options = (
+        "run.max_epohc=3",
+        "run.batch_size_train=0",
+        "model.connector.nme=mlp",
+        "datasets.coco_caption.dat=x",
+    )
+    text = problems_of(project(), *options, "env.cache=x")
+    assert text.startswith("5 problems in the configuration:")
+    assert all(option.partition("=")[0] in text for option in options)
+    without_arch = project("datasets: {coco_captoin: }\nrun: {max_epohc: 3}\n")
+    text = problems_of(without_arch)
+    assert text.count("model.arch: is required") == 1 and "coco_captoin" in text and "max_epohc" in text
+
+
+def test_nothing_is_said_of_what_a_misspelt_part_replaces(project, caplog):
+    caplog.set_level(logging.INFO)
+    assert "no connector is registered" in problems_of(project(), "model.connector.name=tomefromer")
+    assert "left out" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("model", "run", "reason"),
     [
@@ -488,8 +509,18 @@ def test_nothing_changes_a_configuration(project):
     for section in (config.model, config.model.vision):
         with pytest.raises(dataclasses.FrozenInstanceError):
             section.checkpoint = "x"
-    with pytest.raises(ReadonlyConfigError):
-        config.datasets.coco_caption.build_info.images.storage = "elsewhere"
+    coco = config.datasets.coco_caption
+    for section in (coco, coco.build_info, coco.build_info.images):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            section.storage = "elsewhere"
+    for mapping in (
+        config.datasets,
+        coco.build_info.annotations,
+        coco.vis_processor,
+        coco.vis_processor.train,
+    ):
+        with pytest.raises(TypeError, match="does not change"):
+            mapping["name"] = "other"
 
 
 # ---- saving, models
@@ -565,13 +596,13 @@ def run_python(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_structure_and_run_section_are_checked_before_torch_is_imported(project):
+def test_structure_is_checked_before_torch_is_imported(project):
     code = (
         "import sys\n"
         "from evlgen.config.config import Config\n"
         "from evlgen.common.errors import ConfigError\n"
-        f"try: Config.load({str(project())!r}, ['run.max_epohc=3'])\n"
-        "except ConfigError as error: print('max_epohc' in str(error), 'torch' in sys.modules)\n"
+        f"try: Config.load({str(project())!r}, ['modle.arch=x'])\n"
+        "except ConfigError as error: print('modle' in str(error), 'torch' in sys.modules)\n"
     )
     assert run_python(code) == "True False"
 
@@ -637,7 +668,7 @@ def test_the_sum_of_a_published_file_stays_where_its_address_is_the_storage():
     published = Config.load("projects/evlgen/coco_ft.yaml").datasets.coco_caption.build_info.annotations.val
     for storage, md5 in ((published.url, published.md5), ("https://other/x.json", None)):
         config = Config.load("projects/evlgen/coco_ft.yaml", [f"{path}.storage={storage}"])
-        assert config.datasets.coco_caption.build_info.annotations.val.get("md5") == md5
+        assert config.datasets.coco_caption.build_info.annotations.val.md5 == md5
 
 
 VQA = "datasets.coco_vqa.build_info"
@@ -658,7 +689,7 @@ def prepared_vqa(tmp_path, project: str, *options: str):
 def test_the_built_in_ground_truth_goes_with_the_annotation_it_is_of(tmp_path, caplog):
     caplog.set_level("INFO")
     info = prepared_vqa(tmp_path, "{annotations: {val: {storage: mine.json}}}")
-    assert "val" not in info.ground_truth and info.annotations.val == {"storage": "mine.json"}
+    assert "val" not in info.ground_truth and info.annotations.val == Annotation("mine.json")
     assert (
         f"{VQA}.annotations.val.storage is 'mine.json' ({tmp_path / 'p.yaml'}): left out what belongs to the "
         "dataset's own: url, ground_truth.val" in caplog.text
@@ -677,7 +708,7 @@ def test_the_built_in_ground_truth_goes_with_the_annotation_it_is_of(tmp_path, c
 )
 def test_a_ground_truth_that_somebody_named_stays(tmp_path, project, options):
     info = prepared_vqa(tmp_path, project, *(f"{VQA}.{option}" for option in options))
-    assert info.ground_truth.val == {"storage": "gt.json"}  # without the address of the built-in one
+    assert info.ground_truth.val == Source("gt.json")  # without the address of the built-in one
 
 
 def test_a_mirror_is_taken_for_the_dataset_s_own_file(tmp_path):
@@ -695,7 +726,7 @@ def test_what_a_saved_configuration_repeats_is_as_good_as_built_in(tmp_path):
     for options, stays in (([], True), ([f"{own}.annotations.val.storage=mine.json"], False)):
         config = Config.load(saved, options)
         info = config.datasets.coco_caption.build_info
-        assert ("val" in info.ground_truth) is stays and ("md5" in info.annotations.val) is stays
+        assert ("val" in info.ground_truth) is stays and (info.annotations.val.md5 is not None) is stays
 
 
 MIXED = """\

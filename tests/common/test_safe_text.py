@@ -17,9 +17,10 @@ from PIL import Image
 
 from evlgen import cli
 from evlgen.common.errors import ConfigError, DataError, TrainingError
-from evlgen.common.logs import log_to_file, log_to_terminal, write_any_text
+from evlgen.common.logs import log_to_file, log_to_terminal
 from evlgen.common.safe_text import message_lines, printable, shown_name
 from evlgen.config.problems import Problems
+from evlgen.console import write_any_text
 from evlgen.files.io import write_atomically
 from evlgen.media.images import open_image
 from evlgen.media.video import Video

@@ -47,7 +47,9 @@ MEMBERS = [
 def build(tmp_path, members=MEMBERS):
     write_shard(tmp_path / "0.tar", members)
     storage = {"storage": str(tmp_path / "*.tar")}
-    return ConversationShardsBuilder("talks", tmp_path, PROCESSORS, storage).get_split("train")
+    return ConversationShardsBuilder(
+        "talks", tmp_path, vis_processor=PROCESSORS, build_info=storage
+    ).get_split("train")
 
 
 def test_conversations_come_with_their_images_in_order(tmp_path):

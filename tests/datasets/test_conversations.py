@@ -101,6 +101,32 @@ def builder(cls=ConversationsBuilder, cache="/nowhere", **settings):
             ["[1][2]\na", "b", "c", "d"],
         ),
         (llava("a", "b", system="be short"), ["be short", "a", "b"]),
+        (llava("<image>\nwhat happens?", "rain", video="1.mp4"), ["[1.mp4]\nwhat happens?", "rain"]),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "<image>\nis which tag?"}]},
+                    ANSWER,
+                ]
+            },
+            ["<image>\nis which tag?", "hi"],
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "image", "text": None, "image": {"bytes": b"any", "path": "1.png"}},
+                            {"type": "image", "text": None, "image": {"bytes": None, "path": "2.png"}},
+                            {"type": "text", "text": "same?", "image": None},
+                        ],
+                    },
+                    ANSWER,
+                ]
+            },
+            ["[data:image/any;base64,YW55][2.png]same?", "hi"],
+        ),
         ({"messages": [{"role": "system", "content": ""}, QUESTION, ANSWER]}, ["hello", "hi"]),
     ],
 )
@@ -147,6 +173,11 @@ def test_layouts_give_the_same_turns(values, expected):
         ({"texts": [{"user": "x"}]}, "bad turn", "must have the texts 'user' and 'assistant'"),
         (llava("a\ud800", "x"), "not UTF-8", "turn 1 has half of a surrogate pair"),
         (llava("<image>\na", "x", image=3), "bad record", "'image' must name a file"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": {"id": 1}}]}, ANSWER]},
+            "image without a file",
+            "the image of a part is named by {'id': 1}, not by a file",
+        ),
         ({"id": 3}, "no turns", "it has neither of conversations, messages, texts"),
     ],
 )
@@ -218,6 +249,17 @@ def test_all_conversations_about_an_image_are_in_one_split(tmp_path):
     found = builder(annotations={"train": str(tmp_path / "talks.jsonl")}, split={"val": 0.25})
     images = {split: {r["visual"] for r in found.get_split(split).records} for split in ("train", "val")}
     assert len(found.get_split("val")) == 3 and not images["train"] & images["val"]
+    pairs = [(5, 4), (0, 1), (3, 2), (1, 4), (2, 3), (5, 0)]  # 0, 1, 4 and 5 belong together, and 2 and 3
+    records = [llava("<image>\n<image>\nWhat?", "a", image=[f"{i}.png" for i in pair]) for pair in pairs]
+    for number in (4, 5):
+        (tmp_path / f"{number}.png").write_bytes(png())
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, records)))
+    found = builder(annotations={"train": str(tmp_path / "pairs.jsonl")}, split={"val": 0.1})
+    shown = [
+        {name for r in found.get_split(split).records for _, name in r["visuals"]}
+        for split in ("train", "val")
+    ]
+    assert sorted(map(sorted, shown)) == [["0.png", "1.png", "4.png", "5.png"], ["2.png", "3.png"]]
 
 
 def test_a_file_without_conversations_and_published_ones_that_are_missing(tmp_path):

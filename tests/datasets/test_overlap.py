@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from evlgen.assemble import build_datasets, make_builders
+from evlgen.config.config import Config
 from evlgen.datasets.base_dataset import BadRecord, BaseDataset, MediaDataset
 from evlgen.datasets.media import ImageFiles
 from evlgen.datasets.overlap import tell_of_overlap
@@ -41,3 +43,24 @@ def test_splits_without_common_files_are_not(caplog, train, val) -> None:
     tell_of_overlap("mine", {"train": train, "val": val}, ["train"], ["val"])
     tell_of_overlap("mine", {"train": train, "val": train}, [], ["train"])
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("size", "run", "warned"),
+    [(1, "", True), (29, "", True), (30, "", False), (1, "run.valid_splits=[]", False), (1, "eval", False)],
+)
+def test_a_score_of_few_samples_is_warned_of(caplog, size, run, warned) -> None:
+    options = [
+        "model.arch=evlgen_opt",
+        "model.model_type=shapes",
+        f"datasets={{shapes_caption: {{val_size: {size}}}}}",
+    ]
+    options += ["run.max_epoch=1"] if run != "eval" else ["run.evaluate=true", "run.test_splits=[val]"]
+    cfg = Config.load(None, [*options, *([run] if "=" in run else [])])
+    build_datasets(cfg, make_builders(cfg))
+    lines = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(lines) == warned
+    if warned:
+        assert lines[0].startswith(
+            f"shapes_caption/val has {size} sample{'s' * (size > 1)}: a score of so few"
+        )

@@ -179,7 +179,7 @@ def test_a_published_file_is_read_as_lavis_reads_it(kind, tmp_path, caplog):
         assert config.run.test_splits == run["valid_splits"] and config.run.evaluate
     if "qa_ms" in kind:
         (section,) = config.datasets.values()
-        assert section["builder"] == kind[3:].partition("_")[0] + "_qa"
+        assert section.builder == kind[3:].partition("_")[0] + "_qa"
     assert all(record.levelno <= logging.WARNING for record in caplog.records)
 
 

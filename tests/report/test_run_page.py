@@ -110,6 +110,26 @@ def test_captions_of_a_run_that_was_only_tested_are_those_of_its_split(make_run)
     assert "iteration None" not in page and "test, test" not in page
 
 
+@pytest.mark.parametrize("kind", ["image_text", "coco_caption", "shapes_caption"])
+@pytest.mark.parametrize("name", ["mine", None])
+def test_only_what_was_set_differs_from_the_defaults(tmp_path, kind, name):
+    """Whether a dataset has a name of its own, and whether its builder needs keys that have no default."""
+    options = ["model.arch=evlgen_opt", "model.model_type=shapes", "model.connector.r=3", "run.max_epoch=2"]
+    section = {"builder": kind, "vis_processor": {"eval": {"image_size": 64}}}
+    expected = {"model.connector.r", "run.max_epoch", "run.runner"}
+    if kind == "image_text":
+        section["annotations"] = {"train": "my.csv"}
+        expected.add(f"datasets.{name or kind}.annotations.train")
+    if kind == "coco_caption":
+        section["build_info"] = {"images": {"storage": "photos"}}
+        expected.add(f"datasets.{name or kind}.build_info.images.storage")
+    options.append(f"datasets={json.dumps({name or kind: section})}")
+    Config.load(None, options).save(tmp_path / "config.yaml")
+    found = RunFolder(tmp_path).differing()
+    assert found.keys() == expected
+    assert found["model.connector.r"][0] == 3 and found["model.connector.r"][1] not in (3, None)
+
+
 def test_a_run_that_has_only_begun_has_a_page(make_run):
     folder = make_run()
     for name in ("log.jsonl", "samples.jsonl", "skipped.jsonl", "facts.json"):

@@ -193,7 +193,68 @@ def test_two_processes_fill_and_train_and_leave_the_bytes_of_one(forks, tiny_pro
     assert {json.loads(line)["id"] for line in listed} == {"3.png"}
 
 
+def talk(*images: str, answer: str = "grey noise") -> dict:
+    turns = [
+        {"from": "human", "value": "<image>\n" * len(images) + "what?"},
+        {"from": "gpt", "value": answer},
+    ]
+    return {"conversations": turns, "image": list(images)}
+
+
+def write_talks(folder: Path, records: list[dict]) -> Path:
+    """Conversations about `photographs`."""
+    photographs(folder, count=4)
+    (folder / "talks.json").write_text(json.dumps(records))
+    return folder / "talks.json"
+
+
+def test_conversations_learn_from_kept_tokens_what_they_learn_from_images(
+    tiny_project, tmp_path, encoded, monkeypatch
+):
+    records = [talk("0.png"), talk("1.png", "0.png", answer="a wall"), talk(), talk("0.png", answer="noise")]
+    records += [talk("2.png"), talk(answer="a hill"), talk("0.png", "3.png"), talk("2.png", answer="a cat")]
+    run = {"task": "conversation", "max_epoch": 2, "keep_last": 9, "batch_size_train": 2}
+    path = tiny_project(run={**run, "group_by_length": True, "max_skipped_share": 0.5})
+    project = OmegaConf.load(path)
+    annotations = {"train": str(write_talks(tmp_path / "talks", records))}
+    project.datasets = {"conversations": {"annotations": annotations}}
+    OmegaConf.save(project, path)
+    kept = train(path, "run.cache_vision=true")
+    assert sum(encoded) == 3 + 1 and len(kept) == 8  # each image once; 3.png is broken
+    checkpoint = tmp_path / "output" / "latest" / "checkpoints" / "step_00000004"
+    assert train(path, f"run.resume={checkpoint.resolve()}", "run.cache_vision=true")[-4:] == kept[-4:]
+    forward = TimmEncoder.forward
+    monkeypatch.setattr(TimmEncoder, "forward", lambda self, x: forward(self, x).bfloat16())
+    assert train(path) == kept
+
+
 # ---- what is kept ----
+
+
+def test_each_image_of_conversations_is_kept_once_and_broken_ones_spoil_only_their_own(model, tmp_path):
+    records = [talk("0.png", "1.png"), talk(), talk("3.png", "0.png"), talk("1.png", "0.png", "1.png")]
+    folder = tmp_path / "talks"
+    builder = registry.get_builder_class("conversations")(
+        "talks", tmp_path, {"train": PLAIN}, annotations={"train": str(write_talks(folder, records))}
+    )
+    dataset = builder.get_split("train")
+    kept = fill(dataset, model)
+    assert kept.store.entries == 3 and [len(kept[i]["images"]) for i in (0, 1, 3)] == [2, 0, 3]
+    assert isinstance(kept[2], Skipped) and kept[2].reason == dataset[2].reason
+    batch, plain = (d.collater([d[i] for i in (3, 1, 0)]) for d in (kept, dataset))
+    expected = [[model.encode(image[None])[0].bfloat16() for image in of_one] for of_one in plain["images"]]
+    for found, wanted in zip(batch.pop("images"), expected, strict=True):
+        assert len(found) == len(wanted) and all(map(torch.equal, found, wanted))
+    given = {"messages": plain["messages"], "images": expected}
+    assert model(given)["loss"].item() == pytest.approx(model(plain)["loss"].item(), rel=1e-2)
+    assert model.answer_turns({**given, "messages": [m[:-1] for m in given["messages"]]}, max_length=2)
+    assert batch == {key: value for key, value in plain.items() if key != "images"}
+    assert model.num_soft_prompts(expected[0][0]) == model.num_soft_prompts(plain["images"][0][0])
+    (folder / "1.png").write_bytes((folder / "2.png").read_bytes())
+    assert fill(dataset, model).store.folder != kept.store.folder
+    blind = [dataset.records[1]] * 2
+    dataset.records = blind
+    assert fill(dataset, model) is dataset, "it shows no images"
 
 
 def test_samples_hold_the_encoders_tokens_and_what_else_they_held(model):

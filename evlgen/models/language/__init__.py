@@ -14,7 +14,7 @@ from evlgen.models.language.loading import config_content, find_model
 from evlgen.models.language.opt import OPTLanguageModel
 from evlgen.models.language.seq2seq import Seq2SeqLanguageModel
 from evlgen.models.language.vicuna import VicunaLanguageModel
-from evlgen.models.ops import language_attention
+from evlgen.models.ops import check_fp8, language_attention, use_fp8
 
 __all__ = [
     "CausalLanguageModel",
@@ -41,8 +41,11 @@ def build_language_model(
     """
     language, device = cfg.language, torch.device(device)
     _check_frozen(language)
+    is_fp8 = language.precision == "fp8"
+    if is_fp8:
+        check_fp8("model.language.precision", device)
     dtype = dtype_of(language.precision, device) if language.freeze else torch.float32
-    return registry.get_language_model_class(language.kind or _kind_of(language.name, preferred))(
+    model = registry.get_language_model_class(language.kind or _kind_of(language.name, preferred))(
         name=language.name,
         dtype=dtype,
         prompt=cfg.prompt,
@@ -56,6 +59,10 @@ def build_language_model(
         **({} if language.tome is None else {"tome": language.tome}),
         device=device,
     )
+    if is_fp8:
+        head = model.model.get_output_embeddings()  # what it gives decides a token: it stays in bf16
+        use_fp8(model, device, apart=[head, *model.trained_modules()])
+    return model
 
 
 def _kind_of(name: str, preferred: str) -> str:
@@ -68,11 +75,17 @@ def _kind_of(name: str, preferred: str) -> str:
 
 
 def _check_frozen(language: LanguageConfig) -> None:
+    if language.precision == "fp8" and language.quantization != "none":
+        raise ConfigError(
+            f"model.language.precision: fp8 and model.language.quantization: {language.quantization} are two "
+            "ways to keep the same weights. Set one of them to auto or none."
+        )
     if language.freeze:
         return
     for key, is_set in (
         ("lora", language.lora is not None),
         ("quantization", language.quantization != "none"),
+        ("precision", language.precision == "fp8"),
     ):
         if is_set:
             raise ConfigError(

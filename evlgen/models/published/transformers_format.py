@@ -398,6 +398,8 @@ def _check_equal(model: VLM) -> None:
         "model.vision.tome_r": bool(getattr(model.cfg.vision, "tome_r", 0)),
         "model.language.lora": bool(model.language.trained_modules()),
         "model.language.quantization": model.cfg.language.quantization != "none",
+        "model.vision.precision: fp8": getattr(model.cfg.vision, "precision", None) == "fp8",
+        "model.language.precision: fp8": model.cfg.language.precision == "fp8",
     }
     found = [key for key, is_set in problems.items() if is_set]
     if found:

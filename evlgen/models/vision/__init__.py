@@ -8,6 +8,7 @@ from evlgen.common.errors import ConfigError
 from evlgen.common.precision import dtype_of
 from evlgen.common.registry import registry
 from evlgen.config.model_config import VisionConfig
+from evlgen.models.ops import check_fp8, use_fp8
 from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.temporal import ATTENTIVE_FORMS, add_temporal_attention
 from evlgen.models.vision.timm_encoder import ClipL, EvaClipG, TimmEncoder
@@ -35,6 +36,9 @@ def build_vision_encoder(
     Args:
         temporal: a form of `TemporalConfig` for videos; the attentive ones add weights to the encoder.
     """
+    is_fp8, device = cfg.precision == "fp8", torch.device(device)
+    if is_fp8:
+        _check_fp8(cfg, device)
     encoder = vision_encoder_class(cfg.name)(
         name=cfg.name,
         image_size=cfg.image_size,
@@ -50,6 +54,8 @@ def build_vision_encoder(
     if cfg.tome_r:
         _check_merges(cfg, temporal)
         encoder.merge_tokens(cfg.tome_r)
+    if is_fp8:
+        use_fp8(encoder, device, apart=encoder.trained_modules())
     if cfg.grad_checkpoint and (not cfg.freeze or encoder.trained_modules()):
         offload = str(cfg.grad_checkpoint).endswith("offload")
         if str(cfg.grad_checkpoint).startswith("fairscale"):
@@ -57,6 +63,15 @@ def build_vision_encoder(
         else:
             encoder.checkpoint(offload)
     return encoder
+
+
+def _check_fp8(cfg: VisionConfig, device: torch.device) -> None:
+    key = "model.vision.precision"
+    if not cfg.freeze:
+        raise ConfigError(
+            f"{key}: fp8 is for a frozen vision encoder, and model.vision.freeze is false. Set {key}: auto."
+        )
+    check_fp8(key, device)
 
 
 def _check_merges(cfg: VisionConfig, temporal: str | None) -> None:
