@@ -1,4 +1,4 @@
-"""Everything is said in pyproject.toml."""
+"""All metadata is in pyproject.toml."""
 
 from setuptools import setup
 

@@ -139,8 +139,10 @@ class OurStep:
         self.wrapped.train()
         self.optimizer = build_optimizer(self.model, LEARNING_RATE, WEIGHT_DECAY)
 
-    def __call__(self, samples: dict[str, Any]) -> float:
+    def __call__(self, samples: dict[str, Any], meanwhile: Callable[[], None] = lambda: None) -> float:
+        """A step; ``meanwhile`` is called where its backward pass is under way on a GPU."""
         loss = self._backward(samples)
+        meanwhile()
         total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -145,7 +145,7 @@ def report(samples: int, found: Comparison, fill_seconds: float) -> None:
         print(f"  {name}: {1 / one:.1f} samples/s, {3600 / one / EPOCH:.2f} epochs/h")
     saved = seconds["from pixels"] - seconds["from tokens"]
     print(
-        f"  filling, once: {1 / fill_seconds:.1f} pictures/s, {EPOCH * fill_seconds / 60:.1f} minutes; "
+        f"  filling, once: {1 / fill_seconds:.1f} images/s, {EPOCH * fill_seconds / 60:.1f} minutes; "
         f"paid back after {fill_seconds / saved:.1f} epochs"
     )
 

@@ -1,6 +1,6 @@
 """Token merging inside the frozen vision encoder (``model.vision.tome_r``): what it saves, what it changes.
 
-    python benchmarks/vision_merging.py [--model vit_base_patch16_224 --batch 4 --r 8] [--pictures 200]
+    python benchmarks/vision_merging.py [--model vit_base_patch16_224 --batch 4 --r 8] [--images 200]
 
 Speed: an encoder of a published shape with random weights, with and without merging, in turn. These two do
 not do the same work, which is the point, so what merging changes stands beside it: on the bundled Shapes

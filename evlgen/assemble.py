@@ -272,8 +272,8 @@ def check_room(cfg: Config, task: Any) -> None:
 
 def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str, BaseDataset]]:
     """Dataset name -> split -> dataset, of the splits the run touches."""
-    from evlgen.datasets.overlap import tell_of_overlap
-    from evlgen.loaders.mixed_plan import told_length
+    from evlgen.datasets.overlap import warn_of_overlap
+    from evlgen.loaders.mixed_plan import format_length
 
     datasets = {
         name: {
@@ -283,10 +283,10 @@ def build_datasets(cfg: Config, builders: dict[str, Any]) -> dict[str, dict[str,
     }
     for name, splits in datasets.items():
         for split, dataset in splits.items():
-            logger.info("%s/%s: %s", name, split, told_length(dataset))
+            logger.info("%s/%s: %s", name, split, format_length(dataset))
         if not cfg.run.evaluate:
             scored = [*cfg.run.valid_splits, *cfg.run.test_splits]
-            tell_of_overlap(name, splits, cfg.run.train_splits, scored)
+            warn_of_overlap(name, splits, cfg.run.train_splits, scored)
             if cfg.run.valid_splits:
                 _warn_of_few_samples(name, cfg.run.valid_splits[0], splits)
     return datasets

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from evlgen.common.errors import EVLGenError, Interrupted, ProcessLost
-from evlgen.common.launcher import is_first, tell_launcher
+from evlgen.common.launcher import is_first, report_to_launcher
 from evlgen.common.safe_text import printable
 
 
@@ -43,7 +43,7 @@ def guarded(action: Callable[[argparse.Namespace], int | None], parser: argparse
             print(stop, file=sys.stderr)
         return stop.exit_code
     except EVLGenError as error:
-        tell_launcher(str(error), follows_another=isinstance(error, ProcessLost))
+        report_to_launcher(str(error), follows_another=isinstance(error, ProcessLost))
         if args.debug:
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -59,7 +59,7 @@ def guarded(action: Callable[[argparse.Namespace], int | None], parser: argparse
         )
         return 1
     except Exception:
-        tell_launcher(traceback.format_exc())
+        report_to_launcher(traceback.format_exc())
         raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -20,4 +20,4 @@ print("held-out images:  " + "  ".join(f"{name} {value:.3f}" for name, value in 
 PY
 echo "images with their captions: $PWD/captions.png"
 echo "the trained model:            $PWD/output/quickstart/latest/checkpoints/best"
-echo "caption a picture with it:    .venv/bin/python -m evlgen caption PICTURE --checkpoint output/quickstart/latest/checkpoints/best"
+echo "caption an image with it:     .venv/bin/python -m evlgen caption IMAGE --checkpoint output/quickstart/latest/checkpoints/best"

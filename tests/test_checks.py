@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import grimp
 import pytest
 
 from evlgen.files.io import PACKAGE_ROOT
@@ -23,3 +24,14 @@ def test_the_code_passes(check):
         [sys.executable, *CHECKS[check]], cwd=PACKAGE_ROOT.parent, capture_output=True, text=True
     )
     assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Nor inside functions, nor for types."""
+    graph = grimp.build_graph("evlgen", cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    while free := [module for module, others in imports.items() if not others & imports.keys()]:
+        for module in free:
+            del imports[module]
+    circles = {module for module in imports if module in graph.find_upstream_modules(module)}
+    assert not {module: imports[module] & imports.keys() for module in circles}

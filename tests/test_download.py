@@ -19,7 +19,7 @@ from file_server import FileServer, cut, error, file_server
 from evlgen import cli
 from evlgen.config import catalogue as catalogue_module
 from evlgen.config.catalogue import CATALOGUE, DATASETS, KINDS, catalogue, command_for, find_entry, items_of
-from evlgen.datasets import dataset_download as obtaining
+from evlgen.datasets import dataset_download
 from evlgen.files import downloads
 from evlgen.files.io import PACKAGE_ROOT
 
@@ -235,7 +235,7 @@ def test_a_disk_without_room_is_said_before_anything_is_fetched(
     server, tmp_path, monkeypatch, capsys
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(obtaining.shutil, "disk_usage", lambda path: usage._replace(free=300_000))
+    monkeypatch.setattr(dataset_download.shutil, "disk_usage", lambda path: usage._replace(free=300_000))
     assert download(tmp_path / "root", "--yes") == 1
     # 200,128 bytes of train.zip and as many unpacked
     assert "401 kB are needed, with room for unpacking, and 300 kB are free" in capsys.readouterr().err

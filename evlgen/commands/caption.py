@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from evlgen.commands.arguments import (
     add_allow_downloads,
@@ -55,22 +56,18 @@ def run(args: argparse.Namespace) -> int:
     from evlgen.captioning import caption_files
 
     left_out: list[str] = []
+    allow = allow_downloads(args)
     for path, caption in caption_files(
-        args.images,
-        cfg_path=args.cfg_path,
-        checkpoint=args.checkpoint,
-        options=args.options,
-        prompt=args.prompt,
-        num_beams=args.num_beams,
-        max_length=args.max_length,
-        batch_size=args.batch_size,
-        num_frames=args.frames,
-        left_out=left_out,
-        allow_downloads=allow_downloads(args),
+        args.images, left_out=left_out, allow_downloads=allow, **_settings(args)
     ):
         print(printable(f"{path}: {caption}"), flush=True)
     fail_for(left_out, args.images, "captioned")
     return 0
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    keys = ("cfg_path", "checkpoint", "options", "prompt", "num_beams", "max_length", "batch_size")
+    return {"num_frames": args.frames, **{key: getattr(args, key) for key in keys}}
 
 
 def _to_file(args: argparse.Namespace) -> int:
@@ -84,14 +81,7 @@ def _to_file(args: argparse.Namespace) -> int:
     found = caption_to_file(
         args.images,
         args.output,
-        cfg_path=args.cfg_path,
-        checkpoint=args.checkpoint,
-        options=args.options,
-        prompt=args.prompt,
-        num_beams=args.num_beams,
-        max_length=args.max_length,
-        batch_size=args.batch_size,
-        num_frames=args.frames,
+        **_settings(args),
         allow_downloads=args.allow_downloads or ask_on_terminal,
         rank=int(os.environ.get("RANK", 0)),
         world_size=int(os.environ.get("WORLD_SIZE", 1)),

@@ -209,4 +209,4 @@ def _measured(
     if role_of(split) == "train":
         batch = task.to_learn(batch)
         return lengths.learned(batch["text_input"], batch.get("text_output"))
-    return lengths.asked(task.to_ask(batch))
+    return lengths.asked(task.prompts(batch))

@@ -12,7 +12,7 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def tell_launcher(error: str, follows_another: bool = False) -> None:
+def report_to_launcher(error: str, follows_another: bool = False) -> None:
     """Gives torchrun the error to show in its report, in place of "no traceback". The format is that of
     `torch.distributed.elastic.multiprocessing.errors.record`.
 

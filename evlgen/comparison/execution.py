@@ -17,7 +17,7 @@ from pathlib import Path
 
 from evlgen.common.errors import Interrupted, TrainingError
 from evlgen.common.safe_text import message, message_lines
-from evlgen.comparison.live_table import Board
+from evlgen.comparison.live_table import LiveTable
 from evlgen.comparison.plan import Settings
 from evlgen.comparison.stages import OUTPUT_FILE, Run, StageRun
 from evlgen.files.locks import try_lock_file
@@ -38,7 +38,7 @@ class Execution:
 
     def __init__(self, root: Path, runs: Sequence[Run], settings: Settings, interleave: bool = False) -> None:
         self.root, self.runs, self.settings, self.interleave = root, list(runs), settings, interleave
-        self.board = Board(runs, settings)
+        self.table = LiveTable(runs, settings)
         self.stop = StopRequest()
 
     def run(self) -> None:
@@ -50,7 +50,7 @@ class Execution:
         """
         with _alone(self.root) as lock, self.stop:
             open_runs = [run for run in self.runs if run.current() is not None]
-            self.board.show()
+            self.table.show()
             while open_runs:
                 for run in list(open_runs):
                     self._take_turn(run, lock)
@@ -61,11 +61,11 @@ class Execution:
         """One evaluation further, or, where they do not take turns, to the end."""
         while (stage := run.current()) is not None:
             run.state = "training"
-            self.board.show()
+            self.table.show()
             error, turn_is_over = self._run_child(stage, lock)
             if (number := self.stop.received) is not None:
                 run.state = "stopped"
-                self.board.show()
+                self.table.show()
                 raise Interrupted(
                     f"stopped by {number.name}; the same command with --output {_shown(self.root)} --resume "
                     "goes on from there",
@@ -73,13 +73,13 @@ class Execution:
                 )
             if error is not None:
                 run.state = "failed"
-                self.board.show()
+                self.table.show()
                 return
             if turn_is_over or (self.interleave and run.current() is not None):
                 run.state = "paused"
                 return
         run.state = "finished"
-        self.board.show()
+        self.table.show()
 
     def _run_child(self, stage: StageRun, lock: int | None) -> tuple[str | None, bool]:
         """Runs a stage's process.
@@ -105,7 +105,7 @@ class Execution:
                     time.sleep(_POLL)
                     if time.monotonic() - drawn > _REDRAW:
                         drawn = time.monotonic()
-                        self.board.show()
+                        self.table.show()
                     is_turn_over = self.interleave and self._is_turn_over(stage, before, begun)
                     if not told and (self.stop.requested or is_turn_over):
                         child.send_signal(signal.SIGTERM)

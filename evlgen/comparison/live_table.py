@@ -12,7 +12,7 @@ from evlgen.comparison.stages import Run
 from evlgen.report.metrics import main_metric, shown_value
 
 
-class Board:
+class LiveTable:
     """Shows runs.
 
     Args:

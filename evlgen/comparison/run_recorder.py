@@ -16,8 +16,7 @@ from evlgen.files.io import write_atomically
 from evlgen.loaders.data import evenly_spread
 from evlgen.models.protocols import HasConnector, offers
 from evlgen.runners.facts import device_name, model_size, peak_memory
-from evlgen.runners.listener import Evaluation, Listener
-from evlgen.runners.runner import Runner
+from evlgen.runners.listener import Evaluation, Listener, TrainingRun
 from evlgen.runners.sample_captions import (
     NUM_SHOWN,
     id_of,
@@ -42,17 +41,17 @@ class RunRecorder(Listener):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def before_training(self, runner: Runner) -> None:
+    def before_training(self, runner: TrainingRun) -> None:
         self._note(**model_size(runner.model), device=device_name(runner.accelerator.device))
         self._note(data={**runner.state.data, "ratios": runner.run.train_dataset_ratios})
         if offers(runner.model, HasConnector):
             _call_once(runner.model.connector, lambda out: self._note(soft_prompts=int(out.shape[1])))
 
-    def after_evaluation(self, runner: Runner, evaluation: Evaluation) -> None:
+    def after_evaluation(self, runner: TrainingRun, evaluation: Evaluation) -> None:
         if runner.accelerator.is_main_process:
             write_shown(evaluation.results, evaluation.dataset, self.folder)
 
-    def end(self, runner: Runner, is_complete: bool) -> None:
+    def end(self, runner: TrainingRun, is_complete: bool) -> None:
         self._note(**peak_memory(_read(self.folder / FACTS_FILE)))
         if is_complete:
             effort = dataclasses.asdict(runner.state.effort)

@@ -57,8 +57,8 @@ from evlgen.config.named_code import (
     not_imported_unasked,
 )
 from evlgen.config.run_config import RunConfig
-from evlgen.config.schema import Problems, Registered, build_dataclass, check_section, instantiate
-from evlgen.config.stages import Stage, check_sequence, layers_of_stage, stage_names
+from evlgen.config.schema import Problems, Registered, build_dataclass, check_section, instantiate, show
+from evlgen.config.stages import Stage, layers_of_stage, stage_names
 from evlgen.config.yaml_io import dump_yaml
 from evlgen.files.io import PACKAGE_ROOT, near_name, write_atomically
 
@@ -247,6 +247,41 @@ def load_stages(
         raise ConfigError(message_lines(dict.fromkeys(problems)))
     check_sequence(found)
     return found
+
+
+def check_sequence(configs: Sequence[Config]) -> None:
+    """What stages, each right in itself, cannot be one after the other: a later one reads the weights of an
+    earlier one, and its checkpoints hold what it trains alone.
+
+    Raises:
+        ConfigError: names the stages and the keys.
+    """
+    for place, cfg in enumerate(configs):
+        problems, stage = Problems(cfg.source), cfg.stage
+        if stage is None:
+            continue
+        if cfg.run.evaluate:
+            problems.add("run.evaluate", f"stage '{stage.name}' trains: set it to false")
+        if cfg.run.resume not in (None, "auto"):
+            problems.add("run.resume", "with stages it is auto, which finds the stage to go on with, or null")
+        for before in () if stage.has_own_start else configs[:place]:
+            for key, message in _unlike(before.model_plain(), cfg.model_plain()):
+                assert before.stage is not None
+                where = f"in stage '{before.stage.name}', whose weights '{stage.name}' starts from"
+                problems.add(f"model.{key}", f"{message} {where}")
+        problems.raise_any()
+
+
+def _unlike(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Keys of the ``model`` section that keep the weights of a stage from a later one, and why."""
+    for part in ("vision", "connector", "language"):
+        old, new = before.get(part) or {}, now.get(part) or {}
+        if old.get("name") != new.get("name"):
+            yield f"{part}.name", f"is {show(new.get('name'))}, and it is {show(old.get('name'))}"
+        if part != "connector" and old.get("freeze") is False and new.get("freeze") is not False:
+            yield f"{part}.freeze", "must be false: it is trained"
+        if old.get("lora") and old["lora"] != new.get("lora"):
+            yield f"{part}.lora", f"must be {show(old['lora'])}, as it is"
 
 
 def find_config(path: str | os.PathLike) -> Path:

@@ -147,6 +147,10 @@ class RunConfig:
     #: once. The first steps take longer for it; it pays in long runs on a GPU.
     compile: bool = False
 
+    #: Encode the next batch's images on a stream of their own while gradients are computed, where the vision
+    #: encoder is frozen. Needs the memory of its activations besides; only a GPU gains by it.
+    encode_ahead: bool = False
+
     #: Keep what the frozen vision encoder makes of the training images in a file, and train from that: the
     #: encoder runs once per image. Takes images x views x tokens x channels x 2 bytes of disk.
     cache_vision: bool = False

@@ -122,7 +122,7 @@ def parameters_of(target: Any) -> Parameters:
 
 def config_of(target: Any) -> Any:
     """The dataclass that a class declares as its ``CONFIG``; None where it has none, or where a subclass with
-    a constructor of its own says anew what the keys are."""
+    a constructor of its own has the keys."""
     for owner in target.__mro__ if isinstance(target, type) else ():
         if "CONFIG" in vars(owner) or "__init__" in vars(owner):
             return vars(owner).get("CONFIG")

@@ -8,16 +8,13 @@ option ``stages.NAME.run.init_lr=1e-5`` is for one stage, any other option for a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from evlgen.common.errors import ConfigError, did_you_mean
 from evlgen.config.layers import Layer, options_layer
 from evlgen.config.problems import Problems
 from evlgen.config.schema import show, unknown_key
-
-if TYPE_CHECKING:
-    from evlgen.config.config import Config
 
 STAGES = "stages"
 _SECTIONS = ("model", "datasets", "run")
@@ -130,38 +127,3 @@ def _check_options(options: Sequence[str], names: Sequence[str]) -> None:
             raise ConfigError(
                 f"--options {option}: write stages.NAME.run.init_lr=1e-5, with a stage's name.{hint} {known}"
             )
-
-
-def check_sequence(configs: Sequence[Config]) -> None:
-    """What stages, each right in itself, cannot be one after the other: a later one reads the weights of an
-    earlier one, and its checkpoints hold what it trains alone.
-
-    Raises:
-        ConfigError: names the stages and the keys.
-    """
-    for place, cfg in enumerate(configs):
-        problems, stage = Problems(cfg.source), cfg.stage
-        if stage is None:
-            continue
-        if cfg.run.evaluate:
-            problems.add("run.evaluate", f"stage '{stage.name}' trains: set it to false")
-        if cfg.run.resume not in (None, "auto"):
-            problems.add("run.resume", "with stages it is auto, which finds the stage to go on with, or null")
-        for before in () if stage.has_own_start else configs[:place]:
-            for key, message in _unlike(before.model_plain(), cfg.model_plain()):
-                assert before.stage is not None
-                where = f"in stage '{before.stage.name}', whose weights '{stage.name}' starts from"
-                problems.add(f"model.{key}", f"{message} {where}")
-        problems.raise_any()
-
-
-def _unlike(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Keys of the ``model`` section that keep the weights of a stage from a later one, and why."""
-    for part in ("vision", "connector", "language"):
-        old, new = before.get(part) or {}, now.get(part) or {}
-        if old.get("name") != new.get("name"):
-            yield f"{part}.name", f"is {show(new.get('name'))}, and it is {show(old.get('name'))}"
-        if part != "connector" and old.get("freeze") is False and new.get("freeze") is not False:
-            yield f"{part}.freeze", "must be false: it is trained"
-        if old.get("lora") and old["lora"] != new.get("lora"):
-            yield f"{part}.lora", f"must be {show(old['lora'])}, as it is"

@@ -8,17 +8,16 @@ from __future__ import annotations
 import bisect
 import functools
 import hashlib
-import lzma
 import os
 import re
 import zipfile
-import zlib
 from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
 from evlgen.common.errors import DataError, did_you_mean
+from evlgen.files.archives import DAMAGED
 from evlgen.files.io import atomic_file, cache_root
 from evlgen.files.tar_headers import DamagedTarError, read_members
 
@@ -32,16 +31,6 @@ _TABLES = (".parquet", ".arrow")
 _ARCHIVE = re.compile(r"\.(zip|tar|tar\.gz|tgz|tar\.bz2|tar\.xz)(?=/|$)", re.IGNORECASE)
 _CELL_END = re.compile(r"(?P<row>[0-9]{1,18}(\.[0-9]{1,9})?)(=(?P<digest>[0-9a-f]+))?")
 _LONGEST_PATH = 4096  # of a file; what lies in it may have a longer name
-# What zipfile raises on damaged members besides OSError.
-_DAMAGED = (
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    EOFError,
-    ValueError,
-    NotImplementedError,
-    RuntimeError,
-)
 
 
 class Place(NamedTuple):
@@ -196,7 +185,7 @@ class ZipArchive(Container):
         self._checked_size(member, opened.getinfo(name).file_size)
         try:
             return opened.read(name)
-        except (*_DAMAGED, OSError) as error:
+        except (*DAMAGED, OSError) as error:
             raise self._damaged(member, _said(error)) from error
 
 
@@ -287,7 +276,7 @@ class TableColumn(Container):
 def _open_zip(file: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(file)
-    except (*_DAMAGED, OSError) as error:
+    except (*DAMAGED, OSError) as error:
         raise DataError(
             f"{file} is not a zip archive that can be read: {_said(error)}.", "damaged archive"
         ) from error

@@ -144,7 +144,7 @@ def _bring_images(item: Item, root: Path) -> None:
     addresses = _addresses(item, root)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         try:
-            list(tqdm(pool.map(get, addresses.items()), total=len(addresses), unit="picture", disable=None))
+            list(tqdm(pool.map(get, addresses.items()), total=len(addresses), unit="image", disable=None))
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise

@@ -13,7 +13,7 @@ from evlgen.datasets.records import good
 logger = logging.getLogger(__name__)
 
 
-def tell_of_overlap(
+def warn_of_overlap(
     name: str, splits: Mapping[str, Any], learned: Collection[str], scored: Collection[str]
 ) -> None:
     """Warns of each scored split that has images or videos which are learned from. They are compared by

@@ -32,7 +32,7 @@ _CHUNK = 1 << 20
 _LONGEST_NAME = 4096
 _PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 # What zipfile and decompressors raise on damaged archives besides OSError; they have no common base class.
-_DAMAGED = (
+DAMAGED = (
     zipfile.BadZipFile,
     zlib.error,
     lzma.LZMAError,
@@ -95,7 +95,7 @@ def extract(archive: str | os.PathLike, folder: str | os.PathLike, limits: Limit
         if folder.exists():
             folder.rmdir()
         os.replace(temporary, folder)
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise DataError(
             f"{archive} cannot be unpacked: {_cause(error)}. Remove it and download it again."
         ) from error

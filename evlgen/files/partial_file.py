@@ -12,7 +12,7 @@ from email.message import Message
 from pathlib import Path
 from typing import Any
 
-from evlgen.files.io import make_readable, write_atomically
+from evlgen.files.atomic import make_readable, write_atomically
 
 
 @dataclasses.dataclass(frozen=True)

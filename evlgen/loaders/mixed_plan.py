@@ -12,7 +12,7 @@ from evlgen.common.errors import ConfigError, did_you_mean
 from evlgen.config.run_config import RunConfig
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.datasets.stream import Partition, StreamDataset
-from evlgen.loaders.data import BatchPlan, mix_seed
+from evlgen.loaders.batch_plan import BatchPlan, mix_seed
 
 #: Partitions of each process. Batches take them in turn, and workers take batches in turn, so with 1, 2, 4 or
 #: 8 workers each partition is read by one of them; with other numbers several workers follow a partition,
@@ -211,7 +211,7 @@ def _sized(datasets: Iterable[BaseDataset]) -> list[HasSizes]:
     return found
 
 
-def told_length(dataset: BaseDataset) -> str:
+def format_length(dataset: BaseDataset) -> str:
     """The size of a dataset for people, as far as it is known without counting."""
     if isinstance(dataset, StreamDataset):
         return f"{len(dataset.records)} shards"

@@ -32,7 +32,7 @@ from evlgen.weights.weights import read_weights
 logger = logging.getLogger(__name__)
 
 _ADAPTER, _TEMPORAL = ".lora_", ".temporal_merge."  # in the names of weights
-_WITHOUT = "model.checkpoint: null starts without it."
+_REMEDY = "model.checkpoint: null starts without it."
 _SAVED_CONFIG = "the config.yaml beside the weights says"
 _HEAD, _NORM = "prompt_head.", "ln_vision."
 # What gives learned weights a place that have none.
@@ -112,12 +112,12 @@ def _check_fits(
     if missing and all(name.startswith((_HEAD, "connector.proj_residual.")) for name in missing):
         raise CheckpointError(
             f"{path} was trained without {_some(missing)}, and gives other texts with it. Set "
-            f"model.soft_prompts: null and model.connector.residual: false; {_WITHOUT}"
+            f"model.soft_prompts: null and model.connector.residual: false; {_REMEDY}"
         )
     if missing and all(name.startswith(_NORM) for name in missing):
         raise CheckpointError(
             f"{path} was trained without {_some(missing)}, and gives other texts with it. Set "
-            f"model.vision.norm_eps: null; {_WITHOUT}"
+            f"model.vision.norm_eps: null; {_REMEDY}"
         )
 
 
@@ -161,7 +161,7 @@ def _check_temporal_form(
             f"{path} was trained with model.vision.temporal.form: {trained}"
             f"{', as all published weights of videos' if is_theirs else ''}, and this model has "
             f"{model.temporal or 'none'}, where they mean another thing. Set model.vision.temporal.form: "
-            f"{trained}; {_WITHOUT}"
+            f"{trained}; {_REMEDY}"
         )
 
 
@@ -174,7 +174,7 @@ def _check_places(model: nn.Module, path: str | Path, unexpected: list[str]) -> 
         why = next((why for mark, why in _PLACES.items() if mark in name), None)
         why = _READS_TEXT if name.startswith(text) else why
         if why:
-            raise CheckpointError(f"{path} holds {name}, which has no place here: {why}; {_WITHOUT}")
+            raise CheckpointError(f"{path} holds {name}, which has no place here: {why}; {_REMEDY}")
 
 
 def _temporal_form_beside(weights: Path) -> str | None:
@@ -200,7 +200,7 @@ def _check_shapes(path: str | Path, state: dict[str, Tensor], own: dict[str, Ten
             f"{path} does not fit: {key} has shape {tuple(state[key].shape)}, the model's is "
             f"{tuple(own[key].shape)}"
             f"{f' ({len(wrong)} such weights)' if len(wrong) > 1 else ''}. Check model.vision, "
-            f"model.connector, model.language; {_WITHOUT}"
+            f"model.connector, model.language; {_REMEDY}"
         )
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -15,11 +15,8 @@ from torch import Tensor
 
 from evlgen.common.errors import TrainingError
 from evlgen.config.run_config import RunConfig
-from evlgen.runners.listener import Listener, Step
+from evlgen.runners.listener import Listener, Step, TrainingRun
 from evlgen.runners.training_state import TrainingState
-
-if TYPE_CHECKING:
-    from evlgen.runners.runner import Runner
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +40,7 @@ class LossWatch(Listener):
         self.tolerant = accelerator.mixed_precision != "no"
         self._trained, self._left_out = 0, 0  # steps of this process's life
 
-    def after_step(self, runner: Runner, step: Step) -> None:
+    def after_step(self, runner: TrainingRun, step: Step) -> None:
         if step.is_finite:
             self._trained += 1
             self.finite(runner.state, step.losses["loss"], step.seen)
@@ -52,7 +49,7 @@ class LossWatch(Listener):
             last_good = runner.checkpointer.latest()
             self.not_finite(runner.state, step.losses["loss"], step.grad_norm, step.seen, last_good)
 
-    def after_epoch(self, runner: Runner) -> None:
+    def after_epoch(self, runner: TrainingRun) -> None:
         """Raises `TrainingError` where the run ends, there were iterations, and not one of them changed the
         weights."""
         state, start = runner.state, runner.plan.start

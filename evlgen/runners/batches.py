@@ -10,6 +10,7 @@ from evlgen.datasets.base_dataset import BaseDataset, Skipped
 from evlgen.loaders.data import batch_size, rows_of, seeded
 from evlgen.loaders.mixed_plan import one_by_one
 from evlgen.models.base_model import BaseModel
+from evlgen.runners.encoding_ahead import EncodedAhead
 from evlgen.runners.skipped import SkippedSamples
 from evlgen.runners.task import Task
 
@@ -73,6 +74,11 @@ class TrainingBatches:
             samples = self._stand_in()
         self._last = samples
         return samples, count
+
+    def begin_next(self) -> None:
+        """Called while the gradients of a batch are computed: the next one may be encoded meanwhile."""
+        if isinstance(self.batches, EncodedAhead):
+            self.batches.begin()
 
     def _learnable(self, batch: Batch) -> Batch:
         """A batch whose samples that leave nothing to learn are among its ``skipped`` ones."""

@@ -7,21 +7,17 @@ import logging
 import time
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 from evlgen.loaders.data import eval_loader, to_device
 from evlgen.loaders.interruption import StopNow
 from evlgen.runners.batches import set_aside
 from evlgen.runners.gathering import gather_records
-from evlgen.runners.listener import Evaluation
-
-if TYPE_CHECKING:
-    from evlgen.runners.runner import Runner
+from evlgen.runners.listener import Evaluation, TrainingRun
 
 logger = logging.getLogger(__name__)
 
 
-def evaluate_split(runner: Runner, evaluation: Evaluation) -> None:
+def evaluate_split(runner: TrainingRun, evaluation: Evaluation) -> None:
     """Generates for every sample of a split and scores: fills in ``evaluation``, on all processes.
 
     Raises:

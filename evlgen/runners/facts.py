@@ -8,16 +8,13 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from evlgen.files.io import write_atomically
-from evlgen.runners.listener import Listener
-
-if TYPE_CHECKING:
-    from evlgen.runners.runner import Runner
+from evlgen.runners.listener import Listener, TrainingRun
 
 FACTS_FILE = "facts.json"
 
@@ -27,7 +24,7 @@ class RunFacts(Listener):
     ``peak_gpu_bytes`` (of the first process), ``wall_seconds`` and ``starts`` (of all its processes one after
     the other), ``state``."""
 
-    def before_training(self, runner: Runner) -> None:
+    def before_training(self, runner: TrainingRun) -> None:
         self._path, self._started = runner.folder / FACTS_FILE, time.monotonic()
         self._before = read_facts(self._path) if runner.run.resume else {}
         self._facts = {
@@ -35,14 +32,14 @@ class RunFacts(Listener):
         }
         self._write(runner, "training")
 
-    def after_validation(self, runner: Runner, is_best: bool) -> None:
+    def after_validation(self, runner: TrainingRun, is_best: bool) -> None:
         self._write(runner, "training")
 
-    def end(self, runner: Runner, is_complete: bool) -> None:
+    def end(self, runner: TrainingRun, is_complete: bool) -> None:
         if hasattr(self, "_path"):
             self._write(runner, "finished" if is_complete else "stopped")
 
-    def _write(self, runner: Runner, state: str) -> None:
+    def _write(self, runner: TrainingRun, state: str) -> None:
         if not runner.accelerator.is_main_process:
             return
         facts = {

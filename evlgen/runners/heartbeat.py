@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from typing import TYPE_CHECKING
 
 from evlgen.common.registry import registry
 from evlgen.config.schema import PositiveFloat
 from evlgen.files.io import write_atomically
-from evlgen.runners.listener import Listener, Step
-
-if TYPE_CHECKING:
-    from evlgen.runners.runner import Runner
+from evlgen.runners.listener import Listener, Step, TrainingRun
 
 
 @registry.register_listener("heartbeat")
@@ -27,7 +23,7 @@ class Heartbeat(Listener):
     def __init__(self, seconds: PositiveFloat = 30.0) -> None:
         self.seconds, self._last = seconds, 0.0
 
-    def after_step(self, runner: Runner, step: Step) -> None:
+    def after_step(self, runner: TrainingRun, step: Step) -> None:
         now = time.time()
         if not runner.accelerator.is_main_process or now - self._last < self.seconds:
             return

@@ -11,8 +11,6 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
@@ -24,12 +22,8 @@ from evlgen.loaders.data import batch_size
 from evlgen.models.base_model import BaseModel
 from evlgen.models.protocols import HasPromptHead, HasSoftPrompts, offers
 from evlgen.runners.gathering import gather_records
-from evlgen.runners.listener import Evaluation, Listener
 from evlgen.runners.log_fields import IMAGE_USE
 from evlgen.runners.training_state import kept_random_state
-
-if TYPE_CHECKING:
-    from evlgen.runners.runner import Runner
 
 logger = logging.getLogger(__name__)
 
@@ -275,20 +269,6 @@ class ImageUseMeter:
             num_samples=len(rows),
             num_left_out=left_out,
         )
-
-
-class ImageUseWatch(Listener):
-    """Measures `ImageUse` in every evaluation; `Evaluation.image_use` has it."""
-
-    def before_evaluation(self, runner: Runner, evaluation: Evaluation) -> None:
-        self._meter = ImageUseMeter(runner.run.image_use_samples)
-
-    def before_answers(self, runner: Runner, evaluation: Evaluation, samples: Batch) -> Batch:
-        held_out = partial(runner.task.held_out, dataset=evaluation.dataset)
-        return self._meter.measure(runner.model, samples, held_out)
-
-    def after_evaluation(self, runner: Runner, evaluation: Evaluation) -> None:
-        evaluation.image_use = self._meter.over_processes()
 
 
 def _kept(encoded: Batch) -> Batch:

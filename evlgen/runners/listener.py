@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from evlgen.batch import Batch
 from evlgen.common.registry import registry
@@ -15,11 +15,26 @@ from evlgen.config.schema import check_section
 from evlgen.runners.training_state import TrainingState
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from pathlib import Path
 
+    from accelerate import Accelerator
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from evlgen.common.lr_schedules import Schedule
+    from evlgen.config.run_config import RunConfig
     from evlgen.datasets.base_dataset import BaseDataset
+    from evlgen.loaders.batch_plan import BatchPlan
+    from evlgen.loaders.interruption import StopRequest
+    from evlgen.loaders.mixed_plan import MixedPlan
+    from evlgen.models.base_model import BaseModel
+    from evlgen.runners.batches import TrainingBatches
+    from evlgen.runners.checkpointer import Checkpointer
+    from evlgen.runners.distribution import Distribution
     from evlgen.runners.image_use import ImageUse
-    from evlgen.runners.runner import Runner
+    from evlgen.runners.lengths import Epochs
+    from evlgen.runners.skipped import SkippedSamples
+    from evlgen.runners.task import Task
 
 
 @dataclass
@@ -88,6 +103,56 @@ class Evaluation:
         return " ".join(x for x in (self.key, self.label) if x)
 
 
+class TrainingRun(Protocol):
+    """What listeners, and the parts of the loop, see of a `Runner`.
+
+    Attributes:
+        run: the ``run`` section.
+        folder: where the run writes.
+        config: the whole configuration as plain values.
+        datasets: dataset name -> split name -> dataset.
+        clock: when the time of training was last counted, in seconds.
+    """
+
+    run: RunConfig
+    task: Task
+    model: BaseModel
+    datasets: dict[str, dict[str, BaseDataset]]
+    folder: Path
+    config: dict[str, Any]
+    accelerator: Accelerator
+    distribution: Distribution
+    length: Epochs
+    plan: BatchPlan | MixedPlan
+    batches: TrainingBatches
+    schedule: Schedule
+    optimizer: Optimizer
+    state: TrainingState
+    skipped: SkippedSamples
+    checkpointer: Checkpointer
+    stop: StopRequest
+    listeners: list[Listener]
+    clock: float
+
+    @property
+    def log(self) -> ShowsProgress: ...
+
+    def notify(self, event: str, *arguments: Any) -> None:
+        """Calls a method of all listeners."""
+
+    def where(self) -> str:
+        """How far training is, for messages."""
+
+    def count_time(self) -> None:
+        """Adds the time since `clock` to that of training."""
+
+
+class ShowsProgress(Protocol):
+    """Shows how far a loop is."""
+
+    def progress(self, batches: Any, label: str) -> Any: ...
+
+
 class Listener:
     """Is called as a run goes on. A listener of your own overrides what it needs:
 
@@ -111,51 +176,51 @@ class Listener:
     exception raised here ends the run.
     """
 
-    def before_training(self, runner: Runner) -> None:
+    def before_training(self, runner: TrainingRun) -> None:
         """All is set up, a resumed run where it stopped: ``runner.state``, ``model``, ``optimizer``,
         ``folder``."""
 
-    def before_epoch(self, runner: Runner) -> None:
+    def before_epoch(self, runner: TrainingRun) -> None:
         """The (rest of the inner) epoch that ``runner.state`` is in begins."""
 
-    def before_update(self, runner: Runner) -> None:
+    def before_update(self, runner: TrainingRun) -> None:
         """The weights are about to change."""
 
-    def after_step(self, runner: Runner, step: Step) -> None:
+    def after_step(self, runner: TrainingRun, step: Step) -> None:
         """An optimizer step is done; ``runner.state.iteration`` counts its batches."""
 
-    def after_record(self, runner: Runner, record: dict[str, Any]) -> None:
+    def after_record(self, runner: TrainingRun, record: dict[str, Any]) -> None:
         """A line of ``log.jsonl`` is written, of training (every ``run.log_freq`` iterations) or of an
         evaluation. The main process alone calls this."""
 
-    def after_epoch(self, runner: Runner) -> None:
+    def after_epoch(self, runner: TrainingRun) -> None:
         """An (inner) epoch is trained, and not yet validated."""
 
-    def before_evaluation(self, runner: Runner, evaluation: Evaluation) -> None:
+    def before_evaluation(self, runner: TrainingRun, evaluation: Evaluation) -> None:
         """A split is about to be evaluated, the model in eval mode."""
 
-    def before_answers(self, runner: Runner, evaluation: Evaluation, samples: Batch) -> Batch | None:
+    def before_answers(self, runner: TrainingRun, evaluation: Evaluation, samples: Batch) -> Batch | None:
         """A batch of an evaluation is about to be answered. Returns the samples to answer, or None for the
         same."""
 
-    def after_evaluation(self, runner: Runner, evaluation: Evaluation) -> None:
+    def after_evaluation(self, runner: TrainingRun, evaluation: Evaluation) -> None:
         """A split is evaluated; its metrics are known."""
 
-    def after_validation(self, runner: Runner, is_best: bool) -> None:
+    def after_validation(self, runner: TrainingRun, is_best: bool) -> None:
         """The epoch is validated, and ``runner.state.epoch`` counts it."""
 
-    def before_stop(self, runner: Runner) -> None:
+    def before_stop(self, runner: TrainingRun) -> None:
         """The run stops since somebody asked for it, between two steps."""
 
-    def after_training(self, runner: Runner) -> None:
+    def after_training(self, runner: TrainingRun) -> None:
         """All epochs are trained and validated; the test is to come."""
 
-    def end(self, runner: Runner, is_complete: bool) -> None:
+    def end(self, runner: TrainingRun, is_complete: bool) -> None:
         """`Runner.train` ends, tests included; or it was interrupted or failed."""
 
 
 @contextlib.contextmanager
-def ending_noted(runner: Runner) -> Iterator[None]:
+def ending_noted(runner: TrainingRun) -> Iterator[None]:
     """Calls `Listener.end` of all listeners however the block ends."""
 
     def end(listener: Listener, kind: type | None, *error: object) -> None:

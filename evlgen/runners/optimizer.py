@@ -14,7 +14,7 @@ from evlgen.models.base_model import BaseModel
 from evlgen.runners.dtensor import by_kind, multiply, total_norm
 
 if TYPE_CHECKING:
-    from evlgen.runners.runner import Runner
+    from evlgen.runners.listener import TrainingRun
 
 
 def build_optimizer(
@@ -66,7 +66,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
-def update_weights(runner: Runner, scale: float, loss: float) -> float:
+def update_weights(runner: TrainingRun, scale: float, loss: float) -> float:
     """Scales and clips the gradient and moves the weights, unless a number is not finite.
 
     Args:

@@ -8,20 +8,17 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from evlgen.common.safe_text import printable
 from evlgen.config.run_config import RunConfig
 from evlgen.files.io import write_atomically
-from evlgen.runners.listener import Evaluation, Listener, Step
+from evlgen.runners.listener import Evaluation, Listener, Step, TrainingRun
 from evlgen.runners.sample_captions import SAMPLES_FILE
 from evlgen.runners.skipped import format_counts
 from evlgen.runners.training_state import TrainingState
-
-if TYPE_CHECKING:
-    from evlgen.runners.runner import Runner
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +41,7 @@ class RunLog(Listener):
         if enabled:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def before_training(self, runner: Runner) -> None:
+    def before_training(self, runner: TrainingRun) -> None:
         """Begins the bar and the clock. What the log says of later than now is taken out of it: that is
         trained again."""
         if not self.enabled:
@@ -60,14 +57,14 @@ class RunLog(Listener):
                 total=self._total, initial=state.iteration, desc="training", unit="it", dynamic_ncols=True
             )
 
-    def before_epoch(self, runner: Runner) -> None:
+    def before_epoch(self, runner: TrainingRun) -> None:
         self._resume_clock(runner.state)
 
     def _resume_clock(self, state: TrainingState) -> None:
         """Leaves what happened since the last line (a validation) out of the next one's speed."""
         self._last, self._samples, self._from = time.perf_counter(), 0, state.iteration
 
-    def after_step(self, runner: Runner, step: Step) -> None:
+    def after_step(self, runner: TrainingRun, step: Step) -> None:
         """Every ``log_freq`` iterations writes the mean loss since the last line."""
         if not self.enabled or not step.is_finite:
             return
@@ -98,7 +95,7 @@ class RunLog(Listener):
         self._resume_clock(state)
         runner.notify("after_record", record)
 
-    def after_training(self, runner: Runner) -> None:
+    def after_training(self, runner: TrainingRun) -> None:
         """Closes the bar."""
         if self._bar is not None:
             self._bar.close()
@@ -106,7 +103,7 @@ class RunLog(Listener):
         if self._board is not None:
             self._board.flush()
 
-    def after_evaluation(self, runner: Runner, evaluation: Evaluation) -> None:
+    def after_evaluation(self, runner: TrainingRun, evaluation: Evaluation) -> None:
         """Notes the metrics of an evaluated split, the samples scored and those that could not be read, and
         how much the images are used; warns where they are not."""
         if not self.enabled:

@@ -29,7 +29,7 @@ from evlgen.runners.checkpointing import Checkpointing
 from evlgen.runners.distribution import Distribution, WeightedMeans, make_accelerator
 from evlgen.runners.evaluation import deciding_metric, evaluate_split
 from evlgen.runners.facts import RunFacts
-from evlgen.runners.image_use import ImageUseWatch
+from evlgen.runners.image_use_watch import ImageUseWatch
 from evlgen.runners.lengths import Epochs
 from evlgen.runners.listener import Evaluation, Listener, Step, ending_noted
 from evlgen.runners.optimizer import set_learning_rate, update_weights
@@ -179,6 +179,7 @@ class Runner:
                 losses = self.task.train_step(self.distribution.wrapped, samples)
                 weight = float(losses.pop("num_tokens", count)) * (count > 0)
                 accelerator.backward(losses["loss"] * (1.0 if is_one_batch else weight / batch_size))
+            self.batches.begin_next()
             means.add(losses, weight, count)
             seen.append((losses["loss"].detach(), samples.get("sample_id", []) if count else []))
         mean_losses, weight, count, asked_to_stop = means.over_processes(accelerator, self.stop.requested)

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from evlgen.files.io import atomic_file
 from evlgen.loaders.data import evenly_spread
-from evlgen.runners.listener import Evaluation, Listener
+from evlgen.runners.listener import Evaluation, Listener, TrainingRun
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from evlgen.runners.runner import Runner
 
 SAMPLES_FILE = "samples.jsonl"
 IMAGES = "samples"  # the folder of their images
@@ -28,7 +27,7 @@ class SampleCaptions(Listener):
     ``best`` and ``worst`` by the task's ``sample_scores``; each with ``id``, ``text``, ``reference``,
     ``score`` and ``image``, a file that the run's folder keeps once."""
 
-    def after_evaluation(self, runner: Runner, evaluation: Evaluation) -> None:
+    def after_evaluation(self, runner: TrainingRun, evaluation: Evaluation) -> None:
         if not runner.accelerator.is_main_process:
             return
         rows = shown_rows(evaluation.results)
@@ -59,7 +58,7 @@ class SampleCaptions(Listener):
                 file.write(json.dumps(record, default=str) + "\n")
 
     def _entry(
-        self, row: Mapping[str, Any], runner: Runner, evaluation: Evaluation, scores: Mapping[Any, float]
+        self, row: Mapping[str, Any], runner: TrainingRun, evaluation: Evaluation, scores: Mapping[Any, float]
     ) -> dict[str, Any]:
         name = f"{evaluation.key.replace('/', '_')}_{row.get('instance_id', '')}.png"
         image = save_image(row, evaluation.dataset, runner.folder / IMAGES / name)

@@ -11,18 +11,19 @@ from evlgen.datasets.records import digest
 from evlgen.loaders.data import train_loader
 from evlgen.loaders.mixed_plan import make_plan, recorded, split_ratios
 from evlgen.runners.batches import TrainingBatches
+from evlgen.runners.encoding_ahead import EncodedAhead
 from evlgen.runners.lengths import length_of
 from evlgen.runners.optimizer import build_optimizer
 from evlgen.runners.training_state import TrainingState
 from evlgen.vision_cache.cache import cached
 
 if TYPE_CHECKING:
-    from evlgen.runners.runner import Runner
+    from evlgen.runners.listener import TrainingRun
 
 logger = logging.getLogger(__name__)
 
 
-def set_up_training(runner: Runner) -> None:
+def set_up_training(runner: TrainingRun) -> None:
     """Gives a runner its plan, length, schedule, optimizer, state and batches; a resumed run stands where it
     stopped."""
     run, accelerator = runner.run, runner.accelerator
@@ -76,6 +77,8 @@ def set_up_training(runner: Runner) -> None:
         runner.count_time()  # encoding is a part of training that is done beforehand
     loader = train_loader(datasets, runner.plan, run.num_workers, accelerator.device.type == "cuda")
     batches = runner.stop.heeding(loader, loader.num_workers > 0)
+    if run.encode_ahead:
+        batches = EncodedAhead(batches, runner.model)
     runner.batches = TrainingBatches(
         batches, datasets, runner.model, runner.task, runner.skipped, processes, run.seed
     )

@@ -11,7 +11,7 @@ import random
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
@@ -19,11 +19,8 @@ from evlgen.common.errors import ConfigError, TrainingError
 from evlgen.common.safe_text import message, printable
 from evlgen.files.io import write_atomically
 from evlgen.files.json_io import read_json
-from evlgen.runners.listener import Evaluation, Listener
+from evlgen.runners.listener import Evaluation, Listener, TrainingRun
 from evlgen.runners.training_state import kept_random_state
-
-if TYPE_CHECKING:
-    from evlgen.runners.runner import Runner
 
 logger = logging.getLogger(__name__)
 
@@ -62,17 +59,17 @@ class Trackers(Listener):
         self._open: dict[str, GeneralTracker] | None = None
         self._step = 0  # of the last record: a test is of no iteration
 
-    def before_training(self, runner: Runner) -> None:
+    def before_training(self, runner: TrainingRun) -> None:
         self._start(runner, runner.state.iteration)
 
-    def after_record(self, runner: Runner, record: Mapping[str, Any]) -> None:
+    def after_record(self, runner: TrainingRun, record: Mapping[str, Any]) -> None:
         self._start(runner)
         self._step = record["iteration"] or self._step
         prefix = record["type"] if record["type"] == "train" else record["split"]
         values = {f"{prefix}/{name}": v for name, v in record.items() if isinstance(v, float)}
         self._each(lambda name, tracker: tracker.log(values, step=self._step))
 
-    def after_evaluation(self, runner: Runner, evaluation: Evaluation) -> None:
+    def after_evaluation(self, runner: TrainingRun, evaluation: Evaluation) -> None:
         if not runner.accelerator.is_main_process or not evaluation.samples:
             return
         self._start(runner)
@@ -80,11 +77,11 @@ class Trackers(Listener):
         shown = (evaluation.key, evaluation.samples, runner.folder, step)
         self._each(lambda name, tracker: _SHOW[name](tracker, *shown))
 
-    def end(self, runner: Runner, is_complete: bool) -> None:
+    def end(self, runner: TrainingRun, is_complete: bool) -> None:
         self._each(lambda name, tracker: tracker.finish())
         self._open, runner.accelerator.trackers = None, []
 
-    def _start(self, runner: Runner, iteration: int = 0) -> None:
+    def _start(self, runner: TrainingRun, iteration: int = 0) -> None:
         if not self.names or self._open is not None or not runner.accelerator.is_main_process:
             return
         self._open, path = {}, runner.folder / RUNS_FILE
@@ -126,7 +123,7 @@ def _fresh_random_state() -> Iterator[None]:
         yield
 
 
-def _begin(name: str, runner: Runner, run_id: str | None, iteration: int) -> GeneralTracker:
+def _begin(name: str, runner: TrainingRun, run_id: str | None, iteration: int) -> GeneralTracker:
     """A tracker at work: on its run of before where that is known."""
     folder, cls = runner.folder, LOGGER_TYPE_TO_CLASS[name]
     if name == "tensorboard":

@@ -27,7 +27,7 @@ from evlgen.models.zoo import load_model_of
 from evlgen.processors.turns import Turn, VisualPart
 
 _NEW_TOKENS = 256  # of an answer at most, where a task does not say
-_MARKER = "<image>"  # what tasks write into a text where an image stands
+MARKER = "<image>"  # what tasks write into a text where an image stands
 _ARGUMENTS = (
     "checkpoint",
     "cfg_path",
@@ -70,7 +70,7 @@ def _model_class() -> type:
     return EVLGen
 
 
-class _Question(NamedTuple):
+class Question(NamedTuple):
     """What stands before an answer.
 
     Attributes:
@@ -198,7 +198,7 @@ class Harnessed:
         for start in tqdm(starts, "evlgen", disable=getattr(self, "_rank", 0) != 0):
             yield requests[start : start + self.batch_size]
 
-    def _questions(self, requests: Sequence[Any]) -> list[_Question]:
+    def _questions(self, requests: Sequence[Any]) -> list[Question]:
         """Requests of one sample share its pixels."""
         known: dict[Any, tuple[list[VisualPart], list[Tensor]]] = {}
         questions = []
@@ -207,7 +207,7 @@ class Harnessed:
             if sample not in known:
                 visuals = [_visual(source) for source in self._sources(request)]
                 known[sample] = visuals, [pixels_of_visual(self.model, v, self.num_frames) for v in visuals]
-            questions.append(_Question(text, *known[sample], (sample, text)))
+            questions.append(Question(text, *known[sample], (sample, text)))
         return questions
 
     def _sources(self, request: Any) -> Sequence[Any]:
@@ -222,24 +222,24 @@ class Harnessed:
         target = request.args[1]
         return target if isinstance(target, str) else str(target(self._document(request)))
 
-    def _form(self, question: _Question) -> tuple:
+    def _form(self, question: Question) -> tuple:
         """Questions of the same form may stand in one batch."""
         if self._is_single(question):
             return ("image", *question.images[0].shape)
         return ("sequence",)
 
-    def _is_single(self, question: _Question) -> bool:
+    def _is_single(self, question: Question) -> bool:
         return not self.chat and len(question.images) == 1
 
     # ---- from questions to samples
 
-    def _prompt(self, question: _Question) -> str:
+    def _prompt(self, question: Question) -> str:
         text = question.text
-        return (text.replace(_MARKER, "").strip() if text.count(_MARKER) == 1 else text) or self.model.prompt
+        return (text.replace(MARKER, "").strip() if text.count(MARKER) == 1 else text) or self.model.prompt
 
-    def _parts(self, question: _Question) -> list[str | VisualPart]:
+    def _parts(self, question: Question) -> list[str | VisualPart]:
         """The texts and images of a sequence."""
-        visuals, texts = list(question.visuals), question.text.split(_MARKER)
+        visuals, texts = list(question.visuals), question.text.split(MARKER)
         parts: list[str | VisualPart] = [*visuals, question.text or self.model.prompt]
         if len(texts) - 1 == len(visuals):
             parts = [texts[0]]
@@ -247,7 +247,7 @@ class Harnessed:
                 parts += [visual, text]
         return [part for part in parts if part]
 
-    def _samples(self, questions: Sequence[_Question], answers: Sequence[str] | None = None) -> Batch:
+    def _samples(self, questions: Sequence[Question], answers: Sequence[str] | None = None) -> Batch:
         """A batch of questions of one form; with ``answers`` to be scored."""
         if self._is_single(questions[0]):
             samples: Batch = {"image": torch.stack([q.images[0] for q in questions]).to(self.model.device)}
@@ -273,7 +273,7 @@ class Harnessed:
 
     # ---- the model
 
-    def _options(self, how: dict[str, Any], question: _Question) -> dict[str, Any]:
+    def _options(self, how: dict[str, Any], question: Question) -> dict[str, Any]:
         temperature = float(how.get("temperature") or 0)
         samples = bool(how.get("do_sample", temperature > 0)) and temperature > 0
         options: dict[str, Any] = {
@@ -286,7 +286,7 @@ class Harnessed:
         penalties = ("repetition_penalty", "length_penalty")
         return {**options, **{key: float(how[key]) for key in penalties if how.get(key) is not None}}
 
-    def _room(self, question: _Question, wanted: int) -> int:
+    def _room(self, question: Question, wanted: int) -> int:
         """New tokens that the language model has room for, ``wanted`` at most."""
         language = self.model.language
         if language.max_positions is None:
@@ -304,12 +304,12 @@ class Harnessed:
             read = num_positions(row, num_soft)
         return max(1, min(wanted, language.max_positions - read))
 
-    def _write(self, questions: Sequence[_Question], options: dict[str, Any]) -> list[str]:
+    def _write(self, questions: Sequence[Question], options: dict[str, Any]) -> list[str]:
         samples = self._samples(questions)
         write = self.model.generate if "image" in samples else self.model.answer_turns
         return write(samples, **options)
 
-    def _score(self, questions: Sequence[_Question], answers: Sequence[str]) -> list[tuple[float, bool]]:
+    def _score(self, questions: Sequence[Question], answers: Sequence[str]) -> list[tuple[float, bool]]:
         """As `loglikelihood`, of questions of one form. What is asked several times is read once."""
         owners = [[q.key for q in questions].index(question.key) for question in questions]
         places = sorted(set(owners))

@@ -87,7 +87,7 @@ class BaseTask:
         flat = [text for of_one in texts for text in of_one]
         return {**samples, "text_input": flat, "num_texts": [len(of_one) for of_one in texts]}
 
-    def to_ask(self, samples: Batch) -> list[str]:
+    def prompts(self, samples: Batch) -> list[str]:
         """The samples' own texts that the model is given to continue; empty where it is given none."""
         return []
 

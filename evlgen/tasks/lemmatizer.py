@@ -8,7 +8,7 @@ from typing import Any
 from evlgen.common.errors import ConfigError
 
 PIPELINE = "en_core_web_sm"
-_WITHOUT = "Or set it to false: answers are then scored as they are written."
+_REMEDY = "Or set it to false: answers are then scored as they are written."
 
 
 class Lemmatizer:
@@ -40,12 +40,12 @@ def load_lemmatizer() -> Lemmatizer:
     except ImportError as error:
         raise ConfigError(
             'run.apply_lemmatizer needs spaCy: pip install "evlgen[lemmatizer]" && python -m spacy download '
-            f"{PIPELINE}. {_WITHOUT}"
+            f"{PIPELINE}. {_REMEDY}"
         ) from error
     try:
         return Lemmatizer(spacy.load(PIPELINE).pipe)
     except OSError as error:
         raise ConfigError(
             f"run.apply_lemmatizer needs spaCy's English pipeline: python -m spacy download {PIPELINE}. "
-            f"{_WITHOUT}"
+            f"{_REMEDY}"
         ) from error

@@ -59,7 +59,7 @@ class QuestionAnsweringTask(BaseTask):
 
     # ---- training
 
-    def to_ask(self, samples: Batch) -> list[str]:
+    def prompts(self, samples: Batch) -> list[str]:
         return ask(self.prompt, samples, len(samples["text_input"]))
 
     def to_learn(self, samples: Batch) -> Batch:
@@ -73,7 +73,7 @@ class QuestionAnsweringTask(BaseTask):
         Raises:
             DataError: they have no answers.
         """
-        questions = self.to_ask(samples)
+        questions = self.prompts(samples)
         if "answers" not in samples:
             if "text_output" not in samples:
                 raise DataError(
@@ -117,7 +117,7 @@ class QuestionAnsweringTask(BaseTask):
         if not answers:
             return None
         asked = select(samples, list(answers))
-        return {**asked, "text_input": self.to_ask(asked), "text_output": list(answers.values())}
+        return {**asked, "text_input": self.prompts(asked), "text_output": list(answers.values())}
 
     def valid_step(self, model: BaseModel, samples: Batch) -> list[dict[str, Any]]:
         """``{"question_id", "answer", "question", "instance_id"}`` for each sample of a batch."""

@@ -29,7 +29,8 @@ from evlgen.config.run_config import RunConfig
 from evlgen.datasets.base_dataset import BaseDataset, CollatedDataset, SequenceDataset
 from evlgen.files.io import cache_root
 from evlgen.files.locks import lock_at, try_lock
-from evlgen.loaders.data import eval_loader, mix_seed
+from evlgen.loaders.batch_plan import mix_seed
+from evlgen.loaders.data import eval_loader
 from evlgen.loaders.interruption import StopNow, StopRequest
 from evlgen.models.base_model import BaseModel
 from evlgen.models.protocols import EncodesImages, offers
@@ -440,7 +441,7 @@ class _Progress:
         self._bar = tqdm(
             total=total * processes,
             desc="encoding images",
-            unit="picture",
+            unit="image",
             dynamic_ncols=True,
             leave=False,
             disable=not (shown and sys.stderr.isatty()),

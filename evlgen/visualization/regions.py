@@ -47,13 +47,6 @@ def draw_regions(images: np.ndarray, groups: np.ndarray, scale: int = 1, width: 
     return np.where(np.where(is_alone[large], narrow, wide)[..., None], lines[large], fills[large])
 
 
-def mean_colours(images: np.ndarray, groups: np.ndarray) -> dict[int, tuple[int, int, int]]:
-    """The mean colour of each region's pixels, by its number in ``groups`` (shapes as in `draw_regions`)."""
-    regions, _ = _numbered(groups)
-    colours = _mean_colours(images, _stretched(regions, images.shape[-3:-1]))
-    return dict(zip(np.unique(groups).tolist(), map(tuple, colours.tolist()), strict=True))
-
-
 def outline_colours(
     fills: np.ndarray, first: np.ndarray, grid: tuple[int, int], is_alone: np.ndarray
 ) -> np.ndarray:

@@ -98,7 +98,7 @@ def accuracies(vision: nn.Module, heads: ReadOuts, seed: int, images: int = 500)
         label, guess = patches[:, i], head(tokens[:, 1:]).argmax(-1)
         right[name] = (guess == label)[label > 0].float().mean().item()
         right["empty"] = (guess == label)[label == 0].float().mean().item()
-    right["picture"] = ((heads.image(tokens[:, 0]) > 0) == (image > 0)).all(1).float().mean().item()
+    right["image"] = ((heads.image(tokens[:, 0]) > 0) == (image > 0)).all(1).float().mean().item()
     return {name: round(value, 4) for name, value in right.items()}
 
 

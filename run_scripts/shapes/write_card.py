@@ -8,22 +8,22 @@ from pathlib import Path
 
 CARD = """# The bundled backbones of the Shapes world
 
-Small frozen parts that make training a connector possible without a download. They know 64-pixel pictures of coloured
+Small frozen parts that make training a connector possible without a download. They know 64-pixel images of coloured
 shapes and the English said about them, and nothing else. Made by `bash run_scripts/make_shapes_backbones.sh`, seed
 {seed}, on CPU cores without a GPU; all data is drawn and written by `evlgen/datasets/shapes` while training. Weights are
 stored as float16 and computed in what the configuration asks for.
 
 | part | file | what it is | parameters | training | minutes |
 |---|---|---|---|---|---|
-| vision encoder | `vision.safetensors` ({vision_mb} MB) | timm `vit_tiny_patch16_224` with {vision_kwargs} | {vision[parameters]:,} | {vision[steps]} steps of {vision[batch_size]} pictures | {vision[minutes]} |
+| vision encoder | `vision.safetensors` ({vision_mb} MB) | timm `vit_tiny_patch16_224` with {vision_kwargs} | {vision[parameters]:,} | {vision[steps]} steps of {vision[batch_size]} images | {vision[minutes]} |
 | language model | `language/` ({language_mb} MB) | OPT: 4 layers, 128 wide, 256 positions; byte-level BPE of {language[vocabulary]} tokens | {language[parameters]:,} | {language[steps]} steps of {language[batch_size]} documents | {language[minutes]} |
 
 ## Vision encoder
 
 Trained by attributes: linear read-outs of every patch token name the kind, colour, size, row and column of the shape that
-covers the patch; one of the class token names what is in the picture. It never saw a caption. The read-outs are not kept.
-Pixels are scaled to -1..1 (mean and standard deviation 0.5). On 500 held-out pictures, share of right answers: {accuracy}.
-(`picture`: every kind, colour and the number right at once.)
+covers the patch; one of the class token names what is in the image. It never saw a caption. The read-outs are not kept.
+Pixels are scaled to -1..1 (mean and standard deviation 0.5). On 500 held-out images, share of right answers: {accuracy}.
+(`image`: every kind, colour and the number right at once.)
 
 ## Language model
 
@@ -31,13 +31,13 @@ Trained on text alone: documents that describe one scene several times over, as 
 attributes in shuffled order, and questions with answers (`Question: what colour is the star? Short answer: red`). Most
 documents open with a bag of words of the scene, one or several to a position (the sum of their embeddings, with a little noise),
 so that the model uses what stands before a text: that is where soft prompts will stand. This makes it easy to steer, on purpose.
-Matrices were trained with Muon, the rest with AdamW. It has seen no picture. Loss on fresh documents: {language[loss_on_fresh_documents]}
+Matrices were trained with Muon, the rest with AdamW. It has seen no image. Loss on fresh documents: {language[loss_on_fresh_documents]}
 nats per token. Conventions are OPT's: `</s>` (2) begins every text, `<pad>` is 1, and a line ends in a newline token.
 
 ## Connector
 
 `connector/` (1.8 MB) is a TomeFormer (3 layers, 128 wide, r = 16: 65 visual tokens become 17 soft prompts) trained between the
-two by `bash run_scripts/make_shapes_connector.sh`: 1,600 iterations of 64 pictures with one caption each. On the 500 pictures of
+two by `bash run_scripts/make_shapes_connector.sh`: 1,600 iterations of 64 images with one caption each. On the 500 images of
 the test split, greedy captions of the bundled one: 89.0 % true to the scene with nothing left out, CIDEr 3.01; one human-like
 reference scores 2.53 against the other four.
 
@@ -50,7 +50,7 @@ and no better after 500.
 ## Limits
 
 Anything outside the Shapes world is unknown to them: the tokenizer can spell any text, but the language model knows about
-two hundred words. They are for learning the framework, for tests and for comparing connectors, not for real pictures.
+two hundred words. They are for learning the framework, for tests and for comparing connectors, not for real images.
 """
 
 

@@ -8,7 +8,7 @@ from evlgen.assemble import build_datasets, make_builders
 from evlgen.config.config import Config
 from evlgen.datasets.base_dataset import BadRecord, BaseDataset, MediaDataset
 from evlgen.datasets.media import ImageFiles
-from evlgen.datasets.overlap import tell_of_overlap
+from evlgen.datasets.overlap import warn_of_overlap
 
 
 def images(*names: str, root: str = "root") -> MediaDataset:
@@ -23,7 +23,7 @@ def test_files_of_a_scored_split_that_are_learned_from_are_told(caplog) -> None:
         "test": images("c", root="/elsewhere"),
     }
     splits["val"].records.append(BadRecord("b", "of no use"))
-    tell_of_overlap("mine", splits, ["train", "more", "of another dataset"], ["val", "test"])
+    warn_of_overlap("mine", splits, ["train", "more", "of another dataset"], ["val", "test"])
     assert [record.getMessage().partition(" are ")[0] for record in caplog.records] == [
         "mine: 2 of the 3 files of split 'val'",
         "mine: 1 of the 1 files of split 'test'",
@@ -40,8 +40,8 @@ def test_files_of_a_scored_split_that_are_learned_from_are_told(caplog) -> None:
     ],
 )
 def test_splits_without_common_files_are_not(caplog, train, val) -> None:
-    tell_of_overlap("mine", {"train": train, "val": val}, ["train"], ["val"])
-    tell_of_overlap("mine", {"train": train, "val": train}, [], ["train"])
+    warn_of_overlap("mine", {"train": train, "val": val}, ["train"], ["val"])
+    warn_of_overlap("mine", {"train": train, "val": train}, [], ["train"])
     assert not caplog.records
 
 

@@ -57,7 +57,7 @@ def test_the_recipe_gives_the_bundled_vocabulary(made: Path):
 @pytest.mark.slow
 def test_the_card_holds_the_numbers_of_the_run(made: Path):
     card = (made / "CARD.md").read_text()
-    assert f"12 steps of {json.loads((made / 'vision.json').read_text())['batch_size']} pictures" in card
+    assert f"12 steps of {json.loads((made / 'vision.json').read_text())['batch_size']} images" in card
     assert not re.search(r"{\w+", card)
 
 

@@ -27,7 +27,7 @@ from evlgen.datasets.base_dataset import BadRecord, Skipped
 from evlgen.datasets.shards import ShardDataset, _shuffled, partition_pieces
 from evlgen.datasets.stream import Partition
 from evlgen.files.tar_headers import tar_members
-from evlgen.loaders.mixed_plan import check_training_data, make_plan, told_length
+from evlgen.loaders.mixed_plan import check_training_data, format_length, make_plan
 from evlgen.processors import build_processor
 
 IMAGE = build_processor({"name": "blip_image_eval", "image_size": 8, "mean": [0, 0, 0], "std": [1, 1, 1]})
@@ -425,7 +425,7 @@ def test_samples_are_counted_only_when_somebody_asks(tmp_path, monkeypatch):
     assert make_plan([stream], **options, has_epochs=False).batches_per_epoch is None
     assert make_plan([stream, stream], **options, ratios=[1, 2], has_epochs=False).lengths == [None, None]
     check_training_data(RunConfig(max_iters=3, valid_splits=[]), {"web_shards": {"train": stream}})
-    assert told_length(stream) == "2 shards" and not asked
+    assert format_length(stream) == "2 shards" and not asked
     assert make_plan([stream], **options).batches_per_epoch == 2
     assert make_plan([stream, stream], **options, has_epochs=False).lengths == [5, 5]
     assert len(asked) == 1

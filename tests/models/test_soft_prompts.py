@@ -11,7 +11,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
-from evlgen.common.errors import CheckpointError
+from evlgen.common.errors import CheckpointError, ConfigError
 from evlgen.common.registry import registry
 from evlgen.config.config import load_model_config
 from evlgen.datasets.shapes.captions import captions
@@ -228,10 +228,18 @@ def test_a_checkpoint_keeps_it_and_says_when_the_config_does_not_fit(shapes, tmp
 def test_places_learn_faster_and_what_starts_from_a_bert_slower():
     model = build({**DEEP, "num_layers": 1}, {"scale": 0.4})
     model.connector.init_lr_scale = 0.1
-    factors = {
-        id(p): g["lr_scale"] for g in build_optimizer(model, 1.0, 0.0).param_groups for p in g["params"]
-    }
-    by_name = {name: factors[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+
+    def factors(**scales):
+        groups = build_optimizer(model, 1.0, 0.0, lr_scale=scales).param_groups
+        found = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+        return {name: found[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+
+    by_name = factors()
     assert by_name["prompt_head.places"] == 10.0 and by_name["prompt_head.gain"] == 1.0
     assert by_name["connector.layers.0.qkv.weight"] == by_name["connector.positions.weight"] == 0.1
     assert by_name["connector.proj_in.weight"] == by_name["ln_vision.weight"] == 1.0
+    by_name = factors(connector=0.5, **{"connector.layers.0.qkv": 2.0})
+    assert by_name["connector.proj_in.weight"] == 0.5 and by_name["ln_vision.weight"] == 1.0
+    assert by_name["connector.layers.0.qkv.weight"] == 2.0
+    with pytest.raises(ConfigError, match=r"run.lr_scale.conector: no trained .*Did you mean 'connector'"):
+        factors(conector=0.5)

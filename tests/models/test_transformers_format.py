@@ -27,7 +27,7 @@ from evlgen.common.errors import CheckpointError
 from evlgen.config.config import load_model_file
 from evlgen.models.connectors.base import ConnectorInputs
 from evlgen.models.published.conversion import convert
-from evlgen.models.published.transformers_format import write_transformers
+from evlgen.models.published.transformers_writing import write_transformers
 
 _VOCABULARY = 408  # rows; the tokenizer has 400 tokens
 _SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)

@@ -26,7 +26,8 @@ from evlgen.datasets.base_dataset import BaseDataset, Skipped
 from evlgen.datasets.caption_dataset import CaptionDataset
 from evlgen.datasets.media import ImageFiles
 from evlgen.datasets.shapes_dataset import ShapesCaptionDataset
-from evlgen.loaders.data import mix_seed, seeded
+from evlgen.loaders.batch_plan import mix_seed
+from evlgen.loaders.data import seeded
 from evlgen.loaders.interruption import StopRequest
 from evlgen.models.vision.timm_encoder import TimmEncoder
 from evlgen.processors import build_processor
@@ -323,8 +324,8 @@ def test_an_image_with_several_captions_is_kept_once_and_a_broken_one_is_skipped
     assert isinstance(kept[6], Skipped) and kept[6] == dataset[6] and kept[7] == dataset[7]
     assert "3.png" in kept[6].reason
     (tmp_path / "pictures" / "3.png").write_bytes((tmp_path / "pictures" / "4.png").read_bytes())
-    mended = fill(dataset, model)
-    assert torch.equal(mended[6]["visual_tokens"], mended[8]["visual_tokens"])
+    filled = fill(dataset, model)
+    assert torch.equal(filled[6]["visual_tokens"], filled[8]["visual_tokens"])
 
 
 def test_the_card_says_what_a_store_is_of(model):

@@ -346,7 +346,7 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         return embeds.index_put((row, column), prompts.to(embeds.dtype)), layout
 
     def _training_width(self, longest: int) -> int:
-        """Positions of a batch to learn from whose longest sample has so many: a GPU plans attention anew for
+        """Positions of a batch to learn from whose longest sample has so many: a GPU plans attention for
         each length (0.1 s), so few lengths occur there."""
         multiple = _length_multiple(self.model.device)
         return max(longest, min(-(-longest // multiple) * multiple, self.max_positions or longest + multiple))

@@ -95,7 +95,7 @@ def use_fp8(
         parent = part.get_submodule(name.rpartition(".")[0])
         setattr(parent, name.rpartition(".")[2], Fp8Linear(module, torch.device(device)))
         if hasattr(parent, "qkv_bias_separate"):  # timm would else multiply with the weight itself
-            parent.qkv_bias_separate = True
+            parent.qkv_bias_separate = True  # type: ignore[assignment]  # not one of its modules
     logger.info("%d linear layers of %s are in float8", len(found), type(part).__name__)
     return [*found]
 

@@ -24,11 +24,8 @@ from evlgen.models.published.checkpoints import (
     to_own_names,
     to_published_names,
 )
-from evlgen.models.published.transformers_format import (
-    read_transformers,
-    transformers_type,
-    write_transformers,
-)
+from evlgen.models.published.transformers_format import read_transformers, transformers_type
+from evlgen.models.published.transformers_writing import write_transformers
 from evlgen.models.vlm import VLM
 from evlgen.weights.checkpoints import CONFIG_FILE, WEIGHTS_FILE, is_checkpoint, write_folder
 from evlgen.weights.hub import local_model_folder

@@ -7,17 +7,12 @@ The simpler ways it is compared with, the mean and the concatenation of the fram
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from evlgen.common.errors import ConfigError
-
-if TYPE_CHECKING:
-    from evlgen.models.vision.base import VisionEncoder
 
 ATTENTIVE_FORMS = ("average", "residual")  # those that add weights to the encoder
 WIDTH, HEADS = 256, 8  # channels of queries and keys together, and heads: published
@@ -65,8 +60,9 @@ class TemporalAttention(nn.Module):
         return attended.flatten(3).flatten(0, 1)
 
 
-def add_temporal_attention(encoder: VisionEncoder, form: str) -> None:
-    """Puts a `TemporalAttention` into every block of a timm transformer, as ``blocks.i.temporal_merge``.
+def add_temporal_attention(encoder: nn.Module, form: str) -> None:
+    """Puts a `TemporalAttention` into every block of an encoder of timm's blocks, as
+    ``blocks.i.temporal_merge``.
 
     Raises:
         ConfigError: the encoder's blocks are of another kind, or their channels do not divide into 8 heads.

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from evlgen.comparison.live_table import Board
+from evlgen.comparison.live_table import LiveTable
 from evlgen.comparison.parsing import Amount
 from evlgen.comparison.plan import Settings
 
@@ -19,5 +19,5 @@ def test_a_score_stands_with_the_iteration_it_is_of(evaluated, end):
     run = SimpleNamespace(
         configuration=SimpleNamespace(label="mlp"), seed=42, state="training", stages=[stage], error=None
     )
-    line = Board([run], Settings(budget=Amount.parse("40s", "--budget"))).line(run)
+    line = LiveTable([run], Settings(budget=Amount.parse("40s", "--budget"))).line(run)
     assert "iteration    40    20.0 s (50 %)" in line and line.endswith(end)
