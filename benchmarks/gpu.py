@@ -40,7 +40,7 @@ from evlgen.estimate import _without_weights, estimate
 from evlgen.models.base_model import BaseModel
 from evlgen.models.ops import use_fp8
 from evlgen.models.published.checkpoints import to_own_names
-from evlgen.models.token_merging import merge_schedule
+from evlgen.models.token_merging import match_tokens, merge_schedule
 from evlgen.runners.compilation import compile_blocks
 from evlgen.runners.encoding_ahead import EncodedAhead
 
@@ -113,13 +113,16 @@ def textbook_on_card(setting: Setting) -> Textbook:
     return model
 
 
-def ours_on_card(setting: Setting, like: Textbook | None = None) -> BaseModel:
-    """Our model, with the textbook's weights, or with random ones."""
+def ours_on_card(
+    setting: Setting, like: Textbook | None = None, arch: str = "evlgen_opt", **vision: Any
+) -> BaseModel:
+    """Our model, with the textbook's weights, or with random ones; ``vision``: further settings of it."""
     with tempfile.TemporaryDirectory() as folder:
         setting.sizes.opt_config().save_pretrained(folder)
         AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
         section = our_section(setting.sizes, Path(folder), setting.precision)
-        cls = registry.get_model_class("evlgen_opt")
+        section["arch"], section["vision"] = arch, {**section["vision"], **vision}
+        cls = registry.get_model_class(arch)
         config = build_dataclass(cls.CONFIG, section, path="model")
         model = _without_weights(config, setting.precision)
     model.to_empty(device=DEVICE)
@@ -292,7 +295,7 @@ def compiled(setting: Setting) -> None:
     ours = our_step(setting)
     pixels = batches(setting.sizes, setting.batch, DEVICE)
     plain = seconds(lambda: ours(next(pixels)), setting.rounds + 2)
-    compile_blocks(ours.model, backend="inductor" if DEVICE.type == "cuda" else "aot_eager")
+    compile_blocks(ours.model, backend="inductor" if DEVICE.type == "cuda" else "eager")
     started = time.perf_counter()
     ours(next(pixels))
     setting.report("compile", **{"ready after, s": time.perf_counter() - started})
@@ -407,28 +410,75 @@ def profiled(setting: Setting) -> None:
 
 
 def scaling(setting: Setting) -> None:
-    """One thing changes at a time: batch, length of the texts, r."""
+    """One thing changes at a time: batch, length of the texts, r, size of the images, frames of videos."""
+    is_small = setting.sizes is SMALL
+    matching(setting)
     ours, other = both_steps(setting)
-    image = next(batches(setting.sizes, setting.batch, DEVICE, count=1))["image"]
-
-    def measure(what: str, value: int, batch: int = setting.batch // 2, words: int = 12) -> None:
-        pixels = image.repeat(-(-batch // len(image)), 1, 1, 1)[:batch]
-        sample = {"image": pixels, "text_input": ["a " * words] * batch}
-        found = [seconds(lambda one=one: one(sample), 2) for one in (ours, other)]
-        setting.report(
-            f"scaling, {what} {value}",
-            **{"ours, s": found[0], "textbook, s": found[1], "ratio": found[0] / found[1]},
-        )
-
-    longest = setting.sizes.max_txt_len
-    for batch in (1, setting.batch // 8, setting.batch // 2, 2 * setting.batch):
-        measure("batch", batch, batch=max(1, batch))
-    for words in (longest // 4, longest - 4):
-        measure("words", words, words=words)
+    batch = setting.batch // 2
+    for size in dict.fromkeys((1, setting.batch // 8, batch, *(setting.batch * k for k in (2, 4, 8)))):
+        measure(setting, "batch", size, (ours, other), size)
     for r in (0, setting.sizes.r // 2, setting.sizes.r):
         ours.model.connector.r = merge_schedule(r, setting.sizes.layers)
         other.model.VLconnector.r = r
-        measure("r", r)
+        measure(setting, "r", r, (ours, other), batch)
+    usual = other.model.max_txt_len
+    for words in (8, 16) if is_small else (8, 32, 64, 128, 256):
+        ours.model.language.max_txt_len = other.model.max_txt_len = max(usual, words + 4)
+        measure(setting, "words", words, (ours, other), batch, words=words)
+    ours.model.language.max_txt_len = other.model.max_txt_len = usual
+    larger = dataclasses.replace(setting.sizes, image_size=2 * setting.sizes.image_size)
+    larger_setting = dataclasses.replace(setting, sizes=larger)
+    both = both_steps.__wrapped__(larger_setting)
+    tokens = both[0].model.vision.num_tokens
+    measure(larger_setting, "tokens", tokens, both, max(1, setting.batch // 8))
+    del both
+    model = ours_on_card(setting, arch="evlgen_video_opt", temporal={"form": "average"})
+    model.vision.checkpoint(False)
+    of_videos = OurStep(setting.sizes, None, setting.precision, model=model)
+    for frames in (1, 2) if is_small else (1, 4, 16):
+        measure(setting, "frames", frames, (of_videos,), max(1, setting.batch // 16), frames=frames)
+
+
+def measure(
+    setting: Setting,
+    what: str,
+    value: int,
+    steps: tuple[OurStep | TextbookStep, ...],
+    batch: int,
+    words: int = 12,
+    frames: int | None = None,
+) -> None:
+    """The time of a step of ours and of the textbook where one thing has changed; null without room."""
+    size, in_time = setting.sizes.image_size, () if frames is None else (frames,)
+    image = torch.randn(batch, 3, *in_time, size, size, device=DEVICE)
+    sample = {"image": image, "text_input": ["a " * words] * batch}
+    found: dict[str, float | None] = {}
+    for name, one in zip(("ours, s", "textbook, s"), steps, strict=False):
+        try:
+            found[name] = seconds(lambda one=one: one(sample), 2)
+        except torch.OutOfMemoryError:
+            found[name] = None
+            one.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+    if all(found.values()) and len(found) == 2:
+        found["ratio"] = found["ours, s"] / found["textbook, s"]
+    setting.report(f"scaling, {what} {value}", **found)
+
+
+def matching(setting: Setting) -> None:
+    """Matching alone, whose similarities grow with the square of the tokens, and a layer's attention."""
+    heads, batch = setting.sizes.heads, max(1, setting.batch // 16)
+    width = setting.sizes.hidden // heads
+    for tokens in (17, 65) if setting.sizes is SMALL else (257, 1025, 4097):
+        keys = torch.randn(batch, heads, tokens, width, device=DEVICE)
+        keys = keys.bfloat16() if setting.precision == "bf16" else keys
+        metric = keys.mean(1)
+        attention = partial(torch.nn.functional.scaled_dot_product_attention, keys, keys, keys)
+        alone = seconds(lambda metric=metric: match_tokens(metric, setting.sizes.r), 5)
+        setting.report(
+            f"matching, {tokens} tokens, batch {batch}",
+            **{"s": alone, "attention of a layer, s": seconds(attention, 5)},
+        )
 
 
 PARTS = {
@@ -479,7 +529,8 @@ def main() -> None:
     quiet_libraries()
     setting = setting_of(args.dry_run, args.output)
     asked = [part.partition(":") for part in args.parts]
-    raise SystemExit(not all([run(part, int(limit or 600), setting) for part, _, limit in asked]))
+    times = 5 if args.dry_run else 1  # a CPU may be slow, and busy
+    raise SystemExit(not all([run(part, times * int(limit or 600), setting) for part, _, limit in asked]))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@
 # Each part has a time limit. What is known is in FOLDER/gpu.jsonl and FOLDER/gpu.log at every moment (by
 # default benchmarks/gpu-results). --dry-run goes through all parts at small sizes, on a CPU too.
 set -u
-dry_run=()
+dry_run=() times=1
 if [ "${1:-}" = "--dry-run" ]; then
-    dry_run=(--dry-run)
+    dry_run=(--dry-run) times=5  # a CPU may be slow, and busy
     shift
 fi
 folder=$(mkdir -p "${1:-$(dirname "$0")/gpu-results}" && cd "${1:-$(dirname "$0")/gpu-results}" && pwd)
@@ -16,12 +16,12 @@ cd "$(dirname "$0")/.." || exit 1
 export PYTHONPATH=. HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 failed=0
 measure() {  # SECONDS PART:SECONDS ...
-    timeout --kill-after=5 "$1" \
+    timeout --kill-after=5 $(($1 * times)) \
         "${PYTHON:-python}" benchmarks/gpu.py "${@:2}" "${dry_run[@]}" --output "$folder/gpu.jsonl" 2>&1 |
         tee -a "$folder/gpu.log"
     code=${PIPESTATUS[0]}
     if [ "$code" != 0 ]; then
-        echo "${*:2} ended with $code (124: after $1 s)" | tee -a "$folder/gpu.log"
+        echo "${*:2} ended with $code (124: after $(($1 * times)) s)" | tee -a "$folder/gpu.log"
         failed=1
     fi
 }

@@ -1,12 +1,15 @@
-"""What a shipped project file needs and this machine lacks, said before torch is imported.
+"""What a project file needs and this machine lacks, said before torch is imported.
 
-All checks of a configuration come before those of its paths, and need the classes that it names. A shipped
-file is known to pass them, so that its paths can be looked at first.
+All checks of a configuration come before those of its paths, and need the classes that it names. Where a file
+sets no other keys than its model and its datasets have by default, its paths can be looked at first: one of
+them is missing also where the value of another key is wrong.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,10 +21,12 @@ from evlgen.config.build_info import BuildInfo, DataFiles
 from evlgen.config.catalogue import DATASETS
 from evlgen.config.checks import check_run
 from evlgen.config.config import DEFAULTS, find_config
-from evlgen.config.layers import Layers, builder_name, options_layer, read_layer
+from evlgen.config.derived import drop_foreign_sources
+from evlgen.config.layers import PROCESSOR_SECTIONS, Layers, builder_name, options_layer, read_layer
+from evlgen.config.model_config import ModelConfig
 from evlgen.config.problems import Problems
 from evlgen.config.run_config import RunConfig
-from evlgen.config.schema import build_dataclass
+from evlgen.config.schema import build_dataclass, check_section
 from evlgen.files.io import PACKAGE_ROOT, cache_root
 from evlgen.weights.needed import (
     ENCODER_WEIGHTS,
@@ -38,8 +43,8 @@ _HARMLESS = ("run.output_dir", "model.checkpoint")
 
 
 def look_for_files(cfg_path: str | os.PathLike, options: Sequence[str], plugins: Sequence[str]) -> None:
-    """Raises the `DataError` of `assemble.check_nothing_missing` where a shipped project file lacks data or
-    weights. Everything else, and every file of one's own, is left to the checks of a run."""
+    """Raises the `DataError` of `assemble.check_nothing_missing` where a project file lacks data or weights.
+    Everything else is left to the checks of a run."""
     try:
         missing = what_is_missing(cfg_path, options, plugins)
     except ConfigError:
@@ -51,26 +56,35 @@ def look_for_files(cfg_path: str | os.PathLike, options: Sequence[str], plugins:
 def what_is_missing(
     cfg_path: str | os.PathLike, options: Sequence[str] = (), plugins: Sequence[str] = ()
 ) -> tuple[list[MissingAsset], list[str]] | None:
-    """Weights and data that a shipped project file needs and this machine lacks; None where only the classes
-    that it names can say."""
+    """Weights and data that a project file needs and this machine lacks; None where only the classes that it
+    names can say."""
     path = find_config(cfg_path)
-    if plugins or not path.is_relative_to(PACKAGE_ROOT / "projects"):
+    if plugins:
         return None
     if importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         return None
     file, given = read_layer(path), options_layer(options)
     if {"stages", "plugins"} & {*file.content} or not all(map(_is_harmless, _leaves(given.content))):
         return None
-    arch, model_type = (file.content.get("model", {}).get(key) for key in ("arch", "model_type"))
-    defaults = [PACKAGE_ROOT / "configs" / "models" / str(arch) / f"{model_type}.yaml"]
-    for name, section in file.content["datasets"].items():
-        if builder_name(name, section) != name:
-            return None
-        defaults.append(DATASETS / f"{name}.yaml")
-    if not all(map(os.path.isfile, defaults)):
+    model, datasets = (file.content.get(key) for key in ("model", "datasets"))
+    if not isinstance(model, Mapping) or not isinstance(datasets, Mapping):
         return None
-    merged = Layers([read_layer(DEFAULTS), *map(read_layer, defaults), file, given]).merged()
+    arch, model_type = (str(model.get(key)) for key in ("arch", "model_type"))
+    of_model = PACKAGE_ROOT / "configs" / "models" / arch / f"{model_type}.yaml"
+    of_datasets = {name: DATASETS / f"{name}.yaml" for name in datasets}
+    files = (of_model, *of_datasets.values())
+    if not all(map(os.path.isfile, files)):
+        return None
+    if any(builder_name(name, section) != name for name, section in datasets.items()):
+        return None
+    known = [dataclasses.replace(read_layer(at), is_built_in=True) for at in files]
     problems = Problems(check_names=False)
+    check_section(model, ModelConfig, "model", problems=problems)
+    if not _sets_only(file.content, Layers(known).merged()):
+        return None
+    layers = Layers([read_layer(DEFAULTS), *known, file, given])
+    merged = layers.merged()
+    drop_foreign_sources(merged["datasets"], layers, logging.DEBUG)
     run = check_run(merged["run"], problems, list(merged["datasets"]))
     if run is None or len(problems) or (run.evaluate and not merged["model"].get("checkpoint")):
         return None
@@ -80,6 +94,24 @@ def what_is_missing(
     if weights is None or None in data:
         return None
     return weights, [line for lines in data for line in lines or ()]
+
+
+def _sets_only(content: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
+    """Whether all that a file says of its connector and its datasets are keys that their defaults have, so
+    that none is misspelled."""
+    parts = [(content["datasets"], known["datasets"])]
+    if "connector" in content["model"]:
+        parts.append((content["model"]["connector"], known["model"]["connector"]))
+    return all(_has_keys(known, given) for given, known in parts)
+
+
+def _has_keys(known: Any, given: Any) -> bool:
+    if not isinstance(given, Mapping):
+        return not isinstance(known, Mapping)
+    return isinstance(known, Mapping) and all(
+        key in PROCESSOR_SECTIONS or (key in known and _has_keys(known[key], value))
+        for key, value in given.items()
+    )
 
 
 def _is_harmless(option: tuple[str, Any]) -> bool:

@@ -110,18 +110,19 @@ def check_together(model: Mapping[str, Any], run: RunConfig | None, problems: Pr
         why = "only whole images of a frozen vision encoder are encoded ahead"
         remedy = "Set model.vision.freeze: true and model.vision.tiles: null, or this to false"
         problems.add("run.encode_ahead", f"{why}. {remedy}")
-    if not run.cache_vision:
+    if not (run.cache_vision or run.cache_vision_eval):
         return
+    key = "run.cache_vision" if run.cache_vision else "run.cache_vision_eval"
     temporal = vision.get("temporal") or {}
     if vision.get("freeze") is False:
         why = "a trained vision encoder gives other tokens at every step: nothing can be kept"
-        problems.add("run.cache_vision", f"{why}. Set model.vision.freeze: true, or this to false")
+        problems.add(key, f"{why}. Set model.vision.freeze: true, or this to false")
     elif vision.get("tiles"):
         why = "images have different numbers of tiles, whose tokens are not kept"
-        problems.add("run.cache_vision", f"{why}. Set model.vision.tiles: null, or this to false")
+        problems.add(key, f"{why}. Set model.vision.tiles: null, or this to false")
     elif isinstance(temporal, Mapping) and temporal.get("form") in ("average", "residual"):
         why = "temporal attention is trained inside the vision encoder: its tokens cannot be kept"
-        problems.add("run.cache_vision", f"{why}. Set model.vision.temporal.form: mean, or this to false")
+        problems.add(key, f"{why}. Set model.vision.temporal.form: mean, or this to false")
 
 
 def _check_sharding(model: Mapping[str, Any], problems: Problems) -> None:

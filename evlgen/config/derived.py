@@ -42,12 +42,15 @@ def fill_processors(
                 section |= {k: v for k, v in follow.items() if k in known and section.get(k) is None}
 
 
-def drop_foreign_sources(datasets: Mapping[str, Mapping[str, Any]], layers: Layers) -> None:
+def drop_foreign_sources(
+    datasets: Mapping[str, Mapping[str, Any]], layers: Layers, level: int = logging.INFO
+) -> None:
     """Where a file of one's own stands in for a dataset's, the address, checksum and ground truth that are
     built in for the latter go. What somebody set stays.
 
     Args:
         datasets: checked sections; changed in place.
+        level: of the lines in the log that say what goes.
     """
     for name, dataset in datasets.items():
         info = dataset.get("build_info") or {}
@@ -74,7 +77,8 @@ def drop_foreign_sources(datasets: Mapping[str, Mapping[str, Any]], layers: Laye
                     del truths[split]
                     left.append(truth)
             if left:
-                logger.info(
+                logger.log(
+                    level,
                     "%s is '%s' (%s): left out what belongs to the dataset's own: %s",
                     storage,
                     part["storage"],

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from evlgen.common.precision import without_autocast
 
+_MOST_SCORES = 2**26  # similarities at once: 256 MiB; the published 64 images of 257 tokens have 2**20
+
 
 def limit_r(num_tokens: int, r: int, num_protected: int = 1) -> int:
     """The number of pairs that can merge: ``r``, but at most half of the tokens that are not protected."""
@@ -84,10 +86,9 @@ def match_tokens(metric: Tensor, r: int, num_protected: int = 1) -> tuple[Tensor
 
     with without_autocast(metric.device):
         metric = torch.nn.functional.normalize(metric.float(), dim=-1)
-        scores = torch.bmm(metric[:, ::2], metric[:, 1::2].transpose(1, 2))  # [B, A, B']
+        best_score, best_b = _best_matches(metric[:, ::2], metric[:, 1::2])  # [B, A]
     if num_protected:
-        scores[:, 0] = -torch.inf
-    best_score, best_b = scores.max(dim=-1)  # [B, A]
+        best_score[:, 0] = -torch.inf
     order = best_score.argsort(dim=-1, descending=True, stable=True)
     num_a = order.shape[1]
     num_kept = num_a - r
@@ -99,6 +100,19 @@ def match_tokens(metric: Tensor, r: int, num_protected: int = 1) -> tuple[Tensor
     merge_map[:, ::2] = map_a
     merge_map[:, 1::2] = map_b
     return merge_map, num_tokens - r
+
+
+def _best_matches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest product of each row [B, A, d] with rows [B, B', d], and which that is: [B, A] both. All
+    products at once grow with the square of the tokens; so many that they need memory are computed in parts.
+    """
+    per_row = a.shape[0] * b.shape[1]
+    if per_row * a.shape[1] <= _MOST_SCORES:
+        score, place = torch.bmm(a, b.transpose(1, 2)).max(dim=-1)
+        return score, place
+    parts = a.split(max(1, _MOST_SCORES // per_row), dim=1)
+    found = [torch.bmm(part, b.transpose(1, 2)).max(dim=-1) for part in parts]
+    return torch.cat([best.values for best in found], 1), torch.cat([best.indices for best in found], 1)
 
 
 class _Merge(torch.autograd.Function):

@@ -8,11 +8,13 @@ import time
 from collections.abc import Mapping
 from functools import partial
 
+from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.loaders.data import eval_loader, to_device
 from evlgen.loaders.interruption import StopNow
 from evlgen.runners.batches import set_aside
 from evlgen.runners.gathering import gather_records
 from evlgen.runners.listener import Evaluation, TrainingRun
+from evlgen.vision_cache.cache import cached
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +30,13 @@ def evaluate_split(runner: TrainingRun, evaluation: Evaluation) -> None:
     dataset = evaluation.dataset
     on_gpu = accelerator.device.type == "cuda"
     rank, processes = accelerator.process_index, accelerator.num_processes
+    was_training = runner.model.training
     limit = run.max_eval_samples
     if evaluation.state is not None:  # a validation
         limit = run.max_valid_samples or limit
-    loader = eval_loader(dataset, run.batch_size_eval, run.num_workers, on_gpu, rank, processes, limit)
+    shown = _with_kept_tokens(runner, evaluation) if run.cache_vision_eval else dataset
+    loader = eval_loader(shown, run.batch_size_eval, run.num_workers, on_gpu, rank, processes, limit)
     task.before_evaluation(dataset, evaluation.split)
-    was_training = runner.model.training
     runner.model.eval()
     started, skipped = time.perf_counter(), runner.skipped.fresh_counter()
     runner.notify("before_evaluation", evaluation)
@@ -67,6 +70,19 @@ def evaluate_split(runner: TrainingRun, evaluation: Evaluation) -> None:
     evaluation.metrics = gather_records([evaluation.metrics])[0]
     evaluation.seconds = time.perf_counter() - started
     runner.notify("after_evaluation", evaluation)
+
+
+def _with_kept_tokens(runner: TrainingRun, evaluation: Evaluation) -> BaseDataset:
+    """The dataset of an evaluation with visual tokens in place of images, computed the first time."""
+    kept, key = runner.kept_tokens, evaluation.key
+    if key not in kept:
+        runner.model.eval()
+        with runner.distribution.generating():
+            found = cached(
+                {key: evaluation.dataset}, runner.model, runner.run, runner.accelerator, runner.stop
+            )
+        kept.update(found)
+    return kept[key]
 
 
 def deciding_metric(scores: Mapping[str, Mapping[str, float]], split: str) -> float | None:

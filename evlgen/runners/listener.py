@@ -112,6 +112,7 @@ class TrainingRun(Protocol):
         config: the whole configuration as plain values.
         datasets: dataset name -> split name -> dataset.
         clock: when the time of training was last counted, in seconds.
+        kept_tokens: evaluated datasets that show visual tokens, by the evaluation's key.
     """
 
     run: RunConfig
@@ -133,6 +134,7 @@ class TrainingRun(Protocol):
     stop: StopRequest
     listeners: list[Listener]
     clock: float
+    kept_tokens: dict[str, BaseDataset]
 
     @property
     def log(self) -> ShowsProgress: ...

@@ -7,6 +7,7 @@ import torch
 from reference import plain_matching, textbook_matching
 from safetensors.torch import load_file
 
+from evlgen.models import token_merging
 from evlgen.models.token_merging import (
     compose_maps,
     match_tokens,
@@ -181,3 +182,12 @@ def test_torch_compile_gives_the_same():
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), step(x))
+
+
+def test_matching_in_parts_finds_the_same(monkeypatch):
+    metric = torch.randn(3, 65, 8, generator=torch.Generator().manual_seed(0))
+    whole, num_out = match_tokens(metric, 20)
+    for most in (1, 500, 3 * 32 * 33 - 1):  # a row at a time; some; all but one product
+        monkeypatch.setattr(token_merging, "_MOST_SCORES", most)
+        parts, num_parts = match_tokens(metric, 20)
+        assert num_parts == num_out and torch.equal(parts, whole)

@@ -145,6 +145,20 @@ def test_each_image_is_encoded_once_and_never_in_training(tiny_project, encoded)
     assert sum(encoded) == 5  # its shape, and four images that are compared with what is kept
 
 
+def test_each_image_of_an_evaluated_split_is_encoded_once(tiny_project, encoded, data_root):
+    path = tiny_project(run={"test_splits": ["val"], "precision": "fp32", "image_use_samples": 0})
+    options = ["run.cache_vision=true", "run.cache_vision_eval=true", "run.max_epoch=3"]
+    run_project(Config.load(path, options))
+    assert sum(encoded) == (IMAGES + 1) + (6 + 1), "three validations and a test of six images"
+    assert len(stores(data_root)) == 2
+    checkpoint = f"model.checkpoint={path.parent / 'output' / 'latest' / 'checkpoints' / 'best'}"
+    del encoded[:]
+    options = ["run.evaluate=true", checkpoint]
+    kept = run_project(Config.load(path, [*options, "run.cache_vision_eval=true"]))
+    assert sum(encoded) == 1 + 4, "its shape, and four that are compared with what is kept"
+    assert kept["val"].keys() == run_project(Config.load(path, options))["val"].keys()
+
+
 def test_a_resumed_run_gives_the_losses_of_one_never_interrupted(tiny_project, tmp_path):
     dropout = {"connector": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}}
     path = tiny_project(

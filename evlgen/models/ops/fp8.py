@@ -42,6 +42,8 @@ class Fp8Linear(nn.Linear):
 
     def __init__(self, linear: nn.Linear, device: torch.device) -> None:
         nn.Module.__init__(self)
+        # torch.compile fails at such a Function unless it takes it as one operation at first
+        torch.compiler.allow_in_graph(_product)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight, scale = _rounded_weight(linear.weight.detach(), device)
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -166,7 +168,5 @@ class _Fp8Product(torch.autograd.Function):
         return grad_x.to(grad.dtype).view(*grad.shape[:-1], weight.shape[1]), None, None, None
 
 
-# torch.compile takes it as one operation at first, and then what it computes: it fails at such a Function
-@torch.compiler.allow_in_graph
 def _product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return _Fp8Product.apply(x, weight, scale, bias)
