@@ -156,8 +156,9 @@ PAPER = {
 
 LLAVA = {
     **{"model.vision.name": "vit_large_patch14_clip_quickgelu_336.openai", "model.vision.image_size": 336},
-    **{"model.connector.name": "mlp", "model.language.name": "lmsys/vicuna-7b-v1.5"},
-    **{"model.language.chat_template": "vicuna_v1", "model.max_sequence_len": 2048},
+    **{"model.connector.name": "mlp", "model.vision.norm_eps": None},
+    **{"model.language.name": "lmsys/vicuna-7b-v1.5", "model.language.chat_template": "vicuna_v1"},
+    **{"model.max_sequence_len": 2048},
     **{"run.max_epoch": 1, "run.weight_decay": 0, "run.min_lr": 0},
 }
 
