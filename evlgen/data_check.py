@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from evlgen.common.errors import DataError
 from evlgen.common.safe_text import message, printable
-from evlgen.datasets.base_dataset import BadRecord, BaseDataset, CollatedDataset, Skipped
+from evlgen.datasets.base_dataset import BadRecord, BaseDataset, CollatedDataset, SequenceDataset, Skipped
 from evlgen.files.io import atomic_file
 from evlgen.loaders.data import eval_loader, evenly_spread, seeded, workers_named
 from evlgen.models.text_lengths import TextLength
@@ -264,14 +264,21 @@ def _visuals(dataset: BaseDataset) -> set[Hashable]:
     if not _tells_visuals(dataset):
         return set()
     readable = (i for i, record in enumerate(dataset.records) if not isinstance(record, BadRecord))
-    return {dataset.visual_source(index) for index in readable}
+    return {source for index in readable for source in _sources(dataset, index)}
 
 
 def _distinct(indices: Sequence[int], dataset: BaseDataset) -> list[int]:
     """One sample of each image or video."""
     if not _tells_visuals(dataset):
         return list(indices)
-    return list({dataset.visual_source(index): index for index in reversed(indices)}.values())[::-1]
+    return list({_sources(dataset, index): index for index in reversed(indices)}.values())[::-1]
+
+
+def _sources(dataset: BaseDataset, index: int) -> tuple[Hashable, ...]:
+    """What the images and videos of a sample are made from."""
+    if isinstance(dataset, SequenceDataset):
+        return tuple(dataset.source_of(visual) for visual in dataset.visuals(index))
+    return (dataset.visual_source(index),)
 
 
 def _spread(indices: Sequence[int], count: int) -> list[int]:
@@ -279,7 +286,9 @@ def _spread(indices: Sequence[int], count: int) -> list[int]:
 
 
 def _tells_visuals(dataset: BaseDataset) -> bool:
-    return type(dataset).visual_source is not BaseDataset.visual_source
+    return (
+        isinstance(dataset, SequenceDataset) or type(dataset).visual_source is not BaseDataset.visual_source
+    )
 
 
 def _lengths(counts: Sequence[int]) -> dict[str, int]:

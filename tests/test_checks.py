@@ -35,3 +35,17 @@ def test_no_modules_import_each_other_in_a_circle():
             del imports[module]
     circles = {module for module in imports if module in graph.find_upstream_modules(module)}
     assert not {module: imports[module] & imports.keys() for module in circles}
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ("README.md", 150),
+        ("examples/minimal.py", 150),
+        ("evlgen/runners/runner.py", 250),
+        ("evlgen/common/*.py", 700),
+    ],
+)
+def test_what_a_newcomer_reads_stays_short(files, limit):
+    root = PACKAGE_ROOT.parent
+    assert 0 < sum(len(path.read_text(encoding="utf-8").splitlines()) for path in root.glob(files)) <= limit

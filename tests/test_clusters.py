@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -83,6 +84,46 @@ def test_the_skypilot_task_has_known_fields():
     for part in ("setup", "run"):
         subprocess.run(["bash", "-n"], input=task[part], text=True, check=True)
     check_launch(task["run"].replace("\\\n", " "))
+
+
+def test_skypilots_schema_takes_the_task():
+    schemas = pytest.importorskip("sky.utils.schemas", reason="not installed: pip install skypilot")
+    from jsonschema import Draft7Validator
+
+    task = yaml.safe_load((SCRIPTS / "skypilot" / "train.yaml").read_text())
+    parts = (
+        (schemas.get_task_schema(), task),
+        (schemas.get_resources_schema(), task["resources"]),
+        (schemas.get_storage_schema(), task["file_mounts"]["/outputs"]),
+    )
+    for schema, part in parts:
+        assert not [error.message for error in Draft7Validator(schema).iter_errors(part)]
+
+
+def test_the_schema_of_the_training_operator_takes_the_job():
+    """With EVLGEN_PYTORCHJOB_CRD=FILE, manifests/base/crds/kubeflow.org_pytorchjobs.yaml of the operator."""
+    path = os.environ.get("EVLGEN_PYTORCHJOB_CRD")
+    if path is None:
+        pytest.skip("EVLGEN_PYTORCHJOB_CRD does not name the operator's definition of a PyTorchJob")
+    jsonschema = pytest.importorskip("jsonschema", reason="not installed: pip install jsonschema")
+    (version,) = yaml.load(Path(path).read_text(), yaml.CSafeLoader)["spec"]["versions"]
+    schema = version["schema"]["openAPIV3Schema"]
+    schema["properties"]["metadata"] = {"type": "object"}  # which is Kubernetes' own
+    _refuse_others(schema)
+    job = yaml.safe_load((SCRIPTS / "kubernetes" / "pytorchjob.yaml").read_text())
+    assert not [error.message for error in jsonschema.Draft7Validator(schema).iter_errors(job)]
+
+
+def _refuse_others(schema):
+    """Makes fields errors that a schema does not know, as ``kubectl apply --validate=strict`` does."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "object" and isinstance(schema.get("properties"), dict):
+            schema.setdefault("additionalProperties", False)
+        for part in list(schema.values()):
+            _refuse_others(part)
+    elif isinstance(schema, list):
+        for part in schema:
+            _refuse_others(part)
 
 
 def test_the_kubernetes_job_is_a_pytorchjob():

@@ -72,6 +72,10 @@ def test_a_run_learns_and_scores_conversations(project, tmp_path, capsys, monkey
     ]  # fmt: skip
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert any("image_worth" in record or "eval_loss" in record for record in log)
+    assert (
+        "conversations: 3 of the 3 files of split 'val' are trained on too"
+        in (folder / "log.txt").read_text()
+    )
     skipped = (folder / "skipped.jsonl").read_text()
     assert "it has 1 markers (<image>, <video>) and 0 images" in skipped
 
@@ -117,9 +121,24 @@ def test_data_check_counts_turns_images_and_lengths(project, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "turns: 4 in the middle, 4 at most; images: 2 with 0, 5 with 1, 1 with 2" in told
     assert "1 places without images" in told
+    assert "conversations/train: 9 samples of 3 images or videos" in told
+    assert "conversations/train and conversations/val share 3 images or videos" in told
     assert "model.max_sequence_len: " in told
     report = json.loads((tmp_path / "check" / "report.json").read_text())
     assert report["conversations/train"]["images"] == {"0": 2, "1": 5, "2": 1}
+
+
+def test_a_model_of_videos_sees_several_frames_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (40, 30), color) for color in ("red", "green", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "a.png")
+    written = []
+    chat = Chat(load_model("evlgen_video_opt", "shapes"), None, {"max_length": 3, "num_frames": 3})
+    for name in ("a.gif", "a.png"):
+        chat.show(str(tmp_path / name))
+    chat.hold(iter(["what happens?"]), written.append)
+    assert [part["image"].shape[1] for part in chat.messages[0]["content"][:2]] == [3, 1]
+    assert chat.messages[1]["content"] in "".join(written)
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(tmp_path):

@@ -84,9 +84,11 @@ class Chat:
         """Puts an image or a video before the next message. Raises `EVLGenError` where it cannot be read."""
         from evlgen.media.video import VIDEO_SUFFIXES
         from evlgen.models.chatting import pixels_of_visual
+        from evlgen.models.protocols import reads_videos
         from evlgen.processors.turns import VisualPart
 
-        kind = "video" if path.lower().endswith(tuple(VIDEO_SUFFIXES)) else "image"
+        suffixes = (*VIDEO_SUFFIXES, ".gif") if reads_videos(self.model) else tuple(VIDEO_SUFFIXES)
+        kind = "video" if path.lower().endswith(suffixes) else "image"
         frames = self.options.get("num_frames", 4)
         pixels = pixels_of_visual(self.model, VisualPart(kind, path), frames)
         self._shown.append({"type": "image", "image": pixels})

@@ -6,7 +6,7 @@ import argparse
 
 from evlgen.commands.arguments import add_common, add_options
 
-HELP = "turn a published checkpoint (.pth), or a BLIP-2 or LLaVA folder of transformers, into ours, or back"
+HELP = "turn a published .pth, or BLIP-2, InstructBLIP or LLaVA in transformers' format, into ours, or back"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -53,8 +53,7 @@ def load_entry_points() -> list[str]:
     Raises:
         EVLGenError: one of them raised while it was imported.
     """
-    # as folders happen to list them
-    unordered = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    unordered = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)  # as folders list them
     found = sorted(unordered, key=lambda entry: (entry.name, entry.value))
     for entry in found:
         package = entry.dist.name if entry.dist else "an installed package"
@@ -83,11 +82,8 @@ def _load_file(name: str, path: Path) -> None:
     if spec is None or spec.loader is None:
         raise EVLGenError(f"plugin '{name}': {path} is not a Python file. Its name has to end in .py.")
     module = importlib.util.module_from_spec(spec)
-    with (
-        _named(f"plugin '{name}' ({path})", "", path),
-        _registered(module_name, module),
-        _on_path(path.parent),
-    ):
+    named = _named(f"plugin '{name}' ({path})", "", path)
+    with named, _registered(module_name, module), _on_path(path.parent):
         spec.loader.exec_module(module)
     logger.info("plugin %s loaded", path)
 

@@ -72,9 +72,9 @@ class Registry:
         """The class registered as ``name``; raises `RegistryError` with the nearest names otherwise."""
         if not self.has(kind, name):
             known = self.names(kind)
+            hint = did_you_mean(str(name), known)
             raise RegistryError(
-                f"no {kind} is registered as '{name}'.{did_you_mean(str(name), known)} Known: "
-                f"{', '.join(known)}. "
+                f"no {kind} is registered as '{name}'.{hint} Known: {', '.join(known)}. "
                 "A name of your own needs its file in `plugins:` or --plugins, or is the path of a class in "
                 "a module that Python finds, such as my_package.my_module.MyClass."
             )

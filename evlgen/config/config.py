@@ -31,7 +31,7 @@ from evlgen.config.checks import (
     check_structure,
     check_together,
 )
-from evlgen.config.dataset_config import DatasetConfig, FrozenDict, dataset_config
+from evlgen.config.dataset_config import DatasetConfig, FrozenDict, dataset_config, frozen
 from evlgen.config.derived import drop_foreign_sources, fill_processors, real_path
 from evlgen.config.lavis import (
     datasets_from_lavis,
@@ -47,6 +47,7 @@ from evlgen.config.layers import (
     Layer,
     Layers,
     builder_name,
+    display,
     read_layer,
 )
 from evlgen.config.model_config import ArchitectureConfig
@@ -122,21 +123,7 @@ class Config:
         published = has_published_file(own.layers)
         early = _early_problems(layers, published)
         load_entry_points()
-        asked_for, in_file = list(plugins), list[str]()
-        listed = layers.get("plugins") or []
-        (asked_for if layers.source("plugins") == OPTIONS else in_file).extend(listed)
-        for layer in own.layers:
-            named = modules_of_paths([layer.content])
-            (asked_for if layer.source == OPTIONS else in_file).extend(named)
-        base = path.parent if path else None
-        if path is not None and comes_with_weights(path):
-            base = None  # the user's ./part.py is his own, not a file beside the weights
-            load_plugins(asked_for)
-            withheld = not_imported_unasked(in_file, path)
-            check_named(withheld, str(cfg_path))
-            in_file = [name for name in in_file if name not in withheld]
-        loaded = load_plugins([*in_file, *asked_for], base)
-
+        loaded = _load_named_code(layers, path, plugins)
         arch, beta_problem = own.get("model.arch"), left_out_beta(own.layers)
         translated, ignored = from_published(own.layers)
         own = Layers(translated)
@@ -172,9 +159,9 @@ class Config:
             for name, section in datasets.items()
         }
         return cls(
-            model=model,
+            model=frozen(model),
             datasets=FrozenDict(typed),
-            run=run,
+            run=frozen(run),
             env=EnvConfig(**env),
             plugins=tuple(loaded),
             cfg_path=path,
@@ -458,6 +445,29 @@ def _check_names(layers: Layers) -> None:
         if problem:
             problems.add(key, problem)
     problems.raise_any()
+
+
+def _load_named_code(layers: Layers, path: Path | None, plugins: Sequence[str]) -> list[str]:
+    """Imports the plugins of a file and its options, those of ``plugins``, and the modules of parts that are
+    named by their paths. Returns the names, files as absolute paths.
+
+    Raises:
+        EVLGenError: one failed; or the file came with weights, and the user has not named it.
+    """
+    asked_for, in_file = list(plugins), list[str]()
+    listed = layers.get("plugins") or []
+    (asked_for if layers.source("plugins") == OPTIONS else in_file).extend(listed)
+    for layer in layers.layers:
+        named = modules_of_paths([layer.content])
+        (asked_for if layer.source == OPTIONS else in_file).extend(named)
+    base = path.parent if path else None
+    if path is not None and comes_with_weights(path):
+        base = None  # the user's ./part.py is his own, not a file beside the weights
+        load_plugins(asked_for)
+        withheld = not_imported_unasked(in_file, path)
+        check_named(withheld, display(path))
+        in_file = [name for name in in_file if name not in withheld]
+    return load_plugins([*in_file, *asked_for], base)
 
 
 def _with_model_type(layers: Layers) -> Layers:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from evlgen.common.errors import RegistryError, did_you_mean
 from evlgen.common.registry import registry
@@ -18,42 +20,35 @@ def show(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class AtLeast:
+class _Bound:
+    bound: float
+
+    words: ClassVar[str]
+    holds: ClassVar[Callable[[Any, float], bool]]
+
+    def problem(self, value: Any) -> str | None:
+        return None if type(self).holds(value, self.bound) else f"must be {self}, not {show(value)}"
+
+    def __str__(self) -> str:
+        return f"{self.words} {self.bound:g}"
+
+
+class AtLeast(_Bound):
     """The number is ``bound`` or more."""
 
-    bound: float
-
-    def problem(self, value: Any) -> str | None:
-        return None if value >= self.bound else f"must be {self}, not {show(value)}"
-
-    def __str__(self) -> str:
-        return f"at least {self.bound:g}"
+    words, holds = "at least", operator.ge
 
 
-@dataclass(frozen=True)
-class MoreThan:
+class MoreThan(_Bound):
     """The number is above ``bound``."""
 
-    bound: float
-
-    def problem(self, value: Any) -> str | None:
-        return None if value > self.bound else f"must be {self}, not {show(value)}"
-
-    def __str__(self) -> str:
-        return f"more than {self.bound:g}"
+    words, holds = "more than", operator.gt
 
 
-@dataclass(frozen=True)
-class AtMost:
+class AtMost(_Bound):
     """The number is ``bound`` or less."""
 
-    bound: float
-
-    def problem(self, value: Any) -> str | None:
-        return None if value <= self.bound else f"must be {self}, not {show(value)}"
-
-    def __str__(self) -> str:
-        return f"at most {self.bound:g}"
+    words, holds = "at most", operator.le
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,14 @@ C = TypeVar("C", bound="DatasetConfig")
 
 
 class FrozenDict(dict[str, Any]):
-    """A mapping that does not change, nor do those in it; its keys are attributes too."""
+    """A mapping that does not change, nor do those in it; its keys are attributes too. `dataclasses.asdict`
+    makes a plain dict of it."""
+
+    def __new__(cls, content: Mapping[str, Any]) -> Any:
+        return super().__new__(cls) if isinstance(content, Mapping) else dict(content)  # pairs, from asdict
 
     def __init__(self, content: Mapping[str, Any]) -> None:
-        super().__init__((key, _frozen(value)) for key, value in content.items())
+        super().__init__((key, frozen(value)) for key, value in content.items())
 
     def __getattr__(self, key: str) -> Any:
         try:
@@ -49,7 +53,7 @@ class DatasetConfig:
     builder: str = ""
 
     def __post_init__(self) -> None:
-        _frozen(self)
+        frozen(self)
 
     @classmethod
     def from_arguments(cls: type[C], name: str, *arguments: Any, **settings: Any) -> C:
@@ -101,10 +105,11 @@ def _default(value: Any) -> Any:
     return dataclasses.field(default_factory=lambda: value)
 
 
-def _frozen(value: Any) -> Any:
+def frozen(value: Any) -> Any:
+    """The same with a `FrozenDict` for every mapping; the values of a dataclass are replaced in place."""
     if isinstance(value, Mapping):
         return FrozenDict(value)
     if dataclasses.is_dataclass(value):
         for key, inner in vars(value).items():
-            object.__setattr__(value, key, _frozen(inner))
-    return [_frozen(item) for item in value] if isinstance(value, list) else value
+            object.__setattr__(value, key, frozen(inner))
+    return [frozen(item) for item in value] if isinstance(value, list) else value

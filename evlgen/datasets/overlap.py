@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from evlgen.datasets.base_dataset import MediaDataset
+from evlgen.datasets.conversation_dataset import ConversationDataset
 from evlgen.datasets.records import good
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,8 @@ def warn_of_overlap(
         splits: its datasets by split.
         learned, scored: names of splits, some of which it may lack.
     """
-    with_files = {split: data for split, data in splits.items() if isinstance(data, MediaDataset)}
+    kinds = (MediaDataset, ConversationDataset)
+    with_files = {split: data for split, data in splits.items() if isinstance(data, kinds)}
     files = {split: set(_paths(data)) for split, data in with_files.items() if split in scored}
     shared: dict[str, set[str]] = {split: set() for split in files}
     for split in [split for split in with_files if split in learned] if files else ():
@@ -41,6 +43,8 @@ def warn_of_overlap(
             )
 
 
-def _paths(dataset: MediaDataset) -> Iterator[str]:
+def _paths(dataset: MediaDataset | ConversationDataset) -> Iterator[str]:
     root = dataset.media.root
+    if isinstance(dataset, ConversationDataset):
+        return (os.path.join(root, name) for record in good(dataset.records) for _, name in record["visuals"])
     return (os.path.join(root, record["visual"]) for record in good(dataset.records))

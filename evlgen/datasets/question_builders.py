@@ -17,6 +17,7 @@ from evlgen.datasets.file_builder import FileBuilder, FileConfig
 from evlgen.datasets.question_annotations import QuestionFiles, read_answer_list, read_questions
 from evlgen.datasets.question_dataset import QuestionDataset, QuestionEvalDataset, QuestionMediaDataset
 from evlgen.datasets.records import good
+from evlgen.files.io import near_name
 
 _ANSWER_SPLIT = "ans2label"  # where LAVIS's video questions name their list of answers, among the splits
 
@@ -71,7 +72,8 @@ class QuestionBuilder(FileBuilder):
         path = self.source_path(source)
         if not os.path.isfile(path):
             fetch = "".join(f" Download {address} to that path." for address in source.downloads())
-            raise DataError(f"{self.name}: the list of answers to rank is not at {path}.{fetch}")
+            near = near_name(path)
+            raise DataError(f"{self.name}: the list of answers to rank is not at {path}.{near}{fetch}")
         return read_answer_list(path)
 
 

@@ -22,6 +22,7 @@ from evlgen.config.schema import NonNegativeInt, PositiveInt
 from evlgen.datasets.base_builder import BaseDatasetBuilder
 from evlgen.datasets.conversation_shards import ConversationShardDataset, read_conversation_shard
 from evlgen.datasets.shards import ShardDataset, ShardIndex, read_shard, stats_path
+from evlgen.files.io import near_name
 from evlgen.media.video import Reader
 from evlgen.processors.base_processor import BaseProcessor, UnchangedProcessor
 
@@ -92,7 +93,7 @@ class ShardBuilder(BaseDatasetBuilder):
             return []
         first = self._named[0] if self._named else self._path(as_list(self.build_info.storage)[0])
         return [
-            f"{self.name}: no shard is there, such as {first}. Put the shards there, set "
+            f"{self.name}: no shard is there, such as {first}.{near_name(first)} Put the shards there, set "
             f"{self._key}.storage to where they are, or set EVLGEN_CACHE to the data root that has them."
         ]
 

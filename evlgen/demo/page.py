@@ -24,6 +24,7 @@ CSS = """
 .words small {color: var(--body-text-color-subdued)}
 .problem {padding: .6rem .8rem; border-left: .3rem solid #c62828}
 .seen img, .merging img {image-rendering: pixelated}
+.answers > .wrapper {box-sizing: border-box; padding-top: 2rem}  /* messages begin below the label */
 """
 _SEEN = 256  # pixels of an image's height on the page at least
 
@@ -180,7 +181,7 @@ def build_page(
                 chats.append(
                     gr.Chatbot(
                         label=f"Answers by {exhibit.title}{note}",
-                        height=260,
+                        height=320,
                         buttons=[],
                         min_width=280,
                         render_markdown=False,

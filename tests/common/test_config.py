@@ -502,23 +502,22 @@ def test_lavis_keys_without_effect_give_one_warning(project, caplog):
 
 
 def test_nothing_changes_a_configuration(project):
-    config = Config.load(project())
+    config = Config.load(project(), ["run.lr_scale={connector: 2}"])
     for section, key in ((config, "run"), (config.run, "seed"), (config.env, "cache_root")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(section, key, None)
     for section in (config.model, config.model.vision):
         with pytest.raises(dataclasses.FrozenInstanceError):
             section.checkpoint = "x"
+    assert config.to_dict()["run"]["lr_scale"] == {"connector": 2.0}
+    assert type(config.to_dict()["model"]["connector"]) is dict, "as it is written"
     coco = config.datasets.coco_caption
     for section in (coco, coco.build_info, coco.build_info.images):
         with pytest.raises(dataclasses.FrozenInstanceError):
             section.storage = "elsewhere"
-    for mapping in (
-        config.datasets,
-        coco.build_info.annotations,
-        coco.vis_processor,
-        coco.vis_processor.train,
-    ):
+    of_model = config.model.connector, config.model.vision.kwargs, config.run.lr_scale
+    of_coco = coco.build_info.annotations, coco.vis_processor, coco.vis_processor.train
+    for mapping in (*of_model, config.datasets, *of_coco):
         with pytest.raises(TypeError, match="does not change"):
             mapping["name"] = "other"
 

@@ -8,6 +8,7 @@ from evlgen.common.errors import ConfigError
 from evlgen.config.build_info import BuildInfo
 from evlgen.config.config import find_config
 from evlgen.datasets.file_builder import FileBuilder
+from evlgen.datasets.shard_builders import WebShardsBuilder
 from evlgen.datasets.table_dataset import ImageTextBuilder
 from evlgen.files.io import near_name
 from evlgen.weights.hub import missing_model
@@ -49,6 +50,9 @@ def test_every_kind_of_file_that_a_user_names_has_a_hint():
     annotation, root = FileBuilder("mine", ".", {}, {}, info).missing()
     assert "Did you mean 'train.csv'? Put it there" in annotation
     assert "Did you mean 'photos'? Put it there" in root
+    shards = {"storage": "photos/trian.csv"}
+    (line,) = WebShardsBuilder("mine", ".", {}, {}, shards).missing()
+    assert "Did you mean 'train.csv'? Put the shards there" in line
     with pytest.raises(ConfigError, match=r"Did you mean 'my\.yaml'\?"):
         find_config("may.yaml")
     assert "there is no file" in missing_encoder("weight.pth") and "'weights.pth'" in missing_encoder(

@@ -1,6 +1,7 @@
 """The demo's page in a real browser: python -m pytest -m slow tests/demo/test_page.py
 
-With EVLGEN_SCREENSHOTS=FOLDER the screenshots go there; those in docs/ are made so.
+With EVLGEN_SCREENSHOTS=FOLDER the screenshots go there; those in docs/ are made so. With
+EVLGEN_PHOTOS=FOLDER, a data root with the parts of run_scripts/photos, the photographs' captioner too.
 """
 
 from __future__ import annotations
@@ -49,9 +50,18 @@ def address(chromium, tmp_path_factory):
     """A demo of the bundled model twice, side by side, in a process of its own."""
     folder = tmp_path_factory.mktemp("demo")
     load_model("evlgen_opt", "shapes").save_pretrained(folder / "again")
-    command = [sys.executable, "-m", "evlgen", "demo", "--port", "0", str(folder / "again"), SHAPES]
+    with demo(folder, str(folder / "again"), SHAPES) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def demo(folder: Path, *checkpoints: str, **environment: str):
+    """The address of a demo."""
+    command = [sys.executable, "-m", "evlgen", "demo", "--port", "0", *checkpoints]
     with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **environment}
+        )
     line = process.stdout.readline()
     found = re.search(r"http://127\.0\.0\.1:\d+/", line)
     try:
@@ -102,6 +112,23 @@ def captions(page) -> list[str]:
     return [box.input_value() for box in page.locator(".caption textarea").all()]
 
 
+def ask(page, question: str) -> None:
+    """Asks, and waits until every chat shows the question."""
+    page.locator("#question textarea").fill(question)
+    page.keyboard.press("Enter")
+    for chat in page.locator(".answers").all():
+        wait_for(lambda chat=chat: question in chat.inner_text())
+
+
+def tops(page) -> list[tuple[float, float]]:
+    """Of each chat, where its label ends and where its messages begin, in pixels."""
+    found = []
+    for chat in page.locator(".answers").all():
+        label = chat.locator("label").bounding_box()
+        found.append((label["y"] + label["height"], chat.get_by_role("log").bounding_box()["y"]))
+    return found
+
+
 def wait_for(found, seconds: float = WAIT / 1000):
     ends = time.monotonic() + seconds
     while not (value := found()):
@@ -135,12 +162,11 @@ def test_upload_caption_merging_and_question(open_page, tmp_path):
     page.get_by_text("again, layer 1: 49 tokens").wait_for()
     wait_for(lambda: drawing.get_attribute("src") != before)
 
-    page.locator("#question textarea").fill("how many shapes are there?")
-    page.keyboard.press("Enter")
+    ask(page, "how many shapes are there?")
     wait_for(lambda: all("two" in part.inner_text() for part in page.locator(".answers").all()))
-    page.locator("#question textarea").fill("what colour is it?")
-    page.keyboard.press("Enter")
+    ask(page, "what colour is it?")
     wait_for(lambda: page.locator(".answers").first.inner_text().count("?") == 2)
+    assert all(messages >= label_end for label_end, messages in tops(page))
     page.locator("#layer input[type=range]").focus()
     page.keyboard.press("End")
     page.get_by_text("again, layer 3: 17 soft prompts").wait_for()
@@ -194,3 +220,24 @@ def test_examples_on_a_phone_in_the_dark(open_page, tmp_path):
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert "dark" in page.evaluate("document.body.className")
     shot(page, "demo-phone", tmp_path)
+
+
+def test_without_arguments_the_photographs_captioner_is_there_where_its_parts_are(chromium, tmp_path):
+    parts = os.environ.get("EVLGEN_PHOTOS")
+    if parts is None:
+        pytest.skip("EVLGEN_PHOTOS does not name a data root with the parts of run_scripts/photos")
+    with demo(tmp_path, EVLGEN_CACHE=parts) as address:
+        page = chromium.new_page(viewport=DESKTOP)
+        page.set_default_timeout(WAIT)
+        page.goto(address)
+        page.get_by_label("Caption by shapes").wait_for()
+        page.get_by_label("Caption by photos").wait_for()
+        names = [button.inner_text() for button in page.locator("#examples button").all()]
+        assert [name.split()[0] for name in names] == ["drawn"] * 4 + ["Flickr8k"] * 4
+        page.locator("#examples button").nth(6).click()
+        found = wait_for(lambda: all(captions(page)) and captions(page))
+        assert re.search(r"\b(man|woman|person|people|boy|girl|child|dogs?|player)\b", found[1]), found
+        page.get_by_text("photos, layer 5: 14 soft prompts").wait_for()
+        ask(page, "how many dogs are there?")
+        shot(page, "demo-photographs", tmp_path)
+        page.close()

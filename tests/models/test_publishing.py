@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -16,8 +17,10 @@ from evlgen.assemble import run
 from evlgen.cli import main
 from evlgen.common.errors import CheckpointError, ConfigError, EVLGenError
 from evlgen.config.config import Config
+from evlgen.config.machine import MACHINE_FILE
 from evlgen.models.publishing.card import Sample, write_card
 from evlgen.models.publishing.folder import copy_for_others
+from evlgen.models.publishing.run_facts import RunFacts
 from evlgen.weights import hub_checkpoints
 from evlgen.weights.hub_checkpoints import fetch_checkpoint, push_folder
 
@@ -107,6 +110,11 @@ def test_a_run_is_pushed_with_its_card_and_read_back(ada, trained, tmp_path, cap
     ):
         assert text in card.text
     assert "--cfg-path model/config.yaml --options model.checkpoint=model run.test_splits=[val]" in card.text
+    machine = json.loads((trained / MACHINE_FILE).read_text())
+    rows = dict(re.findall(r"^\| (\S.*?) \| (.+) \|$", card.text.split("## Training")[1], re.M))
+    assert rows["hardware"].startswith(machine["cpu"]) and f"{machine['cores']} cores" in rows["hardware"]
+    limits = card.text.split("## Limits\n\n")[1].split("\n\n")[0].splitlines()
+    assert len(limits) == 4 and f"is worth {scores['image_worth']:.2f} nats a token" in limits[-1]
     samples = re.findall(r"!\[\]\((samples/\d\.png)\) \| .* \| drawn by EVLGen", card.text)
     assert len(samples) == 6 and set(samples) <= set(files)
 
@@ -285,3 +293,33 @@ def test_text_of_users_is_text_in_the_card():
     row = next(line for line in card.splitlines() if "samples/0.png" in line)
     assert row.count("|") == 4 and "<script>" not in card and "[y](" not in card
     assert "\n# head" not in card
+
+
+def test_the_card_says_on_what_and_how_long_it_was_trained_and_what_could_not_be_read():
+    facts = RunFacts(
+        iteration=150_000,
+        samples=9_600_000,
+        seconds=37.25 * 3600,
+        evaluations=[
+            {"split": "test", "samples": 5000, "CIDEr": 1.23456, "image_worth": 0.815, "skipped": 3}
+        ],
+        machine={"device": "NVIDIA H200", "processes": 8, "cpu": "AMD EPYC", "cores": 96, "torch": "2.14.1"},
+    )
+    card = write_card("ada/model", {"model": {"arch": "evlgen_opt"}, "run": {"init_lr": 1e-4}}, facts)
+    for line in (
+        "| iterations | 150,000, 9,600,000 samples seen |",
+        "| hardware | 8 x NVIDIA H200 |",
+        "| time | 37.2 hours of training, without evaluation |",
+        "| versions | torch 2.14.1 |",
+        "| CIDEr | image_worth |",
+        "| 1.2346 | 0.8150 |",
+        "- On the split above the right image is worth 0.81 nats a token to it.",
+        "- 3 samples could not be read and were left out of the scores.",
+    ):
+        assert line in card.splitlines(), line
+    (short,) = re.findall(
+        "time [|] (.+) [|]", write_card("a/b", {"model": {"arch": "evlgen_opt"}}, RunFacts(seconds=90))
+    )
+    assert short == "1.5 minutes of training, without evaluation"
+    unknown = write_card("ada/model", {"model": {"arch": "evlgen_opt"}})
+    assert "hardware" not in unknown and "## Limits" in unknown  # nothing is made up

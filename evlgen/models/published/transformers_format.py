@@ -1,9 +1,11 @@
-"""Models in transformers' own format: BLIP-2 and LLaVA, read as checkpoints of ours and written from ours.
+"""Models in transformers' own format: BLIP-2, InstructBLIP and LLaVA, read as checkpoints of ours and written
+from ours.
 
 Both directions go through transformers' classes, which know the names of every layout they have published:
-``Blip2ForConditionalGeneration`` is EVA-CLIP-g, LayerNorm, Q-Former and a language model, and
-``LlavaForConditionalGeneration`` CLIP's image tower, two linear layers and a language model. Whatever has no
-equal there is refused with a message, in both directions: outputs are the same, or nothing is written.
+``Blip2ForConditionalGeneration`` is EVA-CLIP-g, LayerNorm, Q-Former and a language model, the Q-Former of
+``InstructBlipForConditionalGeneration`` also reads the question, and ``LlavaForConditionalGeneration`` is
+CLIP's image tower, two linear layers and a language model. Whatever has no equal there is refused with a
+message, in both directions: outputs are the same, or nothing is written.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ TRAINED = {
     },
 }
 # What InstructBLIP has besides: the Q-Former's way of text.
-_INSTRUCTED = {
+INSTRUCTED = {
     **TRAINED,
     "qformer.embeddings.layernorm": "Qformer.bert.embeddings.LayerNorm",
     **{
@@ -195,7 +197,7 @@ def _read_blip2(source: Path, model: Any) -> tuple[dict[str, Any], dict[str, Ten
         _expect(source, "qformer_config.use_qformer_text_input", qformer.use_qformer_text_input, False)
     state = model.state_dict()
     wanted = ("query_tokens", "qformer.", "language_projection.", "vision_model.post_layernorm.")
-    names = TRAINED if config.model_type == "blip-2" else _INSTRUCTED
+    names = TRAINED if config.model_type == "blip-2" else INSTRUCTED
     trained = {renamed(key, names): value for key, value in state.items() if key.startswith(wanted)}
     eva = {}
     for name, value in model.vision_model.state_dict().items():

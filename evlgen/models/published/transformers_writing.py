@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from evlgen.common.errors import CheckpointError
 from evlgen.models.connectors.projection import MLPProjection
 from evlgen.models.connectors.qformer import QFormer
+from evlgen.models.connectors.qformer_text import QFormerText, QFormerTokenizer
 from evlgen.models.instructblip import InstructBLIP
 from evlgen.models.published.checkpoints import to_published_names
 from evlgen.models.published.transformers_format import (
@@ -23,6 +24,7 @@ from evlgen.models.published.transformers_format import (
     CLIP_EPS,
     EVA,
     EVA_EPS,
+    INSTRUCTED,
     TRAINED,
     renamed,
 )
@@ -51,10 +53,6 @@ def write_transformers(model: VLM, target: Path) -> str:
         CheckpointError: it has no equal there, or a part of it has not; says which, and what to do.
     """
     _check_equal(model)
-    if isinstance(model, InstructBLIP):
-        raise CheckpointError(
-            f"InstructBLIP is read from transformers' format and not written. {_OTHER_WAYS}"
-        )
     if isinstance(model.connector, QFormer):
         theirs, processor = _write_blip2(model)
     elif isinstance(model.connector, MLPProjection):
@@ -62,8 +60,8 @@ def write_transformers(model: VLM, target: Path) -> str:
     else:
         name = type(model.connector).__name__
         raise CheckpointError(
-            f"transformers has no class with a {name}: its formats are those of BLIP-2 (connector qformer) "
-            f"and LLaVA (connector mlp). {_OTHER_WAYS}"
+            f"transformers has no class with a {name}: its formats are those of BLIP-2 and "
+            f"InstructBLIP (connector qformer) and LLaVA (connector mlp). {_OTHER_WAYS}"
         )
     theirs.to(model.language.dtype)
     theirs.generation_config = _generation_config(model)
@@ -73,7 +71,7 @@ def write_transformers(model: VLM, target: Path) -> str:
 
 
 def _check_equal(model: VLM) -> None:
-    """Raises `CheckpointError` for what neither of the two formats has a place for."""
+    """Raises `CheckpointError` for what none of the formats has a place for."""
     problems = {
         "model.soft_prompts": model.prompt_head is not None,
         "model.vision.temporal": model.temporal is not None,
@@ -89,18 +87,18 @@ def _check_equal(model: VLM) -> None:
 
 
 def _write_blip2(model: VLM) -> tuple[Any, Any]:
-    from transformers import (
-        Blip2Config,
-        Blip2ForConditionalGeneration,
-        Blip2Processor,
-        Blip2QFormerConfig,
-        Blip2VisionConfig,
-    )
+    """BLIP-2, or InstructBLIP."""
+    import transformers
 
+    reads_text = isinstance(model, InstructBLIP)
+    part = {
+        name: getattr(transformers, f"{'InstructBlip' if reads_text else 'Blip2'}{name}")
+        for name in ("Config", "VisionConfig", "QFormerConfig", "ForConditionalGeneration", "Processor")
+    }
     trunk, connector, sizes = model.vision.trunk, model.connector, model.connector.sizes
     if not isinstance(trunk, Eva):
         raise CheckpointError(
-            f"transformers' BLIP-2 has the vision encoder eva_clip_g, and this model has "
+            f"transformers' BLIP-2 and InstructBLIP have the vision encoder eva_clip_g, and this model has "
             f"{model.cfg.vision.name}. {_OTHER_WAYS}"
         )
     if isinstance(model.ln_vision, nn.Identity):
@@ -116,11 +114,11 @@ def _write_blip2(model: VLM) -> tuple[Any, Any]:
             EVA_EPS,
         )
     block = trunk.blocks[0]
-    vision = Blip2VisionConfig(
+    vision = part["VisionConfig"](
         **_sizes_of(model, trunk, block), layer_norm_eps=EVA_EPS, qkv_bias=block.attn.q_bias is not None
     )
     crossing = [index for index, layer in enumerate(connector.layers) if layer.has_cross_attention]
-    qformer = Blip2QFormerConfig(
+    qformer = part["QFormerConfig"](
         hidden_size=sizes.hidden_size,
         num_hidden_layers=len(connector.layers),
         num_attention_heads=sizes.num_attention_heads,
@@ -130,26 +128,47 @@ def _write_blip2(model: VLM) -> tuple[Any, Any]:
         layer_norm_eps=sizes.layer_norm_eps,
         cross_attention_frequency=crossing[1] - crossing[0] if len(crossing) > 1 else len(connector.layers),
         encoder_hidden_size=model.vision.embed_dim,
+        **(_text_sizes(model.text) if reads_text else {}),
     )
     tokenizer, token = _tokenizer_with_image(model)
-    config = Blip2Config(
+    config = part["Config"](
         vision_config=vision,
         qformer_config=qformer,
         text_config=model.language.model.config,
         num_query_tokens=connector.num_query_token,
         image_token_index=token,
     )
-    theirs = _empty(Blip2ForConditionalGeneration, config)
+    theirs = _empty(part["ForConditionalGeneration"], config)
     theirs.language_model = model.language.model
     theirs.vision_model.load_state_dict(_eva_to_transformers(trunk), strict=False, assign=True)
     own = {f"connector.{key}": value for key, value in connector.state_dict().items()}
     own |= {f"ln_vision.{key}": value for key, value in model.ln_vision.state_dict().items()}
-    names = _inverse(TRAINED)
+    if reads_text:
+        own |= {f"text.{key}": value for key, value in model.text.state_dict().items()}
+    names = _inverse(INSTRUCTED if reads_text else TRAINED)
     named = {renamed(key, names): value for key, value in to_published_names(own).items()}
     unexpected = theirs.load_state_dict(named, strict=False, assign=True).unexpected_keys
     _check_filled(theirs, unexpected)
-    processor = Blip2Processor(_image_processor(model), tokenizer, num_query_tokens=connector.num_query_token)
-    return theirs, processor
+    tokenizers = [tokenizer, _with_ends(model.text_tokenizer)] if reads_text else [tokenizer]
+    count = connector.num_query_token
+    return theirs, part["Processor"](_image_processor(model), *tokenizers, num_query_tokens=count)
+
+
+def _with_ends(text: QFormerTokenizer) -> Any:
+    """The tokenizer, which adds by itself what stands around a text: any but a BERT's adds something else."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = text.tokenizer
+    start, end = tokenizer.cls_token, tokenizer.sep_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(start, text.start), (end, text.end)]
+    )
+    return tokenizer
+
+
+def _text_sizes(text: QFormerText) -> dict[str, int]:
+    positions = text.positions.num_embeddings
+    return {"vocab_size": text.words.num_embeddings, "max_position_embeddings": positions}
 
 
 def _write_llava(model: VLM) -> tuple[Any, Any]:
