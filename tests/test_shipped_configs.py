@@ -223,8 +223,7 @@ PUBLISHED.update(PAPER)
 def test_a_project_has_the_published_settings(project):
     name, stage = project if isinstance(project, tuple) else (project, None)
     cfg = Config.load(f"projects/{name}.yaml", stage=stage)
-    whole = {"model": cfg.model_plain(), "datasets": cfg.datasets_plain(), "run": vars(cfg.run)}
-    found = OmegaConf.create(whole)
+    found = OmegaConf.create(cfg.to_dict())
     wanted = PUBLISHED[project]
     assert {key: plain(OmegaConf.select(found, key)) for key in wanted} == wanted
 

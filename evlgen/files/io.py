@@ -82,7 +82,7 @@ def near_name(path: str | os.PathLike, after: str = "") -> str:
             place = place.parent
         with os.scandir(place.parent) as entries:
             names = sorted({entry.name for entry in islice(entries, _MOST_NAMES)} - {place.name})
-        hint = did_you_mean(place.name, names, at_least=0.8)
+        hint = did_you_mean(place.name, names, at_least=0.85)
         return after + hint if hint else ""
     return ""
 
