@@ -77,6 +77,8 @@ def test_a_layer_against_its_product_in_float32():
     x.requires_grad_()
     rounded = Fp8Linear(plain, CPU)
     out, expected = rounded(x), plain(x)
+    out += 1  # in its place, as timm adds the bias of EVA's attention
+    out = out - 1
     assert out.shape == expected.shape and out.dtype == x.dtype and torch.isfinite(out).all()
     errors = (out - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert errors.max() < 0.15, "each token by itself, however small"

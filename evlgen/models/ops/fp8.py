@@ -53,7 +53,8 @@ class Fp8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the type of ``x``."""
-        return _product(x, self.weight, self.weight_scale, self.bias)
+        rows = _product(x.reshape(-1, self.in_features), self.weight, self.weight_scale, self.bias)
+        return rows.view(*x.shape[:-1], self.out_features)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight = state_dict.get(f"{prefix}weight")
@@ -144,10 +145,12 @@ def _rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Fp8Product(torch.autograd.Function):
+    """Of rows [n, in]: its result is no view, which timm adds a bias to in its place."""
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        rows, row_scale = _rounded(x.reshape(-1, x.shape[-1]).to(torch.bfloat16))
+        rows, row_scale = _rounded(x.to(torch.bfloat16))
         out = torch._scaled_mm(
             rows,
             weight.t(),
@@ -157,15 +160,14 @@ class _Fp8Product(torch.autograd.Function):
             out_dtype=torch.bfloat16,
             use_fast_accum=True,
         )
-        return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+        return out.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         weight, scale = ctx.saved_tensors
         # the scales go to the gradient, which is smaller than the weight
-        rows = grad.reshape(-1, grad.shape[-1]).to(torch.bfloat16) * scale.to(torch.bfloat16)
-        grad_x = rows @ weight.to(torch.bfloat16)
-        return grad_x.to(grad.dtype).view(*grad.shape[:-1], weight.shape[1]), None, None, None
+        rows = grad.to(torch.bfloat16) * scale.to(torch.bfloat16)
+        return (rows @ weight.to(torch.bfloat16)).to(grad.dtype), None, None, None
 
 
 def _product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
