@@ -121,7 +121,7 @@ class Blip2Stage1(VisionModel):
 
     DEFAULT_MODEL_TYPE = "shapes"
     MODEL_TYPES: ClassVar[dict[str, str]] = {
-        name: f"configs/models/blip2/{name}.yaml" for name in ("shapes", "pretrain")
+        name: f"configs/models/blip2/{name}.yaml" for name in ("shapes", "pretrain", "minilm_l6")
     }
     CONFIG = Stage1Config
     LACKS: ClassVar[dict[str, str]] = {
