@@ -47,8 +47,12 @@ fi
 image=$(buildah from --pull-never "evlgen:$target")
 containers+=("$image")
 inside() { buildah run --isolation chroot "$image" -- "$@"; }
-config() { buildah inspect --type image --format "{{json .Docker.config.$1}}" "evlgen:$target"; }
-words() { python3 -c 'import json, shlex, sys; print(shlex.join(json.load(sys.stdin)))'; }
+settings=$(buildah inspect --type image "evlgen:$target")
+words() { python3 -c 'import json, shlex, sys
+value = json.loads(sys.argv[1])["Docker"]["config"]
+for key in sys.argv[2].split("."):
+    value = value[key]
+print(shlex.join(word for word in value if word != "CMD"))' "$settings" "$1"; }
 
 lists=(docker/requirements.txt)
 [ "$target" = cpu ] || lists+=(docker/requirements-cuda.txt)
@@ -65,9 +69,9 @@ others = [line for line in sys.argv[1:] if version(line.split("==")[0]) != line.
 print(len(sys.argv) - 1, "packages as locked, but for", others or "none")
 sys.exit(bool(others))' $(sed -n 's/^\([A-Za-z0-9_.-]*==[^ ]*\).*/\1/p' "${lists[@]}")
 inside evlgen --help >/dev/null
-eval "inside $(config Entrypoint | words) $(config Cmd | words)" &
+eval "inside $(words Entrypoint) $(words Cmd)" &
 server=$!
-health=$(config Healthcheck.Test | python3 -c 'import json, shlex, sys; print(shlex.join(json.load(sys.stdin)[1:]))')
+health=$(words Healthcheck.Test)
 for _ in $(seq 300); do
     kill -0 "$server"
     if eval "inside $health" 2>/dev/null; then break; fi
