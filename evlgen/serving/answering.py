@@ -16,7 +16,8 @@ from evlgen.batch import Batch
 from evlgen.common.errors import ConfigError
 from evlgen.media.video import FrameList
 from evlgen.models.base_model import BaseModel
-from evlgen.models.language.generation import Decoding
+from evlgen.models.language.generation import Decoding, watched
+from evlgen.models.language.hugging_face import truncate_at_eos
 from evlgen.models.prompts import SLOT, ask, check_slots
 from evlgen.models.protocols import reads_videos
 from evlgen.models.vlm import VLM
@@ -38,6 +39,7 @@ class Ask:
         decoding: how its texts are chosen.
         seed: of sampling; None: as it comes.
         turns: of a conversation, which is answered in place of a text.
+        tell: given its texts so far as they are written, from the thread that writes them.
     """
 
     images: Sequence[Tensor]
@@ -45,6 +47,7 @@ class Ask:
     decoding: Decoding
     seed: int | None = None
     turns: Sequence[Turn] | None = None
+    tell: Callable[[list[str]], None] | None = None
 
     @property
     def kind(self) -> tuple:
@@ -136,7 +139,12 @@ class Answerer:
         """
         model, first = self.model, requests[0]
         options = dataclasses.asdict(first.decoding)
-        with self._as_long_as(is_wanted), self._seeded(first.seed), torch.no_grad():
+        with (
+            self._as_long_as(is_wanted),
+            self._seeded(first.seed),
+            self._told(requests),
+            torch.no_grad(),
+        ):
             if first.turns is None:
                 prompts = [self._prompt(request.text) for request in requests]
                 images = torch.stack([request.images[0] for request in requests]).to(model.device)
@@ -185,6 +193,20 @@ class Answerer:
         finally:
             if handle is not None:
                 handle.remove()
+
+    def _told(self, requests: Sequence[Ask]) -> contextlib.AbstractContextManager[None]:
+        """Within it, requests are told of their texts as they are written."""
+        if all(request.tell is None for request in requests):
+            return contextlib.nullcontext()
+        each, ends = requests[0].decoding.num_captions, list(self.model.language.end_token_ids)
+
+        def tell(tokens: list[list[int]]) -> None:
+            for place, request in enumerate(requests):
+                if request.tell is not None:
+                    own = tokens[place * each : (place + 1) * each]
+                    request.tell(self.model.texts([truncate_at_eos(row, ends) for row in own]))
+
+        return watched(tell)
 
     @contextlib.contextmanager
     def _seeded(self, seed: int | None) -> Iterator[None]:

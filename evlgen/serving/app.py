@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hmac
 import json
 import logging
@@ -105,15 +106,86 @@ class Service:
         """Answers one request for texts."""
         started = time.monotonic()
         try:
-            with self._admission():
+            with contextlib.ExitStack() as place:
+                place.enter_context(self._admission())
                 asked, ask = await self._receive(request)
-                answer = await self._while_there(request, self.batcher.answer(ask), self.limits.seconds)
-            self.metrics.seconds.observe(time.monotonic() - started)
-            return self._response(asked, answer)
+                if asked.stream:
+                    return await self._stream(request, asked, ask, started, place.pop_all())
+                answer = await self._answer(request, ask, started)
+            name = _new_name()
+            content = (name, self.name, answer.prompt_tokens, answer.texts, asked.stops)
+            return JSONResponse(protocol.completion(*content))
         except Refusal as refusal:
             if refusal.code == "queue_full":
                 await drain(request, self.limits)
             raise
+
+    async def _answer(self, request: Request, ask: Ask, started: float) -> Answer:
+        answer = await self._while_there(request, self.batcher.answer(ask), self.limits.seconds)
+        self.metrics.seconds.observe(time.monotonic() - started)
+        self.metrics.tokens.labels("read").inc(answer.prompt_tokens)
+        self.metrics.tokens.labels("written").inc(sum(text.num_tokens for text in answer.texts))
+        return answer
+
+    async def _stream(
+        self,
+        request: Request,
+        asked: protocol.ChatRequest,
+        ask: Ask,
+        started: float,
+        place: contextlib.ExitStack,
+    ) -> Response:
+        """The answer as server-sent events, as it is written. What fails before its first words is refused as
+        without a stream, what fails later is its last event.
+
+        Args:
+            place: in the server; it is held until the answer is there.
+        """
+        texts: asyncio.Queue[list[str] | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        async def answer_it() -> Answer:
+            with place:
+                try:
+                    return await self._answer(request, ask, started)
+                finally:
+                    texts.put_nowait(None)
+
+        ask = dataclasses.replace(ask, tell=lambda so_far: _hand_over(loop, texts, so_far))
+        work = asyncio.ensure_future(answer_it())
+        first = await texts.get()
+        if first is None:
+            await work
+        with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+        chunks = protocol.Chunks(_new_name(), self.name, ask.decoding.num_captions, asked.stops, with_usage)
+
+        async def pieces() -> AsyncIterator[dict[str, Any]]:
+            for piece in chunks.begin():
+                yield piece
+            so_far = first
+            while so_far is not None:
+                for piece in chunks.more(so_far):
+                    yield piece
+                so_far = await texts.get()
+            try:
+                answer = await work
+            except Refusal as refusal:
+                yield refusal.body()
+            except EVLGenError as error:
+                yield Refusal(400, str(error), "invalid_request").body()
+            else:
+                for piece in chunks.end(answer.prompt_tokens, answer.texts):
+                    yield piece
+
+        async def events() -> AsyncIterator[str]:
+            with contextlib.suppress(ClientDisconnect):
+                async for piece in pieces():
+                    yield f"data: {json.dumps(piece)}\n\n"
+                yield "data: [DONE]\n\n"
+
+        return StreamingResponse(
+            events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )
 
     @contextlib.contextmanager
     def _admission(self) -> Iterator[None]:
@@ -217,23 +289,15 @@ class Service:
             task.cancel()
             left.cancel()
 
-    def _response(self, asked: protocol.ChatRequest, answer: Answer) -> Response:
-        name = f"chatcmpl-{uuid.uuid4().hex}"
-        self.metrics.tokens.labels("read").inc(answer.prompt_tokens)
-        self.metrics.tokens.labels("written").inc(sum(text.num_tokens for text in answer.texts))
-        content = (name, self.name, answer.prompt_tokens, answer.texts, asked.stops)
-        if not asked.stream:
-            return JSONResponse(protocol.completion(*content))
-        with_usage = asked.stream_options is not None and asked.stream_options.include_usage
 
-        async def events() -> AsyncIterator[str]:
-            for chunk in protocol.chunks(*content, with_usage):
-                yield f"data: {json.dumps(chunk)}\n\n"
-            yield "data: [DONE]\n\n"
+def _new_name() -> str:
+    return f"chatcmpl-{uuid.uuid4().hex}"
 
-        return StreamingResponse(
-            events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-        )
+
+def _hand_over(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], item: Any) -> None:
+    """Puts an item into a queue of a loop, from any thread."""
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+        loop.call_soon_threadsafe(queue.put_nowait, item)
 
 
 async def _leaving(request: Request) -> None:

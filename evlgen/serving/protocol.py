@@ -255,36 +255,59 @@ def completion(
     }
 
 
-def chunks(
-    name: str,
-    model: str,
-    prompt_tokens: int,
-    texts: Sequence[Text],
-    stops: Sequence[str],
-    with_usage: bool,
-) -> Iterator[dict[str, Any]]:
-    """The response, in the pieces of a stream: its words."""
-    head = _head(name, "chat.completion.chunk", model)
-    if with_usage:
-        head["usage"] = None
+class Chunks:
+    """The response, in the pieces of a stream.
 
-    def piece(index: int, delta: dict[str, str], reason: str | None = None) -> dict[str, Any]:
+    Args:
+        count: how many texts it has.
+        stops: what ends a text.
+        with_usage: whether the last piece counts tokens.
+    """
+
+    def __init__(self, name: str, model: str, count: int, stops: Sequence[str], with_usage: bool) -> None:
+        self.head = _head(name, "chat.completion.chunk", model)
+        if with_usage:
+            self.head["usage"] = None
+        self.stops, self.with_usage = stops, with_usage
+        self.sent = [""] * count
+
+    def begin(self) -> Iterator[dict[str, Any]]:
+        """The pieces before the first word."""
+        for index in range(len(self.sent)):
+            yield self._piece(index, {"role": "assistant", "content": ""})
+
+    def more(self, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """What texts that are still written have gained, without an end that may yet become a stop or
+        another character."""
+        for index, text in enumerate(texts):
+            sure = _cut(text, self.stops)
+            if sure == text:
+                sure = text[: len(text) - _undecided(text, self.stops)].removesuffix("\ufffd")
+            yield from self._rest(index, sure)
+
+    def end(self, prompt_tokens: int, texts: Sequence[Text]) -> Iterator[dict[str, Any]]:
+        """What is left of the texts, and why they ended."""
+        for index, (text, reason) in enumerate(_choices(texts, self.stops)):
+            yield from self._rest(index, text)
+            yield self._piece(index, {}, reason)
+        if self.with_usage:
+            yield {**self.head, "choices": [], "usage": _usage(prompt_tokens, texts)}
+
+    def _rest(self, index: int, text: str) -> Iterator[dict[str, Any]]:
+        sent = self.sent[index]
+        if len(text) > len(sent) and text.startswith(sent):
+            self.sent[index] = text
+            yield self._piece(index, {"content": text[len(sent) :]})
+
+    def _piece(self, index: int, delta: dict[str, str], reason: str | None = None) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
-        return {**head, "choices": [choice]}
-
-    for index, (text, reason) in enumerate(_choices(texts, stops)):
-        yield piece(index, {"role": "assistant", "content": ""})
-        for word in _words(text):
-            yield piece(index, {"content": word})
-        yield piece(index, {}, reason)
-    if with_usage:
-        yield {**head, "choices": [], "usage": _usage(prompt_tokens, texts)}
+        return {**self.head, "choices": [choice]}
 
 
-def _words(text: str) -> list[str]:
-    """A text in pieces that joined give it again."""
-    words = text.split(" ")
-    return [word if place == 0 else f" {word}" for place, word in enumerate(words)] if text else []
+def _undecided(text: str, stops: Sequence[str]) -> int:
+    """How many of the last characters may be the beginning of a stop."""
+    lengths = (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
+    return max(lengths, default=0)
 
 
 def _head(name: str, kind: str, model: str) -> dict[str, Any]:

@@ -17,11 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 from serving_requests import answer_of, data_url, encoded, image, question
+from transformers import PreTrainedModel
 
 from evlgen.common.errors import ConfigError
 from evlgen.serving.answering import Answer, Answerer, Ask, Stopped, Text
 from evlgen.serving.limits import Limits
 from evlgen.serving.listening import bind
+from evlgen.serving.protocol import Chunks
 
 
 def _client(running, key="anything", **options):
@@ -83,6 +85,76 @@ def test_a_stream_carries_the_same_text_and_its_usage(running):
     assert list(texts.values()) == [choice.message.content for choice in whole.choices]
     assert pieces[-1].usage == whole.usage and pieces[-1].choices == []
     assert len({piece.id for piece in pieces}) == 1
+
+
+class _Held:
+    """Holds a language model before its third token until it is let go."""
+
+    def __init__(self, language) -> None:
+        self.inner = next(m for m in language.modules() if isinstance(m, PreTrainedModel))
+        self.tokens, self.let_go = 0, threading.Event()
+
+    def _hold(self, *_) -> None:
+        self.tokens += 1
+        if self.tokens == 3:
+            self.let_go.wait(30)
+
+    def __enter__(self) -> _Held:
+        self.handle = self.inner.register_forward_pre_hook(self._hold)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.let_go.set()
+        self.handle.remove()
+
+
+def _content(piece) -> str:
+    return "".join(choice.delta.content or "" for choice in piece.choices)
+
+
+def test_words_are_sent_as_they_are_written(running, model):
+    client = _client(running)
+    whole = _ask(client, 3).choices[0].message.content
+    with _Held(model.language) as held:
+        pieces = _ask(client, 3, stream=True)
+        words = next(filter(None, map(_content, pieces)))
+        assert whole.startswith(words) and len(words) < len(whole) and not held.let_go.is_set()
+        held.let_go.set()
+        rest = list(filter(None, map(_content, pieces)))
+    assert words + "".join(rest) == whole and len(rest) > 2
+    searched = {"stream": True, "extra_body": {"num_beams": 3}}
+    assert len(list(filter(None, map(_content, _ask(client, 3, **searched))))) == 1
+
+
+def test_a_streamed_text_ends_before_what_stops_it(running):
+    client = _client(running)
+    settings = {"stop": [" square", "a  b"], "max_tokens": 12}
+    whole = _ask(client, 1, **settings).choices[0]
+    pieces = list(_ask(client, 1, stream=True, **settings))
+    assert "".join(map(_content, pieces)) == whole.message.content
+    assert pieces[-1].choices[0].finish_reason == whole.finish_reason == "stop"
+
+
+def test_what_may_become_a_stop_or_another_character_waits():
+    chunks = Chunks("name", "model", 1, ["</s>"], with_usage=False)
+    written = ["a", "a <", "a </", "a < b", "a < b \ufffd", "a < b é</s", "a < b é</s> c"]
+    texts = [[piece["choices"][0]["delta"]["content"] for piece in chunks.more([text])] for text in written]
+    assert texts == [["a"], [" "], [], ["< b"], [" "], ["é"], []]
+    assert [p["choices"][0]["finish_reason"] for p in chunks.end(1, [Text(written[-1], 9, False)])] == [
+        "stop"
+    ]
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_its_text(running, model):
+    with _Held(model.language) as held:
+        pieces = _ask(_client(running), 4, stream=True, max_tokens=30)
+        assert next(filter(None, map(_content, pieces)))
+        pieces.close()
+        _until(lambda: running.service._admitted == 0)
+        held.let_go.set()
+        _until(lambda: running.service.batcher.num_waiting == 0)
+    assert _ask(_client(running), 4).choices[0].message.content
+    assert held.tokens <= 4
 
 
 def test_many_clients_at_once_each_get_their_own_answer_in_batches(start, model):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,20 @@ _TOKENS_PER_QUESTION = 8
 #: Images whose texts have ended leave the batch where at most this fraction of it goes on, whose keys and
 #: values are copied then.
 _STAY = 0.75
+
+_WATCHER: ContextVar[Callable[[list[list[int]]], None] | None] = ContextVar("watcher", default=None)
+
+
+@contextlib.contextmanager
+def watched(by: Callable[[list[list[int]]], None]) -> Iterator[None]:
+    """Within the block ``by`` is given all texts so far after each token, B x num_captions lists of tokens of
+    one length, padded behind an end token. Not of a beam search, which may still change them, nor of models
+    whose texts transformers writes."""
+    token = _WATCHER.set(by)
+    try:
+        yield
+    finally:
+        _WATCHER.reset(token)
 
 
 @dataclass(frozen=True)
@@ -153,7 +168,11 @@ def search(prefix_of: Callable[[int], Prefix], options: Decoding, ends: Tensor, 
 
 def _extend(prefix: Prefix, options: Decoding, ends: Tensor, pad_token: int) -> Tensor:
     """Every branch for itself, sampled or greedy; ``ends`` [E] end a text. Returns [B, R, T]."""
-    *_, texts = _extensions(prefix, options, ends, pad_token, _question_every(ends.device))
+    watcher = _WATCHER.get()
+    question_every = _question_every(ends.device) if watcher is None else 1
+    for texts in _extensions(prefix, options, ends, pad_token, question_every):
+        if watcher is not None:
+            watcher(texts.flatten(0, 1).tolist())
     return texts
 
 
