@@ -104,15 +104,17 @@ def check_together(model: Mapping[str, Any], run: RunConfig | None, problems: Pr
             "soft prompts that merge inside the language model (model.language.tome) give other shapes to its"
         )
         problems.add("run.compile", f"{why} layers. Set one of them to false or null")
-    if run is None or run.evaluate or not isinstance(vision, Mapping):
+    if run is None or not isinstance(vision, Mapping):
         return
-    if run.encode_ahead and (vision.get("freeze") is False or vision.get("tiles")):
+    trains = not run.evaluate
+    if trains and run.encode_ahead and (vision.get("freeze") is False or vision.get("tiles")):
         why = "only whole images of a frozen vision encoder are encoded ahead"
         remedy = "Set model.vision.freeze: true and model.vision.tiles: null, or this to false"
         problems.add("run.encode_ahead", f"{why}. {remedy}")
-    if not (run.cache_vision or run.cache_vision_eval):
+    keeps = trains and run.cache_vision
+    if not (keeps or run.cache_vision_eval):
         return
-    key = "run.cache_vision" if run.cache_vision else "run.cache_vision_eval"
+    key = "run.cache_vision" if keeps else "run.cache_vision_eval"
     temporal = vision.get("temporal") or {}
     if vision.get("freeze") is False:
         why = "a trained vision encoder gives other tokens at every step: nothing can be kept"

@@ -170,7 +170,7 @@ class VLM(Chatting):
                 Samples that are sequences have ``segments`` in place of all these, a list of `Read`, `Learn`
                 and `Visual` for each, or ``messages``, a conversation for each (`evlgen.processors.turns`);
                 and ``images``: the images [3, H, W] and videos [3, T, H, W] of each, none, one or several,
-                in the order of their places, or in their stead tokens [N, C_vision] that `encode` gave
+                in the order of their places, or, instead of these, tokens [N, C_vision] that `encode` gave
                 earlier. Without ``images``, ``image`` has one for each.
 
         Returns:

@@ -68,7 +68,9 @@ class EncodedAhead(Iterator[Batch]):
         try:
             with torch.no_grad(), torch.cuda.stream(self._stream):
                 image = batch["image"].to(self.model.device, non_blocking=True)
-                return self.model.encoded({**batch, "image": image})
+                found = self.model.encoded({**batch, "image": image})
+            # pixels that came on this stream may not be there yet where the usual one reads them
+            return found if "visual_tokens" in found else batch
         except torch.OutOfMemoryError:
             self._has_room = False
             logger.warning("run.encode_ahead: the card has no room for it; images are encoded in their step")

@@ -153,6 +153,7 @@ class Service:
 
         ask = dataclasses.replace(ask, tell=lambda so_far: _hand_over(loop, texts, so_far))
         work = asyncio.ensure_future(answer_it())
+        work.add_done_callback(_heed)
         first = await texts.get()
         if first is None:
             await work
@@ -173,7 +174,15 @@ class Service:
                 yield refusal.body()
             except EVLGenError as error:
                 yield Refusal(400, str(error), "invalid_request").body()
+            except ClientDisconnect:
+                raise
+            except Exception:
+                logger.exception("a stream failed")
+                yield _failure().body()
             else:
+                if not chunks.are_of(answer.texts):
+                    yield Refusal(500, "the text was begun anew: ask again.", "internal_error").body()
+                    return
                 for piece in chunks.end(answer.prompt_tokens, answer.texts):
                     yield piece
 
@@ -294,6 +303,16 @@ def _new_name() -> str:
     return f"chatcmpl-{uuid.uuid4().hex}"
 
 
+def _failure() -> Refusal:
+    return Refusal(500, "the server failed; its log says why.", "internal_error")
+
+
+def _heed(work: asyncio.Future[Any]) -> None:
+    """Keeps asyncio from logging the error of work whose client has left."""
+    if not work.cancelled():
+        work.exception()
+
+
 def _hand_over(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], item: Any) -> None:
     """Puts an item into a queue of a loop, from any thread."""
     with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
@@ -374,7 +393,6 @@ def create_app(service: Service) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
-        refusal = Refusal(500, "the server failed; its log says why.", "internal_error")
-        return JSONResponse(refusal.body(), 500)
+        return JSONResponse(_failure().body(), 500)
 
     return app

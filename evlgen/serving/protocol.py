@@ -280,10 +280,19 @@ class Chunks:
         """What texts that are still written have gained, without an end that may yet become a stop or
         another character."""
         for index, text in enumerate(texts):
-            sure = _cut(text, self.stops)
-            if sure == text:
-                sure = text[: len(text) - _undecided(text, self.stops)].removesuffix("\ufffd")
+            # an earlier stop may yet end behind the first one that is there
+            sure = min(_cut(text, self.stops), text[: len(text) - _undecided(text, self.stops)], key=len)
+            # a character of four bytes may be three of these until its last byte is written
+            sure = sure.rstrip("\ufffd")
             yield from self._rest(index, sure)
+
+    def are_of(self, texts: Sequence[Text]) -> bool:
+        """Whether what was sent is the beginning of the answer: not where a batch failed in the middle and
+        its requests were answered anew."""
+        return all(
+            text.startswith(sent)
+            for (text, _), sent in zip(_choices(texts, self.stops), self.sent, strict=True)
+        )
 
     def end(self, prompt_tokens: int, texts: Sequence[Text]) -> Iterator[dict[str, Any]]:
         """What is left of the texts, and why they ended."""

@@ -95,6 +95,13 @@ def test_the_next_batch_is_encoded_when_it_begins_and_no_other():
         next(ahead)
 
 
+def test_a_batch_of_an_encoder_that_learns_stays_as_it_is():
+    model = Encoder()
+    model.encoded = lambda samples: samples
+    batch = {"image": torch.zeros(1)}
+    assert next(EncodedAhead(iter([batch]), model)) is batch, "not with pixels that another stream copies"
+
+
 @pytest.mark.parametrize("error", [StopNow, ValueError])
 def test_what_goes_wrong_is_raised_where_the_batch_is_asked_for(error):
     def batches():

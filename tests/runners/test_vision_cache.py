@@ -535,7 +535,10 @@ def test_a_trained_encoder_is_refused_before_anything_is_loaded(tiny_project, go
     path = tiny_project(model={"vision": {"freeze": False}}, run={"cache_vision": True})
     with pytest.raises(ConfigError, match=r"run.cache_vision .*other tokens at every step.*freeze: true"):
         Config.load(path)
-    assert Config.load(path, ["run.evaluate=true", "run.test_splits=[test]"])
+    evaluates = ["run.evaluate=true", "run.test_splits=[test]"]
+    assert Config.load(path, evaluates)
+    with pytest.raises(ConfigError, match=r"run.cache_vision_eval .*freeze: true"):
+        Config.load(path, [*evaluates, "run.cache_vision_eval=true"])
     with pytest.raises(ConfigError, match=r"the vision encoder is trained \(trunk"):
         fill(shapes(), build_model(golden, freeze=False))
 

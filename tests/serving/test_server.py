@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -145,7 +146,43 @@ def test_what_may_become_a_stop_or_another_character_waits():
     ]
 
 
-def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_its_text(running, model):
+def test_half_a_character_and_an_earlier_stop_wait():
+    for stops, written, content in (
+        ([], ["a", "a \ufffd\ufffd\ufffd", "a \U0001f600"], ["a", " ", "\U0001f600"]),
+        (["abc", "b"], ["ab", "abc"], []),
+        (["abc", "b"], ["ab", "abd"], ["a"]),
+    ):
+        chunks = Chunks("name", "model", 1, stops, with_usage=False)
+        pieces = [piece for text in written for piece in chunks.more([text])]
+        assert [piece["choices"][0]["delta"]["content"] for piece in pieces] == content
+        assert chunks.are_of([Text(written[-1], 9, False)])
+
+
+class FailingAnswerer(Answerer):
+    """Writes two words, and then fails or, where ``says`` is a text, answers anew with that."""
+
+    says: str | None = None
+
+    def answer(self, requests: list[Ask], is_wanted=lambda: True) -> list[Answer]:
+        requests[0].tell(["two words"])
+        if self.says is None:
+            raise RuntimeError("out of memory")
+        return [Answer([Text(self.says, 3, False)], 1)]
+
+
+def test_what_fails_behind_the_first_words_is_the_last_event(start, model):
+    answerer = FailingAnswerer(model)
+    with start(answerer=answerer) as running:
+        for says, message in ((None, "the server failed"), ("three other words", "begun anew")):
+            answerer.says = says
+            with pytest.raises(openai.APIError, match=message):
+                list(_ask(_client(running), 1, stream=True))
+        answerer.says = "two words more"
+        assert "".join(map(_content, _ask(_client(running), 1, stream=True))) == answerer.says
+        _until(lambda: running.service._admitted == 0)
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_its_text(running, model, caplog):
     with _Held(model.language) as held:
         pieces = _ask(_client(running), 4, stream=True, max_tokens=30)
         assert next(filter(None, map(_content, pieces)))
@@ -155,6 +192,8 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_its_text(running, m
         _until(lambda: running.service.batcher.num_waiting == 0)
     assert _ask(_client(running), 4).choices[0].message.content
     assert held.tokens <= 4
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 def test_many_clients_at_once_each_get_their_own_answer_in_batches(start, model):
