@@ -19,7 +19,7 @@ from evlgen.common.errors import ConfigError
 from evlgen.common.plugins import ENTRY_POINT_GROUP
 from evlgen.config.build_info import BuildInfo, DataFiles
 from evlgen.config.catalogue import DATASETS
-from evlgen.config.checks import check_run
+from evlgen.config.checks import EnvConfig, check_run
 from evlgen.config.config import DEFAULTS, find_config
 from evlgen.config.derived import drop_foreign_sources
 from evlgen.config.layers import PROCESSOR_SECTIONS, Layers, builder_name, options_layer, read_layer
@@ -84,12 +84,16 @@ def what_is_missing(
         return None
     layers = Layers([read_layer(DEFAULTS), *known, file, given])
     merged = layers.merged()
+    settings, env = merged.get("run", {}), merged.get("env", {})
+    if not isinstance(settings, Mapping) or not isinstance(env, Mapping):
+        return None
+    check_section(env, EnvConfig, "env", problems=problems)
     drop_foreign_sources(merged["datasets"], layers, logging.DEBUG)
-    run = check_run(merged["run"], problems, list(merged["datasets"]))
+    run = check_run(settings, problems, list(merged["datasets"]))
     if run is None or len(problems) or (run.evaluate and not merged["model"].get("checkpoint")):
         return None
     weights = _missing_weights(merged["model"])
-    root = cache_root((merged.get("env") or {}).get("cache_root"))
+    root = cache_root(env.get("cache_root"))
     data = [_missing_data(name, section, root, run) for name, section in merged["datasets"].items()]
     if weights is None or None in data:
         return None

@@ -106,6 +106,16 @@ def test_misspelled_keys_and_parts_of_ones_own_are_left_to_the_full_checks(own, 
     assert what_is_missing(own("evlgen/coco_ft", **sections)) is None
 
 
+@pytest.mark.parametrize("more", ["", "run: 5", "run: {max_epoch: 1}\nenv: 5", "env: {cache_root: 3}"])
+def test_a_file_without_a_run_or_with_something_else_in_its_place_is_no_crash(tmp_path, more):
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        f"model: {{arch: evlgen_opt, model_type: shapes}}\ndatasets: {{coco_caption: {{}}}}\n{more}"
+    )
+    named = outcome(look_for_files, path, [], [])
+    assert (named is None) == bool(more) and (more or "coco" in named)
+
+
 def test_a_missing_path_is_named_without_importing_torch(own, tmp_path):
     code = (
         "import sys; from evlgen.cli import train; status = train(sys.argv[1:])\n"
