@@ -4,7 +4,7 @@
         --options model.checkpoint=checkpoints/photos [--images 200 --layer 2 --merged 0 0.25 0.5 0.75]
 
 A model that never saw merged soft prompts in training captions validation photographs, and does training
-steps on them, with fewer soft prompts behind a layer of its language model. The shares take turns on every
+steps on them, with fewer soft prompts behind a layer of its language model. The fractions take turns on every
 batch, so that all of them meet the same machine; seconds are of the processor time of this process.
 """
 
