@@ -226,3 +226,11 @@ def test_the_estimate_knows_its_memory():
     # a linear layer of d x d does d * d operations for each of 65 tokens
     linear = sum(m.weight.numel() for m in encoder.modules() if isinstance(m, nn.Linear))
     assert found.parts["vision"].forward > 65 * linear
+
+
+@pytest.mark.parametrize("move", [lambda m: m.to(torch.bfloat16), nn.Module.half, lambda m: m.to("meta")])
+def test_another_type_is_not_for_float8_layers(move):
+    layer = Fp8Linear(nn.Linear(32, 16), CPU)
+    model = move(nn.Sequential(layer, nn.Linear(16, 16)))
+    assert (layer.weight.dtype, layer.weight_scale.dtype) == (FP8, torch.float32)
+    assert layer.bias.dtype == torch.bfloat16 and layer.weight.device == model[1].weight.device

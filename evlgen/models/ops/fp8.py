@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -55,6 +55,17 @@ class Fp8Linear(nn.Linear):
         """[..., in] -> [..., out], in the type of ``x``."""
         rows = _product(x.reshape(-1, self.in_features), self.weight, self.weight_scale, self.bias)
         return rows.view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
+        """Moves the layer to another device, and keeps its types where another one is asked for, as by
+        ``model.to(torch.bfloat16)``: a float8 weight means nothing without its scale."""
+
+        def moved(value: Tensor) -> Tensor:
+            found = fn(value)
+            return found if found.dtype == value.dtype else value.to(found.device)
+
+        super()._apply(moved, recurse)
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight = state_dict.get(f"{prefix}weight")
