@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from evlgen.common.errors import ConfigError
 from evlgen.config.schema import REQUIRED, build_dataclass, config_of, instantiate, parameters_of
 
 C = TypeVar("C", bound="DatasetConfig")
@@ -65,6 +66,10 @@ class DatasetConfig:
         if arguments and isinstance(arguments[0], cls):
             return arguments[0]
         keys = [key for key in parameters_of(cls) if key != "builder"]
+        if len(arguments) > len(keys):
+            raise ConfigError(
+                f"datasets.{name}: {len(arguments)} values for the {len(keys)} keys {', '.join(keys)}."
+            )
         return build_dataclass(cls, dict(zip(keys, arguments, strict=False)) | settings, f"datasets.{name}")
 
 

@@ -1,5 +1,5 @@
-"""Models in transformers' own format: BLIP-2, InstructBLIP and LLaVA, read as checkpoints of ours and written
-from ours.
+"""Models in transformers' own format: BLIP-2, InstructBLIP and LLaVA, read as checkpoints of ours;
+`transformers_writing` writes them from ours.
 
 Both directions go through transformers' classes, which know the names of every layout they have published:
 ``Blip2ForConditionalGeneration`` is EVA-CLIP-g, LayerNorm, Q-Former and a language model, the Q-Former of
