@@ -41,33 +41,31 @@ def main() -> None:
     dataset = builder.get_split("val")
     references = dataset.references()
     captions: dict[float, dict[str, str]] = defaultdict(dict)
-    losses, written, learned = (defaultdict(list) for _ in range(3))
+    written, learned = defaultdict(list), defaultdict(list)
     step = len(dataset) // args.images
     for start in range(0, args.images, args.batch):
         chosen = range(start * step, min(start + args.batch, args.images) * step, step)
         batch = dataset.collater([dataset[index] for index in chosen])
         ids = batch["image_id"]
-        texts = {"image": batch["image"], "text_input": [references[i][0] for i in ids]}
+        texts_learned = {"image": batch["image"], "text_input": [references[i][0] for i in ids]}
         for share in args.merged:
             model.language._merging.r = share
+            texts = model.generate({"image": batch["image"]}, max_length=24)
+            captions[share].update(zip(ids, texts, strict=True))
             started = time.process_time()
-            captions[share].update(
-                zip(ids, model.generate({"image": batch["image"]}, max_length=24), strict=True)
-            )
+            model.generate({"image": batch["image"]}, max_length=12, min_length=12)  # as long as the others
             written[share].append(time.process_time() - started)
             started = time.process_time()
-            loss = model(texts)["loss"]
-            loss.backward()
+            model(texts_learned)["loss"].backward()
             learned[share].append(time.process_time() - started)
-            losses[share].append(loss.item())
             model.zero_grad()
     for share in args.merged:
         cider = score_captions(
             {i: references[i] for i in captions[share]}, captions[share], ["cider"]
         ).values["CIDEr"]
         print(
-            f"{share:4.0%} fewer: loss {statistics.mean(losses[share]):.3f}, CIDEr {cider:.3f}, "
-            f"{statistics.median(written[share]):.2f} s to write {args.batch} captions, "
+            f"{share:4.0%} fewer: CIDEr {cider:.3f}, "
+            f"{statistics.median(written[share]):.2f} s to write {args.batch} texts of 12 tokens, "
             f"{statistics.median(learned[share]):.2f} s for a step",
             flush=True,
         )

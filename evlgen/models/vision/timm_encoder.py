@@ -128,11 +128,10 @@ class TimmEncoder(VisionEncoder):
     def normalisation(cls, name: str) -> dict[str, list[float]]:
         """``mean`` and ``std`` of the pixels a model of this name reads; builds nothing. Empty for an unknown
         name."""
-        cfg = (
-            timm.get_pretrained_cfg(cls.TIMM_NAME or name, allow_unregistered=False)
-            if timm.is_model(cls.TIMM_NAME or name)
-            else None
-        )
+        try:
+            cfg = timm.get_pretrained_cfg(cls.TIMM_NAME or name, allow_unregistered=False)
+        except RuntimeError:  # an unknown tag, which `_create` refuses
+            return {}
         return {} if cfg is None else {"mean": list(cfg.mean), "std": list(cfg.std)}
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -367,6 +366,14 @@ def _create(name: str, pretrained: bool, empty: bool, **kwargs: Any) -> nn.Modul
             f"model.vision.name '{name}' is neither a registered vision encoder "
             f"({', '.join(registered)}) nor a timm model.{did_you_mean(name, known)}"
         )
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        tagged = timm.list_pretrained(f"{name.partition('.')[0]}.*")
+        raise ConfigError(
+            f"model.vision.name '{name}': timm has the weights {', '.join(tagged) or 'of none'}."
+            f"{did_you_mean(name, tagged)}"
+        ) from None
     _check_kwargs(kwargs)
     try:
         with init_empty_weights(include_buffers=False):

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from evlgen.assemble import check_image_sizes
+from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
 from evlgen.config.config import Config, load_model_file
 from evlgen.models.vision import TimmEncoder, vision_encoder_class
@@ -165,6 +166,13 @@ def test_a_mean_in_the_yaml_wins(tmp_path):
 def test_the_registered_encoders_say_clips_mean(name):
     found = vision_encoder_class(name).normalisation(name)
     assert [round(m, 4) for m in found["mean"]] == [0.4815, 0.4578, 0.4082]
+
+
+def test_weights_that_timm_does_not_know_are_named_with_those_it_does():
+    name = "vit_large_patch14_clip_quickgelu_336.openaii"
+    assert vision_encoder_class(name).normalisation(name) == {}  # as of a model it does not know
+    with pytest.raises(ConfigError, match=r"Did you mean 'vit_large_patch14_clip_quickgelu_336\.openai'"):
+        TimmEncoder(name, pretrained=False)
 
 
 @torch.no_grad()
