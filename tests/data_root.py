@@ -251,7 +251,7 @@ def _visual_genome(root: Path) -> None:
 
 def _own(root: Path) -> None:
     names = [f"{i}.jpg" for i in range(COUNT)]
-    _images(root / "pictures", names)
+    _images(root / "images", names)
     rows = [f"{name},{text}\n" for i, name in enumerate(names) for text in captions(scene("train", i))]
     (root / "my.csv").write_text("".join(["path,caption\n", *rows]))
 

@@ -338,7 +338,7 @@ class VideoTextConfig(ImageTextConfig):
         video_reader: the library that decodes; see `evlgen.media.video.Video`.
     """
 
-    columns: VideoColumns | None = None  # type: ignore[assignment]
+    columns: VideoColumns | None = None  # type: ignore[assignment]  # in place of those of images
     video_reader: Reader = "auto"
 
 

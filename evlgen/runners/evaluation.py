@@ -79,7 +79,12 @@ def _with_kept_tokens(runner: TrainingRun, evaluation: Evaluation) -> BaseDatase
         runner.model.eval()
         with runner.distribution.generating():
             found = cached(
-                {key: evaluation.dataset}, runner.model, runner.run, runner.accelerator, runner.stop
+                {key: evaluation.dataset},
+                runner.model,
+                runner.run,
+                runner.accelerator,
+                runner.stop,
+                "run.cache_vision_eval",
             )
         kept.update(found)
     return kept[key]

@@ -100,8 +100,9 @@ def cached(
     run: RunConfig,
     accelerator: Accelerator,
     stop: StopRequest | None = None,
+    setting: str = "run.cache_vision",
 ) -> dict[str, BaseDataset]:
-    """Training datasets that read visual tokens, after computing those that are not kept yet.
+    """Datasets that read visual tokens, after computing those that are not kept yet.
 
     All processes call it together and share the work. No random generator is moved.
 
@@ -111,6 +112,7 @@ def cached(
         model: on its device, its vision encoder frozen.
         run: ``seed``, ``cache_vision_views``, ``batch_size_eval``, ``num_workers``.
         stop: asked between batches whether to stop; what is computed by then is kept.
+        setting: what asked for it, which messages name.
 
     Raises:
         ConfigError: the encoder is trained, or a dataset cannot be read without its pixels.
@@ -118,28 +120,31 @@ def cached(
         DataError: a damaged store, or one of other tokens than this encoder makes; no image can be read.
         Interrupted: `stop` was asked for.
     """
-    check_encoder(model)
+    check_encoder(model, setting)
     for name, dataset in datasets.items():
-        check_dataset(name, dataset)
-    return {name: _Cache(name, d, model, run, accelerator, stop).filled() for name, d in datasets.items()}
+        check_dataset(name, dataset, setting)
+    return {
+        name: _Cache(name, dataset, model, run, accelerator, stop, setting).filled()
+        for name, dataset in datasets.items()
+    }
 
 
-def check_encoder(model: BaseModel) -> None:
+def check_encoder(model: BaseModel, setting: str) -> None:
     """Raises `ConfigError` where a model's visual tokens cannot be kept."""
     if not offers(model, EncodesImages):
         raise ConfigError(
-            f"run.cache_vision: {type(model).__name__} has no `vision` and `encode(image)`. Derive it from "
-            "evlgen.models.vlm.VLM, or set run.cache_vision: false."
+            f"{setting}: {type(model).__name__} has no `vision` and `encode(image)`. Derive it from "
+            f"evlgen.models.vlm.VLM, or set {setting}: false."
         )
     trained = next((name for name, p in model.vision.named_parameters() if p.requires_grad), None)
     if trained:
         raise ConfigError(
-            f"run.cache_vision: the vision encoder is trained ({trained}) and gives other tokens at every "
-            "step. Set model.vision.freeze: true, or run.cache_vision: false."
+            f"{setting}: the vision encoder is trained ({trained}) and gives other tokens at every "
+            f"step. Set model.vision.freeze: true, or {setting}: false."
         )
 
 
-def check_dataset(name: str, dataset: BaseDataset) -> None:
+def check_dataset(name: str, dataset: BaseDataset, setting: str) -> None:
     """Raises `ConfigError` where a dataset cannot be read without its pixels."""
     cls, base = type(dataset), BaseDataset
     needed = ["load_visual", "load_text", "visual_source"]
@@ -149,9 +154,9 @@ def check_dataset(name: str, dataset: BaseDataset) -> None:
     if lacking or cls.load_sample is not base.load_sample:
         what = f"does not define {', '.join(lacking)}" if lacking else "defines load_sample as well"
         raise ConfigError(
-            f"run.cache_vision: {cls.__name__} of dataset '{name}' {what}, so it cannot be read without its "
+            f"{setting}: {cls.__name__} of dataset '{name}' {what}, so it cannot be read without its "
             f"pixels. Define {', '.join(needed[:-1])} and {needed[-1]} in place of load_sample (see "
-            f"evlgen.datasets.base_dataset.{base.__name__}), or set run.cache_vision: false."
+            f"evlgen.datasets.base_dataset.{base.__name__}), or set {setting}: false."
         )
 
 
@@ -166,7 +171,9 @@ class _Cache:
         run: RunConfig,
         accelerator: Accelerator,
         stop: StopRequest | None,
+        setting: str,
     ) -> None:
+        self.setting = setting
         self.name, self.model, self.run, self.accelerator, self.stop = name, model, run, accelerator, stop
         self.images = DistinctImages.of(dataset)
         self.root = cache_root() / FOLDER
@@ -174,7 +181,7 @@ class _Cache:
     def filled(self) -> BaseDataset:
         """The dataset over its store, whose every entry is done or broken."""
         if not len(self.images):
-            logger.info("run.cache_vision: '%s' shows no images", self.name)
+            logger.info("%s: '%s' shows no images", self.setting, self.name)
             return self.images.dataset
         key = self._told(lambda: CacheKey.of(self.images, self.model, self.run))
         folder = self.root / key.digest
@@ -212,7 +219,7 @@ class _Cache:
         if needed + _SPARE_BYTES > free:
             fewer = ", lower run.cache_vision_views" if views > 1 else ""
             raise TrainingError(
-                f"run.cache_vision needs {shown_bytes(size)} for {len(self.images)} images of "
+                f"{self.setting} needs {shown_bytes(size)} for {len(self.images)} images of "
                 f"'{self.name}', {shown_bytes(needed)} of it still to be written, and {self.root} has "
                 f"{shown_bytes(free)} left. Delete folders there that no run needs (card.json says what each "
                 f"is of){fewer}, set EVLGEN_CACHE to a data root on a larger disk, or train without."
@@ -273,7 +280,7 @@ class _Cache:
                 raise
             size = store_bytes(store.entries, store.views, store.shape)
             raise TrainingError(
-                f"run.cache_vision: {self.root} is full before all {shown_bytes(size)} of '{self.name}' are "
+                f"{self.setting}: {self.root} is full before all {shown_bytes(size)} of '{self.name}' are "
                 "written. What is written is kept: make room, and the same command goes on from there."
             ) from error
 
@@ -320,7 +327,7 @@ class _Cache:
         tokens = torch.cat(parts).unflatten(0, (-1, writer.store.views))  # [entries, views, N, C]
         if tuple(tokens.shape[2:]) != writer.store.shape:
             raise DataError(
-                f"run.cache_vision: one image of '{self.name}' gives tokens of shape "
+                f"{self.setting}: one image of '{self.name}' gives tokens of shape "
                 f"{tuple(tokens.shape[2:])}, another {writer.store.shape}. The training transform must make "
                 "all images the same size."
             )
@@ -332,7 +339,7 @@ class _Cache:
         left = int((store.status == TO_DO).sum())
         if left:
             raise TrainingError(
-                f"run.cache_vision: {store.folder} still lacks {left} of {store.entries} images after all "
+                f"{self.setting}: {store.folder} still lacks {left} of {store.entries} images after all "
                 "processes have written theirs: they do not see each other's writes. Set EVLGEN_CACHE to a "
                 "folder of each machine's own."
             )
@@ -393,8 +400,8 @@ class _Cache:
         except EVLGenError as error:
             problem = error
         except OSError as error:
-            remedy = "Set EVLGEN_CACHE to a folder that takes files, or run.cache_vision: false."
-            problem = TrainingError(f"run.cache_vision: {self.root} cannot be used ({error}). {remedy}")
+            remedy = f"Set EVLGEN_CACHE to a folder that takes files, or {self.setting}: false."
+            problem = TrainingError(f"{self.setting}: {self.root} cannot be used ({error}). {remedy}")
         problems = [p for p in gather_object([problem]) if p is not None]
         if problems:
             raise problems[0]
