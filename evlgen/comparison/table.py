@@ -101,7 +101,7 @@ def as_text(report: Report) -> str:
     use = image_use_table(report)
     tables = [quality_table(report), *([] if use is None else [use]), cost_table(report)]
     lines = [line for table in tables for line in ["", *_lines(*table)]]
-    return "\n".join([*lines[1:], *_told(errors(report))])
+    return "\n".join([*lines[1:], *_spaced(errors(report))])
 
 
 def _lines(titles: list[str], rows: list[list[str]]) -> list[str]:
@@ -117,7 +117,7 @@ def _lines(titles: list[str], rows: list[list[str]]) -> list[str]:
     return [shown[0], "  ".join("-" * width for width in widths), *shown[1:]]
 
 
-def _told(lines: Sequence[str]) -> list[str]:
+def _spaced(lines: Sequence[str]) -> list[str]:
     return ["", *lines] if lines else []
 
 

@@ -255,7 +255,7 @@ def read_records(
         if needs_text and not found.texts:
             raise _not_guessed(table, "answer" if found.question else "text", key)
         if not records:
-            _tell(table, found, visual)
+            _log_guessed(table, found, visual)
             ids = _Ids(found.guessed)
         rows = table.rows(found.names())
         if split is not None:
@@ -483,7 +483,7 @@ class _Ids:
                 record["question_id"] = number
 
 
-def _tell(table: Table, found: Found, visual: str) -> None:
+def _log_guessed(table: Table, found: Found, visual: str) -> None:
     """Logs what was guessed."""
     meant = {
         visual: found.visual,

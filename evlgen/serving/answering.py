@@ -39,7 +39,7 @@ class Ask:
         decoding: how its texts are chosen.
         seed: of sampling; None: as it comes.
         turns: of a conversation, which is answered in place of a text.
-        tell: given its texts so far as they are written, from the thread that writes them.
+        on_texts: called with its texts so far after each token, from the thread that generates them.
     """
 
     images: Sequence[Tensor]
@@ -47,7 +47,7 @@ class Ask:
     decoding: Decoding
     seed: int | None = None
     turns: Sequence[Turn] | None = None
-    tell: Callable[[list[str]], None] | None = None
+    on_texts: Callable[[list[str]], None] | None = None
 
     @property
     def kind(self) -> tuple:
@@ -142,7 +142,7 @@ class Answerer:
         with (
             self._as_long_as(is_wanted),
             self._seeded(first.seed),
-            self._told(requests),
+            self._reporting(requests),
             torch.no_grad(),
         ):
             if first.turns is None:
@@ -194,19 +194,19 @@ class Answerer:
             if handle is not None:
                 handle.remove()
 
-    def _told(self, requests: Sequence[Ask]) -> contextlib.AbstractContextManager[None]:
-        """Within it, requests are told of their texts as they are written."""
-        if all(request.tell is None for request in requests):
+    def _reporting(self, requests: Sequence[Ask]) -> contextlib.AbstractContextManager[None]:
+        """Within it, `Ask.on_texts` of the requests is called after each token."""
+        if all(request.on_texts is None for request in requests):
             return contextlib.nullcontext()
         each, ends = requests[0].decoding.num_captions, list(self.model.language.end_token_ids)
 
-        def tell(tokens: list[list[int]]) -> None:
+        def report(tokens: list[list[int]]) -> None:
             for place, request in enumerate(requests):
-                if request.tell is not None:
+                if request.on_texts is not None:
                     own = tokens[place * each : (place + 1) * each]
-                    request.tell(self.model.texts([truncate_at_eos(row, ends) for row in own]))
+                    request.on_texts(self.model.texts([truncate_at_eos(row, ends) for row in own]))
 
-        return watched(tell)
+        return watched(report)
 
     @contextlib.contextmanager
     def _seeded(self, seed: int | None) -> Iterator[None]:

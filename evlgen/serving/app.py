@@ -151,9 +151,9 @@ class Service:
                 finally:
                     texts.put_nowait(None)
 
-        ask = dataclasses.replace(ask, tell=lambda so_far: _hand_over(loop, texts, so_far))
+        ask = dataclasses.replace(ask, on_texts=lambda so_far: _put_threadsafe(loop, texts, so_far))
         work = asyncio.ensure_future(answer_it())
-        work.add_done_callback(_heed)
+        work.add_done_callback(_retrieve_error)
         first = await texts.get()
         if first is None:
             await work
@@ -180,7 +180,7 @@ class Service:
                 logger.exception("a stream failed")
                 yield _failure().body()
             else:
-                if not chunks.are_of(answer.texts):
+                if not chunks.continue_to(answer.texts):
                     yield Refusal(500, "the text was begun anew: ask again.", "internal_error").body()
                     return
                 for piece in chunks.end(answer.prompt_tokens, answer.texts):
@@ -307,13 +307,13 @@ def _failure() -> Refusal:
     return Refusal(500, "the server failed; its log says why.", "internal_error")
 
 
-def _heed(work: asyncio.Future[Any]) -> None:
+def _retrieve_error(work: asyncio.Future[Any]) -> None:
     """Keeps asyncio from logging the error of work whose client has left."""
     if not work.cancelled():
         work.exception()
 
 
-def _hand_over(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], item: Any) -> None:
+def _put_threadsafe(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], item: Any) -> None:
     """Puts an item into a queue of a loop, from any thread."""
     with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
         loop.call_soon_threadsafe(queue.put_nowait, item)

@@ -286,7 +286,7 @@ class Chunks:
             sure = sure.rstrip("\ufffd")
             yield from self._rest(index, sure)
 
-    def are_of(self, texts: Sequence[Text]) -> bool:
+    def continue_to(self, texts: Sequence[Text]) -> bool:
         """Whether what was sent is the beginning of the answer: not where a batch failed in the middle and
         its requests were answered anew."""
         return all(

@@ -149,7 +149,7 @@ class BaseTask:
                     f"(they have {', '.join(samples)}). Its load_sample, or load_text, must give it."
                 )
 
-    def tell_if_incomplete(self, results: Sized, dataset: Sized, path: Path) -> None:
+    def warn_if_incomplete(self, results: Sized, dataset: Sized, path: Path) -> None:
         """Warns where a file to upload lacks samples that were skipped."""
         asked = min(len(dataset), self.run.max_eval_samples or len(dataset))
         if missing := asked - len(results):

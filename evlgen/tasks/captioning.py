@@ -52,7 +52,7 @@ class CaptioningTask(BaseTask):
         results = sorted(results, key=lambda r: int(r["instance_id"]))
         rows = [{"image_id": r["image_id"], "caption": r["caption"]} for r in results]
         write_atomically(folder / "captions.json", json.dumps(rows, ensure_ascii=False, indent=0))
-        self.tell_if_incomplete(rows, dataset, folder / "captions.json")
+        self.warn_if_incomplete(rows, dataset, folder / "captions.json")
         references = self.references_of(dataset)
         self._show(results, references, dataset, folder)
         self.sample_scores = ("", {})

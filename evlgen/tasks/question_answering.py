@@ -148,7 +148,7 @@ class QuestionAnsweringTask(BaseTask):
         # as the dataset has them, on any number of ranks
         results = sorted(results, key=lambda r: int(r["instance_id"]))
         _write(folder / "answers.json", self.upload(results), indent=0)
-        self.tell_if_incomplete(results, dataset, folder / "answers.json")
+        self.warn_if_incomplete(results, dataset, folder / "answers.json")
         self._show(results, dataset, folder)
         self.sample_scores = ("", {})
         if not self.run.report_metric or not results:

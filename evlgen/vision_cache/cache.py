@@ -183,7 +183,7 @@ class _Cache:
         if not len(self.images):
             logger.info("%s: '%s' shows no images", self.setting, self.name)
             return self.images.dataset
-        key = self._told(lambda: CacheKey.of(self.images, self.model, self.run))
+        key = self._from_main(lambda: CacheKey.of(self.images, self.model, self.run))
         folder = self.root / key.digest
         self._say_views(key)
         self._agreed(lambda: self._make(folder, key), self.accelerator.is_local_main_process)
@@ -379,18 +379,18 @@ class _Cache:
 
     # ---- several processes ----
 
-    def _told(self, find: Callable[[], Any]) -> Any:
+    def _from_main(self, find: Callable[[], Any]) -> Any:
         """What the first process finds, on all of them; its error likewise."""
-        told: list[Any] = [None, None]
+        result: list[Any] = [None, None]
         if self.accelerator.is_main_process:
             try:
-                told[0] = find()
+                result[0] = find()
             except EVLGenError as error:
-                told[1] = error
-        broadcast_object_list(told)
-        if told[1] is not None:
-            raise told[1]
-        return told[0]
+                result[1] = error
+        broadcast_object_list(result)
+        if result[1] is not None:
+            raise result[1]
+        return result[0]
 
     def _agreed(self, act: Callable[[], Any], takes_part: bool = True) -> Any:
         """Acts on this process if it takes part; where that fails on one, all raise."""

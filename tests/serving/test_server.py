@@ -155,7 +155,7 @@ def test_half_a_character_and_an_earlier_stop_wait():
         chunks = Chunks("name", "model", 1, stops, with_usage=False)
         pieces = [piece for text in written for piece in chunks.more([text])]
         assert [piece["choices"][0]["delta"]["content"] for piece in pieces] == content
-        assert chunks.are_of([Text(written[-1], 9, False)])
+        assert chunks.continue_to([Text(written[-1], 9, False)])
 
 
 class FailingAnswerer(Answerer):
