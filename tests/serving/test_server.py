@@ -164,7 +164,7 @@ class FailingAnswerer(Answerer):
     says: str | None = None
 
     def answer(self, requests: list[Ask], is_wanted=lambda: True) -> list[Answer]:
-        requests[0].tell(["two words"])
+        requests[0].on_texts(["two words"])
         if self.says is None:
             raise RuntimeError("out of memory")
         return [Answer([Text(self.says, 3, False)], 1)]
