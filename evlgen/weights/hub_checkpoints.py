@@ -224,9 +224,10 @@ def _ask(name: str, revision: str | None, token: str | None) -> list[str]:
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(hub.HUB_SECONDS + 1)
-    (answer,) = found or [TimeoutError(f"no answer within {hub.HUB_SECONDS} s")]
+    silent = TimeoutError(f"no answer within {hub.HUB_SECONDS} s")  # which is not worth another try
+    (answer,) = found or [silent]
     if isinstance(answer, Exception):
-        raise answer
+        raise silent if any(type(cause).__name__ == "ReadTimeout" for cause in _causes(answer)) else answer
     names = [file.rfilename for file in answer.siblings or []]
     if not {CONFIG_FILE, _OF_TRANSFORMERS} & set(names):
         raise CheckpointError(_no_checkpoint(shown_name(name)))
