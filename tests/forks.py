@@ -14,7 +14,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from multiprocessing.context import SpawnProcess
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 900  # seconds, after which a program hangs: on free cores it takes a few
@@ -69,14 +74,30 @@ class Forks:
             )
         return done.returncode, shown.read_text()
 
+    def start(self, function: Callable[..., object], *arguments: object) -> SpawnProcess:
+        """Calls a function of a module in another process; its arguments are pickled."""
+        import multiprocessing.resource_tracker
+        import multiprocessing.spawn
+
+        multiprocessing.resource_tracker.ensure_running()  # for longer than the forks
+        process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+        before = multiprocessing.spawn.get_executable()
+        multiprocessing.set_executable(self.python)
+        try:
+            process.start()
+        finally:
+            multiprocessing.set_executable(before)
+        return process
+
 
 def _ask(address: str, arguments: list[str]) -> int:
     """Has a program run; passes signals on, and ends as it does."""
-    program = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
+    files = [1, 2, *filter(_is_passed, map(int, os.listdir("/proc/self/fd")))]
+    program = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd(), "files": files}
     content = json.dumps(program).encode()
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(address)
-        socket.send_fds(server, [len(content).to_bytes(8, "big")], [1, 2])
+        socket.send_fds(server, [len(content).to_bytes(8, "big")], files)
         server.sendall(content)
         answers = server.makefile()
         process = int(answers.readline())
@@ -88,6 +109,14 @@ def _ask(address: str, arguments: list[str]) -> int:
         signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
         os.kill(os.getpid(), -code)
     return code
+
+
+def _is_passed(file: int) -> bool:
+    """Whether an open file was given to this process (``pass_fds``), which has opened others itself."""
+    try:
+        return file > 2 and os.get_inheritable(file)
+    except OSError:  # it was closed again
+        return False
 
 
 def _serve(address: str) -> None:
@@ -125,11 +154,11 @@ def _answer(client: socket.socket) -> None:
     import threading
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    length, streams, _, _ = socket.recv_fds(client, 8, 2)
+    length, files, _, _ = socket.recv_fds(client, 8, 253)  # more cannot be sent
     program = json.loads(client.makefile("rb").read(int.from_bytes(length, "big")))
     if (child := os.fork()) == 0:
         client.close()
-        _become(program, streams)
+        _become(program, files)
     client.sendall(f"{child}\n".encode())
 
     def watch() -> None:
@@ -145,7 +174,8 @@ def _answer(client: socket.socket) -> None:
         os._exit(0)
 
 
-def _become(program: dict, streams: list[int]) -> None:
+def _become(program: dict, files: list[int]) -> None:
+    import fcntl
     import runpy
 
     os.setsid()
@@ -153,10 +183,15 @@ def _become(program: dict, streams: list[int]) -> None:
     os.environ.clear()
     os.environ.update(program["environment"])
     os.chdir(program["folder"])
-    for stream, own in zip(streams, (1, 2), strict=True):
-        os.dup2(stream, own)
-        os.close(stream)
-    arguments = [a for a in program["arguments"] if a != "-u"]
+    copies = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 1000) for file in files]  # none has another's number
+    for file in files:
+        os.close(file)
+    for copy, number in zip(copies, program["files"], strict=True):
+        os.dup2(copy, number)
+        os.close(copy)
+    arguments = program["arguments"]
+    while arguments[0] in ("-u", "-B"):
+        del arguments[0]
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         sys.path.insert(0, os.getcwd())

@@ -38,9 +38,9 @@ def _read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_killed_run_goes_on_and_captions_each_image_once(photos, tmp_path):
+def test_a_killed_run_goes_on_and_captions_each_image_once(forks, photos, tmp_path):
     output = tmp_path / "captions.jsonl"
-    command = [sys.executable, "-m", "evlgen", "caption", str(photos), "--output", str(output)]
+    command = [forks.python, "-m", "evlgen", "caption", str(photos), "--output", str(output)]
     command += ["--num-beams", "1", "--max-length", "8", "--batch-size", "2"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     part = tmp_path / "captions.jsonl.partial" / "rank-00000.jsonl"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -91,7 +90,7 @@ def test_nothing_is_fetched_where_all_parts_are_there(get_parts, tmp_path, monke
     get_parts.make_all(tmp_path)
 
 
-def test_two_checkpoints_have_a_mean(tmp_path):
+def test_two_checkpoints_have_a_mean(forks, tmp_path):
     script = SCRIPTS / "average.py"
     for name, value in (("a", 1.0), ("b", 3.0)):
         (tmp_path / name).mkdir()
@@ -99,7 +98,7 @@ def test_two_checkpoints_have_a_mean(tmp_path):
         save_file(
             {"w": torch.full((2, 3), value, dtype=torch.bfloat16)}, tmp_path / name / "model.safetensors"
         )
-    command = [sys.executable, script, tmp_path / "a", tmp_path / "b", tmp_path / "mean"]
+    command = [forks.python, script, tmp_path / "a", tmp_path / "b", tmp_path / "mean"]
     assert subprocess.run(command).returncode == 0
     (weight,) = load_file(tmp_path / "mean" / "model.safetensors").values()
     assert weight.dtype == torch.bfloat16 and (weight == 2).all()

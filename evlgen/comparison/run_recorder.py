@@ -49,7 +49,8 @@ class RunRecorder(Listener):
 
     def after_evaluation(self, runner: TrainingRun, evaluation: Evaluation) -> None:
         if runner.accelerator.is_main_process:
-            write_shown(evaluation.results, evaluation.dataset, self.folder)
+            references = runner.task.references_of(evaluation.dataset)
+            write_shown(evaluation.results, evaluation.dataset, references, self.folder)
 
     def end(self, runner: TrainingRun, is_complete: bool) -> None:
         self._note(**peak_memory(_read(self.folder / FACTS_FILE)))
@@ -72,13 +73,18 @@ def _call_once(module: nn.Module, note: Any) -> None:
     handle = module.register_forward_hook(hook)
 
 
-def write_shown(results: Sequence[Mapping[str, Any]], dataset: Any, folder: Path) -> None:
+def write_shown(
+    results: Sequence[Mapping[str, Any]],
+    dataset: Any,
+    references: Mapping[Any, Sequence[str]],
+    folder: Path,
+) -> None:
     """Writes ``shown.json``: ``id``, ``text``, ``reference`` and ``picture`` (a file) of some results."""
     rows = shown_rows(results)
     shown = []
     for number, index in enumerate(evenly_spread(len(rows), NUM_SHOWN)):
         row, name = rows[index], f"{IMAGES}/{number}.png"
-        entry = {"id": id_of(row), "text": text_of(row), "reference": reference_of(row, dataset)}
+        entry = {"id": id_of(row), "text": text_of(row), "reference": reference_of(row, references)}
         (folder / name).unlink(missing_ok=True)  # another evaluation may show another image here
         if save_image(row, dataset, folder / name) is not None:
             entry["picture"] = name

@@ -39,8 +39,9 @@ class SampleCaptions(Listener):
             "best": ranked[:count],
             "worst": ranked[len(ranked) - count :][::-1],
         }
+        references = runner.task.references_of(evaluation.dataset)
         entries = {
-            name: [self._entry(row, runner, evaluation, scores) for row in part]
+            name: [self._entry(row, runner, evaluation, scores, references) for row in part]
             for name, part in picked.items()
         }
         evaluation.samples = entries["samples"]
@@ -58,7 +59,12 @@ class SampleCaptions(Listener):
                 file.write(json.dumps(record, default=str) + "\n")
 
     def _entry(
-        self, row: Mapping[str, Any], runner: TrainingRun, evaluation: Evaluation, scores: Mapping[Any, float]
+        self,
+        row: Mapping[str, Any],
+        runner: TrainingRun,
+        evaluation: Evaluation,
+        scores: Mapping[Any, float],
+        references: Mapping[Any, Sequence[str]],
     ) -> dict[str, Any]:
         name = f"{evaluation.key.replace('/', '_')}_{row.get('instance_id', '')}.png"
         image = save_image(row, evaluation.dataset, runner.folder / IMAGES / name)
@@ -66,7 +72,7 @@ class SampleCaptions(Listener):
         return {
             "id": id_of(row),
             "text": text_of(row),
-            "reference": reference_of(row, evaluation.dataset),
+            "reference": reference_of(row, references),
             **({} if "question" not in row else {"question": row["question"]}),
             **({} if score is None else {"score": float(score)}),
             **({} if image is None else {"image": f"{IMAGES}/{name}"}),
@@ -89,9 +95,8 @@ def id_of(row: Mapping[str, Any]) -> Any:
     return row.get("image_id", row.get("question_id", row.get("instance_id")))
 
 
-def reference_of(row: Mapping[str, Any], dataset: Any) -> str:
-    """A text of people about a result's sample; empty where there is none."""
-    references = dataset.references() if hasattr(dataset, "references") else {}
+def reference_of(row: Mapping[str, Any], references: Mapping[Any, Sequence[str]]) -> str:
+    """A text of people about a result's sample, of those by its id; empty where there is none."""
     return next(iter(references.get(id_of(row)) or [""]))
 
 

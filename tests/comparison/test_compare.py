@@ -40,9 +40,10 @@ def command(project: Path, folder: Path, *words: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """For child processes: no Java, one thread, and where the recording task writes."""
+def environment(forks, tmp_path_factory):
+    """For child processes: they start at once, no Java, one thread, and where the recording task writes."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", forks.python)
         patch.chdir(ROOT)
         for name, value in {"PATH": "", "JAVA_HOME": "", "OMP_NUM_THREADS": "1"}.items():
             patch.setenv(name, value)

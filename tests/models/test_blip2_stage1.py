@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import datetime
 import math
-import multiprocessing
 
 import pytest
 import torch
@@ -329,11 +328,10 @@ def _one_of_two(rank: int, address: str, samples) -> list[dict[str, torch.Tensor
         dist.destroy_process_group()
 
 
-def test_two_processes_learn_what_one_learns_of_all_their_samples(samples, tmp_path, monkeypatch):
+def test_two_processes_learn_what_one_learns_of_all_their_samples(forks, samples, tmp_path, monkeypatch):
     monkeypatch.setattr(blip2_stage1, "hard_negatives", _argmax_negatives)
     address = f"file://{tmp_path / 'meeting'}"
-    other = multiprocessing.get_context("spawn").Process(target=_one_of_two, args=(1, address, samples))
-    other.start()
+    other = forks.start(_one_of_two, 1, address, samples)
     got = _one_of_two(0, address, samples)
     other.join()
     assert other.exitcode == 0

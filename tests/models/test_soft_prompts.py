@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import multiprocessing
 
 import pytest
 import torch
@@ -87,12 +86,10 @@ def _one_of_two(rank: int, address: str, prompts: torch.Tensor) -> list[torch.Te
         dist.destroy_process_group()
 
 
-def test_two_processes_standardise_as_one_with_all_their_images(tmp_path):
+def test_two_processes_standardise_as_one_with_all_their_images(forks, tmp_path):
     prompts = torch.randn(9, 3, 5, generator=torch.Generator().manual_seed(3)) + 1.0
     address = f"file://{tmp_path / 'meeting'}"
-    context = multiprocessing.get_context("spawn")
-    other = context.Process(target=_one_of_two, args=(1, address, prompts))
-    other.start()
+    other = forks.start(_one_of_two, 1, address, prompts)
     got = _one_of_two(0, address, prompts)
     other.join()
     assert other.exitcode == 0

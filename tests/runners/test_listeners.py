@@ -10,6 +10,7 @@ from runners.test_runner import train
 
 from evlgen.common.errors import ConfigError
 from evlgen.config.config import Config
+from evlgen.datasets.shapes_dataset import ShapesCaptionDataset
 
 PLUGIN = """
 import json
@@ -44,6 +45,16 @@ def plugin(tmp_path_factory):
     path = tmp_path_factory.mktemp("plugin") / "plugin_of_notes.py"
     path.write_text(PLUGIN)
     return path
+
+
+def test_what_people_wrote_is_asked_for_once_in_an_evaluation(tiny_project, monkeypatch):
+    """It may be all captions of a large split."""
+    asked, references = [], ShapesCaptionDataset.references
+    monkeypatch.setattr(
+        ShapesCaptionDataset, "references", lambda dataset: asked.append(dataset) or references(dataset)
+    )
+    folder, _ = train(tiny_project(run={"max_epoch": 1, "valid_splits": ["val"], "test_splits": ["test"]}))
+    assert len((folder / "samples.jsonl").read_text().splitlines()) == len(asked) == 2
 
 
 def test_a_listener_of_a_plugin_file_is_called_as_the_run_goes_on(tiny_project, plugin):

@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -428,8 +427,8 @@ def test_a_taken_port_is_named():
             bind("127.0.0.1", taken.getsockname()[1])
 
 
-def test_the_command_serves_the_bundled_model_and_drains_on_sigterm(tmp_path):
-    command = [sys.executable, "-m", "evlgen", "serve", "--port", "0", "--max-wait", "1500"]
+def test_the_command_serves_the_bundled_model_and_drains_on_sigterm(forks, tmp_path):
+    command = [forks.python, "-m", "evlgen", "serve", "--port", "0", "--max-wait", "1500"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "EVLGEN_API_KEY": "k"}
     log = open(tmp_path / "log", "w")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import socket
 
@@ -172,7 +171,6 @@ def _process(rank_: int, port: int, model, dataset, folder) -> None:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    PartialState._reset_state()  # of the process that was forked
     assert PartialState(cpu=True).num_processes == 2
     task, results = results_of(model, dataset, 3, range(rank_, COUNT, 2))
     everything = gather_object(results)
@@ -181,16 +179,12 @@ def _process(rank_: int, port: int, model, dataset, folder) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_find_what_one_finds(model, dataset, tmp_path):
+def test_two_processes_find_what_one_finds(forks, model, dataset, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    arguments = [(r, port, model, dataset, tmp_path / "two") for r in range(2)]
-    processes = [fork.Process(target=_process, args=a) for a in arguments]
-    for process in processes:
-        process.start()
-    for process in processes:
+    others = [forks.start(_process, rank, port, model, dataset, tmp_path / "two") for rank in range(2)]
+    for process in others:
         process.join(60)
         assert process.exitcode == 0
     task, results = results_of(model, dataset, 3)
