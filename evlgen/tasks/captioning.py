@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import distributed as dist
+
 from evlgen.batch import Batch
 from evlgen.common.registry import registry
 from evlgen.datasets.base_dataset import BaseDataset
@@ -15,7 +17,7 @@ from evlgen.files.io import write_atomically
 from evlgen.models.base_model import BaseModel
 from evlgen.tasks.base_task import BaseTask
 from evlgen.tasks.caption_sheet import caption_sheet
-from evlgen.tasks.metrics import ImageId, score_captions
+from evlgen.tasks.metrics import ImageId, begin_metrics, score_captions
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,14 @@ class CaptioningTask(BaseTask):
     written about them. ``captions.json`` is ``[{"image_id", "caption"}, ..]``: what COCO's and nocaps'
     servers are sent, and LAVIS writes for videos too. Ids are those of the ground truth, numbers or texts.
     """
+
+    _metrics: Mapping[str, Any] | None = None  # of the evaluation that is going on
+
+    def before_evaluation(self, dataset: BaseDataset, split: str) -> None:
+        """Starts what the scores need, which takes some seconds, beside the writing of captions."""
+        is_main = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+        if is_main and self.run.report_metric and self.references_of(dataset):
+            self._metrics = begin_metrics(self.run.metrics)
 
     def valid_step(self, model: BaseModel, samples: Batch) -> list[dict[str, Any]]:
         """``{"image_id", "caption", "instance_id"}`` for each sample of a batch."""
@@ -56,24 +66,25 @@ class CaptioningTask(BaseTask):
         references = self.references_of(dataset)
         self._show(results, references, dataset, folder)
         self.sample_scores = ("", {})
+        metrics, self._metrics = self._metrics, None
         if not self.run.report_metric or not rows:
             return {}
         if not references:
             logger.warning("%s has no references: its captions are written, not scored", split)
             return {}
         captions = {r["image_id"]: r["caption"] for r in rows}
-        scores = score_captions({i: references[i] for i in captions}, captions, self.run.metrics)
+        scores = score_captions({i: references[i] for i in captions}, captions, metrics or self.run.metrics)
         metric = next((name for name in ("CIDEr", "ROUGE_L") if name in scores.per_image), "")
         self.sample_scores = (metric, scores.per_image.get(metric, {}))
-        metrics = {**scores.values, **dataset.extra_metrics(captions)}
-        if "CIDEr" in metrics:
-            metrics.update(domain_scores(references, captions, dataset.domains()))
+        values = {**scores.values, **dataset.extra_metrics(captions)}
+        if "CIDEr" in values:
+            values.update(domain_scores(references, captions, dataset.domains()))
         if scores.agg_metrics is not None:
-            metrics["agg_metrics"] = scores.agg_metrics
+            values["agg_metrics"] = scores.agg_metrics
         write_atomically(
-            folder / "metrics.json", json.dumps({**metrics, "left_out": scores.left_out}, indent=1)
+            folder / "metrics.json", json.dumps({**values, "left_out": scores.left_out}, indent=1)
         )
-        return metrics
+        return values
 
     def _show(
         self,

@@ -11,7 +11,7 @@ import pytest
 
 from evlgen.common.errors import DataError, RegistryError
 from evlgen.common.registry import registry
-from evlgen.tasks.metrics import CaptionMetric, MetricResult, Scores, score_captions
+from evlgen.tasks.metrics import CaptionMetric, MetricResult, Scores, begin_metrics, score_captions
 from evlgen.tasks.metrics.java import Java, find_java
 from evlgen.tasks.metrics.spice import STANFORD_JARS
 
@@ -69,21 +69,45 @@ def java_or_skip() -> Java:
     return java
 
 
-def test_values_are_those_of_pycocoevalcap_and_nothing_is_printed(five_images, capfd, monkeypatch):
+@pytest.fixture
+def started(monkeypatch):
+    """The processes that a test starts."""
     java_or_skip()
-    started = []
+    found = []
 
     class Recorded(subprocess.Popen):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
-            started.append(self)
+            found.append(self)
 
     monkeypatch.setattr(subprocess, "Popen", Recorded)
-    scores = score_captions(*five_images)
+    return found
+
+
+def test_values_are_those_of_pycocoevalcap_and_nothing_is_printed(five_images, capfd, started):
+    metrics = begin_metrics()  # while captions are being written
+    assert any(process.poll() is None for process in started)
+    scores = score_captions(*five_images, metrics)
     assert scores.values == pytest.approx(PUBLISHED, abs=1e-9) and scores.tokenizer == "java"
     assert scores.agg_metrics == pytest.approx(PUBLISHED["CIDEr"] + PUBLISHED["Bleu_4"], abs=1e-9)
     assert capfd.readouterr() == ("", "")
     assert started and all(process.poll() is not None for process in started)
+
+
+def test_a_program_of_an_evaluation_that_was_stopped_ends(started):
+    metrics = begin_metrics(["meteor"])
+    process = started[-1]
+    assert process.poll() is None
+    del metrics
+    assert process.poll() is not None
+
+
+def test_a_program_that_dies_while_captions_are_written_is_told(five_images, started):
+    metrics = begin_metrics(["meteor", "rouge_l"])
+    started[-1].kill()
+    scores = score_captions(*five_images, metrics)
+    assert scores.values == pytest.approx({"ROUGE_L": PUBLISHED["ROUGE_L"]}, abs=1e-9)
+    assert "ended without an answer" in scores.left_out["METEOR"]
 
 
 def test_without_java_the_rest_has_the_same_values_and_the_reason_is_told(five_images, no_java, capfd):

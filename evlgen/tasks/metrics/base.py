@@ -50,6 +50,10 @@ class CaptionMetric(ABC):
         java = find_java() if self.needs_java else None
         return java if isinstance(java, str) else None
 
+    def begin(self) -> None:  # noqa: B027  (nothing to begin is the usual case)
+        """Starts what takes long to start, before the captions are written that `compute` will be given. It
+        may not be called, and `compute` may not follow."""
+
     @abstractmethod
     def compute(self, references: Tokenised, candidates: Tokenised) -> MetricResult | dict[str, float]:
         """Scores candidates against references; both have the same ids in the same order.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,10 +47,27 @@ class Scores:
         return self.values["CIDEr"] + self.values["Bleu_4"]
 
 
+def begin_metrics(names: Sequence[str] | None = None) -> dict[str, Any]:
+    """Metrics for `score_captions`, by name, whose programs start while captions are still being written.
+
+    Args:
+        names: registered names; None for BLEU, METEOR, ROUGE-L, CIDEr and SPICE.
+
+    Raises:
+        RegistryError: a metric is not registered.
+    """
+    names = DEFAULT_METRICS if names is None else names
+    metrics = {name: registry.get_metric_class(name)() for name in names}
+    for metric in metrics.values():
+        if hasattr(metric, "begin"):
+            metric.begin()
+    return metrics
+
+
 def score_captions(
     references: Mapping[ImageId, Sequence[str]],
     candidates: Mapping[ImageId, str],
-    metrics: Sequence[str] | None = None,
+    metrics: Sequence[str] | Mapping[str, Any] | None = None,
 ) -> Scores:
     """Scores one caption per image against that image's references.
 
@@ -60,44 +78,54 @@ def score_captions(
     Args:
         references: id -> human captions, at least one.
         candidates: id -> generated caption, for the same ids. May be empty text, may hold any character.
-        metrics: registered names; None for BLEU, METEOR, ROUGE-L, CIDEr and SPICE.
+        metrics: registered names, or what `begin_metrics` gave; None for BLEU, METEOR, ROUGE-L, CIDEr and
+            SPICE.
 
     Raises:
         DataError: ids of references and candidates differ, there is nothing to score, or something is not
             text.
         RegistryError: a metric is not registered.
     """
-    parts = [
-        (name, registry.get_metric_class(name)())
-        for name in (DEFAULT_METRICS if metrics is None else metrics)
-    ]
+    parts = metrics if isinstance(metrics, Mapping) else begin_metrics(metrics)
     _check(references, candidates)
     ordered = {image: references[image] for image in candidates}
     reference_tokens, candidate_tokens, tokenizer = tokenize_captions(ordered, candidates)
     scores = Scores(values={}, tokenizer=tokenizer, num_images=len(candidates))
-    for name, metric in parts:
-        try:
-            result = _compute(metric, reference_tokens, candidate_tokens)
-        except MetricUnavailable as error:
-            scores.left_out.update(dict.fromkeys(metric.names, str(error)))
-            logger.info("%s is left out: %s.", name, error)
-            continue
-        scores.values.update(result.values)
-        scores.per_image.update(result.per_image)
+    tokens = (reference_tokens, candidate_tokens)
+    with ThreadPoolExecutor(len(parts) or 1) as pool:  # Java's programs, beside the others
+        java = {name: pool.submit(_compute, m, *tokens) for name, m in parts.items() if _needs_java(m)}
+        results = {name: _compute(metric, *tokens) for name, metric in parts.items() if name not in java}
+        results.update({name: result.result() for name, result in java.items()})
+    for name, metric in parts.items():
+        result = results[name]
+        if isinstance(result, MetricUnavailable):
+            scores.left_out.update(dict.fromkeys(metric.names, str(result)))
+            logger.info("%s is left out: %s.", name, result)
+        else:
+            scores.values.update(result.values)
+            scores.per_image.update(result.per_image)
     return scores
 
 
-def _compute(metric: Any, references: Tokenised, candidates: Tokenised) -> MetricResult:
-    # A registered metric may be any class with `names` and `compute`.
-    if hasattr(metric, "unavailable"):
-        reason = metric.unavailable()
-    else:
-        java = find_java() if getattr(metric, "needs_java", False) else None
-        reason = java if isinstance(java, str) else None
-    if reason is not None:
-        raise MetricUnavailable(reason)
-    result = metric.compute(references, candidates)
+def _compute(metric: Any, references: Tokenised, candidates: Tokenised) -> MetricResult | MetricUnavailable:
+    """What a metric found, or why it cannot be computed here."""
+    try:
+        # A registered metric may be any class with `names` and `compute`.
+        if hasattr(metric, "unavailable"):
+            reason = metric.unavailable()
+        else:
+            java = find_java() if _needs_java(metric) else None
+            reason = java if isinstance(java, str) else None
+        if reason is not None:
+            return MetricUnavailable(reason)
+        result = metric.compute(references, candidates)
+    except MetricUnavailable as error:
+        return error
     return result if isinstance(result, MetricResult) else MetricResult(dict(result))
+
+
+def _needs_java(metric: Any) -> bool:
+    return getattr(metric, "needs_java", False)
 
 
 def _check(references: Mapping[ImageId, Sequence[str]], candidates: Mapping[ImageId, str]) -> None:

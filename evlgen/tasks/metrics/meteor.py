@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
 from pathlib import Path
-from typing import IO
 
 from evlgen.common.registry import registry
 from evlgen.tasks.metrics.base import CaptionMetric, MetricResult, MetricUnavailable, Tokenised
 from evlgen.tasks.metrics.java import Java, find_java, last_words, pycocoevalcap_file
-
-_SEPARATOR = " ||| "
 
 
 @registry.register_metric("meteor")
@@ -28,26 +25,37 @@ class Meteor(CaptionMetric):
     names = ("METEOR",)
     needs_java = True
 
+    def __init__(self) -> None:
+        self._program: _Program | None = None
+
     def unavailable(self) -> str | None:
         missing = [str(path) for path in _files() if not path.is_file()]
         if missing:
             return f"{' and '.join(missing)} missing; install pycocoevalcap again"
         return super().unavailable()
 
+    def begin(self) -> None:
+        java = find_java()
+        if isinstance(java, Java) and self.unavailable() is None:
+            with contextlib.suppress(OSError):  # `compute` tries again, and tells why
+                self._program = _Program(java)
+
     def compute(self, references: Tokenised, candidates: Tokenised) -> MetricResult:
         java = find_java()
         if isinstance(java, str):
             raise MetricUnavailable(java)
-        with tempfile.TemporaryFile() as errors:
-            try:
-                with _running(java, errors, seconds=300 + 0.5 * len(candidates)) as process:
-                    scores = _scores(process, references, candidates)
-            except (OSError, ValueError) as error:
-                errors.seek(0)
-                words = last_words(errors.read().decode(errors="replace"))
-                raise MetricUnavailable(
-                    f"METEOR's Java program ended without an answer ({words}); it needs 2 GB of memory"
-                ) from error
+        program, self._program = self._program, None
+        try:
+            program = program or _Program(java)
+            scores = program.scores(references, candidates)
+        except (OSError, ValueError) as error:
+            words = str(error) if program is None else program.last_words()
+            raise MetricUnavailable(
+                f"METEOR's Java program ended without an answer ({words}); it needs 2 GB of memory"
+            ) from error
+        finally:
+            if program is not None:
+                program.end()
         return MetricResult(
             {"METEOR": scores[-1]}, {"METEOR": dict(zip(candidates, scores[:-1], strict=True))}
         )
@@ -60,56 +68,67 @@ def _files() -> tuple[Path, Path]:
     )
 
 
-@contextmanager
-def _running(java: Java, errors: IO[bytes], seconds: float) -> Iterator[subprocess.Popen]:
-    """METEOR reading from us, killed when the block ends or the time is up."""
-    jar = _files()[0]
-    process = subprocess.Popen(
-        java.command("-Xmx2G", "-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"),
-        cwd=jar.parent,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        text=True,
-        encoding="utf-8",
-        errors="ignore",
-    )
-    watchdog = threading.Timer(seconds, process.kill)
-    watchdog.daemon = True
-    watchdog.start()
-    try:
-        yield process
-    finally:
-        watchdog.cancel()
-        process.kill()
-        # Leaves the pipes closed and no zombie; what was still unwritten is of no use to anybody.
-        process.communicate()
+class _Program:
+    """METEOR's Java program, which reads its tables when it starts: that takes longer than scoring some
+    thousand captions.
+
+    Attributes:
+        end: ends it; it ends as well when this object is gone.
+
+    Raises:
+        OSError: it does not start.
+    """
+
+    def __init__(self, java: Java) -> None:
+        jar = _files()[0]
+        self._errors = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            java.command("-Xmx2G", "-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"),
+            cwd=jar.parent,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            encoding="utf-8",
+            errors="ignore",
+        )
+        self.end = weakref.finalize(self, _end, self._process)
+
+    def scores(self, references: Tokenised, candidates: Tokenised) -> list[float]:
+        """A score for each image, then that of all of them. Raises `OSError` or `ValueError` where the
+        program ends, or takes too long."""
+        watchdog = threading.Timer(300 + 0.5 * len(candidates), self._process.kill)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            statistics = [
+                self._ask("SCORE", *references[image], line) for image, (line,) in candidates.items()
+            ]
+            first = self._ask("EVAL", *statistics)
+            return [float(answer) for answer in (first, *(self._read() for _ in statistics))]
+        finally:
+            watchdog.cancel()
+
+    def last_words(self) -> str:
+        """Of what it wrote about errors."""
+        self._errors.seek(0)
+        return last_words(self._errors.read().decode(errors="replace"))
+
+    def _ask(self, *parts: str) -> str:
+        assert self._process.stdin is not None
+        self._process.stdin.write(" ||| ".join(part.replace("|||", " ") for part in parts) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise ValueError("the program has ended")
+        return answer.strip()
 
 
-def _scores(process: subprocess.Popen, references: Tokenised, candidates: Tokenised) -> list[float]:
-    """A score for each image, then that of all of them."""
-    statistics = [
-        _ask(process, _SEPARATOR.join(["SCORE", *map(_without_separator, (*references[image], line))]))
-        for image, (line,) in candidates.items()
-    ]
-    first = _ask(process, _SEPARATOR.join(["EVAL", *statistics]))
-    return [float(answer) for answer in (first, *(_read(process) for _ in statistics))]
-
-
-def _without_separator(line: str) -> str:
-    return line.replace("|||", " ")
-
-
-def _ask(process: subprocess.Popen, line: str) -> str:
-    assert process.stdin is not None
-    process.stdin.write(f"{line}\n")
-    process.stdin.flush()
-    return _read(process)
-
-
-def _read(process: subprocess.Popen) -> str:
-    assert process.stdout is not None
-    answer = process.stdout.readline()
-    if not answer:
-        raise ValueError("the program has ended")
-    return answer.strip()
+def _end(process: subprocess.Popen) -> None:
+    process.kill()
+    # Leaves the pipes closed and no zombie; what was still unwritten is of no use to anybody.
+    process.communicate()
