@@ -288,15 +288,31 @@ def collate(samples: Sequence[Mapping[str, Any] | Skipped], may_differ: Collecti
     ``skipped`` lists what could not be read and is always there; when nothing was read it is the only key.
 
     Raises:
-        DataError: the tensors of one key differ in shape.
+        DataError: the tensors of one key differ in shape; samples have different keys.
     """
     read = [sample for sample in samples if not isinstance(sample, Skipped)]
+    for sample in read:
+        if sample.keys() != read[0].keys():
+            raise DataError(_different_keys(read[0], sample))
     batch: dict[str, Any] = {
         key: _batched(key, [sample[key] for sample in read], key in may_differ)
         for key in (read[0] if read else ())
     }
     batch["skipped"] = [sample for sample in samples if isinstance(sample, Skipped)]
     return cast(Batch, batch)
+
+
+def _different_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    kinds = [
+        f"{', '.join(sorted(own.keys() - rest.keys())) or 'nothing else'}"
+        f"{f' (dataset {name!r})' if (name := own.get('dataset')) else ''}"
+        for own, rest in ((one, other), (other, one))
+    ]
+    return (
+        f"samples of one batch have different keys: one has {kinds[0]} where another has {kinds[1]}. Only "
+        "datasets whose samples have the same keys can be mixed: all of captions, or all of questions with "
+        "the same train_answers. Take one of them out of datasets."
+    )
 
 
 def _batched(key: str, values: list[Any], may_differ: bool) -> torch.Tensor | list[Any]:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evlgen.batch import Batch
-from evlgen.common.errors import ConfigError
+from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.precision import without_autocast
 from evlgen.common.registry import registry
 from evlgen.config.model_config import ArchitectureConfig
@@ -235,7 +235,15 @@ class Blip2Stage1(VisionModel):
         Returns:
             ``loss``, ``loss_itc``, ``loss_itm``, ``loss_lm``: scalars, float32. In training their means over
             processes, weighed by samples, are the losses of all samples in one batch.
+
+        Raises:
+            DataError: an image has several texts.
         """
+        if any(count != 1 for count in samples.get("num_texts", ())):
+            raise DataError(
+                "an image has several texts, and BLIP-2's first stage compares each image with one: train on "
+                "one caption at a time (captions_together: false)."
+            )
         tokens = self.image_tokens(samples)
         ids = self.tokenizer(samples["text_input"])  # [B, L], on the CPU
         visual = self.connector.keys_values(self._normed(tokens))

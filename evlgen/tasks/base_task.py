@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -75,17 +75,18 @@ class BaseTask:
         return model(self.to_learn(samples))
 
     def to_learn(self, samples: Batch) -> Batch:
-        """The samples of a batch as the model's `forward` reads them. Where each has a list of texts, these
-        become one list, with ``num_texts``.
+        """The samples of a batch as the model's `forward` reads them. Where some have a list of texts, as with
+        ``captions_together``, all become one list, with ``num_texts``.
 
         Raises:
             DataError: they lack what this task learns.
         """
-        texts = samples.get("text_input")
-        if not texts or not all(isinstance(of_one, list) for of_one in texts):
+        texts: Sequence[str | list[str]] = samples.get("text_input", [])
+        if not any(isinstance(of_one, list) for of_one in texts):
             return samples
-        flat = [text for of_one in texts for text in of_one]
-        return {**samples, "text_input": flat, "num_texts": [len(of_one) for of_one in texts]}
+        lists = [of_one if isinstance(of_one, list) else [of_one] for of_one in texts]
+        flat = [text for of_one in lists for text in of_one]
+        return {**samples, "text_input": flat, "num_texts": [len(of_one) for of_one in lists]}
 
     def prompts(self, samples: Batch) -> list[str]:
         """The samples' own texts that the model is given to continue; empty where it is given none."""

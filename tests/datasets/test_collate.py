@@ -55,6 +55,15 @@ def test_samples_of_different_shapes_are_named() -> None:
         EveryThirdIsBroken([0]).collater(samples)
 
 
+def test_samples_of_different_keys_are_named() -> None:
+    caption = {"text_input": "a dog", "image_id": 1, "dataset": "captions"}
+    question = {"text_input": "what?", "text_output": "a dog", "question_id": 1, "dataset": "questions"}
+    for samples in ([caption, caption, question], [question, caption]):
+        with pytest.raises(DataError, match="different keys.*dataset 'captions'") as error:
+            EveryThirdIsBroken([0]).collater(samples)
+        assert "question_id, text_output (dataset 'questions')" in str(error.value)
+
+
 def test_in_a_loaders_process_a_batch_is_made_in_memory_that_others_read(dataset) -> None:
     def look(samples):
         batch = dataset.collater(samples)

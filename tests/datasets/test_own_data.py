@@ -622,6 +622,11 @@ def test_an_image_with_all_its_captions_is_one_sample(folder, rows):
     assert learned["text_input"] == [text for texts in CAPTIONS.values() for text in texts]
     assert learned["num_texts"] == [2, 1, 3]
     assert all("text_input" not in sample for sample in samples(val))
+    apart = builder(annotations={"train": "own.json"}).build_split("train")
+    mixed = train.collater([train[0], apart[2], apart[4], train[2]])
+    learned = registry.get_task_class("captioning")(run).to_learn(mixed)
+    assert learned["text_input"] == [*CAPTIONS["a.png"], "red, and green", "y", *CAPTIONS["c.png"]]
+    assert learned["num_texts"] == [2, 1, 1, 3]
 
 
 def test_captions_together_of_questions_are_named(folder):

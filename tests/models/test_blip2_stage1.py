@@ -15,7 +15,7 @@ from torch import nn
 from transformers import BertConfig, BertForPreTraining, BertTokenizer, Blip2Config
 from transformers.models.blip_2.modeling_blip_2 import Blip2ForImageTextRetrieval
 
-from evlgen.common.errors import CheckpointError, ConfigError
+from evlgen.common.errors import CheckpointError, ConfigError, DataError
 from evlgen.common.registry import registry
 from evlgen.config.config import load_model_config
 from evlgen.datasets.shapes.captions import captions
@@ -120,6 +120,13 @@ def reference(model):
     theirs.load_state_dict({k: state[k] for k in wanted}, strict=False)
     theirs.vision_model = _Given()
     return theirs
+
+
+def test_several_texts_of_an_image_are_refused(model, samples):
+    together = {**samples, "image": samples["image"][:3], "num_texts": [2, 2, 2]}
+    with pytest.raises(DataError, match="an image has several texts.*captions_together: false"):
+        model(together)
+    assert model({**samples, "num_texts": [1] * COUNT})["loss"] > 0
 
 
 class _Given(nn.Module):

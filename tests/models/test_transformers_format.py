@@ -24,7 +24,7 @@ from transformers import (
 from evlgen import registry
 from evlgen.cli import main
 from evlgen.common.errors import CheckpointError
-from evlgen.config.config import load_model_file
+from evlgen.config.config import load_model_config, load_model_file
 from evlgen.models.connectors.base import ConnectorInputs
 from evlgen.models.published.conversion import convert
 from evlgen.models.published.transformers_writing import write_transformers
@@ -239,6 +239,16 @@ def test_what_has_no_equal_says_so(theirs, tmp_path, capsys):
         "no class with a TomeFormer" in error and "evlgen push" in error and not (tmp_path / "out").exists()
     )
 
+    changes = {
+        "vision": {"tiles": {"max": 2}},
+        "language": {"tome": {"layer": 1, "r": 2}},
+        "checkpoint": None,
+    }
+    cuts = registry.get_model_class("evlgen_opt").from_config(
+        load_model_config("evlgen_opt", "shapes", changes)
+    )
+    with pytest.raises(CheckpointError, match=r"no place for model\.vision\.tiles, model\.language\.tome\."):
+        write_transformers(cuts, tmp_path)
     model = registry.get_model_class("evlgen_opt").from_pretrained("shapes")
     model.connector = registry.get_connector_class("mlp")(ConnectorInputs(128, 128))
     with pytest.raises(CheckpointError, match="no LayerNorm between .* model.vision.norm_eps: null"):

@@ -75,8 +75,10 @@ def _check_equal(model: VLM) -> None:
     problems = {
         "model.soft_prompts": model.prompt_head is not None,
         "model.vision.temporal": model.temporal is not None,
+        "model.vision.tiles": model.tiling is not None,
         "model.vision.tome_r": bool(getattr(model.cfg.vision, "tome_r", 0)),
         "model.language.lora": bool(model.language.trained_modules()),
+        "model.language.tome": model.cfg.language.tome is not None,
         "model.language.quantization": model.cfg.language.quantization != "none",
         "model.vision.precision: fp8": getattr(model.cfg.vision, "precision", None) == "fp8",
         "model.language.precision: fp8": model.cfg.language.precision == "fp8",
