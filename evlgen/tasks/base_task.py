@@ -75,8 +75,8 @@ class BaseTask:
         return model(self.to_learn(samples))
 
     def to_learn(self, samples: Batch) -> Batch:
-        """The samples of a batch as the model's `forward` reads them. Where some have a list of texts, as with
-        ``captions_together``, all become one list, with ``num_texts``.
+        """The samples of a batch as the model's `forward` reads them. Where some have a list of texts
+        (``captions_together``), those of all become one list, with ``num_texts``.
 
         Raises:
             DataError: they lack what this task learns.
