@@ -60,6 +60,7 @@ class BaseModel(nn.Module):
 
     cfg: ModelConfig
     prompt: str = ""
+    _trained_earlier: frozenset[str] = frozenset()  # see `saved_state_dict`
 
     @classmethod
     def from_config(
@@ -258,6 +259,14 @@ class BaseModel(nn.Module):
                 state[name] = value.detach()
         return state
 
+    def saved_state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: `trained_state_dict`, and the weights of frozen parts that an earlier
+        checkpoint had trained, which nothing else holds."""
+        earlier = {
+            name: value.detach() for name, value in self.state_dict().items() if name in self._trained_earlier
+        }
+        return {**self.trained_state_dict(), **earlier}
+
     def load_checkpoint(self, path: str | Path) -> checkpoint_io.LoadReport:
         """Loads weights over the parts: an own folder or file, or a published ``.pth``; local, URL,
         ``evlgen://``, or ``hf://user/name`` on the hub.
@@ -270,17 +279,19 @@ class BaseModel(nn.Module):
             CheckpointError: nothing there, damaged, refused, another shape, or another architecture's
                 weights; another temporal form; adapters or temporal weights without a place.
         """
-        return checkpoint_io.load_checkpoint(self, self.trained_state_dict(), path)
+        report = checkpoint_io.load_checkpoint(self, self.trained_state_dict(), path)
+        self._trained_earlier = self._trained_earlier.union(report.frozen)
+        return report
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Writes the trained weights and the config into a folder that `from_pretrained` reads. Other files
-        that are in it stay.
+        """Writes the trained weights (`saved_state_dict`) and the config into a folder that `from_pretrained`
+        reads. Other files that are in it stay.
 
         Args:
             dtype: of the matrices in the file, such as ``torch.bfloat16``, which takes half the room; None:
                 as they are. They are read back into the type the model computes in.
         """
-        weights = checkpoint_io.in_dtype(self.trained_state_dict(), dtype)
+        weights = checkpoint_io.in_dtype(self.saved_state_dict(), dtype)
         return checkpoint_io.write_pretrained(path, functools.partial(self.save_weights, weights=weights))
 
     def push_to_hub(
@@ -332,7 +343,7 @@ class BaseModel(nn.Module):
         Args:
             weights: those to write; None for those that are trained, as they are now.
         """
-        weights = self.trained_state_dict() if weights is None else weights
+        weights = self.saved_state_dict() if weights is None else weights
         checkpoint_io.write_weights(folder, weights, dataclasses.asdict(self.cfg))
 
 

@@ -22,6 +22,7 @@ from evlgen.config.yaml_io import read_yaml
 from evlgen.files.digests import DIGESTS_FILE
 from evlgen.files.io import make_readable, resolve, write_atomically
 from evlgen.models.connectors.base import Connector
+from evlgen.models.ops import FP8
 from evlgen.models.protocols import HasConnector, ReadsVideo, offers
 from evlgen.models.published.checkpoints import is_published, to_own_names
 from evlgen.weights.checkpoints import CONFIG_FILE, WEIGHTS_FILE, write_folder
@@ -54,11 +55,12 @@ _READS_TEXT = (
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
     """What a checkpoint gave: names of weights loaded, missing from it, and in it without a place in the
-    model."""
+    model; and of the loaded ones those of frozen parts that have other values than the parts themselves."""
 
     loaded: list[str]
     missing: list[str]
     unexpected: list[str]
+    frozen: list[str] = dataclasses.field(default_factory=list)
 
 
 def load_checkpoint(model: nn.Module, wanted: Collection[str], path: str | Path) -> LoadReport:
@@ -78,8 +80,17 @@ def load_checkpoint(model: nn.Module, wanted: Collection[str], path: str | Path)
     spare, unexpected = _without_place(model, set(state) - set(own), set(state))
     _check_places(model, path, unexpected)
     _check_fits(path, wanted, loaded, missing, unexpected)
+    frozen = [k for k in loaded if k not in wanted and _differs(own[k], state[k])]
     model.load_state_dict({k: state[k] for k in loaded}, strict=False)
     logger.info("%s: %d weights loaded", path, len(loaded))
+    if frozen:
+        logger.info(
+            "%s: %d of them are of frozen parts and differ from these parts' own weights: they are saved with "
+            "what is trained: %s",
+            path,
+            len(frozen),
+            _some(frozen),
+        )
     if spare:
         logger.info("%s: %d weights of an earlier stage are left out: %s", path, len(spare), _some(spare))
     if missing:
@@ -93,7 +104,14 @@ def load_checkpoint(model: nn.Module, wanted: Collection[str], path: str | Path)
         logger.warning(
             "%s: %d weights have no place in this model: %s", path, len(unexpected), _some(unexpected)
         )
-    return LoadReport(loaded, missing, unexpected)
+    return LoadReport(loaded, missing, unexpected, frozen)
+
+
+def _differs(own: Tensor, value: Tensor) -> bool:
+    """Whether a model's weight changes when it is given a checkpoint's value."""
+    if type(own) is not Tensor or own.dtype == FP8:  # spread over processes, or rounded
+        return own.dtype != FP8
+    return not torch.equal(own, value.to(own.device, own.dtype))
 
 
 def _check_fits(

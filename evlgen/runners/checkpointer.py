@@ -114,7 +114,7 @@ class Checkpointer:
         tensors, plain = random_state()
         processes = gather_object([(tensors, {"random": plain, "own": process_state})])
         is_main = self.accelerator.is_main_process
-        weights = gathered(model.trained_state_dict(), keep=is_main)
+        weights = gathered(model.saved_state_dict(), keep=is_main)
         moments = gathered(optimizer_tensors(model, optimizer), keep=is_main)
         if not is_main:
             return

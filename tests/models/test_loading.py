@@ -259,6 +259,23 @@ def test_nothing_of_a_frozen_quantised_layer_is_saved():
     assert set(Whole().trained_state_dict()) == wanted
 
 
+@pytest.mark.parametrize("part", ["language", "vision"])
+def test_a_part_that_was_trained_and_is_frozen_now_is_saved(tmp_path, part):
+    vision = {**VISION, "pretrained": "evlgen://assets/shapes/vision.safetensors", "image_size": 64}
+    vision["kwargs"] = {**VISION["kwargs"], "embed_dim": 128, "depth": 4, "mlp_ratio": 3.0}
+    parts = {"vision": {**vision, "precision": "fp32"}, "language": LANGUAGE}
+    trained = build(**{**parts, part: {**parts[part], "freeze": False}})
+    with torch.no_grad():
+        for weight in getattr(trained, part).parameters():
+            weight.mul_(1.2)
+    first = trained.save_pretrained(tmp_path / "first")
+    frozen = build(**parts, checkpoint=str(first))
+    again = EvlgenOPT.from_pretrained(frozen.save_pretrained(tmp_path / "second"))
+    assert not any(p.requires_grad for p in getattr(again, part).parameters())
+    for name, value in trained.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
 def test_a_checkpoint_may_be_written_in_half_the_room(tmp_path):
     model = build()
     folder = model.save_pretrained(tmp_path / "half", dtype=torch.bfloat16)

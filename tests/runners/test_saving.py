@@ -72,6 +72,20 @@ def test_a_checkpoint_holds_the_weights_of_its_moment_whatever_training_does_whi
         assert steps.item() == iteration
 
 
+def test_weights_of_frozen_parts_that_an_earlier_checkpoint_trained_are_saved(training, tmp_path):
+    checkpointer, model, optimizer = training
+    name, state = "vision.trunk.blocks.0.attn.proj.weight", model.state_dict()
+    same = "vision.trunk.blocks.1.attn.proj.weight"
+    earlier = {**model.trained_state_dict(), name: state[name] + 1, same: state[same]}
+    save_file({k: v.clone() for k, v in earlier.items()}, tmp_path / "earlier.safetensors")
+    assert model.load_checkpoint(tmp_path / "earlier.safetensors").frozen == [name]
+    checkpointer.save(model, optimizer, TrainingState(iteration=1), {})
+    checkpointer.wait()
+    saved = load_file(checkpointer.latest() / "model.safetensors")
+    assert saved.keys() == {*model.trained_state_dict(), name}
+    assert torch.equal(saved[name], earlier[name])
+
+
 def test_weights_that_are_not_finite_are_not_saved(training):
     checkpointer, model, optimizer = training
     checkpointer.save(model, optimizer, TrainingState(iteration=1), {})
