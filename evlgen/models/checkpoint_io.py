@@ -85,7 +85,7 @@ def load_checkpoint(model: nn.Module, wanted: Collection[str], path: str | Path)
     logger.info("%s: %d weights loaded", path, len(loaded))
     if frozen:
         logger.info(
-            "%s: %d of them are of frozen parts and differ from these parts' own weights: they are saved with "
+            "%s: %d of them are of frozen parts and differ from the parts' own: they are saved with "
             "what is trained: %s",
             path,
             len(frozen),
