@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 
 from evlgen.common.lr_schedules import Schedule
 from evlgen.common.registry import registry
@@ -68,6 +68,7 @@ class Runner:
     batches: TrainingBatches
     schedule: Schedule
     optimizer: torch.optim.Optimizer
+    trained: list[nn.Parameter]
     state: TrainingState
 
     def __init__(
