@@ -2,7 +2,7 @@
 # Every connector between the parts of run_scripts/photos/get_parts.sh on Flickr8k: same frozen parts, same seconds of training, sizes
 # within a tenth of the TomeFormer's 10.5 million weights. The rate stays at 1e-3 after its warm-up: in minutes, a falling one stops the
 # learning before it has begun. The runs of benchmarks/photos.md. What was stopped goes on.
-# Usage: bash benchmarks/photos.sh [NAME ...]      (names below; default: all)
+# Usage: bash benchmarks/photos.sh [NAME ...]      (names below; default: those of the table)
 #   BUDGET=540s EVERY=270s SEEDS=42 SAMPLES=64 FOLDER=output/photos_compare
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,6 +14,9 @@ none="hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0"
 connector_of() {
     case $1 in
         tomeformer) echo "{name: tomeformer, num_layers: 5, r: 7, residual: true, $bert, $none}" ;;
+        tomeformer_no_residual) connector_of tomeformer | sed "s/residual: true/residual: false/" ;;
+        tomeformer_one_rate) connector_of tomeformer | sed "s/init_lr_scale: 0.1/init_lr_scale: 1.0/" ;;
+        tomeformer_scale_1) connector_of tomeformer ;;
         tomeformer_random) echo "{name: tomeformer, num_layers: 5, r: 7, residual: true, $small, $none}" ;;
         qformer | qformer_two_stages) echo "{name: qformer, num_query_token: 14, num_layers: 4, $bert, $none}" ;;
         resampler) echo "{name: resampler, num_latents: 14, num_layers: 2, hidden_size: 640}" ;;
@@ -31,7 +34,9 @@ for name in "${names[@]}"; do
     if [ "$name" = qformer_two_stages ]; then
         files=(benchmarks/photos/qformer_stage1.yaml+benchmarks/photos/qformer_stage2.yaml) options=()
     else
-        files=(--cfg-path projects/photos/flickr8k_lite.yaml --grid "model.connector=$(connector_of "$name")") options=(model.language.lora=null datasets.image_text.captions_together=false run.batch_size_train=32 run.warmup_steps=20)
+        scale=0.4
+        [ "$name" != tomeformer_scale_1 ] || scale=1.0
+        files=(--cfg-path projects/photos/flickr8k_lite.yaml --grid "model.connector=$(connector_of "$name")") options=("model.soft_prompts={scale: $scale}" model.language.lora=null datasets.image_text.captions_together=false run.batch_size_train=32 run.warmup_steps=20)
     fi
     resume=()
     [ ! -e "$folder/$name/plan.json" ] || resume=(--resume)
