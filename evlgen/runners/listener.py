@@ -112,7 +112,7 @@ class TrainingRun(Protocol):
         folder: where the run writes.
         config: the whole configuration as plain values.
         datasets: dataset name -> split name -> dataset.
-        trained: the weights that the optimizer changes, in the model's order.
+        trained: the weights with gradients, in the model's order, as the epoch began.
         clock: when the time of training was last counted, in seconds.
         kept_tokens: evaluated datasets that show visual tokens, by the evaluation's key.
     """

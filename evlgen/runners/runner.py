@@ -68,8 +68,9 @@ class Runner:
     batches: TrainingBatches
     schedule: Schedule
     optimizer: torch.optim.Optimizer
-    trained: list[nn.Parameter]
     state: TrainingState
+    # what each (inner) epoch finds
+    trained: list[nn.Parameter]
 
     def __init__(
         self,
@@ -141,6 +142,7 @@ class Runner:
         state = self.state
         self.distribution.wrapped.train()
         self.notify("before_epoch")
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]  # thousands to look at
         self.clock = time.perf_counter()
         while left := self.length.left_in_epoch(state):
             num_batches = min(self.run.accum_grad_iters, left)

@@ -59,7 +59,6 @@ def set_up_training(runner: TrainingRun) -> None:
     )
     optimizer = build_optimizer(runner.model, run.init_lr, run.weight_decay, run.beta2, run.lr_scale)
     runner.optimizer = accelerator.prepare(optimizer)
-    runner.trained = [p for p in runner.model.parameters() if p.requires_grad]
     sizes = {"samples": runner.plan.lengths, "batch_size": run.batch_size_train, "processes": processes}
     runner.state = TrainingState(
         unit=runner.length.UNIT,
