@@ -13,7 +13,7 @@ import hashlib
 import logging
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -292,23 +292,22 @@ def one_per_image(
     return _captioned(found, references)
 
 
-def id_rule(records: Iterable[Mapping[str, Any] | BadRecord]) -> Callable[[Mapping[str, Any]], int | str]:
+def id_rule(records: Sequence[Mapping[str, Any] | BadRecord]) -> Callable[[Mapping[str, Any]], int | str]:
     """How the images of records are called: by their ``image_id``, where every record has one; else by the
     number at the end of the file name, as COCO counts its images; else, where a name has no number or two
     have the same, by the file names themselves.
 
     Of each record no more is kept in memory than two numbers.
     """
-    names, numbers, given = array("q"), array("q"), True
+    if all(record.get("image_id") is not None for record in good(records)):
+        return lambda record: record["image_id"]
+    names, numbers = array("q"), array("q")
     for record in good(records):
-        given = given and record.get("image_id") is not None
         number = number_at_end(record["visual"])
         name = record["visual"].encode("utf-8", "surrogatepass")
         digest = hashlib.blake2b(name, digest_size=8).digest()
         names.append(int.from_bytes(digest, "big", signed=True))
         numbers.append(-1 if number is None else number)
-    if given:
-        return lambda record: record["image_id"]
     if _one_to_one(np.frombuffer(names, dtype=np.int64), np.frombuffer(numbers, dtype=np.int64)):
         return lambda record: _number_or_name(record["visual"])
     return lambda record: record["visual"]

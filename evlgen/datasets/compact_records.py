@@ -52,8 +52,8 @@ class PackedRecords(Sequence):
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         index %= len(self)
-        start, end = self._ends[index : index + 2].tolist()
-        return pickle.loads(self._data[start:end].numpy().data)
+        data, ends = self._data.numpy(), self._ends.numpy()  # slices of tensors take four times as long
+        return pickle.loads(data[ends[index] : ends[index + 1]].data)
 
     def digest(self) -> str:
         """See `evlgen.datasets.records.digest`; at the speed of memory."""

@@ -253,7 +253,7 @@ class Blip2Stage1(VisionModel):
         # are means over samples: negatives are wanting for all samples of all processes or for none
         written = int((ids[:, 1:] != self.tokenizer.pad).sum())
         loss_lm = self._writing_loss(ids, past) * everyone.weight(written, tokens.device)
-        ids = ids.to(tokens.device)
+        ids = ids.to(tokens.device, non_blocking=True)
         loss_itc, image_to_text, text_to_image, positive = self._contrast(
             queries, ids, self._image_keys(samples, everyone), everyone
         )
@@ -340,10 +340,13 @@ class Blip2Stage1(VisionModel):
         """
         # where a label is was found on the CPU: indexing with it on a GPU then waits for nothing
         rows, columns = (ids[:, 1:] != self.tokenizer.pad).nonzero(as_tuple=True)
-        targets = ids[rows, columns + 1].to(self.device)
+        targets = ids[rows, columns + 1]
         ids = torch.cat([torch.full_like(ids[:, :1], self.tokenizer.begin), ids[:, 1:-1]], dim=1)
-        hidden, _ = write(self.connector, self.text, ids.to(self.device), past)
-        logits = self.text.logits(hidden[rows.to(self.device), columns.to(self.device)])
+        ids, rows, columns, targets = (
+            index.to(self.device, non_blocking=True) for index in (ids, rows, columns, targets)
+        )
+        hidden, _ = write(self.connector, self.text, ids, past)
+        logits = self.text.logits(hidden[rows, columns])
         return F.cross_entropy(logits.float(), targets, label_smoothing=LABEL_SMOOTHING)
 
     # ---- use ----

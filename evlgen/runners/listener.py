@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
     from torch import Tensor
+    from torch.nn import Parameter
     from torch.optim import Optimizer
 
     from evlgen.common.lr_schedules import Schedule
@@ -111,6 +112,7 @@ class TrainingRun(Protocol):
         folder: where the run writes.
         config: the whole configuration as plain values.
         datasets: dataset name -> split name -> dataset.
+        trained: the weights with gradients, in the model's order, as the epoch began.
         clock: when the time of training was last counted, in seconds.
         kept_tokens: evaluated datasets that show visual tokens, by the evaluation's key.
     """
@@ -128,6 +130,7 @@ class TrainingRun(Protocol):
     batches: TrainingBatches
     schedule: Schedule
     optimizer: Optimizer
+    trained: list[Parameter]
     state: TrainingState
     skipped: SkippedSamples
     checkpointer: Checkpointer

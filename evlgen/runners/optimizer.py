@@ -78,7 +78,7 @@ def update_weights(runner: TrainingRun, scale: float, loss: float) -> float:
     """
     accelerator, max_norm = runner.accelerator, runner.run.max_grad_norm
     accelerator.unscale_gradients()
-    gradients = [p.grad for p in runner.model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in runner.trained if p.grad is not None]
     norm = scale * total_norm(gradients)
     factor = scale
     if max_norm and norm > max_norm:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 
 from evlgen.common.lr_schedules import Schedule
 from evlgen.common.registry import registry
@@ -69,6 +69,8 @@ class Runner:
     schedule: Schedule
     optimizer: torch.optim.Optimizer
     state: TrainingState
+    # what each (inner) epoch finds
+    trained: list[nn.Parameter]
 
     def __init__(
         self,
@@ -140,6 +142,7 @@ class Runner:
         state = self.state
         self.distribution.wrapped.train()
         self.notify("before_epoch")
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]  # thousands to look at
         self.clock = time.perf_counter()
         while left := self.length.left_in_epoch(state):
             num_batches = min(self.run.accum_grad_iters, left)

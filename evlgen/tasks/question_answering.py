@@ -44,7 +44,6 @@ class QuestionAnsweringTask(BaseTask):
 
     ASKS = True
     MAX_LEN = ANSWER_LEN
-    _truths: Mapping[int | str, list[str]] = {}  # people's answers of the split that is evaluated
 
     def __init__(self, run: RunConfig) -> None:
         super().__init__(run)
@@ -56,6 +55,8 @@ class QuestionAnsweringTask(BaseTask):
         check_slots(self.prompt)
         self.lemmatizer = load_lemmatizer() if run.apply_lemmatizer else None
         self.candidates: list[str] = []
+        self._answered: BaseDataset | None = None
+        self._answers: Mapping[int | str, list[str]] = {}
 
     # ---- training
 
@@ -95,9 +96,7 @@ class QuestionAnsweringTask(BaseTask):
     # ---- evaluation
 
     def before_evaluation(self, dataset: BaseDataset, split: str) -> None:
-        """Reads people's answers, and the list of those that are ranked. Raises `ConfigError` where there is
-        none."""
-        self._truths = dataset.answers()
+        """Reads the list of answers that are ranked. Raises `ConfigError` where there is none."""
         if self.run.inference_method != "rank":
             return
         self.candidates = list(dict.fromkeys(dataset.answer_list()))
@@ -109,15 +108,21 @@ class QuestionAnsweringTask(BaseTask):
 
     def held_out(self, samples: Batch, dataset: BaseDataset) -> Batch | None:
         """The questions that people answered, with the commonest answer of each."""
-        answers = {}
+        answers, truths = {}, self.answers_of(dataset)
         for i, question_id in enumerate(samples.get("question_id", [])):
-            people = [" ".join(answer.split()) for answer in self._truths.get(question_id, [])]
+            people = [" ".join(answer.split()) for answer in truths.get(question_id, [])]
             if people := [answer for answer in people if answer]:
                 answers[i] = max(people, key=people.count)
         if not answers:
             return None
         asked = select(samples, list(answers))
         return {**asked, "text_input": self.prompts(asked), "text_output": list(answers.values())}
+
+    def answers_of(self, dataset: BaseDataset) -> Mapping[int | str, list[str]]:
+        """`BaseDataset.answers`, read once."""
+        if self._answered is not dataset:
+            self._answered, self._answers = dataset, dataset.answers()
+        return self._answers
 
     def valid_step(self, model: BaseModel, samples: Batch) -> list[dict[str, Any]]:
         """``{"question_id", "answer", "question", "instance_id"}`` for each sample of a batch."""
@@ -175,7 +180,7 @@ class QuestionAnsweringTask(BaseTask):
     def _show(self, results: Sequence[Mapping[str, Any]], dataset: BaseDataset, folder: Path) -> None:
         step = max(1, len(results) // SHOWN)
         shown = results[::step][:SHOWN]
-        truths, choices = dataset.answers(), dataset.correct_choices()
+        truths, choices = self.answers_of(dataset), dataset.correct_choices()
         lines = []
         for row in shown:
             people = truths.get(row["question_id"]) or [choices.get(row["question_id"], "")]

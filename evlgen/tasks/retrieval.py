@@ -101,13 +101,14 @@ class RetrievalTask(BaseTask):
         ]
         similarity = torch.stack(own) if own else torch.empty(0, len(texts))
         best_images = self._best_images(similarity)
+        owner, numbers = numbered(owners)
         rows = []
         for row, image in enumerate(images):
             to_text = best(similarity[row], self.run.k_test)
             to_image = best_images[row]
             scores = self._scores(model, image, texts, similarity[row], to_text | to_image)
             order = torch.where(to_text, scores, -torch.inf)
-            right = torch.tensor([owner == image.image_id for owner in owners])
+            right = owner == numbers[image.image_id]
             rows.append(
                 {
                     "image_id": image.image_id,
@@ -211,6 +212,12 @@ def rank(scores: Tensor, right: Tensor) -> int | None:
     return None if top == -torch.inf else int(before.sum()) + 1
 
 
+def numbered(owners: Sequence[int | str]) -> tuple[Tensor, dict[int | str, int]]:
+    """The image of each text as a number, [T], and the number of each image."""
+    numbers = {image_id: number for number, image_id in enumerate(dict.fromkeys(owners))}
+    return torch.tensor([numbers[image_id] for image_id in owners]), numbers
+
+
 def ranks_of_images(results: Sequence[dict[str, Any]], owners: Sequence[int | str]) -> list[int | None]:
     """The place of each text's image among the images, as `rank` counts.
 
@@ -220,10 +227,10 @@ def ranks_of_images(results: Sequence[dict[str, Any]], owners: Sequence[int | st
         owners: the image of each text.
     """
     own = torch.full((len(owners),), -torch.inf)
+    owner, numbers = numbered(owners)
     for result in results:
-        mine = torch.tensor([owners[text] == result["image_id"] for text in result["texts"].tolist()])
-        if mine.any():
-            own[result["texts"][mine]] = result["scores"][mine]
+        mine = owner[result["texts"]] == numbers[result["image_id"]]
+        own[result["texts"][mine]] = result["scores"][mine]
     before = torch.zeros(len(owners), dtype=torch.long)
     for result in results:
         texts, scores = result["texts"], result["scores"]

@@ -24,7 +24,7 @@ class VQATask(QuestionAnsweringTask):
     def score(
         self, results: Sequence[Mapping[str, Any]], dataset: BaseDataset
     ) -> tuple[dict[str, float], dict[str, Any]]:
-        truths = dataset.answers()
+        truths = self.answers_of(dataset)
         given = {r["question_id"]: r["answer"] for r in results if r["question_id"] in truths}
         values = {i: vqa_accuracy(answer, truths[i]) for i, answer in given.items()}
         self.sample_scores = ("accuracy", values)
@@ -37,7 +37,7 @@ class ExactMatchTask(QuestionAnsweringTask):
     def score(
         self, results: Sequence[Mapping[str, Any]], dataset: BaseDataset
     ) -> tuple[dict[str, float], dict[str, Any]]:
-        truths = dataset.answers()
+        truths = self.answers_of(dataset)
         given = {r["question_id"]: r["answer"] for r in results if r["question_id"] in truths}
         values = {i: float(self.is_met(a, truths[i])) for i, a in given.items()}
         self.sample_scores = ("accuracy", values)
@@ -83,6 +83,7 @@ class AOKVQATask(QuestionAnsweringTask):
 
     def valid_step(self, model: BaseModel, samples: Batch) -> list[dict[str, Any]]:
         """As of other tasks, and ``choice`` where the question has choices."""
+        samples = model.encoded(samples)
         results = super().valid_step(model, samples)
         lists = samples.get("choices", [])
         if not any(lists):
@@ -104,7 +105,7 @@ class AOKVQATask(QuestionAnsweringTask):
     def score(
         self, results: Sequence[Mapping[str, Any]], dataset: BaseDataset
     ) -> tuple[dict[str, float], dict[str, Any]]:
-        truths, right = dataset.answers(), dataset.correct_choices()
+        truths, right = self.answers_of(dataset), dataset.correct_choices()
         answers = {r["question_id"]: r["answer"] for r in results if r["question_id"] in truths}
         choices = {
             r["question_id"]: r["choice"] for r in results if r["question_id"] in right and "choice" in r

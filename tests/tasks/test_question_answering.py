@@ -63,13 +63,20 @@ class Model:
 
     def __init__(self, *answers):
         self.answers, self.asked, self.ranked = list(answers), [], []
+        self.encodings = 0
+
+    def encoded(self, samples):
+        self.encodings += 1
+        return {**samples, "visual_tokens": samples["image"]}
 
     def predict_answers(self, samples, **options):
         self.asked.append(options)
+        self.seen = samples
         return [self.answers.pop(0) for _ in samples["text_input"]]
 
     def rank_answers(self, samples, candidates, **options):
         self.ranked.append((candidates, options))
+        assert samples is getattr(self, "seen", samples), "answered and ranked from the same tokens"
         lists = [candidates] * len(samples["text_input"]) if isinstance(candidates[0], str) else candidates
         return [answers[-1] for answers in lists]
 
@@ -222,6 +229,20 @@ def test_gqa_uploads_what_it_scores(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("name", ["vqa", "gqa", "video_qa", "aok_vqa"])
+def test_what_people_answered_is_asked_for_once(tmp_path, name):
+    """It may be the answers to all questions of a large split."""
+    dataset = Questions({1: ["a"] * 3, 2: ["b"] * 3})
+    asked, answers = [], dataset.answers
+    dataset.answers = lambda: asked.append(1) or answers()
+    task, sample = task_of(name), {"text_input": ["question 1?"], "question_id": [1]}
+    for _ in range(2):  # validations
+        evaluate(task, Model("a", "b"), dataset, tmp_path)
+        assert task.held_out(sample, dataset)["text_output"] == ["a"]
+    assert asked == [1]
+    assert task.held_out(sample, Questions({1: ["c"]}))["text_output"] == ["c"]
+
+
 # ---- A-OKVQA
 
 
@@ -250,7 +271,9 @@ def test_aok_vqa_is_scored_in_both_settings(tmp_path):
 
 def test_a_question_without_choices_stands_beside_one_that_has_some(tmp_path):
     dataset = Questions({1: ["a"] * 3, 2: ["b"] * 3}, choices={2: ["a", "b"]}, right={2: "b"})
-    metrics = evaluate(task_of("aok_vqa"), Model("a", "b"), dataset, tmp_path)
+    model = Model("a", "b")
+    metrics = evaluate(task_of("aok_vqa"), model, dataset, tmp_path)
+    assert model.encodings == 1, "for both settings"
     assert metrics == {
         "accuracy_multiple_choice": 100,
         "accuracy_direct_answer": 100,

@@ -135,7 +135,7 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
             owner[row, column],
             inputs_embeds=embeds,
             attention_mask=_additive(visible, embeds),
-            position_ids=positions.to(embeds.device),
+            position_ids=positions.to(embeds.device, non_blocking=True),
         )
 
     def _predictions_of_trees(self, soft_prompts: Tensor, trees: TextTrees) -> Predictions:
@@ -151,7 +151,7 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
             trees.texts,
             inputs_embeds=embeds,
             attention_mask=_additive(visible, embeds),
-            position_ids=positions.to(embeds.device),
+            position_ids=positions.to(embeds.device, non_blocking=True),
         )
 
     @torch.no_grad()
@@ -341,8 +341,8 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
             prompts = soft_prompts.flatten(0, 1)  # [P, C]
         else:
             prompts = torch.cat(list(soft_prompts))
-        embeds = self._embed_words(layout.ids.to(prompts.device))
-        row, column = layout.places.to(prompts.device)
+        embeds = self._embed_words(layout.ids.to(prompts.device, non_blocking=True))
+        row, column = layout.places.to(prompts.device, non_blocking=True)
         return embeds.index_put((row, column), prompts.to(embeds.dtype)), layout
 
     def _training_width(self, longest: int) -> int:
@@ -374,7 +374,7 @@ def _additive(visible: Tensor, embeds: Tensor) -> Tensor:
     L]."""
     hidden = torch.finfo(embeds.dtype).min
     mask = torch.zeros_like(visible, dtype=embeds.dtype).masked_fill_(~visible, hidden)
-    return mask[:, None].to(embeds.device)
+    return mask[:, None].to(embeds.device, non_blocking=True)
 
 
 def is_causal(config: Mapping[str, Any]) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ _FIRST_TEXT, _FIRST_VISUAL = 0xF0000, 0x100000  # private characters for parts o
 _MARK = re.compile("([\U000f0000-\U0010fffd])")
 _NOT_WORDS = re.compile(f"[{IMAGE}{_WORDS}{_ANSWER}\U000f0000-\U0010fffd]")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+#: Conversations whose tokens are kept: those of a batch are asked for again and again, whether anything of
+#: them can be learned, to learn it, and to measure what their images are worth.
+_REMEMBERED = 512
 TEMPLATES = PACKAGE_ROOT / "assets" / "chat_templates"
 
 
@@ -70,6 +73,7 @@ class ChatTemplate:
     ) -> None:
         self.tokenizer, self.name, self.plain_text = tokenizer, name, PlainText(tokenizer)
         self.template = template
+        self._recent: dict[Hashable, list[Segment]] = {}
         if not (template or tokenizer.chat_template):
             raise ConfigError(
                 f"model.language.chat_template: the tokenizer of model.language.name '{name}' has no chat "
@@ -111,6 +115,16 @@ class ChatTemplate:
             DataError: the template does not take such turns.
         """
         marks = _Marks(turns, self.plain_text)
+        key = (answers_next, *marks.texts.items(), *(tuple(message.items()) for message in marks.messages))
+        row = self._recent.get(key)
+        if row is None:
+            row = self._segments(marks, answers_next)
+            if len(self._recent) == _REMEMBERED:
+                self._recent.clear()
+            self._recent[key] = row
+        return row
+
+    def _segments(self, marks: _Marks, answers_next: bool) -> list[Segment]:
         whole, spans = self._answers(marks.messages, answers_next)
         found = _MARK.findall(whole)
         for number, wanted in enumerate(marks.visuals):

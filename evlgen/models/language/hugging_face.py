@@ -351,12 +351,14 @@ class HuggingFaceLanguageModel(LanguageModel):
         self, rows: Tensor, columns: Tensor, targets: Tensor, texts: Tensor | None = None, **inputs
     ) -> Predictions:
         """The predictions of ``targets`` [n] at the positions (rows [n], columns [n]) of the batch, those of
-        one text in a row of it unless ``texts`` [n] names the text of each; indices on the CPU, so that a GPU
-        waits for nothing. Logits are computed there alone."""
+        one text in a row of it unless ``texts`` [n] names the text of each; indices on the CPU, so that
+        nothing waits for a GPU. Logits are computed there alone."""
+        texts = rows if texts is None else texts
         device = inputs["inputs_embeds"].device
-        rows = rows.to(device)
-        scores, head = self._scores_at(rows, columns.to(device), inputs)
-        return Predictions(scores, head, targets.to(device), rows if texts is None else texts.to(device))
+        rows, columns, targets, texts = (
+            index.to(device, non_blocking=True) for index in (rows, columns, targets, texts)
+        )
+        return Predictions(*self._scores_at(rows, columns, inputs), targets, texts)
 
     def _scores_at(
         self, rows: Tensor, columns: Tensor, inputs: Mapping[str, Any]

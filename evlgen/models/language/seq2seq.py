@@ -57,8 +57,8 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
             columns,
             labels[rows, columns],
             inputs_embeds=embeds,
-            attention_mask=mask.to(embeds.device),
-            decoder_input_ids=read.to(embeds.device),
+            attention_mask=mask.to(embeds.device, non_blocking=True),
+            decoder_input_ids=read.to(embeds.device, non_blocking=True),
         )
 
     @torch.no_grad()
@@ -113,8 +113,8 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
         mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0)
         mask = torch.cat([mask.new_ones(soft_prompts.shape[:2]), mask], dim=1)
         self._check_length(mask.shape[1], "model.max_txt_len")
-        ids = pad_sequence(rows, True, self.pad_token_id).to(soft_prompts.device)  # [B, L]
-        embeds = self._embed_words(ids)
+        ids = pad_sequence(rows, True, self.pad_token_id)  # [B, L]
+        embeds = self._embed_words(ids.to(soft_prompts.device, non_blocking=True))
         return torch.cat([soft_prompts.to(embeds.dtype), embeds], dim=1), mask
 
     def _embed_words(self, ids: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ The simpler ways it is compared with, the mean and the concatenation of the fram
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
@@ -67,7 +69,7 @@ def add_temporal_attention(encoder: nn.Module, form: str) -> None:
     Raises:
         ConfigError: the encoder's blocks are of another kind, or their channels do not divide into 8 heads.
     """
-    blocks = getattr(getattr(encoder, "trunk", None), "blocks", ())
+    blocks = _blocks(encoder)
     if not len(blocks) or not all(isinstance(block, Block | EvaBlock) for block in blocks):
         raise ConfigError(
             f"model.vision.temporal.form '{form}' puts attention over the frames into the blocks of a plain "
@@ -88,7 +90,7 @@ def add_temporal_attention(encoder: nn.Module, form: str) -> None:
 
 def temporal_modules(encoder: nn.Module) -> list[TemporalAttention]:
     """The temporal attention of an encoder, block by block."""
-    return [module for module in encoder.modules() if isinstance(module, TemporalAttention)]
+    return [block.temporal_merge for block in _blocks(encoder) if hasattr(block, "temporal_merge")]
 
 
 def pool_frames(tokens: Tensor, num_frames: int, form: str) -> Tensor:
@@ -96,6 +98,10 @@ def pool_frames(tokens: Tensor, num_frames: int, form: str) -> Tensor:
     ``each``, in a row [B, T * N, C]."""
     tokens = tokens.unflatten(0, (-1, num_frames))
     return tokens.flatten(1, 2) if form in ("concat", "each") else tokens.mean(1)
+
+
+def _blocks(encoder: nn.Module) -> Sequence[nn.Module]:
+    return getattr(getattr(encoder, "trunk", None), "blocks", ())
 
 
 class _ContextualBlock(nn.Module):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from evlgen.common.errors import ConfigError, DataError
-from evlgen.models.language.chat import ChatTemplate, read_template
+from evlgen.models.language.chat import _REMEMBERED, ChatTemplate, read_template
 from evlgen.processors.turns import read_turns
 
 ALTERNATE = (
@@ -211,3 +211,23 @@ def test_turns_that_a_template_does_not_take_are_named(template_of):
 def test_a_template_that_is_nowhere(template_of):
     with pytest.raises(ConfigError, match=r"'vicuna' is neither a file .*Did you mean 'vicuna_v1'\?"):
         read_template("vicuna")
+
+
+def test_a_conversation_that_comes_again_is_not_put_into_the_template_again(template_of, monkeypatch):
+    """A batch is looked at for what can be learned, and then learned."""
+    chat = template_of(CHATML)
+    turns = read_turns(messages_of(TALK))
+    rows = [chat.conversation(turns), chat.conversation(turns[:3], answers_next=True)]
+    monkeypatch.setattr(chat, "_rendered", None)
+    monkeypatch.setattr(chat, "tokenizer", None)
+    again = read_turns(messages_of(TALK))
+    assert [chat.conversation(again), chat.conversation(again[:3], answers_next=True)] == rows
+    with pytest.raises(TypeError):
+        chat.conversation(again[:2])
+
+
+def test_conversations_that_came_long_ago_are_forgotten(template_of):
+    chat = template_of(CHATML)
+    for number in range(2 * _REMEMBERED):
+        chat.conversation(read_turns([{"role": "user", "content": str(number)}]))
+    assert len(chat._recent) == _REMEMBERED
