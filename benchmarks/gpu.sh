@@ -13,7 +13,7 @@ if [ "${1:-}" = "--dry-run" ]; then
 fi
 folder=$(mkdir -p "${1:-$(dirname "$0")/gpu-results}" && cd "${1:-$(dirname "$0")/gpu-results}" && pwd)
 cd "$(dirname "$0")/.." || exit 1
-export PYTHONPATH=. HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 failed=0
 measure() {  # SECONDS PART:SECONDS ...
     timeout --kill-after=5 $(($1 * times)) \

@@ -99,7 +99,13 @@ class TextbookConnector(nn.Module):
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(BertLayer(config) for _ in range(sizes.layers))})
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.embeddings(inputs_embeds=x)
+        # BERT has 512 positions, which begin again where an image has more tokens
+        places = torch.arange(x.shape[1], device=x.device)[None] % 512
+        x = self.embeddings(
+            inputs_embeds=x,
+            position_ids=places,
+            token_type_ids=torch.zeros(x.shape[:2], dtype=torch.long, device=x.device),
+        )
         for layer in self.encoder["layer"]:
             x = self._layer(layer, x)
         return x

@@ -147,6 +147,7 @@ def recorder(monkeypatch) -> list:
 
     monkeypatch.setattr(cuda_graphs, "can_record", lambda module, device: not torch.is_grad_enabled())
     monkeypatch.setattr(cuda_graphs, "_record", record)
+    monkeypatch.setattr(cuda_graphs, "_UNRECORDED_USES", 0)
     monkeypatch.setattr(cuda_graphs, "_make_room", lambda kept, device: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
@@ -171,6 +172,37 @@ def test_a_shape_is_recorded_once_and_again_when_weights_have_moved(models, reco
     assert len(recorder) == 2 * len(branches) + 2
     cuda_graphs.forget(model)
     assert model not in cuda_graphs._kept
+
+
+@torch.no_grad()
+def test_a_shape_is_recorded_when_it_comes_again(models, recorder, monkeypatch):
+    """One caption alone is written sooner than its work is recorded."""
+    monkeypatch.setattr(cuda_graphs, "_UNRECORDED_USES", 1)
+    model = copy.deepcopy(models["opt"])
+    embeds, mask = inputs()
+    texts = []
+    for known in (0, 2, 2):
+        texts.append(as_ever(model, embeds, mask, OPTIONS["greedy"]).tolist())
+        assert len(recorder) == known
+    assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", CONFIGS)
+@torch.no_grad()
+def test_texts_are_the_same_by_graphs_of_a_card(models, kind, dtype, monkeypatch):
+    model = copy.deepcopy(models[kind]).to("cuda", dtype)
+    for rows in (1, 3, 5):
+        embeds, mask = (x.cuda() for x in inputs(rows, seed=rows))
+        for name, options in OPTIONS.items():
+            monkeypatch.setenv("EVLGEN_CUDA_GRAPHS", "0")
+            expected = as_ever(model, embeds.to(dtype), mask, options).tolist()
+            monkeypatch.delenv("EVLGEN_CUDA_GRAPHS")
+            for _ in range(3):
+                assert as_ever(model, embeds.to(dtype), mask, options).tolist() == expected, (rows, name)
+    assert cuda_graphs._kept[model].by_key and model not in cuda_graphs._failed
 
 
 @torch.no_grad()

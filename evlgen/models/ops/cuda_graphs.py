@@ -6,7 +6,8 @@ the same memory every time: its inputs and results stay where they are, and noth
 A function for which that is not so is found out by running it once while waiting is forbidden, before
 anything is recorded; it then runs as without graphs, and one line in the log says so.
 
-Off unless ``EVLGEN_CUDA_GRAPHS=1`` is in the environment: nothing of it has run on a card yet.
+A shape is recorded when it comes the second time: recording takes longer than a single caption.
+``EVLGEN_CUDA_GRAPHS=0`` in the environment turns all of it off.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import functools
 import logging
 import os
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -27,6 +28,8 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
+_UNRECORDED_USES = 1  # of a shape, before it is recorded
+_MOST_SHAPES = 1000  # whose uses are counted
 _MEMORY_FRACTION = 0.15  # of a card's memory: what is kept of a module's recordings
 _recording = threading.Lock()  # one thread records at a time
 
@@ -87,6 +90,7 @@ class _Kept:
     def __init__(self, weights: tuple[int, ...]) -> None:
         self.weights = weights
         self.by_key: OrderedDict[Hashable, tuple[Any, threading.Lock]] = OrderedDict()
+        self.uses: Counter[Hashable] = Counter()  # of shapes that are not recorded
         self.pool: Any = None  # memory of what is computed in between, shared: nothing in it outlives a call
 
 
@@ -106,7 +110,8 @@ def recorded(
         make: called where there is none for the key yet; its inputs must be in place.
 
     Yields:
-        None where it cannot be recorded, or is in use: then the work is to be done without.
+        None where it cannot be recorded, comes for the first time, or is in use: then the work is to be done
+        without.
     """
     found = _find(module, device, key, make) if can_record(module, device) else None
     if found is None:
@@ -131,7 +136,7 @@ def can_record(module: nn.Module, device: torch.device) -> bool:
     return (
         device.type == "cuda"
         and torch.version.cuda is not None
-        and os.environ.get("EVLGEN_CUDA_GRAPHS") == "1"
+        and os.environ.get("EVLGEN_CUDA_GRAPHS") != "0"
         and module not in _failed
         and not torch.is_grad_enabled()
         and not torch.are_deterministic_algorithms_enabled()
@@ -157,6 +162,11 @@ def _find(
             kept = _kept[module] = _Kept(weights)
         key = (key, torch.cuda.current_stream(device).cuda_stream, *_modes())
         if key not in kept.by_key:
+            kept.uses[key] += 1
+            if kept.uses[key] <= _UNRECORDED_USES:
+                if len(kept.uses) > _MOST_SHAPES:
+                    kept.uses.clear()
+                return None
             with torch.cuda.device(device):
                 kept.pool = kept.pool or torch.cuda.graph_pool_handle()
                 recording = make()
