@@ -17,6 +17,7 @@ from evlgen.config.config import Config, load_model_config, load_model_file
 from evlgen.config.consent import Consent, check_project
 from evlgen.config.lavis import own_names
 from evlgen.config.schema import show
+from evlgen.files.io import near_name
 from evlgen.models.base_model import BaseModel
 from evlgen.models.checkpoint_io import checkpoint_path
 from evlgen.models.protocols import HasVision, offers, reads_videos, tiling_of
@@ -179,7 +180,7 @@ def load_model_of(
         beside = folder.parent / "latest"
         hint = f" {beside} is there: a run chooses a best one by `agg_metrics`, which it did not have."
         has_latest = folder.name == "best" and os.path.exists(beside)
-        raise DataError(f"there is no checkpoint at {checkpoint}.{hint if has_latest else ''}")
+        raise DataError(f"there is no checkpoint at {checkpoint}.{hint if has_latest else near_name(folder)}")
     if not os.path.isfile(file):
         raise DataError(
             f"{checkpoint} is no folder with a {CONFIG_FILE}, so the model it belongs to is not known: name "

@@ -108,7 +108,7 @@ class RetrievalTask(BaseTask):
             to_image = best_images[row]
             scores = self._scores(model, image, texts, similarity[row], to_text | to_image)
             order = torch.where(to_text, scores, -torch.inf)
-            right = owner == numbers[image.image_id]
+            right = owner == numbers.get(image.image_id, -1)
             rows.append(
                 {
                     "image_id": image.image_id,
@@ -229,7 +229,7 @@ def ranks_of_images(results: Sequence[dict[str, Any]], owners: Sequence[int | st
     own = torch.full((len(owners),), -torch.inf)
     owner, numbers = numbered(owners)
     for result in results:
-        mine = owner[result["texts"]] == numbers[result["image_id"]]
+        mine = owner[result["texts"]] == numbers.get(result["image_id"], -1)
         own[result["texts"][mine]] = result["scores"][mine]
     before = torch.zeros(len(owners), dtype=torch.long)
     for result in results:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from evlgen.common.errors import CheckpointError, EVLGenError
 from evlgen.files.digests import check_digests
+from evlgen.files.io import near_name
 from evlgen.files.json_io import read_json
 from evlgen.weights.checkpoints import WEIGHTS_FILE
 from evlgen.weights.pickle_check import DamagedPickle, RefusedPickle, check_pickles, is_zip
@@ -40,7 +41,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if os.path.isdir(path):
         return _read_folder(path)
     if not os.path.isfile(path):
-        raise CheckpointError(f"there is no checkpoint at {path}.")
+        raise CheckpointError(f"there is no checkpoint at {path}.{near_name(path)}")
     if path.name == WEIGHTS_FILE:
         try:
             check_digests(path.parent, [WEIGHTS_FILE])

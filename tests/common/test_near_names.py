@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from evlgen.common.errors import ConfigError
+from evlgen.common.errors import CheckpointError, ConfigError, DataError
 from evlgen.config.build_info import BuildInfo
 from evlgen.config.config import find_config
 from evlgen.datasets.file_builder import FileBuilder
 from evlgen.datasets.shard_builders import WebShardsBuilder
 from evlgen.datasets.table_dataset import ImageTextBuilder
 from evlgen.files.io import near_name
+from evlgen.models.zoo import load_model_of
 from evlgen.weights.hub import missing_model
 from evlgen.weights.needed import missing_encoder, missing_parts
+from evlgen.weights.weights import read_weights
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +61,12 @@ def test_every_kind_of_file_that_a_user_names_has_a_hint():
         "weight.pth"
     )
     assert "Did you mean 'gpt2-small'?" in missing_model("./gpt2-smal")
+    with pytest.raises(
+        CheckpointError, match=r"at weight\.pth\. Did you mean 'weights\.pth'\?"
+    ):
+        read_weights("weight.pth")
+    with pytest.raises(DataError, match=r"no checkpoint at .*gpt2-smal\. Did you mean 'gpt2-small'\?"):
+        load_model_of(None, "./gpt2-smal", [], "cpu")
     (part,) = missing_parts("vit", False, None, {}, "weight.pth")
     assert part.why == "there is no such file or folder; see model.checkpoint. Did you mean 'weights.pth'?"
 

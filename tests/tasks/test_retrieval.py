@@ -146,6 +146,8 @@ def test_ranks_by_hand():
         {"image_id": "b", "texts": torch.tensor([0, 1, 2]), "scores": torch.tensor([0.6, 0.1, 0.2])},
     ]
     assert ranks_of_images(results, ["a", "a", "b"]) == [2, None, 2]
+    results.append({**results[0], "image_id": "without texts"})
+    assert len(ranks_of_images(results, ["a", "a", "b"])) == 3
 
 
 @pytest.mark.parametrize("k_test", [0, 3, 128])

@@ -122,7 +122,7 @@ class ChatTemplate:
             if len(self._recent) == _REMEMBERED:
                 self._recent.clear()
             self._recent[key] = row
-        return row
+        return list(row)
 
     def _segments(self, marks: _Marks, answers_next: bool) -> list[Segment]:
         whole, spans = self._answers(marks.messages, answers_next)
