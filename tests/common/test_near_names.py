@@ -61,9 +61,7 @@ def test_every_kind_of_file_that_a_user_names_has_a_hint():
         "weight.pth"
     )
     assert "Did you mean 'gpt2-small'?" in missing_model("./gpt2-smal")
-    with pytest.raises(
-        CheckpointError, match=r"at weight\.pth\. Did you mean 'weights\.pth'\?"
-    ):
+    with pytest.raises(CheckpointError, match=r"at weight\.pth\. Did you mean 'weights\.pth'\?"):
         read_weights("weight.pth")
     with pytest.raises(DataError, match=r"no checkpoint at .*gpt2-smal\. Did you mean 'gpt2-small'\?"):
         load_model_of(None, "./gpt2-smal", [], "cpu")
