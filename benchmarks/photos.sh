@@ -3,7 +3,7 @@
 # within a tenth of the TomeFormer's 10.5 million weights. The rate stays at 1e-3 after its warm-up: in minutes, a falling one stops the
 # learning before it has begun. The runs of benchmarks/photos.md. What was stopped goes on.
 # Usage: bash benchmarks/photos.sh [NAME ...]      (names below; default: those of the table)
-#   BUDGET=540s EVERY=270s SEEDS=42 SAMPLES=64 FOLDER=output/photos_compare
+#   BUDGET=540s EVERY=270s SEEDS=42 SAMPLES=64 MIN_LR=1.0e-3 FOLDER=output/photos_compare
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 folder=${FOLDER:-output/photos_compare} python=${PYTHON:-.venv/bin/python}
@@ -42,6 +42,6 @@ for name in "${names[@]}"; do
     [ ! -e "$folder/$name/plan.json" ] || resume=(--resume)
     "$python" -m evlgen compare "${files[@]}" --budget "${BUDGET:-540s}" --evaluate-every "${EVERY:-270s}" --seeds "${SEEDS:-42}" \
         --split val --evaluate-samples "${SAMPLES:-64}" --output "$folder/$name" ${resume[@]+"${resume[@]}"} --options \
-        run.min_lr=1.0e-3 run.num_beams=1 run.max_len=20 run.image_use_samples=128 \
+        "run.min_lr=${MIN_LR:-1.0e-3}" model.language.pack=true run.num_beams=1 run.max_len=20 run.image_use_samples=128 \
         run.metrics=[bleu,meteor,cider] run.log_freq=10 ${options[@]+"${options[@]}"}
 done

@@ -140,8 +140,9 @@ class LanguageConfig:
             this, else the tokenizer's own, else ``question_answer``.
         lora: adapters that are trained; null for none.
         tome: soft prompts merge inside the model; null: they do not.
-        pack: put short conversations of a batch one behind the other into rows as long as its longest, each
-            without a view of the others: the same losses with less padding.
+        pack: put the samples of a batch one behind the other into fewer, longer rows, each without a view of
+            the others: the same losses with less padding. Captions of an image that are learned together
+            (``captions_together``) always are.
     """
 
     name: str = "facebook/opt-2.7b"

@@ -7,13 +7,11 @@ prompts, then the prompt or input, then the text to learn, then the tokenizer's 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -47,14 +45,10 @@ from evlgen.models.language.segments import (
     Visual,
     chosen,
     lay_out,
-    num_positions,
     num_soft_of,
-    num_visuals,
-    packed,
-    segments,
 )
 from evlgen.models.language.soft_prompt_merging import SoftPromptMerging
-from evlgen.models.language.text_trees import TextTrees, text_trees
+from evlgen.models.language.text_trees import Forest, forest, packed, single_trees, text_trees
 from evlgen.processors.turns import Turn
 
 
@@ -85,16 +79,11 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         if num_texts is not None and not isinstance(soft_prompts, Tensor):
             pairs = zip(soft_prompts, num_texts, strict=True)
             soft_prompts, num_texts = [prompts for prompts, count in pairs for _ in range(count)], None
+        trees = self._trees_of(soft_prompts, samples, num_texts)
+        if trees is not None:
+            return self._predictions_of_trees(soft_prompts, trees)
         if num_texts is not None:
-            of_images = cast(Tensor, soft_prompts)  # texts of one image each
-            trees = text_trees(cast(list[Tokens], samples), num_texts, of_images.shape[1])
-            if can_read_trees(self.model, trees.visible.shape[-1]):
-                return self._predictions_of_trees(of_images, trees)
-            soft_prompts = for_each_text(of_images, num_texts)
-        if self.pack and num_texts is None and len(samples) > 1:
-            found = self._predictions_of_packed(soft_prompts, samples)
-            if found is not None:
-                return found
+            soft_prompts = for_each_text(cast(Tensor, soft_prompts), num_texts)
         # right padding needs no mask: what is causal does not see it
         embeds, layout = self._embed(soft_prompts, samples, padding_side="right")
         rows, columns = (layout.labels != IGNORED).nonzero(as_tuple=True)
@@ -103,46 +92,29 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         # a token is predicted one position before it stands
         return self._predictions_at(rows, columns - 1, layout.labels[rows, columns], inputs_embeds=embeds)
 
-    def _predictions_of_packed(self, soft_prompts: SoftPrompts, samples: Sequence[Row]) -> Predictions | None:
-        """As `_predictions_of`, with short samples one behind the other; None where that saves no row, or the
-        model cannot read rows that way."""
-        num_soft = iter(enumerate(num_soft_of(soft_prompts)))
-        visuals = [list(islice(num_soft, num_visuals(row))) for row in samples]  # (place, length) of each
-        lengths = [
-            num_positions(row, [length for _, length in of_one])
-            for row, of_one in zip(samples, visuals, strict=True)
-        ]
-        bins = packed(lengths, max(lengths))
-        if len(bins) == len(samples) or not can_read_trees(self.model, max(lengths)):
+    def _trees_of(
+        self, soft_prompts: SoftPrompts, samples: Sequence[Row], num_texts: list[int] | None
+    ) -> Forest | None:
+        """Samples as trees; None where nothing is saved by it, or the model cannot read them."""
+        if num_texts is not None:
+            num_soft = cast(Tensor, soft_prompts).shape[1]
+            trees = text_trees(cast(list[Tokens], samples), num_texts, num_soft)
+        elif self.pack:
+            trees = single_trees(samples, num_soft_of(soft_prompts))
+        else:
             return None
-        order = [place for row in bins for sample in row for place, _ in visuals[sample]]
-        rows = [[segment for sample in row for segment in segments(samples[sample])] for row in bins]
-        embeds, layout = self._embed(chosen(soft_prompts, order), rows, padding_side="right")
-        self._check_length(layout.ids.shape[1], "model.max_txt_len")
-        places = [torch.cat([torch.arange(lengths[sample]) for sample in row]) for row in bins]
-        owners = [torch.tensor([sample for sample in row for _ in range(lengths[sample])]) for row in bins]
-        positions = pad_sequence(places, True, 0)  # [B, L]
-        owner = pad_sequence(owners, True, -1)
-        positions, visible = _widened(
-            layout.ids.shape[1], positions, (owner[:, :, None] == owner[:, None]).tril()
-        )
-        row, column = ((layout.labels != IGNORED) & (positions > 0)).nonzero(as_tuple=True)
-        self._check_something_is_learned(len(row))
-        return self._predictions_at(
-            row,
-            column - 1,
-            layout.labels[row, column],
-            owner[row, column],
-            inputs_embeds=embeds,
-            attention_mask=_additive(visible, embeds),
-            position_ids=positions.to(embeds.device, non_blocking=True),
-        )
+        lengths = [len(tree.positions) for tree in trees]
+        rows = packed(lengths, self.embed_dim)
+        if num_texts is None and len(rows) == len(trees):
+            return None
+        return forest(trees, rows) if can_read_trees(self.model, max(lengths)) else None
 
-    def _predictions_of_trees(self, soft_prompts: Tensor, trees: TextTrees) -> Predictions:
-        """As `_predictions_of`, where what the texts of an image share is read once."""
+    def _predictions_of_trees(self, soft_prompts: SoftPrompts, trees: Forest) -> Predictions:
+        """As `_predictions_of`, where what the texts of an image share is read once, and rows have several
+        samples."""
         self._check_something_is_learned(len(trees.targets))
         self._check_length(int(trees.positions.max()) + 1, "model.max_txt_len")
-        embeds, layout = self._embed(soft_prompts, trees.rows, padding_side="right")
+        embeds, layout = self._embed(chosen(soft_prompts, trees.images), trees.rows, padding_side="right")
         positions, visible = _widened(layout.ids.shape[1], trees.positions, trees.visible)
         return self._predictions_at(
             trees.places[0],

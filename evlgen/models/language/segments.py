@@ -94,7 +94,9 @@ def num_soft_of(soft_prompts: SoftPrompts) -> list[int]:
 def chosen(soft_prompts: SoftPrompts, places: list[int]) -> SoftPrompts:
     """The soft prompts of some of the images, in this order."""
     if isinstance(soft_prompts, Tensor):
-        return soft_prompts[places]
+        if places == [*range(len(soft_prompts))]:
+            return soft_prompts
+        return soft_prompts[torch.tensor(places).to(soft_prompts.device, non_blocking=True)]
     return [soft_prompts[place] for place in places]
 
 
@@ -139,21 +141,6 @@ class Layout(NamedTuple):
     mask: Tensor
     labels: Tensor
     places: Tensor
-
-
-def packed(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Which samples stand in one row, so that no row is longer than ``limit``: the longest first, each in the
-    first row that has room (first-fit decreasing)."""
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for sample in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        row = next((row for row, left in enumerate(room) if lengths[sample] <= left), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(limit)
-        rows[row].append(sample)
-        room[row] -= lengths[sample]
-    return rows
 
 
 def lay_out(

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from evlgen.models.language.causal import CausalLanguageModel
 from evlgen.models.language.hugging_face import Tokens
-from evlgen.models.language.text_trees import text_trees
+from evlgen.models.language.text_trees import forest, packed, text_trees
 
 TEXTS = ["a red dog on a table", "two dogs", "the dog", "a cat", "a small cat under a large table"]
 COUNTS = [3, 2]
@@ -86,16 +86,61 @@ def test_lengths_are_rounded_up_to_the_models_positions_at_most(folders, monkeyp
 def test_texts_of_an_image_share_what_they_read():
     question = [5, 6, 7]
     trees = text_trees([Tokens([1], question, [8, 2]), Tokens([1], question, [9, 2])], [2], num_soft=4)
-    assert trees.rows == [Tokens([1], [*question, 8, 2, 9, 2], [])]
-    assert trees.positions.tolist() == [[*range(8), 8, 9, 8, 9]]
-    assert trees.places.tolist() == [[0] * 4, [7, 8, 7, 10]]  # both first tokens at the trunk's end
-    assert trees.texts.tolist() == [0, 0, 1, 1]
-    assert not trees.visible[0, 10:, 8:10].any()  # a branch does not see the other
-    assert trees.visible[0, 11].tolist() == [True] * 8 + [False] * 2 + [True] * 2
+    found = forest(trees, [[0]])
+    assert [segment.ids for segment in found.rows[0]] == [[1], [], question, [], [], [8, 2], [], [9, 2]]
+    assert found.positions.tolist() == [[*range(8), 8, 9, 8, 9]]
+    assert found.places.tolist() == [[0] * 4, [7, 8, 7, 10]]  # both first tokens at the trunk's end
+    assert found.targets.tolist() == [8, 2, 9, 2] and found.texts.tolist() == [0, 0, 1, 1]
+    assert not found.visible[0, 10:, 8:10].any()  # a branch does not see the other
+    assert found.visible[0, 11].tolist() == [True] * 8 + [False] * 2 + [True] * 2
 
 
 def test_texts_that_read_different_things_are_apart():
-    trees = text_trees([Tokens([], [5], [8, 2]), Tokens([], [6, 7], [9])], [2], num_soft=1)
-    assert trees.rows == [Tokens([], [5, 8, 2, 6, 7, 9], [])]
-    assert trees.positions.tolist() == [[0, 1, 2, 3, 1, 2, 3]]
-    assert trees.places.tolist() == [[0] * 3, [1, 2, 5]]
+    (tree,) = text_trees([Tokens([], [5], [8, 2]), Tokens([], [6, 7], [9])], [2], num_soft=1)
+    assert [segment.ids for segment in tree.segments if segment.ids] == [[5], [8, 2], [6, 7], [9]]
+    assert tree.positions == [0, 1, 2, 3, 1, 2, 3]
+    assert tree.places == [1, 2, 5]
+
+
+def test_trees_of_a_row_do_not_see_each_other():
+    trees = text_trees([Tokens([], [], [8]), Tokens([], [], [9]), Tokens([], [], [7])], [2, 1], num_soft=1)
+    found = forest(trees, [[1, 0]])
+    assert found.images == [1, 0]
+    assert found.positions.tolist() == [[0, 1, 0, 1, 1]]
+    assert found.texts.tolist() == [2, 0, 1]
+    assert found.places.tolist() == [[0, 0, 0], [0, 2, 2]]
+    assert found.visible[0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 1, 0, 1],
+    ]
+
+
+def test_rows_are_as_long_as_is_cheapest():
+    captions = [21, 21, 22, 22, 23, 24, 25, 25, 26, 38]
+    narrow, wide = packed(captions, channels=64), packed(captions, channels=4096)
+    assert sorted(sum(wide, [])) == [*range(10)]
+
+    def width(rows: list[list[int]]) -> int:
+        return max(sum(captions[place] for place in row) for row in rows)
+
+    assert len(wide) * width(wide) < 1.1 * sum(captions)  # nearly nothing is padding
+    assert width(narrow) < width(wide)
+    assert packed([5] * 4, channels=1) == [[0], [1], [2], [3]]
+    assert packed([], channels=8) == []
+
+
+def test_packed_rows_are_wider_than_a_sample_where_that_saves_positions(folders):
+    model = CausalLanguageModel(str(folders["gpt2"])).eval()  # 64 positions, which a row may exceed
+    texts = [*TEXTS, "a dog " * 20] * 3
+    prompts = torch.randn(len(texts), 4, 32)
+    sizes: list[torch.Size] = []
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    expected = model.sample_losses(prompts, texts)
+    model.pack = True
+    torch.testing.assert_close(model.sample_losses(prompts, texts), expected, rtol=1e-4, atol=1e-4)
+    assert sizes[1].numel() < 0.8 * sizes[0].numel()
