@@ -38,7 +38,7 @@ def row(name: str, run: dict[str, Any]) -> str:
         f"{run['samples']:,}",
         f"{use['eval_loss']:.2f}",
         worth,
-        f"{final['METEOR']:.3f}",
+        f"{final['METEOR']:.3f}" if "METEOR" in final else "",  # it needs Java
         f"{final['CIDEr']:.3f}",
     ]
     return f"| {name} | {' | '.join(cells)} |"

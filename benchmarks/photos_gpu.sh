@@ -4,7 +4,7 @@
 # 32 captions, the TomeFormer with three seeds; a tenth, a quarter, a half and all of the data; values of r.
 #
 #     bash run_scripts/photos/get_parts.sh      # and flickr8k/, daquar/ in the data root
-#     bash benchmarks/photos_gpu.sh [--dry-run] [FOLDER]      (default: output/photos_gpu)
+#     bash benchmarks/photos_gpu.sh [--dry-run] [FOLDER [NAME ...]]      (default: output/photos_gpu, all names of `all_jobs` below)
 #
 # JOBS=4 processes share the card, as one of so small a model leaves it idle. What is not done after LIMIT=540 seconds is stopped; the same
 # command goes on with it. FOLDER/NAME.log has each job's output, FOLDER/tables.md what is known. --dry-run: two steps of each.
@@ -12,16 +12,19 @@ set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 dry=0
 [ "${1:-}" != --dry-run ] || { dry=1; shift; }
-folder=$(mkdir -p "${1:-output/photos_gpu}" && cd "${1:-output/photos_gpu}" && pwd)
+[ $# -gt 0 ] || set -- output/photos_gpu
+folder=$(mkdir -p "$1" && cd "$1" && pwd)
+shift
+wanted=" $* "
 cd "$root" || exit 1
 export PYTHON=${PYTHON:-.venv/bin/python} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-export folder dry deadline=$((SECONDS + ${LIMIT:-540})) begun
 begun=$(date +%s)
+export folder dry begun
 metrics="[bleu,rouge_l,cider]"
 ! command -v java >/dev/null || metrics="[bleu,meteor,rouge_l,cider]"
 export metrics
 
-jobs() {  # NAME WHAT ..., the most important first
+all_jobs() {  # NAME WHAT ..., the most important first
     echo "captioner_adapters captioner adapters"
     echo "captioner_frozen captioner frozen"
     for seed in 42 43 44; do echo "tomeformer_$seed connector tomeformer $seed 6000"; done
@@ -42,11 +45,11 @@ train() {  # OUTPUT PROJECT OPTIONS: goes on where it was stopped
     "$PYTHON" train.py --cfg-path "projects/photos/$project.yaml" --options "run.output_dir=$output" run.resume=auto "$@"
 }
 
-scores() {  # OUTPUT PROJECT OPTIONS: of its last weights, on the whole validation split
+scores() {  # OUTPUT PROJECT OPTIONS: of its best weights, on the whole validation split
     local output=$folder/$1 project=$2
     shift 2
     "$PYTHON" evaluate.py --cfg-path "projects/photos/$project.yaml" --options "run.output_dir=$output/scores" \
-        "model.checkpoint=$output/latest/checkpoints/last" "run.test_splits=[val]" "$@"
+        "model.checkpoint=$output/latest/checkpoints/best" "run.test_splits=[val]" "$@"
 }
 
 captioner() {
@@ -54,13 +57,13 @@ captioner() {
     local only=("run.metrics=$metrics") same=(run.batch_size_eval=128)
     [ "$1" = adapters ] || same+=(model.language.lora=null)
     if [ "$dry" = 1 ]; then
-        length=(run.max_iters=2 run.iters_per_inner_epoch=2 run.batch_size_train=2 run.max_valid_samples=2)
+        length=(run.max_iters=2 run.iters_per_inner_epoch=2 run.batch_size_train=2 run.max_valid_samples=2 run.image_use_samples=2)
         fewer=("${length[@]}") few=(run.max_eval_samples=4)
     fi
     train "captioner_$1" flickr8k_lite "${only[@]}" "${same[@]}" "${length[@]}" &&
         scores "captioner_$1" flickr8k_lite "${only[@]}" "${same[@]}" ${few[@]+"${few[@]}"} || return
     [ "$1" = adapters ] || return 0
-    local start=model.checkpoint=$folder/captioner_adapters/latest/checkpoints/last
+    local start=model.checkpoint=$folder/captioner_adapters/latest/checkpoints/best
     train questions daquar_lite "$start" ${fewer[@]+"${fewer[@]}"} && scores questions daquar_lite ${few[@]+"${few[@]}"}
     train self_critical flickr8k_scst "$start" "${only[@]}" run.max_iters=400 run.test_splits=[] ${fewer[@]+"${fewer[@]}"} &&
         scores self_critical flickr8k_scst "${only[@]}" ${few[@]+"${few[@]}"}
@@ -101,8 +104,12 @@ job() {  # NAME WHAT ...
     echo "$(($(date +%s) - begun)) s: $1 ended with $code"
 }
 export -f train scores captioner first_images connector job
-jobs | xargs -P "${JOBS:-4}" -L 1 bash -c 'job "$@"' -
-for of_one in "$folder"/connectors_*; do
-    printf '\n%s\n\n' "$(basename "$of_one")" && "$PYTHON" benchmarks/photos.py "$of_one"
-done | tee "$folder/tables.md"
-grep -h "CIDEr\|exact_match" "$folder"/{captioner,questions,self_critical}*/scores/*/evaluate.txt 2>/dev/null
+all_jobs | while read -r name rest; do
+    [[ $wanted == "  " || $wanted == *" $name "* ]] && echo "$name $rest"
+done | xargs -P "${JOBS:-4}" -L 1 bash -c 'job "$@"' -
+{
+    grep -H "samples in" "$folder"/{captioner_*,questions,self_critical}/scores/latest/log.txt
+    for of_one in "$folder"/connectors_*; do
+        printf '\n%s\n\n' "$(basename "$of_one")" && "$PYTHON" benchmarks/photos.py "$of_one"
+    done
+} 2>/dev/null | tee "$folder/tables.md"
