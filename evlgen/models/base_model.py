@@ -61,6 +61,7 @@ class BaseModel(nn.Module):
     cfg: ModelConfig
     prompt: str = ""
     _trained_earlier: frozenset[str] = frozenset()  # see `saved_state_dict`
+    _before_rounding: Mapping[str, Tensor] = {}  # of those, what the model has in float8
 
     @classmethod
     def from_config(
@@ -261,11 +262,11 @@ class BaseModel(nn.Module):
 
     def saved_state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint holds: `trained_state_dict`, and the weights of frozen parts that an earlier
-        checkpoint had trained, which nothing else holds."""
+        checkpoint had trained, which nothing else holds; those in float8 as that checkpoint had them."""
         earlier = {
             name: value.detach() for name, value in self.state_dict().items() if name in self._trained_earlier
         }
-        return {**self.trained_state_dict(), **earlier}
+        return {**self.trained_state_dict(), **earlier, **self._before_rounding}
 
     def load_checkpoint(self, path: str | Path) -> checkpoint_io.LoadReport:
         """Loads weights over the parts: an own folder or file, or a published ``.pth``; local, URL,
@@ -281,6 +282,7 @@ class BaseModel(nn.Module):
         """
         report = checkpoint_io.load_checkpoint(self, self.trained_state_dict(), path)
         self._trained_earlier = self._trained_earlier.union(report.frozen)
+        self._before_rounding = {**self._before_rounding, **report.rounded}
         return report
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:

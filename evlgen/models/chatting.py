@@ -50,7 +50,12 @@ class Chatting(Writing):
             options: as of `generate`; ``num_beams`` is 1 unless given, ``max_length`` 256, or what
                 there is room for.
         """
-        return self.texts(self.answer_turns_tokens(samples, **options))
+        return self.texts_of_turns(self.answer_turns_tokens(samples, **options))
+
+    def texts_of_turns(self, tokens: list[list[int]]) -> list[str]:
+        """What is written in tokens of `answer_turns_tokens`, without what ends a turn."""
+        ends = self.language.turn_end_token_ids
+        return self.texts([ids[:-1] if ids and ids[-1] in ends else ids for ids in tokens])
 
     @torch.no_grad()
     def answer_turns_tokens(self, samples: Batch, **options: Any) -> list[list[int]]:
@@ -100,7 +105,7 @@ class Chatting(Writing):
         shown = ""
         with without_autocast(self.device):
             for tokens in self.language.stream_row(soft_prompts, row, **options):
-                text = self.language.texts([tokens])[0]
+                text = self.texts_of_turns([tokens])[0]
                 is_whole = not text.endswith("\ufffd")  # else half of a character
                 if is_whole and text != shown and text.startswith(shown):
                     yield text[len(shown) :]

@@ -22,7 +22,7 @@ from evlgen.config.yaml_io import read_yaml
 from evlgen.files.digests import DIGESTS_FILE
 from evlgen.files.io import make_readable, resolve, write_atomically
 from evlgen.models.connectors.base import Connector
-from evlgen.models.ops import FP8
+from evlgen.models.ops import FP8, Fp8Linear, is_rounded
 from evlgen.models.protocols import HasConnector, ReadsVideo, offers
 from evlgen.models.published.checkpoints import is_published, to_own_names
 from evlgen.weights.checkpoints import CONFIG_FILE, WEIGHTS_FILE, write_folder
@@ -55,12 +55,14 @@ _READS_TEXT = (
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
     """What a checkpoint gave: names of weights loaded, missing from it, and in it without a place in the
-    model; and of the loaded ones those of frozen parts that have other values than the parts themselves."""
+    model; and of the loaded ones those of frozen parts that have other values than the parts themselves, with
+    their values as the checkpoint has them where the model has them in float8."""
 
     loaded: list[str]
     missing: list[str]
     unexpected: list[str]
     frozen: list[str] = dataclasses.field(default_factory=list)
+    rounded: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 def load_checkpoint(model: nn.Module, wanted: Collection[str], path: str | Path) -> LoadReport:
@@ -80,7 +82,8 @@ def load_checkpoint(model: nn.Module, wanted: Collection[str], path: str | Path)
     spare, unexpected = _without_place(model, set(state) - set(own), set(state))
     _check_places(model, path, unexpected)
     _check_fits(path, wanted, loaded, missing, unexpected)
-    frozen = [k for k in loaded if k not in wanted and _differs(own[k], state[k])]
+    frozen = [k for k in loaded if k not in wanted and _differs(model, k, own[k], state[k])]
+    rounded = {k: state[k] for k in frozen if own[k].dtype == FP8}
     model.load_state_dict({k: state[k] for k in loaded}, strict=False)
     logger.info("%s: %d weights loaded", path, len(loaded))
     if frozen:
@@ -104,13 +107,16 @@ def load_checkpoint(model: nn.Module, wanted: Collection[str], path: str | Path)
         logger.warning(
             "%s: %d weights have no place in this model: %s", path, len(unexpected), _some(unexpected)
         )
-    return LoadReport(loaded, missing, unexpected, frozen)
+    return LoadReport(loaded, missing, unexpected, frozen, rounded)
 
 
-def _differs(own: Tensor, value: Tensor) -> bool:
+def _differs(model: nn.Module, name: str, own: Tensor, value: Tensor) -> bool:
     """Whether a model's weight changes when it is given a checkpoint's value."""
-    if type(own) is not Tensor or own.dtype == FP8:  # spread over processes, or rounded
-        return own.dtype != FP8
+    if type(own) is not Tensor:  # spread over processes
+        return True
+    if own.dtype == FP8:
+        layer = model.get_submodule(name.rpartition(".")[0])
+        return isinstance(layer, Fp8Linear) and value.dtype != FP8 and not is_rounded(layer, value)
     return not torch.equal(own, value.to(own.device, own.dtype))
 
 

@@ -140,7 +140,8 @@ class ImageUseMeter:
         self._mean: Tensor | None = None  # sum of soft prompts over samples, [M, C], float64
         self._square = 0.0
         self._prompts = 0
-        self._previous: tuple[Hashable, Tensor] | None = None  # the last sample's image key and soft prompts
+        self._seen: dict[Hashable, Tensor] = {}  # soft prompts [1, M, C] of the last two images
+        self._waiting: list[tuple[list[Hashable], Batch, Tensor]] = []  # batches for which no other was seen
 
     def measure(
         self,
@@ -193,14 +194,21 @@ class ImageUseMeter:
             self._add_whole(model, samples, keys)
             return
         prompts = model.soft_prompts(samples)
-        others = self._others(keys, prompts)
         self._remember(model, prompts)
-        self._previous = (keys[-1], prompts[-1:])
-        if others is None:
-            return
-        right, exchanged = (model.sample_losses(samples, p) for p in (prompts, others))
-        columns = (right["losses"], exchanged["losses"], right["num_tokens"])
-        self._rows += zip(*(column.tolist() for column in columns), strict=True)
+        if isinstance(prompts, Tensor):  # images of different numbers of tiles are exchanged in a batch only
+            for place in (0, -1):
+                self._seen.pop(keys[place], None)
+                self._seen[keys[place]] = prompts[place][None]
+            self._seen = dict(list(self._seen.items())[-2:])
+        batches, self._waiting = [*self._waiting, (keys, samples, prompts)], []
+        for keys, samples, prompts in batches:
+            others = self._others(keys, prompts)
+            if others is not None:
+                right, exchanged = (model.sample_losses(samples, p) for p in (prompts, others))
+                columns = (right["losses"], exchanged["losses"], right["num_tokens"])
+                self._rows += zip(*(column.tolist() for column in columns), strict=True)
+            elif isinstance(prompts, Tensor):
+                self._waiting.append((keys, samples, prompts))
 
     def _add_whole(self, model: BaseModel, samples: Batch, keys: Sequence[Hashable]) -> None:
         """Of a model that gives the loss of a batch only, such as BLIP-2's first stage, whose loss of writing
@@ -215,19 +223,15 @@ class ImageUseMeter:
         self._rows.append((float(right[loss]) * weight, float(exchanged[loss]) * weight, weight))
 
     def _others(self, keys: Sequence[Hashable], prompts: Tensor) -> Tensor | None:
-        """For each sample the soft prompts of another image; None where there is no other."""
+        """For each sample the soft prompts of another image, of its batch or else one that was seen; None
+        where there is no other."""
         order = exchange(keys)
         if order is not None:
             return prompts[order]
-        if (
-            self._previous is None
-            # images of different numbers of tiles have none
-            or not (isinstance(prompts, Tensor) and isinstance(self._previous[1], Tensor))
-            or self._previous[0] in keys
-            or self._previous[1].shape[1:] != prompts.shape[1:]
-        ):
-            return None
-        return self._previous[1].expand_as(prompts)
+        for key, other in self._seen.items():
+            if isinstance(prompts, Tensor) and key not in keys and other.shape[1:] == prompts.shape[1:]:
+                return other.expand_as(prompts)
+        return None
 
     @torch.no_grad()
     def _remember(self, model: object, prompts: Tensor) -> None:

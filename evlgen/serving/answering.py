@@ -156,16 +156,25 @@ class Answerer:
                     "images": [list(request.images) for request in requests],
                 }
                 tokens = model.answer_turns_tokens(samples, **options)
-        ends = set(model.language.end_token_ids)
+        ends = self._ends(first)
         texts = [
             Text(text, len(ids), len(ids) >= first.decoding.max_length and ids[-1] not in ends)
-            for text, ids in zip(model.texts(tokens), tokens, strict=True)
+            for text, ids in zip(self._texts(first, tokens), tokens, strict=True)
         ]
         each = first.decoding.num_captions
         return [
             Answer(texts[place * each : (place + 1) * each], self._num_read(prompt, request.images))
             for place, (prompt, request) in enumerate(zip(prompts, requests, strict=True))
         ]
+
+    def _ends(self, request: Ask) -> Sequence[int]:
+        """The tokens that end the texts of a request."""
+        language = self.model.language
+        return language.end_token_ids if request.turns is None else language.turn_end_token_ids
+
+    def _texts(self, request: Ask, tokens: list[list[int]]) -> list[str]:
+        """What is written in tokens that answer a request."""
+        return self.model.texts(tokens) if request.turns is None else self.model.texts_of_turns(tokens)
 
     def _prompt(self, text: str | None) -> str:
         """What is read before the answer. Raises `DataError` for a text that would be cut."""
@@ -198,13 +207,14 @@ class Answerer:
         """Within it, `Ask.on_texts` of the requests is called after each token."""
         if all(request.on_texts is None for request in requests):
             return contextlib.nullcontext()
-        each, ends = requests[0].decoding.num_captions, list(self.model.language.end_token_ids)
+        first = requests[0]
+        each, ends = first.decoding.num_captions, list(self._ends(first))
 
         def report(tokens: list[list[int]]) -> None:
             for place, request in enumerate(requests):
                 if request.on_texts is not None:
                     own = tokens[place * each : (place + 1) * each]
-                    request.on_texts(self.model.texts([truncate_at_eos(row, ends) for row in own]))
+                    request.on_texts(self._texts(first, [truncate_at_eos(row, ends) for row in own]))
 
         return watched(report)
 

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -107,6 +107,7 @@ class Service:
         started = time.monotonic()
         try:
             with contextlib.ExitStack() as place:
+                place.enter_context(self._counting())
                 place.enter_context(self._admission())
                 asked, ask = await self._receive(request)
                 if asked.stream:
@@ -139,50 +140,53 @@ class Service:
         without a stream, what fails later is its last event.
 
         Args:
-            place: in the server; it is held until the answer is there.
+            place: in the server, and in its counts; it is held until the answer is there.
         """
-        texts: asyncio.Queue[list[str] | None] = asyncio.Queue()
+        with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+        chunks = protocol.Chunks(_new_name(), self.name, ask.decoding.num_captions, asked.stops, with_usage)
+        written: asyncio.Queue[list[dict[str, Any]] | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
+
+        def write(so_far: list[str]) -> None:
+            written.put_nowait(list(chunks.more(so_far)))
 
         async def answer_it() -> Answer:
             with place:
                 try:
-                    return await self._answer(request, ask, started)
+                    answer = await self._answer(request, ask, started)
+                    if not chunks.continue_to(answer.texts):
+                        raise Refusal(500, "the text was begun anew: ask again.", "internal_error")
+                    return answer
                 finally:
-                    texts.put_nowait(None)
+                    written.put_nowait(None)
 
-        ask = dataclasses.replace(ask, on_texts=lambda so_far: _put_threadsafe(loop, texts, so_far))
+        ask = dataclasses.replace(ask, on_texts=lambda so_far: _call_threadsafe(loop, write, so_far))
         work = asyncio.ensure_future(answer_it())
         work.add_done_callback(_retrieve_error)
-        first = await texts.get()
+        first = await written.get()
         if first is None:
             await work
-        with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-        chunks = protocol.Chunks(_new_name(), self.name, ask.decoding.num_captions, asked.stops, with_usage)
 
         async def pieces() -> AsyncIterator[dict[str, Any]]:
             for piece in chunks.begin():
                 yield piece
-            so_far = first
-            while so_far is not None:
-                for piece in chunks.more(so_far):
+            more = first
+            while more is not None:
+                for piece in more:
                     yield piece
-                so_far = await texts.get()
+                more = await written.get()
             try:
                 answer = await work
-            except Refusal as refusal:
-                yield refusal.body()
-            except EVLGenError as error:
-                yield Refusal(400, str(error), "invalid_request").body()
             except ClientDisconnect:
                 raise
+            except (Refusal, EVLGenError) as error:
+                refusal = _as_refusal(error)
+                self.metrics.refusals.labels(refusal.code).inc()
+                yield refusal.body()
             except Exception:
                 logger.exception("a stream failed")
                 yield _failure().body()
             else:
-                if not chunks.continue_to(answer.texts):
-                    yield Refusal(500, "the text was begun anew: ask again.", "internal_error").body()
-                    return
                 for piece in chunks.end(answer.prompt_tokens, answer.texts):
                     yield piece
 
@@ -195,6 +199,22 @@ class Service:
         return StreamingResponse(
             events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
+
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Counts a request by the status that the block ends with."""
+        status = 500
+        try:
+            yield
+            status = 200
+        except (Refusal, EVLGenError) as error:
+            status = _as_refusal(error).status
+            raise
+        except ClientDisconnect:
+            status = _LEFT
+            raise
+        finally:
+            self.metrics.requests.labels(str(status)).inc()
 
     @contextlib.contextmanager
     def _admission(self) -> Iterator[None]:
@@ -307,16 +327,21 @@ def _failure() -> Refusal:
     return Refusal(500, "the server failed; its log says why.", "internal_error")
 
 
+def _as_refusal(error: Refusal | EVLGenError) -> Refusal:
+    """An error of the model is one of the request: it does not fit the model."""
+    return error if isinstance(error, Refusal) else Refusal(400, str(error), "invalid_request")
+
+
 def _retrieve_error(work: asyncio.Future[Any]) -> None:
     """Keeps asyncio from logging the error of work whose client has left."""
     if not work.cancelled():
         work.exception()
 
 
-def _put_threadsafe(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], item: Any) -> None:
-    """Puts an item into a queue of a loop, from any thread."""
+def _call_threadsafe(loop: asyncio.AbstractEventLoop, call: Callable[[T], None], argument: T) -> None:
+    """Calls in the thread of a loop, from any thread."""
     with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-        loop.call_soon_threadsafe(queue.put_nowait, item)
+        loop.call_soon_threadsafe(call, argument)
 
 
 async def _leaving(request: Request) -> None:
@@ -359,22 +384,12 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/v1/chat/completions", dependencies=private)
     async def chat_completions(request: Request) -> Response:
-        status = 500
         try:
-            response = await service.complete(request)
-            status = response.status_code
-        except Refusal as refusal:
-            status = refusal.status
-            raise
-        except EVLGenError as error:  # of the model: the request does not fit it
-            status = 400
-            raise Refusal(400, str(error), "invalid_request") from error
+            return await service.complete(request)
+        except EVLGenError as error:
+            raise _as_refusal(error) from error
         except ClientDisconnect:
-            status = _LEFT
             return Response(status_code=_LEFT)
-        finally:
-            service.metrics.requests.labels(str(status)).inc()
-        return response
 
     @app.exception_handler(Refusal)
     async def refused(_: Request, refusal: Refusal) -> Response:

@@ -19,7 +19,10 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self.requests = Counter(
-            "evlgen_requests", "Requests for texts, by HTTP status.", ["status"], registry=registry
+            "evlgen_requests",
+            "Requests for texts, by HTTP status; streams by how they ended.",
+            ["status"],
+            registry=registry,
         )
         self.refusals = Counter(
             "evlgen_refusals", "Requests that were refused, by cause.", ["code"], registry=registry

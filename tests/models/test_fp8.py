@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from evlgen.common.errors import ConfigError
@@ -122,6 +122,38 @@ def test_what_is_trained_and_saved_is_the_same(golden, samples, on_cpu, tmp_path
         assert torch.equal(again.soft_prompts(samples), model.soft_prompts(samples))
     plain.save_pretrained(tmp_path / "plain")
     assert not model.load_checkpoint(tmp_path / "plain").missing
+
+
+@pytest.mark.parametrize("part", ["vision", "language"])
+def test_weights_that_were_trained_earlier_are_saved_as_they_were(golden, on_cpu, tmp_path, part):
+    cfg = section(golden, "bf16")
+    cfg[part].precision, cfg[part].freeze = "fp32", False
+    trained = registry.get_model_class("evlgen_opt").from_config(cfg)
+    with torch.no_grad():
+        for weight in getattr(trained, part).parameters():
+            weight.mul_(1.2)
+    model, plain = build(golden, "fp8"), build(golden, "bf16")
+    model.load_checkpoint(plain.save_pretrained(tmp_path / "plain"))
+    model.load_checkpoint(_with_parts(plain, tmp_path / "parts"))
+    assert model.saved_state_dict().keys() == plain.saved_state_dict().keys(), "nothing of them was trained"
+    model.load_checkpoint(trained.save_pretrained(tmp_path / "first"))
+    saved = load_file(model.save_pretrained(tmp_path / "second") / "model.safetensors")
+    linear = [name for name, module in model.named_modules() if isinstance(module, Fp8Linear)]
+    linear = [f"{name}.weight" for name in linear if name.startswith(part)]
+    assert linear and all(torch.equal(saved[name], trained.state_dict()[name]) for name in linear)
+    assert set(trained.saved_state_dict()) <= set(saved)
+    again = build(golden, "fp8")
+    again.load_checkpoint(tmp_path / "second")
+    for name, value in model.state_dict().items():
+        assert torch.equal(*(v.contiguous().view(torch.uint8) for v in (again.state_dict()[name], value)))
+
+
+def _with_parts(model, folder):
+    """A checkpoint that holds the frozen parts too, as they are."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    folder.mkdir()
+    save_file(state, folder / "model.safetensors")
+    return folder / "model.safetensors"
 
 
 @needs_product

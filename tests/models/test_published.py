@@ -691,6 +691,17 @@ def test_what_the_published_code_has_no_place_for_is_not_published(name, without
     assert not (tmp_path / "no.pth").exists()
 
 
+def test_settings_that_the_published_code_lacks_are_not_published(without_strays, tmp_path, capsys):
+    published, cfg = without_strays("evlgen_opt")
+    assert convert("--to", "own", published, tmp_path / "own", "--cfg-path", cfg) == 0
+    for option in ("vision.tiles={max: 2}", "vision.tome_r=2", "language.tome={layer: 1, r: 2}"):
+        options = ("--options", f"model.{option}")
+        assert convert("--to", "published", tmp_path / "own", tmp_path / "no.pth", *options) == 1
+        error = capsys.readouterr().err
+        assert f"with model.{option.partition('=')[0]}, which the published code has no place for" in error
+        assert "Train without" in error and not (tmp_path / "no.pth").exists()
+
+
 def test_a_converted_folder_is_the_golden_model(golden, tmp_path):
     from safetensors.torch import load_file
 

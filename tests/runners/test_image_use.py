@@ -164,12 +164,33 @@ def test_worth_is_the_difference_of_the_losses_per_token():
     assert use.num_samples == 2
 
 
-def test_a_batch_of_one_image_is_read_with_the_image_before_it():
+def test_batches_of_one_image_are_read_with_another_one_and_each_counts_once():
+    class Offset(Reader):
+        """Has a loss with the right image too, by which one sees whose losses were counted."""
+
+        def sample_losses(self, samples, soft_prompts):
+            found = super().sample_losses(samples, soft_prompts)
+            return {**found, "losses": found["losses"] + samples["named"].flatten()}
+
     meter = ImageUseMeter(10)
-    for value, key in ((1.0, "a"), (3.0, "b"), (3.0, "b")):
-        meter.add(Reader(), batch([value], [key], [1]))
+    for values, keys in (
+        ([1.0], ["a"]),  # nothing was seen before it
+        ([1.0, 1.0], ["a", "a"]),
+        ([3.0], ["b"]),
+        ([3.0], ["b"]),
+        ([6.0], ["c"]),
+    ):
+        meter.add(Offset(), batch(values, keys, [1] * len(keys)))
     use = meter.over_processes()
-    assert use.num_samples == 1 and use.worth == pytest.approx(2.0)
+    assert use.num_samples == 6 and use.loss == pytest.approx((3 * 1.0 + 2 * 3.0 + 6.0) / 6)
+    assert use.worth == pytest.approx((3 * 2.0 + 2 * 2.0 + 3.0) / 6)
+
+
+def test_where_all_samples_are_of_one_image_nothing_is_measured():
+    meter = ImageUseMeter(10)
+    for _ in range(3):
+        meter.add(Reader(), batch([1.0], ["a"], [1]))
+    assert meter.over_processes().num_samples == 0
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+import torch
 from serving_requests import answer_of, data_url, encoded, image, question
+from tokenizers import AddedToken
 from transformers import PreTrainedModel
 
 from evlgen.common.errors import ConfigError
+from evlgen.models.language.chat import read_template
+from evlgen.models.zoo import load_model
+from evlgen.processors.turns import read_turns
 from evlgen.serving.answering import Answer, Answerer, Ask, Stopped, Text
 from evlgen.serving.limits import Limits
 from evlgen.serving.listening import bind
@@ -108,6 +113,13 @@ class _Held:
         self.handle.remove()
 
 
+def _counts(running) -> dict[str, int]:
+    """Requests by status."""
+    page = urllib.request.urlopen(f"{running.address}/metrics").read().decode()
+    found = re.findall(r'^evlgen_requests_total\{status="(\d+)"\} (\S+)', page, re.M)
+    return {status: int(float(count)) for status, count in found}
+
+
 def _content(piece) -> str:
     return "".join(choice.delta.content or "" for choice in piece.choices)
 
@@ -174,14 +186,18 @@ def test_what_fails_behind_the_first_words_is_the_last_event(start, model):
     with start(answerer=answerer) as running:
         for says, message in ((None, "the server failed"), ("three other words", "begun anew")):
             answerer.says = says
+            pieces = _ask(_client(running), 1, stream=True)
             with pytest.raises(openai.APIError, match=message):
-                list(_ask(_client(running), 1, stream=True))
+                for piece in pieces:
+                    assert piece.choices[0].finish_reason is None
         answerer.says = "two words more"
         assert "".join(map(_content, _ask(_client(running), 1, stream=True))) == answerer.says
         _until(lambda: running.service._admitted == 0)
+        assert _counts(running) == {"500": 2, "200": 1}, "a stream counts by how it ends"
 
 
 def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_its_text(running, model, caplog):
+    before = _counts(running)
     with _Held(model.language) as held:
         pieces = _ask(_client(running), 4, stream=True, max_tokens=30)
         assert next(filter(None, map(_content, pieces)))
@@ -189,6 +205,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_its_text(running, m
         _until(lambda: running.service._admitted == 0)
         held.let_go.set()
         _until(lambda: running.service.batcher.num_waiting == 0)
+    assert _counts(running) == {**before, "499": before.get("499", 0) + 1}
     assert _ask(_client(running), 4).choices[0].message.content
     assert held.tokens <= 4
     gc.collect()
@@ -305,6 +322,42 @@ def test_a_text_the_model_would_cut_is_refused_and_spoils_no_other_answer(start)
     assert [status for status, _ in answers] == [200, 400, 200]
     assert "tokens" in answers[1][1]["error"]["message"]
     assert running.post  # the server has stopped without trouble
+
+
+@pytest.fixture
+def talkative():
+    """The bundled model with a chat template in its tokenizer, whose turns end with a token of their own that
+    is not a special one; the model writes it in place of a newline."""
+    model = load_model("evlgen_opt")
+    language = model.language
+    (newline,), end = language.end_token_ids, len(language.tokenizer)
+    template = read_template("question_answer").replace(
+        "Answer: {{ message.content }}", "Answer: {{ message.content }}<|end|>"
+    )
+    language.tokenizer.chat_template = template
+    language.tokenizer.add_tokens([AddedToken("<|end|>", special=False)])
+    language.model.resize_token_embeddings(end + 1)
+    with torch.no_grad():
+        rows = language.model.get_output_embeddings().weight
+        rows[end], rows[newline] = rows[newline].clone(), 0
+    return model
+
+
+def test_a_turn_is_cut_where_its_templates_end_is_missing(talkative):
+    asked = {"role": "user", "content": [{"type": "text", "text": "what is it?"}]}
+    answerer, so_far = Answerer(talkative, only_turns=True), []
+
+    def answer(most):
+        how = answerer.decoding(False, num_beams=1, max_length=most)
+        ask = Ask([], None, how, turns=read_turns([asked]), on_texts=so_far.append)
+        return answerer.answer([ask])[0].texts[0]
+
+    whole = answer(20)
+    assert whole.text and "<|end|>" not in whole.text and whole.num_tokens < 20
+    assert so_far[-1] == [whole.text] == [talkative.chat([asked])]
+    assert "".join(talkative.chat([asked], stream=True)) == whole.text
+    assert answer(whole.num_tokens) == whole and not whole.is_cut
+    assert answer(whole.num_tokens - 1).is_cut
 
 
 class SlowAnswerer(Answerer):

@@ -25,6 +25,11 @@ class LanguageModel(nn.Module):
     end_token_ids: Sequence[int] = ()
 
     @property
+    def turn_end_token_ids(self) -> Sequence[int]:
+        """The tokens that end the assistant's turn of a conversation."""
+        return self.end_token_ids
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether prompts are put into a chat template."""
         return False

@@ -70,6 +70,10 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
         return is_causal(config)
 
     @property
+    def turn_end_token_ids(self) -> list[int]:
+        return self._conversations().end_token_ids
+
+    @property
     def has_chat_template(self) -> bool:
         return self._chat is not None
 
@@ -144,14 +148,14 @@ class CausalLanguageModel(HuggingFaceLanguageModel):
 
     @torch.no_grad()
     def continue_rows(self, soft_prompts: SoftPrompts, rows: Sequence[Row], **options) -> list[list[int]]:
-        return self._continue(soft_prompts, rows, Decoding(**options), self._conversations().end_token_ids)
+        return self._continue(soft_prompts, rows, Decoding(**options), self.turn_end_token_ids)
 
     @torch.no_grad()
     def stream_row(self, soft_prompts: SoftPrompts, row: Row, **options) -> Iterator[list[int]]:
         decoding = Decoding(**options)
         embeds, layout = self._embed(soft_prompts, [row], padding_side="left")
         self._check_length(embeds.shape[1] + decoding.max_length, "max_length (run.max_len)")
-        ends = self._conversations().end_token_ids
+        ends = self.turn_end_token_ids
         tokens: list[int] = []
         for (token,) in decode_stepwise(self.model, embeds, layout.mask, decoding, ends, self.pad_token_id):
             tokens.append(token)

@@ -36,6 +36,7 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
 
     KIND = "seq2seq"
     AUTO_CLASS = AutoModelForSeq2SeqLM
+    end_token_ids: list[int]
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
@@ -68,7 +69,7 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
         decoding = Decoding(**options)
         embeds, mask = self._encoder_inputs(soft_prompts, self.to_read(prompts))
         self._check_length(1 + decoding.max_length, "max_length (run.max_len)")
-        ends = end_tokens(self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id)
+        ends = self.end_token_ids
         ids = decode_by_transformers(
             self.model, embeds, mask.to(embeds.device), decoding, ends, self.pad_token_id
         )
@@ -133,6 +134,9 @@ class Seq2SeqLanguageModel(HuggingFaceLanguageModel):
 
     def _prepare_model(self) -> None:
         self._start, self._end = self._plain_text.before, self._plain_text.after
+        self.end_token_ids = end_tokens(
+            self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id
+        )
         # lavis/models/blip2_models/blip2_t5.py sets it (dense_act_fn); FlanT5's own is an approximation of it
         for module in self.model.modules():
             if type(module).__name__ == "T5DenseGatedActDense":  # importing T5 takes a fifth of a second

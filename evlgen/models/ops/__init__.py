@@ -13,7 +13,7 @@ run time: a run that is resumed must take the same one.
 
 from evlgen.models.ops.attention import language_attention, self_attention
 from evlgen.models.ops.dropout import Dropout, keep_mask
-from evlgen.models.ops.fp8 import FP8, Fp8Linear, check_fp8, plain_dtype, use_fp8
+from evlgen.models.ops.fp8 import FP8, Fp8Linear, check_fp8, is_rounded, plain_dtype, use_fp8
 from evlgen.models.ops.products import Linear, linear, use_fast_linear
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Fp8Linear",
     "Linear",
     "check_fp8",
+    "is_rounded",
     "keep_mask",
     "language_attention",
     "linear",

@@ -141,6 +141,13 @@ def plain_dtype(module: nn.Module) -> torch.dtype:
     return next(dtype for dtype in dtypes if dtype != FP8)
 
 
+def is_rounded(layer: Fp8Linear, weight: Tensor) -> bool:
+    """Whether a layer has just the numbers that it would have from a weight [out, in] in another type."""
+    rounded, scale = _rounded_weight(weight.to(torch.bfloat16), layer.weight.device)
+    found, own = (value.cpu().view(torch.uint8) for value in (rounded, layer.weight.detach()))
+    return torch.equal(found, own) and torch.equal(scale.cpu(), layer.weight_scale.cpu())
+
+
 def _rounded_weight(weight: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """[out, in] -> the same in float8, and what to multiply each of its rows with, [1, out], both where the
     weight is."""

@@ -134,6 +134,7 @@ def _write_published(state: dict[str, Tensor], section: dict[str, Any], source: 
     if (section.get("vision") or {}).get("norm_eps", 1) is None:
         raise CheckpointError(f"{source} has no ln_vision, which the published code computes with.")
     _check_published_place(state, source)
+    _check_published_keys(section, source)
     published = to_published_names(state, _projection(section))
     with atomic_file(target, "wb") as file:
         torch.save({"model": published, "config": {"model": section}}, file)
@@ -148,6 +149,22 @@ def _check_published_place(state: Mapping[str, Tensor], source: Path) -> None:
         raise CheckpointError(
             f"{source} holds {name}, which the published code has no place for. Train with "
             "model.soft_prompts: null and model.connector.residual: false to publish under its names."
+        )
+
+
+def _check_published_keys(section: Mapping[str, Any], source: Path) -> None:
+    """Raises `CheckpointError` for settings that the published code does not compute with."""
+    vision, language = (section.get(part) or {} for part in ("vision", "language"))
+    found = {
+        "model.vision.tiles": vision.get("tiles"),
+        "model.vision.tome_r": vision.get("tome_r"),
+        "model.language.tome": language.get("tome"),
+    }
+    keys = [key for key, value in found.items() if value]
+    if keys:
+        raise CheckpointError(
+            f"{source} is of a model with {', '.join(keys)}, which the published code has no place for. "
+            "Train without to publish under its names, or share the folder as it is: python -m evlgen push."
         )
 
 

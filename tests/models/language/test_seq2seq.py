@@ -66,6 +66,15 @@ def test_losses_of_tokens_are_those_of_the_choices_that_wrote_them(model, soft_p
         assert losses[i].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+def test_what_ends_a_text_is_one_of_its_end_tokens(model, soft_prompts):
+    end = torch.tensor([model.tokenizer.eos_token_id])
+    head = model.model.get_output_embeddings()
+    likely = head.register_forward_hook(lambda head, given, logits: logits.index_fill(-1, end, 1e4))
+    texts = model.generate_tokens(soft_prompts(model), QUESTIONS, num_beams=1, max_length=3, min_length=0)
+    likely.remove()
+    assert all(ids[-1] in model.end_token_ids for ids in texts), (texts, model.end_token_ids)
+
+
 @torch.no_grad()
 def test_a_caption_is_what_the_decoder_learns(seq2seq_folder, soft_prompts):
     model = Seq2SeqLanguageModel(str(seq2seq_folder("t5")), prompt="a photo of").eval()
