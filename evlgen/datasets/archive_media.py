@@ -66,8 +66,10 @@ def split_cell(name: str) -> Cell | None:
     """The parts of a name that `cell_name` made; None for any other name."""
     place, _, end = name.rpartition(":")
     found = _CELL_END.fullmatch(end)
+    if found is None:
+        return None
     start = max(place.rfind(f"{suffix}#", 0, len(place) - 1) for suffix in _TABLES)  # a column has a name
-    if found is None or start < 0:
+    if start < 0:
         return None
     file, _, column = place[start:].partition("#")
     return Cell(place[:start] + file, column, found["row"], found["digest"])

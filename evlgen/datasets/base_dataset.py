@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+import functools
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -138,6 +139,10 @@ class BaseDataset(CollatedDataset):
         """
         raise NotImplementedError(f"{type(self).__name__} must define visual_source(index)")
 
+    def visual_sources(self) -> Iterator[Hashable]:
+        """`visual_source` of all samples, in their order."""
+        return map(self.visual_source, range(len(self)))
+
     def sample_id(self, index: int) -> str:
         """What a report calls the sample; by default its index."""
         return str(index)
@@ -249,6 +254,14 @@ class MediaDataset(BaseDataset):
     def visual_source(self, index: int) -> Hashable:
         record = self.records[index]
         return record.id if isinstance(record, BadRecord) else self.media.source(record["visual"])
+
+    def visual_sources(self) -> Iterator[Hashable]:
+        if type(self).visual_source is not MediaDataset.visual_source:  # a subclass's own
+            yield from super().visual_sources()
+            return
+        source = functools.cache(self.media.source)  # an image with five captions is looked at once
+        for record in self.records:
+            yield record.id if isinstance(record, BadRecord) else source(record["visual"])
 
     def image(self, index: int) -> Image.Image:
         return self.media.image(self._visual(index))

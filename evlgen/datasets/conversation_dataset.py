@@ -57,13 +57,14 @@ class ConversationDataset(SequenceDataset):
         self.media, self.videos, self.learned = media, videos, learned
 
     def load_text(self, index: int) -> dict[str, Any]:
-        return {"messages": self._messages(index), "instance_id": str(index)}
+        return {"messages": self._messages(self.records[index]), "instance_id": str(index)}
 
     def visuals(self, index: int) -> list[tuple[str, str]]:
         """Kind (``image``, ``video``) and name of each."""
-        contents = [message["content"] for message in self._messages(index)]
+        record = self.records[index]
+        contents = [message["content"] for message in self._messages(record)]
         parts = [part for content in contents if isinstance(content, list) for part in content]
-        return self.records[index]["visuals"][: sum(part["type"] != "text" for part in parts)]
+        return record["visuals"][: sum(part["type"] != "text" for part in parts)]
 
     def load_one(self, visual: tuple[str, str]) -> torch.Tensor:
         kind, name = visual
@@ -77,8 +78,8 @@ class ConversationDataset(SequenceDataset):
             return kind, hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
         return kind, (self.media if kind == "image" else self.videos).source(name)
 
-    def _messages(self, index: int) -> list[dict[str, Any]]:
-        messages = self.records[index]["messages"]
+    def _messages(self, record: dict[str, Any]) -> list[dict[str, Any]]:
+        messages = record["messages"]
         return messages if self.learned else messages[:-1]
 
     def sample_id(self, index: int) -> str:

@@ -6,6 +6,7 @@ archive), of a cell of a table (see `evlgen.datasets.archive_media.cell_name`), 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections import Counter, defaultdict
@@ -109,13 +110,14 @@ class Media:
         addresses = 0
         folders: Counter[str] = Counter()
         inside: dict[tuple[Path, str | None], list[Place]] = defaultdict(list)
-        for name in map(self.spelled, names):
+        for given, alike in itertools.groupby(names):  # of an image with five captions mostly in a row
+            name, count = self.spelled(given), sum(1 for _ in alike)
             if is_address(name):
-                addresses += 1
+                addresses += count
             elif (place := self.place(name)) is None:
-                folders[os.path.dirname(name)] += 1
+                folders[os.path.dirname(name)] += count
             else:
-                inside[place.file, place.column].append(place)
+                inside[place.file, place.column] += [place] * count
         total = addresses + folders.total() + sum(map(len, inside.values()))
         problems = [*self._missing_folders(folders, total), *self._bad_containers(inside.values())]
         if not problems:

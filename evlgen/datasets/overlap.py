@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -44,7 +45,9 @@ def warn_of_overlap(
 
 
 def _paths(dataset: MediaDataset | ConversationDataset) -> Iterator[str]:
-    root = dataset.media.root
+    names: Iterator[str]
     if isinstance(dataset, ConversationDataset):
-        return (os.path.join(root, name) for record in good(dataset.records) for _, name in record["visuals"])
-    return (os.path.join(root, record["visual"]) for record in good(dataset.records))
+        names = (name for record in good(dataset.records) for _, name in record["visuals"])
+    else:
+        names = (record["visual"] for record in good(dataset.records))
+    return (os.path.join(dataset.media.root, name) for name, _ in itertools.groupby(names))

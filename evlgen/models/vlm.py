@@ -324,7 +324,8 @@ class VLM(Chatting):
         """What `forward` gives for texts that weigh differently, such as the answers of several people."""
         losses = self.sample_losses(samples)["losses"]
         _check_length("text_weights", samples["text_weights"], len(losses), "texts")
-        weights = torch.as_tensor(samples["text_weights"], dtype=losses.dtype, device=losses.device)
+        weights = torch.as_tensor(samples["text_weights"], dtype=losses.dtype)
+        weights = weights.to(losses.device, non_blocking=True)
         num_images = count_images(samples)
         return {"loss": (weights * losses).sum() / num_images, "num_tokens": num_images}
 
@@ -348,7 +349,8 @@ class VLM(Chatting):
         """
         if "images" not in samples and sequences.has_image(samples):
             return self.soft_prompts(samples)
-        images = [image.to(self.device) for of_one in samples.get("images", []) for image in of_one]
+        device = self.device
+        images = [i.to(device, non_blocking=True) for of_one in samples.get("images", []) for i in of_one]
         if images:
             return self._connect(self._encode_each(images)) if self.tiling is None else self._tiled(images)
         size = self.vision.image_size
@@ -386,7 +388,8 @@ class VLM(Chatting):
     def _tiled(self, images: Sequence[Tensor]) -> SoftPrompts:
         """The soft prompts of images [3, H, W] that are grids of tiles; see `Tiling`."""
         assert self.tiling is not None
-        views = [self.tiling.cut(image.to(self.device)) for image in images]
+        device = self.device
+        views = [self.tiling.cut(image.to(device, non_blocking=True)) for image in images]
         counts = [len(of_one) for of_one in views]
         tokens = self.encode_frames(torch.cat(views).to(plain_dtype(self.vision)), 1)  # [V, N, C]
         if self.tiling.join == "before":

@@ -182,7 +182,8 @@ class WeightedMeans:
         """The mean losses, the weight and the number of samples of all batches, and whether ``flag`` is set
         anywhere. One exchange, and the one place of a step that waits for the device."""
         sums = [*self._sums.values()]
-        own = torch.tensor([self.weight, self.count, float(flag)], device=accelerator.device)
+        own = torch.tensor([self.weight, self.count, float(flag)])
+        own = own.to(accelerator.device, non_blocking=True)
         numbers = torch.cat([torch.stack(sums), own]) if sums else own
         if accelerator.num_processes > 1:
             dist.all_reduce(numbers)

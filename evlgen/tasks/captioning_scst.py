@@ -81,8 +81,7 @@ class SelfCriticalCaptioningTask(CaptioningTask):
             tokens = offering(writer, WritesTokens).generate_tokens(
                 read, num_captions=self.run.scst_samples, max_length=self.max_len, **FREELY
             )
-            rewards = self._rewards(image_keys, writer.texts(tokens))  # [B, K]
-            baselines = self._baselines(writer, read, image_keys, rewards)  # [B, K]
+            rewards, baselines = self._rewards(image_keys, writer.texts(tokens), self._greedy(writer, read))
         advantages = (rewards - baselines) / self.run.scst_samples
         losses = model(
             {
@@ -94,8 +93,8 @@ class SelfCriticalCaptioningTask(CaptioningTask):
         )
         model.train(was_training)
         device = losses["loss"].device
-        means = {"reward": rewards.mean().to(device), "baseline": baselines.mean().to(device)}
-        return {**losses, **means}
+        means = {"reward": rewards.mean(), "baseline": baselines.mean()}
+        return {**losses, **{name: value.to(device, non_blocking=True) for name, value in means.items()}}
 
     def _read(self, samples: Batch) -> Batch:
         """What a caption is written from."""
@@ -119,18 +118,23 @@ class SelfCriticalCaptioningTask(CaptioningTask):
                 )
         return image_keys
 
-    def _rewards(self, image_keys: list[Hashable], captions: list[str]) -> Tensor:
-        """[B, captions of each], on the CPU."""
-        each = len(captions) // len(image_keys)
-        by_image = [captions[i : i + each] for i in range(0, len(captions), each)]
-        return torch.tensor(self._reward(image_keys, by_image))
-
-    def _baselines(
-        self, writer: BaseModel, read: Batch, image_keys: list[Hashable], rewards: Tensor
-    ) -> Tensor:
-        """What each sample's reward is compared with, [B, K]."""
+    def _greedy(self, writer: BaseModel, read: Batch) -> list[str]:
+        """The greedy caption of each image; empty where they are not compared with."""
         if self.run.scst_baseline == "mean":
-            others = rewards.sum(1, keepdim=True) - rewards
-            return others / (rewards.shape[1] - 1)
-        greedy = writer.generate(read, num_beams=1, max_length=self.max_len, min_length=0)
-        return self._rewards(image_keys, greedy).expand_as(rewards)
+            return []
+        return writer.generate(read, num_beams=1, max_length=self.max_len, min_length=0)
+
+    def _rewards(
+        self, image_keys: list[Hashable], captions: list[str], greedy: list[str]
+    ) -> tuple[Tensor, Tensor]:
+        """The rewards of the K samples of each image, and what each is compared with: both [B, K], on the
+        CPU."""
+        each = self.run.scst_samples
+        samples = [captions[i : i + each] for i in range(0, len(captions), each)]
+        by_image = [[*own, *greedy[i : i + 1]] for i, own in enumerate(samples)]
+        values = torch.tensor(self._reward(image_keys, by_image))  # of all, so that references are read once
+        rewards = values[:, :each]
+        if greedy:
+            return rewards, values[:, each:].expand_as(rewards)
+        others = rewards.sum(1, keepdim=True) - rewards
+        return rewards, others / (each - 1)

@@ -6,15 +6,17 @@ and, where the transform augments, ``run.seed``.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import random
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -32,6 +34,9 @@ PROBES = 8  # images looked at
 
 # What the encoder's configuration says of where its weights come from, and of training it.
 _LEFT_OUT = ("pretrained", "freeze", "grad_checkpoint", "drop_path_rate")
+
+# Of each module its tensors' places and versions when its digest was computed, and that digest.
+_DIGESTS: WeakKeyDictionary[nn.Module, tuple[list[tuple[str, int, int]], str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -55,16 +60,12 @@ class DistinctImages:
 
     @classmethod
     def of(cls, dataset: BaseDataset) -> DistinctImages:
-        """Asks every sample for its source."""
+        """Asks for the source of every sample, once for all that name the same file."""
         numbers: dict[Any, int] = {}
         of_samples, ends = array("q"), array("q")
         shown: list[Any] = []
-        for index in range(len(dataset)):
-            for visual in _visuals(dataset, index):
-                if isinstance(dataset, SequenceDataset):
-                    source = dataset.source_of(visual)
-                else:
-                    source = dataset.visual_source(visual)
+        for visuals in _visuals(dataset):
+            for visual, source in visuals:
                 of_samples.append(numbers.setdefault(source, len(numbers)))
                 if of_samples[-1] == len(shown):
                     shown.append(visual)
@@ -90,11 +91,15 @@ class DistinctImages:
         return sorted({i * len(self) // PROBES for i in range(PROBES)})
 
 
-def _visuals(dataset: BaseDataset, index: int) -> Sequence[Any]:
-    """What a dataset loads the images of a sample by."""
+def _visuals(dataset: BaseDataset) -> Iterator[list[tuple[Any, Any]]]:
+    """What a dataset loads the images of each sample by, and what these are made from."""
     if not isinstance(dataset, SequenceDataset):
-        return [index]
-    return [] if isinstance(dataset.records[index], BadRecord) else dataset.visuals(index)
+        yield from ([pair] for pair in enumerate(dataset.visual_sources()))
+        return
+    source_of = functools.cache(dataset.source_of)
+    for index, record in enumerate(dataset.records):
+        visuals = [] if isinstance(record, BadRecord) else dataset.visuals(index)
+        yield [(visual, source_of(visual)) for visual in visuals]
 
 
 @dataclass(frozen=True)
@@ -167,11 +172,18 @@ def look_at(images: DistinctImages) -> tuple[Tensor, str, bool]:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """A digest of a module's weights and buffers: their names, types, shapes and bytes."""
+    """A digest of a module's weights and buffers: their names, types, shapes and bytes. They are read again
+    only where something has been written to them since: all datasets of a run share one encoder."""
+    state = sorted(module.state_dict().items())
+    versions = [(name, value.data_ptr(), value._version) for name, value in state]
+    known = _DIGESTS.get(module)
+    if known is not None and known[0] == versions:
+        return known[1]
     digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in state:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(_bytes(value))
+    _DIGESTS[module] = versions, digest.hexdigest()
     return digest.hexdigest()
 
 

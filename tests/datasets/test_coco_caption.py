@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from evlgen.config.schema import check_section
 from evlgen.datasets.base_dataset import Skipped
 from evlgen.datasets.caption_builders import CaptionBuilder
 from evlgen.datasets.caption_dataset import id_rule
+from evlgen.datasets.media import ImageFiles
 from evlgen.files.io import PACKAGE_ROOT
 
 TRAIN = [
@@ -361,3 +363,22 @@ def test_real_photographs_in_lavis_layout_are_read(shared) -> None:
     assert batch["image"].shape == (8, 3, 16, 16) and batch["skipped"] == []
     assert sorted(datasets["val"].references()) == [900007, 900008]
     assert all(len(captions) == 5 for captions in datasets["val"].references().values())
+
+
+class Noted(ImageFiles):
+    """Notes the names that are looked at."""
+
+    def place(self, name):
+        self.__dict__.setdefault("asked", []).append(name)
+        return super().place(name)
+
+
+def test_an_image_with_several_captions_is_looked_for_once_and_counted_as_often(tmp_path, caplog):
+    (tmp_path / "a").mkdir()
+    with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
+        archive.writestr("1.png", b"")
+    media = Noted(tmp_path)
+    media.check(["a/1.png", "a/1.png", *["b/2.png"] * 3, *["c.zip/3.png"] * 4, "a/1.png"], "Get it.")
+    assert media.asked == ["a/1.png", "b/2.png", "c.zip/3.png", "a/1.png"]
+    assert "7 of 10 records will be skipped" in caplog.text and "none of the 4 images" in caplog.text
+    assert "(It is so with 3 elsewhere.)" in caplog.text

@@ -22,7 +22,7 @@ from evlgen.common.errors import ConfigError, DataError, Interrupted, TrainingEr
 from evlgen.common.registry import registry
 from evlgen.config.config import Config
 from evlgen.config.run_config import RunConfig
-from evlgen.datasets.base_dataset import BaseDataset, Skipped
+from evlgen.datasets.base_dataset import BadRecord, BaseDataset, Skipped
 from evlgen.datasets.caption_dataset import CaptionDataset
 from evlgen.datasets.media import ImageFiles
 from evlgen.datasets.shapes_dataset import ShapesCaptionDataset
@@ -32,6 +32,7 @@ from evlgen.loaders.interruption import StopRequest
 from evlgen.models.vision.timm_encoder import TimmEncoder
 from evlgen.processors import build_processor
 from evlgen.vision_cache import cache as vision_cache
+from evlgen.vision_cache import key as vision_key
 from evlgen.vision_cache import store as token_store
 from evlgen.vision_cache.cache import cached
 from evlgen.vision_cache.key import CacheKey, DistinctImages
@@ -375,6 +376,74 @@ def test_the_key_follows_weights_size_transform_world_and_views(golden, model):
         model.vision.trunk.blocks[1].mlp.fc1.bias[5] += 1e-4
     others.append(key(shapes(), model))
     assert len(set(others)) == len(others)
+
+
+def test_the_weights_are_read_once_for_all_datasets_and_again_where_they_changed(model, monkeypatch):
+    weights = model.vision.state_dict().values()
+    places, read, bytes_of = {value.data_ptr() for value in weights}, [], vision_key._bytes
+
+    def counted(tensor):
+        read.append(tensor.data_ptr() in places)
+        return bytes_of(tensor)
+
+    monkeypatch.setattr(vision_key, "_bytes", counted)
+    first = key(shapes(), model)
+    assert key(shapes(seed=1), model) != first
+    assert sum(read) == len(weights)
+    state = {name: value.clone() for name, value in model.vision.state_dict().items()}
+    with torch.no_grad():
+        next(model.vision.parameters()).add_(1)
+    assert key(shapes(), model) != first
+    model.vision.load_state_dict(state)
+    assert key(shapes(), model) == first
+    assert sum(read) == 3 * len(weights)
+
+
+class Noted(ImageFiles):
+    """Notes the images whose source is asked for."""
+
+    def source(self, name):
+        self.__dict__.setdefault("asked", []).append(name)
+        return super().source(name)
+
+
+class Mirrored(CaptionDataset):
+    """Every second sample shows another image than its record names."""
+
+    def visual_source(self, index):
+        return f"{super().visual_source(index)} {index % 2}"
+
+
+@pytest.mark.parametrize("cls", [CaptionDataset, Mirrored])
+def test_distinct_images_are_those_of_all_samples_and_each_is_looked_at_once(tmp_path, cls):
+    names = ["b.png", "a.png", "b.png", "./a.png", "c.png", "b.png", "c.png"]
+    records = [{"visual": name, "caption": str(number)} for number, name in enumerate(names)]
+    records.insert(2, BadRecord("record 2", "its caption is empty."))
+    dataset = cls(records, Noted(tmp_path), build_processor(PLAIN), TEXT)
+    found = DistinctImages.of(dataset)
+    asked = [*dataset.media.asked]
+    sources = [dataset.visual_source(index) for index in range(len(dataset))]
+    assert found.sources == list(dict.fromkeys(sources))
+    assert [found.sources[number] for number in found.of_samples] == sources
+    assert found.shown == [sources.index(source) for source in found.sources]
+    assert found.ends.tolist() == [*range(1, 9)]
+    if cls is CaptionDataset:
+        assert asked == ["b.png", "a.png", "./a.png", "c.png"] and len(found) == 4
+
+
+def test_each_image_of_conversations_is_looked_at_once(tmp_path):
+    records = [talk("0.png", "1.png"), talk(), talk("1.png", "0.png", "1.png")]
+    builder = registry.get_builder_class("conversations")(
+        "talks",
+        tmp_path,
+        {"train": PLAIN},
+        annotations={"train": str(write_talks(tmp_path / "talks", records))},
+    )
+    dataset = builder.get_split("train")
+    dataset.media = Noted(tmp_path / "talks")
+    found = DistinctImages.of(dataset)
+    assert len(dataset.media.asked) == len(found) == 2
+    assert found.of_samples.tolist() == [0, 1, 1, 0, 1] and found.ends.tolist() == [2, 2, 5]
 
 
 def test_the_key_follows_what_a_transform_does_where_no_setting_says_it(model, monkeypatch):

@@ -148,8 +148,8 @@ def test_the_gradient_is_that_of_each_sampled_caption_by_itself(golden_model, ba
     data = Captioned([["a red circle"], ["two blue stars"], ["a cat on a hill"]])
     task = task_for(model, {"one": data}, scst_samples=3, scst_baseline=baseline, max_len=4)
     values = torch.tensor([[3.0, 1.0, 0.0], [0.5, 0.5, 4.0], [1.0, 2.0, 2.0]])
-    rewards = [values.tolist(), [[1.0], [2.0], [0.0]]]  # of the samples, then of the greedy captions
-    task._reward = Judge(rewards)
+    greedy = torch.tensor([[1.0], [2.0], [0.0]])
+    task._reward = Judge((values if baseline == "mean" else torch.cat([values, greedy], 1)).tolist())
     batch = batch_of(data, "one")
     torch.manual_seed(0)
     task.train_step(model, batch)["loss"].backward()
@@ -160,7 +160,7 @@ def test_the_gradient_is_that_of_each_sampled_caption_by_itself(golden_model, ba
     freely = {"use_nucleus_sampling": True, "top_p": 1.0, "top_k": None, "min_length": 0}
     tokens = model.generate_tokens({"image": batch["image"]}, num_captions=3, max_length=4, **freely)
     others = (values.sum(1, keepdim=True) - values) / 2
-    advantages = values - (others if baseline == "mean" else torch.tensor([[1.0], [2.0], [0.0]]))
+    advantages = values - (others if baseline == "mean" else greedy)
     for i, text in enumerate(tokens):
         one = {"image": batch["image"][i // 3 : i // 3 + 1], "text_tokens": [text]}
         (advantages.flatten()[i] * model.sample_losses(one)["losses"][0] / 9).backward()
@@ -171,18 +171,104 @@ def test_the_gradient_is_that_of_each_sampled_caption_by_itself(golden_model, ba
 
 
 class Judge:
-    """Gives rewards that were fixed beforehand, one table for each time it is asked."""
+    """Gives rewards that were fixed beforehand: the samples' and, last of an image, the greedy caption's."""
 
     def __init__(self, rewards) -> None:
-        self.rewards = iter(rewards)
+        self.rewards = rewards
 
     def __contains__(self, image):
         return True
 
     def __call__(self, images, captions):
-        table = next(self.rewards)
-        assert [len(row) for row in table] == [len(own) for own in captions]
-        return table
+        assert [len(row) for row in self.rewards] == [len(own) for own in captions]
+        return self.rewards
+
+
+class FixedReward:
+    """A function of the image and the text."""
+
+    def __contains__(self, image):
+        return True
+
+    def __call__(self, images, captions):
+        return [
+            [self.of(image, text) for text in own] for (_, image), own in zip(images, captions, strict=True)
+        ]
+
+    @staticmethod
+    def of(image, text) -> float:
+        return (sum(map(ord, text)) + 7 * image) % 23 / 5
+
+
+MAX_LEN = 5
+
+
+def log_probabilities(model, image, prompt, text):
+    """Of the text's tokens by transformers' own forward: one image, one sequence without padding, [n, V]."""
+    language = model.language
+    start = language.tokenizer(prompt).input_ids  # with OPT's </s>
+    words = language.model.get_input_embeddings()(torch.tensor([[*start, *text]]))
+    read = torch.cat([model.soft_prompts({"image": image[None]}), words], 1)
+    return language.model(inputs_embeds=read, use_cache=False).logits[0, -len(text) - 1 :].log_softmax(-1)
+
+
+@torch.no_grad()
+def greedy_text(model, image, prompt) -> str:
+    ids: list[int] = []
+    while len(ids) < MAX_LEN and ids[-1:] != model.language.end_token_ids:
+        ids.append(int(log_probabilities(model, image, prompt, ids)[-1].argmax()))
+    return model.language.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("prompt", ["", "a photo of"])
+@pytest.mark.parametrize("baseline", ["mean", "greedy"])
+def test_the_gradient_is_that_of_reinforce_with_a_baseline_by_its_definition(
+    golden_model, baseline, prompt, monkeypatch
+):
+    """-1/N sum over N samples of (r - b) * grad log p(sample | image), where b is the mean reward of the
+    image's other samples (Luo 2020) or that of its greedy caption (Rennie et al. 2017)."""
+    model = golden_model.train()
+    data = Captioned([["a red circle"], ["two blue stars"]])
+    language, (end,) = model.language, model.language.end_token_ids
+    words = language.tokenizer("a red circle two blue stars on hill", add_special_tokens=False).input_ids
+    tokens = [[*words[:3], end], [end], words[1 : 1 + MAX_LEN]]  # the last was cut before its end
+    tokens += [[words[5], end], words[3 : 3 + MAX_LEN], [*words[2:6], end]]
+    monkeypatch.setattr(model, "generate_tokens", lambda *_, **__: tokens)
+    task = task_for(
+        model, {"one": data}, scst_samples=3, scst_baseline=baseline, max_len=MAX_LEN, prompt=prompt
+    )
+    task._reward = FixedReward()
+    batch = batch_of(data, "one")
+    losses = task.train_step(model, batch)
+    losses["loss"].backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    total, rewards, baselines = 0.0, [], []
+    for image in (0, 1):
+        texts = tokens[3 * image : 3 * image + 3]
+        own = [
+            FixedReward.of(image, language.tokenizer.decode(t, skip_special_tokens=True).strip())
+            for t in texts
+        ]
+        for number, text in enumerate(texts):
+            if baseline == "greedy":
+                compared = FixedReward.of(image, greedy_text(model, batch["image"][image], prompt))
+            else:
+                compared = (sum(own) - own[number]) / 2
+            scores = log_probabilities(model, batch["image"][image], prompt, text)
+            log_probability = sum(scores[place, token] for place, token in enumerate(text))
+            total = total - (own[number] - compared) * log_probability / len(tokens)
+            rewards.append(own[number])
+            baselines.append(compared)
+    total.backward()
+    assert losses["loss"].item() == pytest.approx(total.item(), rel=1e-4)
+    assert losses["reward"].item() == pytest.approx(sum(rewards) / 6)
+    assert losses["baseline"].item() == pytest.approx(sum(baselines) / 6)
+    own = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == own.keys() and any(gradient.abs().max() > 1e-4 for gradient in own.values())
+    for name, gradient in found.items():
+        assert torch.allclose(gradient, own[name], rtol=1e-3, atol=1e-4 * own[name].abs().max().item()), name
 
 
 def run_steps(path):

@@ -76,6 +76,24 @@ def test_document_frequencies_are_of_all_images_whichever_are_rewarded():
     assert alone[0] != CiderReward({1: REFERENCES[1], 4: REFERENCES[4]})([1], [["a dog runs", "dog"]])[0]
 
 
+class Counting(CiderReward):
+    """Notes the lines whose vectors it computes."""
+
+    def _vector(self, line):
+        self.__dict__.setdefault("lines", []).append(line)
+        return super()._vector(line)
+
+
+def test_no_vector_is_computed_twice_for_a_batch():
+    images = [1, 3, 1]
+    captions = [["a dog", "a dog", "a brown dog"], ["two dogs", "a dog"], ["a brown dog", "two dogs"]]
+    reward = Counting(REFERENCES)
+    values = reward(images, captions)
+    assert sorted(reward.lines) == sorted({*reward.lines}) and len(reward.lines) == 3 + 1 + 3
+    pairs = zip(images, captions, strict=True)
+    assert values == [[CiderReward(REFERENCES)([i], [[text]])[0][0] for text in own] for i, own in pairs]
+
+
 def test_it_says_which_images_it_can_judge():
     reward = CiderReward({**REFERENCES, 5: []})
     assert 1 in reward and "two" in reward and 5 not in reward and 6 not in reward

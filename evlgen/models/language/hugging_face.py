@@ -434,7 +434,8 @@ def for_each_text(soft_prompts: Tensor, num_texts: list[int] | None) -> Tensor:
     """Soft prompts [B, M, C] -> those of each text, [N, M, C]."""
     if num_texts is None:
         return soft_prompts
-    return soft_prompts.repeat_interleave(torch.tensor(num_texts, device=soft_prompts.device), dim=0)
+    images = torch.arange(len(num_texts)).repeat_interleave(torch.tensor(num_texts))  # on the CPU: no waiting
+    return soft_prompts.index_select(0, images.to(soft_prompts.device, non_blocking=True))
 
 
 def _mean(predictions: Predictions) -> tuple[Tensor, int]:
@@ -445,7 +446,8 @@ def _mean(predictions: Predictions) -> tuple[Tensor, int]:
 def _by_sample(predictions: Predictions, count: int) -> tuple[Tensor, Tensor]:
     """The sum of the losses of each text's tokens, [count], and how many those are, [count]."""
     losses, rows = predictions.losses(), predictions.rows  # [n]
-    return losses.new_zeros(count).index_add(0, rows, losses), torch.bincount(rows, minlength=count)
+    num_tokens = rows.new_zeros(count).index_add(0, rows, torch.ones_like(rows))  # bincount waits for a GPU
+    return losses.new_zeros(count).index_add(0, rows, losses), num_tokens
 
 
 def _is_plain(head: nn.Module) -> bool:

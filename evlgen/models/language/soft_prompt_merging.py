@@ -163,7 +163,8 @@ class SoftPromptMerging:
         for num_soft in {block.length for block in self._blocks}:
             alike = [block for block in self._blocks if block.length == num_soft]
             r = self._num_merged(num_soft)
-            rows, starts = torch.tensor([block[:2] for block in alike], device=hidden.device).T[:, :, None]
+            found = torch.tensor([block[:2] for block in alike]).T[:, :, None]  # each [K, 1]
+            rows, starts = found.to(hidden.device, non_blocking=True)
             columns = starts + torch.arange(num_soft, device=hidden.device)  # [K, M]
             values, places, merge_map = merge_similar(hidden[rows, columns], r)
             left = starts + places  # [K, M - r]

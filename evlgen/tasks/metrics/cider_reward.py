@@ -6,6 +6,7 @@ those of a whole corpus, counted once. With that corpus's own images, values are
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
@@ -68,10 +69,12 @@ class CiderReward:
             captions: for each image any number.
         """
         lines = iter(tokenize_lines([line for own in captions for line in own]))
+        vector = functools.cache(self._vector)  # an image may be there twice, and samples are often alike
         rewards = []
         for image, own in zip(images, captions, strict=True):
-            references = [self._vector(line) for line in self._references[image]]
-            rewards.append([self._score(self._vector(next(lines)), references) for _ in own])
+            references = [vector(line) for line in self._references[image]]
+            score = functools.cache(lambda line, of=references: self._score(vector(line), of))
+            rewards.append([score(next(lines)) for _ in own])
         return rewards
 
     def _vector(self, line: str) -> _Vector:
