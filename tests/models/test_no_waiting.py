@@ -1,6 +1,6 @@
-"""A training step waits for its device in one place only, after its backward pass.
+"""Up to its gradients a training step waits for nothing on its device.
 
-The step is run on the ``meta`` device, whose tensors have no values: whatever looks at one on the way to the
+It is run on the ``meta`` device, whose tensors have no values: whatever looks at one on the way to the
 gradients fails.
 """
 
