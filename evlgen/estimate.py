@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -23,6 +25,8 @@ from evlgen.common.registry import registry
 from evlgen.config.model_config import ArchitectureConfig, ModelConfig
 from evlgen.models.connectors import ConnectorInputs
 from evlgen.models.language import build_language_model
+from evlgen.models.language.in_parts import num_parts
+from evlgen.models.language.segments import num_positions
 from evlgen.models.ops import FP8
 from evlgen.models.soft_prompts import SoftPromptHead
 from evlgen.models.tiles import Tiling
@@ -63,7 +67,10 @@ class Estimate(NamedTuple):
         num_soft_prompts, num_text_tokens: of a sample; tokens that are learned.
         flops: operations of a sample's forward and backward pass.
         flops_kept: the same where the vision encoder's tokens are kept (``run.cache_vision``).
-        kept_bytes: tensors kept for the backward pass and its largest gradient, of a sample.
+        kept_bytes: tensors that are kept for the backward pass, and its largest gradient, of a sample, but
+            for ``language_bytes``, those that the language model's layers keep.
+        positions: that the language model reads of a sample.
+        positions_at_once: those of which its layers keep tensors at a time; None: of all of a batch.
     """
 
     parts: dict[str, PartCost]
@@ -72,10 +79,19 @@ class Estimate(NamedTuple):
     flops: int
     flops_kept: int
     kept_bytes: int
+    language_bytes: int = 0
+    positions: int = 0
+    positions_at_once: int | None = None
+
+    def kept(self, batch_size: int) -> int:
+        """Bytes of the tensors of a batch at the peak of a step."""
+        total = batch_size * self.positions
+        parts = 1 if self.positions_at_once is None else num_parts(total, self.positions_at_once)
+        return batch_size * self.kept_bytes + math.ceil(batch_size / parts) * self.language_bytes
 
     def memory(self, batch_size: int) -> int:
         """Bytes at the peak of a step, without what libraries themselves take."""
-        return sum(part.bytes for part in self.parts.values()) + batch_size * self.kept_bytes
+        return sum(part.bytes for part in self.parts.values()) + self.kept(batch_size)
 
 
 def estimate(
@@ -107,10 +123,11 @@ def estimate(
             "a step of it costs is not known beforehand."
         )
     model = _without_weights(cfg, precision)
-    batch = {
-        size: _step(model, cfg, size, [" ".join(["a"] * text_tokens)] * num_texts, num_frames)
-        for size in (8, 16)
-    }
+    language, texts = model.language, [" ".join(["a"] * text_tokens)] * num_texts
+    in_parts = language.goes_in_parts()
+    at_once = language.positions_at_once if in_parts else None
+    language.positions_at_once = sys.maxsize  # below, what a sample keeps is told from two whole batches
+    batch = {size: _step(model, cfg, size, texts, num_frames) for size in (8, 16)}
     step = batch[16]
     halved = 0.5 if precision != "fp32" else 1.0  # of what trained parts keep, under autocast
     kept = {
@@ -121,6 +138,7 @@ def estimate(
         name: _cost(module, cfg, name, step.forward[name] // 32)
         for name, module in (("vision", model.vision), ("connector", model), ("language", model.language))
     }
+    rows = language.to_learn(texts) if in_parts else []
     of_vision = step.forward["vision"] // 16
     return Estimate(
         parts,
@@ -128,7 +146,10 @@ def estimate(
         step.num_text_tokens // 16,
         step.flops // 16,
         step.flops // 16 - of_vision,
-        int(sum(kept.values())),
+        int(sum(kept.values()) - kept["language"]),
+        int(kept["language"]),
+        step.num_soft_prompts + sum(num_positions(row, []) for row in rows),
+        at_once,
     )
 
 

@@ -62,7 +62,17 @@ def test_what_is_kept_is_what_a_real_step_keeps(found):
             model(samples)["loss"]
         return sum(sizes.values())
 
-    assert found.kept_bytes == pytest.approx((kept(16) - kept(8)) / 8, rel=0.1)
+    assert (found.kept(16) - found.kept(8)) / 8 == pytest.approx((kept(16) - kept(8)) / 8, rel=0.1)
+
+
+def test_of_the_language_model_one_part_of_a_batch_is_counted(found):
+    assert found.positions == 17 + 10 + 2, "soft prompts, words, start and end"
+    samples = found.positions_at_once / found.positions
+    of_parts = [found.kept(n) - n * found.kept_bytes for n in (8, 16, round(8 * samples))]
+    assert of_parts == pytest.approx([n * found.language_bytes for n in (8, 16, samples)], rel=0.05)
+    trained = estimate(model_config("model.language.freeze=false"), "fp32", 10)
+    assert trained.positions_at_once is None
+    assert trained.kept(400) == 400 * (trained.kept_bytes + trained.language_bytes)
 
 
 def test_a_fetched_configuration_is_named_where_it_cannot_be_had(monkeypatch):

@@ -68,7 +68,7 @@ def lines(found: Estimate, cfg: Config, rate: float, measured: bool) -> list[str
     fastest = rate / flops
     step = [
         f"a sample: {found.num_soft_prompts} soft prompts, {found.num_text_tokens} tokens learned; "
-        f"a batch of {batch} keeps {_gigabytes(batch * found.kept_bytes)} for the backward pass",
+        f"a batch of {batch} keeps {_gigabytes(found.kept(batch))} for the backward pass",
         f"memory at the peak: about {_gigabytes(found.memory(batch))}, and what libraries take themselves",
         f"operations: {flops / 1e9:.1f} GFLOP a sample"
         + (" (vision tokens kept: run.cache_vision)" if run.cache_vision else ""),

@@ -19,9 +19,12 @@ class LanguageModel(nn.Module):
     Attributes:
         embed_dim: C, the channels of its word embeddings.
         end_token_ids: the tokens that end a text; empty where they are not known.
+        positions_at_once: about how many positions of a batch go forward and backward before the others,
+            where `goes_in_parts`.
     """
 
     embed_dim: int
+    positions_at_once: int
     end_token_ids: Sequence[int] = ()
 
     @property
@@ -47,6 +50,10 @@ class LanguageModel(nn.Module):
     def trained_modules(self) -> list[nn.Module]:
         """Modules inside a frozen language model that are trained nonetheless (adapters)."""
         return []
+
+    def goes_in_parts(self) -> bool:
+        """Whether `loss` computes gradients with the losses, a part of the batch at a time."""
+        return False
 
     def embedding_rms(self) -> float:
         """Root mean square of the word embeddings' entries."""

@@ -15,6 +15,7 @@ from evlgen.config.model_config import LoraConfig, SoftPromptMergingConfig
 from evlgen.models.language.adapters import adapter_modules, add_adapters
 from evlgen.models.language.base import LanguageModel
 from evlgen.models.language.chat import read_template
+from evlgen.models.language.in_parts import BatchPart, mean_loss, parts_of
 from evlgen.models.language.loading import (
     find_model,
     model_without_weights,
@@ -27,7 +28,15 @@ from evlgen.models.language.loading import (
 from evlgen.models.language.plain_text import PlainText
 from evlgen.models.language.quantization import quantization_options
 from evlgen.models.language.ranking import Reader, RepeatingReader, log_likelihoods
-from evlgen.models.language.segments import Part, Row, Segment, SoftPrompts, Tokens
+from evlgen.models.language.segments import (
+    Part,
+    Row,
+    Segment,
+    SoftPrompts,
+    Tokens,
+    by_image,
+    num_soft_of,
+)
 from evlgen.models.language.token_loss import token_losses
 from evlgen.models.ops import Linear
 from evlgen.processors.turns import Turn
@@ -90,6 +99,7 @@ class HuggingFaceLanguageModel(LanguageModel):
 
     KIND: ClassVar[str]  # its registered name
     AUTO_CLASS: ClassVar[Any]
+    positions_at_once = 1024  # enough for a GPU to be busy with
     _ends_with_head: bool | None = None  # whether its output layer's are the logits; None: not known yet
 
     def __init__(
@@ -148,6 +158,15 @@ class HuggingFaceLanguageModel(LanguageModel):
         """The adapters, if there are any."""
         return adapter_modules(self.model)
 
+    def goes_in_parts(self) -> bool:
+        """Whether the gradients of a part of a batch may be computed before those of the rest: not of weights
+        that are many or spread over processes, and not in float16, where a loss is scaled first."""
+        small = {id(weight) for module in self.trained_modules() for weight in module.parameters()}
+        return self.dtype != torch.float16 and not any(
+            (weight.requires_grad and id(weight) not in small) or hasattr(weight, "full_tensor")
+            for weight in self.parameters()
+        )
+
     def loss(
         self,
         soft_prompts: Tensor,
@@ -157,11 +176,11 @@ class HuggingFaceLanguageModel(LanguageModel):
     ) -> tuple[Tensor, int]:
         """The mean next-token loss of the texts after the soft prompts; see `LanguageModel.loss`. A prompt's
         tokens do not count, nor do ``text_in``'s where there is a ``text_out``, nor padding."""
-        return _mean(self._predictions_of(soft_prompts, self.to_learn(text_in, text_out), num_texts))
+        return self._mean_loss(soft_prompts, self.to_learn(text_in, text_out), num_texts)
 
     def rows_loss(self, soft_prompts: SoftPrompts, rows: Sequence[Row]) -> tuple[Tensor, int]:
         """As `loss`, of samples that are segments already."""
-        return _mean(self._predictions_of(soft_prompts, rows))
+        return self._mean_loss(soft_prompts, rows)
 
     def rows_losses(self, soft_prompts: SoftPrompts, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """As `sample_losses`, of samples that are segments already."""
@@ -311,6 +330,25 @@ class HuggingFaceLanguageModel(LanguageModel):
             return [self._caption(text) for text in text_in]
         return list(zip(text_in, text_out, strict=True))
 
+    def _mean_loss(
+        self, soft_prompts: SoftPrompts, samples: Sequence[Row], num_texts: list[int] | None = None
+    ) -> tuple[Tensor, int]:
+        """The mean loss of the tokens, and how many those are."""
+        num_soft = num_soft_of(soft_prompts)
+        whole = not (torch.is_grad_enabled() and self.goes_in_parts())
+        parts = [] if whole else parts_of(samples, num_soft, num_texts, self.positions_at_once)
+        if len(parts) < 2:
+            predictions = self._predictions_of(soft_prompts, samples, num_texts)
+            return predictions.losses().mean(), len(predictions.rows)
+
+        def losses_of(prompts: Tensor, part: BatchPart) -> Tensor:
+            of_images = by_image(prompts, num_soft[part.images])
+            return self._predictions_of(of_images, samples[part.samples], part.num_texts).losses()
+
+        prompts = torch.cat([*soft_prompts])  # [P, C]
+        trained = [weight for weight in self.parameters() if weight.requires_grad]
+        return mean_loss(losses_of, prompts, parts, trained)
+
     def _predictions_of(
         self, soft_prompts: SoftPrompts, samples: Sequence[Row], num_texts: list[int] | None = None
     ) -> Predictions:
@@ -436,11 +474,6 @@ def for_each_text(soft_prompts: Tensor, num_texts: list[int] | None) -> Tensor:
         return soft_prompts
     images = torch.arange(len(num_texts)).repeat_interleave(torch.tensor(num_texts))  # on the CPU: no waiting
     return soft_prompts.index_select(0, images.to(soft_prompts.device, non_blocking=True))
-
-
-def _mean(predictions: Predictions) -> tuple[Tensor, int]:
-    """The mean loss of the tokens, and how many those are."""
-    return predictions.losses().mean(), len(predictions.rows)
 
 
 def _by_sample(predictions: Predictions, count: int) -> tuple[Tensor, Tensor]:

@@ -91,6 +91,13 @@ def num_soft_of(soft_prompts: SoftPrompts) -> list[int]:
     return [len(prompts) for prompts in soft_prompts]
 
 
+def by_image(prompts: Tensor, num_soft: Sequence[int]) -> SoftPrompts:
+    """The soft prompts [P, C] of several images, one behind another, apart."""
+    if len({*num_soft}) > 1:
+        return prompts.split([*num_soft])
+    return prompts.view(len(num_soft), num_soft[0] if num_soft else 0, prompts.shape[1])
+
+
 def chosen(soft_prompts: SoftPrompts, places: list[int]) -> SoftPrompts:
     """The soft prompts of some of the images, in this order."""
     if isinstance(soft_prompts, Tensor):
