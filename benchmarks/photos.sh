@@ -25,7 +25,7 @@ connector_of() {
         pool) echo "{name: pool, grid: 4, hidden_size: 5120}" ;;                 # 16
         pixel_shuffle) echo "{name: pixel_shuffle, hidden_size: 1792}" ;;        # 16
         c_abstractor) echo "{name: c_abstractor, grid: 4, hidden_size: 704}" ;;  # 16
-        *) echo "unknown: $1" >&2; return 1 ;;
+        *) echo "error: there is no row '$1': connector_of in $0 has their names" >&2; return 1 ;;
     esac
 }
 
