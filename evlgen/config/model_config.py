@@ -176,11 +176,14 @@ class GenerationConfig:
         length_penalty: exponent on the length in the beams' scores of a caption.
         answer_length_penalty: the same of an answer.
         repetition_penalty: divides the scores of tokens already written; 1 is off.
+        consensus: captions sampled for each image besides, so that the one is written that is most like the
+            others; null: none.
     """
 
     length_penalty: float | None = None
     answer_length_penalty: float | None = None
     repetition_penalty: PositiveFloat | None = None
+    consensus: NonNegativeInt | None = None
 
 
 @dataclasses.dataclass(frozen=True)

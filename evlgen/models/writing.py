@@ -50,6 +50,7 @@ class Writing(VisionModel):
         length_penalty: float | None = None,
         num_captions: int = 1,
         temperature: float = 1.0,
+        consensus: int | None = None,
     ) -> list[str]:
         """Texts for a batch of images.
 
@@ -65,14 +66,20 @@ class Writing(VisionModel):
             repetition_penalty, length_penalty: as in transformers' generation; None: as ``model.generation``
                 says, or else the architecture (both 1; of Vicuna's the first 1.5).
             num_captions: texts for each image.
+            consensus: how many texts are sampled for each image besides, so that what is written is what most
+                of them agree on (`language.consensus`); 0: none; None: as ``model.generation`` says, or none
+                where texts are sampled anyway.
 
         Returns:
             B x num_captions texts, those of one image in a row.
         """
         samples = with_pixels(self, samples)
+        if consensus is None:
+            consensus = 0 if use_nucleus_sampling else (self.generation.consensus or 0)
         return self._continue(
             samples,
             self._prompts(samples, count_images(samples)),
+            consensus=consensus,
             num_beams=num_beams,
             max_length=max_length,
             min_length=min_length,

@@ -122,7 +122,7 @@ class SelfCriticalCaptioningTask(CaptioningTask):
         """The greedy caption of each image; empty where they are not compared with."""
         if self.run.scst_baseline == "mean":
             return []
-        return writer.generate(read, num_beams=1, max_length=self.max_len, min_length=0)
+        return writer.generate(read, num_beams=1, max_length=self.max_len, min_length=0, consensus=0)
 
     def _rewards(
         self, image_keys: list[Hashable], captions: list[str], greedy: list[str]

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from evlgen.models.language.consensus import SAMPLING, most_alike
 from evlgen.models.language.segments import Part, Row, SoftPrompts
 from evlgen.processors.turns import Turn
 
@@ -187,10 +188,29 @@ class LanguageModel(nn.Module):
         """As `continue_rows`, of one row and without beams: all tokens so far, each time there are more."""
         raise NotImplementedError
 
-    def generate(self, soft_prompts: Tensor, prompts: list[str], **options) -> list[str]:
+    def generate(
+        self, soft_prompts: Tensor, prompts: list[str], consensus: int = 0, **options: Any
+    ) -> list[str]:
         """Continues each prompt after its soft prompts; the new text only, ``num_captions`` texts for each
-        prompt."""
-        return self.texts(self.generate_tokens(soft_prompts, prompts, **options))
+        prompt.
+
+        Args:
+            consensus: how many texts are sampled for each prompt besides; of these and what ``options`` find,
+                those that are most like the others are given (`consensus`).
+            options: as of `generate_tokens`.
+        """
+        found = self.generate_tokens(soft_prompts, prompts, **options)
+        if not consensus:
+            return self.texts(found)
+        sampling = {**options, **SAMPLING, "num_captions": consensus}
+        sampled = self.generate_tokens(soft_prompts, prompts, **sampling)
+        wanted = len(found) // len(prompts)
+        chosen: list[list[int]] = []
+        for number in range(len(prompts)):
+            own = found[number * wanted : (number + 1) * wanted]
+            own = own + sampled[number * consensus : (number + 1) * consensus]
+            chosen += [own[place] for place in most_alike(own)[:wanted]]
+        return self.texts(chosen)
 
     def generate_tokens(self, soft_prompts: Tensor, prompts: list[str], **options) -> list[list[int]]:
         """As `generate`, the tokens: the last one is an end token unless ``max_length`` cut the text."""

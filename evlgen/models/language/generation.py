@@ -49,7 +49,8 @@ def watched(by: Callable[[list[list[int]]], None]) -> Iterator[None]:
 @dataclass(frozen=True)
 class Decoding:
     """How text is chosen. ``max_length`` and ``min_length`` count new tokens; ``top_k`` is how many tokens
-    sampling chooses from at most, None for all; the rest is as in `VLM.generate`.
+    sampling chooses from at most, None for all; ``evenly`` samples without chance, texts that are spread over
+    the distribution; the rest is as in `VLM.generate`.
 
     Raises:
         ConfigError: options that exclude each other or are out of range.
@@ -65,6 +66,7 @@ class Decoding:
     num_captions: int = 1
     temperature: float = 1.0
     top_k: int | None = TOP_K
+    evenly: bool = False
 
     def __post_init__(self) -> None:
         if not self.use_nucleus_sampling and self.num_captions > self.num_beams:
@@ -189,10 +191,13 @@ def _extensions(
     everyone = texts = prefix.next_position.new_empty(*prefix.next_position.shape, 0)  # [B, R, 0]
     rows = torch.arange(len(texts), device=texts.device)  # those that are still in the batch
     ended = torch.zeros_like(prefix.next_position, dtype=torch.bool)
+    points = _even_points(texts.shape[1], options) if options.evenly else None
     logits = prefix.logits
     while True:
         scores = _adjust(logits.float(), texts, options, ends).expand(-1, texts.shape[1], -1)
-        if options.use_nucleus_sampling:
+        if options.use_nucleus_sampling and points is not None:
+            tokens = _sample_at(scores, options, points[texts.shape[2]])
+        elif options.use_nucleus_sampling:
             tokens = _sample(scores, options, rows, len(everyone))
         else:
             tokens = scores.argmax(-1)
@@ -242,6 +247,25 @@ def _draw(probabilities: Tensor, rows: Tensor, batch: int) -> Tensor:
     the card. Drawn for the whole batch, so that it is the same whoever has left it."""
     noise = probabilities.new_empty(batch, *probabilities.shape[1:]).exponential_(1)
     return (probabilities / (noise if len(rows) == batch else noise[rows])).argmax(-1)
+
+
+def _even_points(branches: int, options: Decoding) -> Tensor:
+    """Where in [0, 1) each branch chooses its tokens, [max_length, branches], on the CPU: at even distances
+    among the branches, and in another order for each token (Latin hypercube: McKay et al., 1979). Those of
+    every image."""
+    by_seed = torch.Generator().manual_seed(0)
+    places = [torch.randperm(branches, generator=by_seed) for _ in range(options.max_length)]
+    return (torch.stack(places) + 0.5) / branches
+
+
+def _sample_at(scores: Tensor, options: Decoding, points: Tensor) -> Tensor:
+    """As `_sample`, where ``points`` [R] choose: each token has a share of [0, 1) as large as its
+    probability, the likeliest the first."""
+    probabilities, tokens = nucleus(scores / options.temperature, options.top_p, options.top_k)
+    ends = probabilities.cumsum(-1)  # [n, R, K]
+    chosen = points.to(ends.device, ends.dtype, non_blocking=True) * ends[..., -1]
+    place = (ends <= chosen[..., None]).sum(-1, keepdim=True).clamp(max=ends.shape[-1] - 1)
+    return tokens.gather(-1, place).squeeze(-1)
 
 
 def nucleus(scores: Tensor, top_p: float, k: int | None = TOP_K) -> tuple[Tensor, Tensor]:
@@ -375,4 +399,8 @@ def decode_by_transformers(
         early_stopping=False,
         **how,
     )
-    return model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config)
+    with contextlib.ExitStack() as stack:
+        if options.evenly:  # it cannot, but the same ones each time
+            stack.enter_context(torch.random.fork_rng())
+            torch.manual_seed(0)
+        return model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config)
