@@ -101,6 +101,7 @@ class Writing(VisionModel):
             options: fields of `generation.Decoding`. ``use_nucleus_sampling=True, top_p=1.0, top_k=None,
                 min_length=0`` draws from the model's own distribution.
         """
+        samples = with_pixels(self, samples)
         soft_prompts = self._prompts_to_continue(samples)
         with without_autocast(soft_prompts.device):
             prompts = self._prompts(samples, len(soft_prompts))

@@ -31,6 +31,7 @@ def test_an_image_and_a_list_of_them_are_what_their_pixels_are(bundled):
     assert wanted[0] != wanted[1]
     for given in ({"image": images}, images, tuple(images), list(pixels), pixels):
         assert model.generate(given, num_beams=1) == wanted
+        assert model.texts(model.generate_tokens(given, num_beams=1)) == wanted
     for given in ({"image": images[0]}, images[0], images[0].convert("RGBA")):
         assert model.generate(given, num_beams=1) == wanted[:1]
     asked = {"text_input": "what is it?"}

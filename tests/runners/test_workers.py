@@ -38,10 +38,14 @@ def quick_end(monkeypatch):
 
 @pytest.fixture
 def project(tiny_project):
-    """Epochs of six batches in steps of two, with dropout."""
+    """Epochs of six batches in steps of two, with dropout and running statistics."""
     path = tiny_project(
         plugins=[str(PLUGIN)],
-        model={"connector": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}},
+        model={
+            "connector": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
+            "soft_prompts": {"scale": 0.4},
+            "checkpoint": None,
+        },
         run={"accum_grad_iters": 2, "num_workers": 2, "precision": "fp32", "task": "killing"},
     )
     content = OmegaConf.load(path)

@@ -345,7 +345,10 @@ class HuggingFaceLanguageModel(LanguageModel):
             of_images = by_image(prompts, num_soft[part.images])
             return self._predictions_of(of_images, samples[part.samples], part.num_texts).losses()
 
-        prompts = torch.cat([*soft_prompts])  # [P, C]
+        # [P, C]
+        prompts = (
+            soft_prompts.flatten(0, 1) if isinstance(soft_prompts, Tensor) else torch.cat([*soft_prompts])
+        )
         trained = [weight for weight in self.parameters() if weight.requires_grad]
         return mean_loss(losses_of, prompts, parts, trained)
 

@@ -49,8 +49,8 @@ def parts_of(
     # of what stays together, where each begins: in the samples, the images, their soft prompts, and all that
     # is read
     sample, image = _starts(samples_of), _starts(images_of)
-    prompt = [_starts(num_soft)[place] for place in image]
-    words = [_starts(num_positions(row, []) for row in samples)[place] for place in sample]
+    prompts, tokens = _starts(num_soft), _starts(num_positions(row, []) for row in samples)
+    prompt, words = [prompts[place] for place in image], [tokens[place] for place in sample]
     read = [sum(both) for both in zip(prompt, words, strict=True)]
     count = num_parts(read[-1], positions)
     shares = [read[-1] * number / count for number in range(count + 1)]
@@ -104,10 +104,12 @@ class _MeanLoss(torch.autograd.Function):
         prompts: Tensor,
         *trained: Tensor,
     ) -> tuple[Tensor, int]:
-        gradients = [torch.zeros_like(tensor) for tensor in (prompts, *trained)]
+        # in float32 at least: a loss is scaled in the backward pass, and float16 lacks room for that
+        wide = prompts.detach().to(torch.promote_types(prompts.dtype, torch.float32))
+        gradients = [torch.zeros_like(tensor) for tensor in (wide, *trained)]
         sums, count = [], 0
         for part in parts:
-            own = prompts[part.prompts].detach().requires_grad_()
+            own = wide[part.prompts].detach().requires_grad_()
             with torch.enable_grad():
                 losses = losses_of(own, part)
                 total = losses.sum()
@@ -120,10 +122,11 @@ class _MeanLoss(torch.autograd.Function):
             count += len(losses)
             del losses, total  # with all that they keep
         ctx.save_for_backward(*gradients)
-        ctx.count = count
+        ctx.count, ctx.dtype = count, prompts.dtype
         return torch.stack(sums).sum() / count, count
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         factor = grads[0] / ctx.count
-        return None, None, *(gradient * factor.to(gradient.dtype) for gradient in ctx.saved_tensors)
+        prompts, *trained = (gradient * factor.to(gradient.dtype) for gradient in ctx.saved_tensors)
+        return None, None, prompts.to(ctx.dtype), *trained

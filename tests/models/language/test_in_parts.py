@@ -143,3 +143,38 @@ def test_parts_are_about_even_and_hold_together():
     by_image = parts_of(samples, [4, 4, 4], [2, 3, 2], 20)
     assert [part.num_texts for part in by_image] == [[2], [3], [2]]
     assert [part.samples for part in by_image] == [slice(0, 2), slice(2, 5), slice(5, 7)]
+
+
+def test_samples_without_any_image(model_folder):
+    rows = [[Segment([4, 5]), Segment([5, 6, 7, 8, 9, 10], learned=True)]] * 5
+    check(model_folder("llama"), torch.randn(0, 3, 32), rows, method="rows_loss")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_soft_prompts_of_less_precision_than_the_model(model_folder, dtype):
+    torch.manual_seed(0)
+    prompts = torch.randn(6, 3, 32, dtype=dtype)
+
+    def gradient(positions: int) -> torch.Tensor:
+        model = build(model_folder("llama"), positions, dtype=torch.float32)
+        given = prompts.clone().requires_grad_()
+        loss, _ = model.loss(given, TEXTS)
+        (2**20 / 3 * loss).backward()  # as a loss is scaled in float16
+        return given.grad
+
+    whole, parts = gradient(10**6), gradient(16)
+    assert parts.dtype == dtype and whole.isfinite().all()
+    assert (parts == whole).float().mean() > 0.9  # rounded once, as there
+
+
+def test_each_sample_is_measured_once():
+    measured: list[int] = []
+
+    class Row(list):
+        def __iter__(self):
+            measured.append(1)
+            return super().__iter__()
+
+    rows = [Row([VISUAL, Segment([1, 2], learned=True)]) for _ in range(50)]
+    assert len(parts_of(rows, [4] * 50, None, 20)) > 10
+    assert len(measured) <= 3 * len(rows)
