@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -345,10 +345,8 @@ class HuggingFaceLanguageModel(LanguageModel):
             of_images = by_image(prompts, num_soft[part.images])
             return self._predictions_of(of_images, samples[part.samples], part.num_texts).losses()
 
-        # [P, C]
-        prompts = (
-            soft_prompts.flatten(0, 1) if isinstance(soft_prompts, Tensor) else torch.cat([*soft_prompts])
-        )
+        is_one = isinstance(soft_prompts, Tensor)
+        prompts = cast(Tensor, soft_prompts).flatten(0, 1) if is_one else torch.cat([*soft_prompts])  # [P, C]
         trained = [weight for weight in self.parameters() if weight.requires_grad]
         return mean_loss(losses_of, prompts, parts, trained)
 

@@ -106,27 +106,33 @@ class _MeanLoss(torch.autograd.Function):
     ) -> tuple[Tensor, int]:
         # in float32 at least: a loss is scaled in the backward pass, and float16 lacks room for that
         wide = prompts.detach().to(torch.promote_types(prompts.dtype, torch.float32))
-        gradients = [torch.zeros_like(tensor) for tensor in (wide, *trained)]
+        of_prompts = torch.zeros_like(wide)
+        of_trained: list[Tensor | None] = [None] * len(trained)
         sums, count = [], 0
         for part in parts:
             own = wide[part.prompts].detach().requires_grad_()
             with torch.enable_grad():
                 losses = losses_of(own, part)
                 total = losses.sum()
-            found = torch.autograd.grad(total, [own, *trained], allow_unused=True)
-            places = [gradients[0][part.prompts], *gradients[1:]]
-            for place, gradient in zip(places, found, strict=True):
-                if gradient is not None:
-                    place += gradient
+            gradient, *others = torch.autograd.grad(total, [own, *trained], allow_unused=True)
+            if gradient is not None:
+                of_prompts[part.prompts] = gradient
+            of_trained = [_sum(*both) for both in zip(of_trained, others, strict=True)]
             sums.append(total.detach())
             count += len(losses)
             del losses, total  # with all that they keep
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(of_prompts, *of_trained)
         ctx.count, ctx.dtype = count, prompts.dtype
         return torch.stack(sums).sum() / count, count
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         factor = grads[0] / ctx.count
-        prompts, *trained = (gradient * factor.to(gradient.dtype) for gradient in ctx.saved_tensors)
-        return None, None, prompts.to(ctx.dtype), *trained
+        prompts, *trained = ctx.saved_tensors
+        scaled = [None if gradient is None else gradient * factor.to(gradient.dtype) for gradient in trained]
+        return None, None, (prompts * factor).to(ctx.dtype), *scaled
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, of which a weight that was not used has none."""
+    return other if one is None else one if other is None else one + other

@@ -9,7 +9,7 @@ import torch
 
 from evlgen.config.model_config import LoraConfig
 from evlgen.models.language.causal import CausalLanguageModel
-from evlgen.models.language.in_parts import parts_of
+from evlgen.models.language.in_parts import mean_loss, parts_of
 from evlgen.models.language.segments import VISUAL, Segment, Tokens
 from evlgen.models.language.seq2seq import Seq2SeqLanguageModel
 
@@ -40,7 +40,7 @@ def found(model, soft_prompts, *inputs, method="loss", **options):
     handle.remove()
     (3 * loss).backward()
     trained = [weight.grad for weight in model.parameters() if weight.requires_grad]
-    gradients = [prompts.grad for prompts in given] + [gradient.clone() for gradient in trained]
+    gradients = [prompts.grad for prompts in given] + trained
     model.zero_grad()
     return (loss.detach(), count, gradients), len(calls)
 
@@ -132,6 +132,16 @@ def test_no_more_than_one_part_is_kept(model_folder):
     (whole, whole_after), (part, part_after) = peak(10**6), peak(40)
     assert part < 0.4 * whole
     assert part_after < 0.1 * whole_after
+
+
+def test_a_weight_that_no_loss_uses_has_no_gradient():
+    prompts, used, unused = (torch.randn(n, requires_grad=True) for n in (4, 1, 1))
+    parts = parts_of([Tokens([], [], [5])] * 4, [1] * 4, None, 4)
+    loss, count = mean_loss(lambda own, _: own[:, 0] * used, prompts[:, None], parts, [used, unused])
+    loss.backward()
+    assert len(parts) == 2 and count == 4
+    torch.testing.assert_close(used.grad, prompts.detach().mean()[None])
+    assert unused.grad is None
 
 
 def test_parts_are_about_even_and_hold_together():
