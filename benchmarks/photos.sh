@@ -43,7 +43,7 @@ for name in "${names[@]}"; do
     else
         scale=0.4
         [ "$name" != tomeformer_scale_1 ] || scale=1.0
-        files=(--cfg-path projects/photos/flickr8k_lite.yaml --grid "model.connector=$(connector_of "$name")") options=("model.soft_prompts={scale: $scale}" model.generation.consensus=0 model.language.lora=null model.language.pack=true datasets.image_text.captions_together=false run.batch_size_train=32 run.warmup_steps=20)
+        files=(--cfg-path projects/photos/flickr8k_lite.yaml --grid "model.connector=$(connector_of "$name")") options=("model.soft_prompts={scale: $scale}" model.language.lora=null model.language.pack=true datasets.image_text.captions_together=false run.batch_size_train=32 run.warmup_steps=20)
     fi
     resume=()
     [ ! -e "$folder/$name/plan.json" ] || resume=(--resume)

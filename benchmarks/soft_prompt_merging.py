@@ -50,10 +50,10 @@ def main() -> None:
         texts_learned = {"image": batch["image"], "text_input": [references[i][0] for i in ids]}
         for share in args.merged:
             model.language._merging.r = share
-            texts = model.generate({"image": batch["image"]}, max_length=24, consensus=0)
+            texts = model.generate({"image": batch["image"]}, max_length=24)
             captions[share].update(zip(ids, texts, strict=True))
             started = time.process_time()
-            model.generate({"image": batch["image"]}, max_length=12, min_length=12, consensus=0)  # as long as the others
+            model.generate({"image": batch["image"]}, max_length=12, min_length=12)  # as long as the others
             written[share].append(time.process_time() - started)
             started = time.process_time()
             model(texts_learned)["loss"].backward()

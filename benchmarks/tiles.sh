@@ -23,7 +23,7 @@ for name in "${names[@]}"; do   # the encoder has 49 tokens of 224 pixels and 16
     [ ! -e "$folder/$name/plan.json" ] || resume=(--resume)
     "$python" -m evlgen compare --cfg-path projects/photos/flickr8k_lite.yaml --grid "model.connector={name: tomeformer, r: $r, $bert}" \
         --budget "${BUDGET:-60it}" --seeds "${SEEDS:-42}" --split val --evaluate-samples "${SAMPLES:-128}" --output "$folder/$name" \
-        ${resume[@]+"${resume[@]}"} --options model.language.lora=null model.generation.consensus=0 datasets.image_text.captions_together=false run.cache_vision=false \
+        ${resume[@]+"${resume[@]}"} --options model.language.lora=null datasets.image_text.captions_together=false run.cache_vision=false \
         run.batch_size_train=32 run.warmup_steps=20 run.min_lr=1.0e-3 run.num_beams=1 run.max_len=20 run.image_use_samples=256 \
         run.metrics=[bleu,meteor,cider] run.log_freq=10 ${options[@]+"${options[@]}"}
 done
