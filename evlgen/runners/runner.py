@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ from evlgen.runners.set_up import set_up_training
 from evlgen.runners.skipped import SkippedSamples
 from evlgen.runners.task import Task
 from evlgen.runners.trackers import Trackers
-from evlgen.runners.training_state import TrainingState, kept_random_state, random_state, set_random_state
+from evlgen.runners.training_state import TrainingState, kept_random_state
+from evlgen.runners.within_a_step import training_buffers, way_back
 
 
 @registry.register_runner("runner_base")
@@ -71,7 +72,6 @@ class Runner:
     state: TrainingState
     # what each (inner) epoch finds
     trained: list[nn.Parameter]
-    buffers: list[Tensor]  # of what is trained, such as running statistics
 
     def __init__(
         self,
@@ -144,12 +144,11 @@ class Runner:
         self.distribution.wrapped.train()
         self.notify("before_epoch")
         self.trained = [p for p in self.model.parameters() if p.requires_grad]  # thousands to look at
-        training = [module for module in self.model.modules() if module.training]
-        self.buffers = [buffer for module in training for buffer in module.buffers(recurse=False)]
+        buffers = training_buffers(self.model)
         self.clock = time.perf_counter()
         while left := self.length.left_in_epoch(state):
             num_batches = min(self.run.accum_grad_iters, left)
-            go_back = self._step_start() if num_batches > 1 else None
+            go_back = way_back(state, self.skipped, buffers) if num_batches > 1 else None
             try:
                 asked_to_stop = self._train_step(num_batches)
             except StopNow:
@@ -160,20 +159,6 @@ class Runner:
                 self.stop.in_time()
                 self.notify("before_stop")
                 raise self.stop.interrupted(f"after {self.where()}; saved in {self.checkpointer.folder}")
-
-    def _step_start(self) -> Callable[[], None]:
-        """What puts everything that the batches of a step change back to where it is now."""
-        iteration, skipped, drawn = self.state.iteration, self.skipped.to_json(), random_state()
-        kept = [buffer.clone() for buffer in self.buffers]
-
-        def restore() -> None:
-            self.state.iteration = iteration
-            self.skipped.restore(skipped)
-            set_random_state(*drawn)
-            for buffer, value in zip(self.buffers, kept, strict=True):
-                buffer.copy_(value)
-
-        return restore
 
     def _train_step(self, num_batches: int) -> bool:
         """One optimizer step; true where some process was asked to stop.

@@ -57,8 +57,8 @@ class Writer(torch.nn.Module):
     def texts(self, tokens):
         return [self.sampled[i] for (i,) in tokens]
 
-    def generate(self, samples, num_beams, max_length, min_length):
-        assert (num_beams, min_length) == (1, 0)
+    def generate(self, samples, num_beams, max_length, min_length, consensus):
+        assert (num_beams, min_length, consensus) == (1, 0, 0)
         return self.greedy
 
     def forward(self, samples):
