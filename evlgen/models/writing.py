@@ -76,10 +76,13 @@ class Writing(VisionModel):
         samples = with_pixels(self, samples)
         if consensus is None:
             consensus = 0 if use_nucleus_sampling else (self.generation.consensus or 0)
+        agreed = (
+            {"consensus": consensus} if consensus else {}
+        )  # a language model of one's own may not know it
         return self._continue(
             samples,
             self._prompts(samples, count_images(samples)),
-            consensus=consensus,
+            **agreed,
             num_beams=num_beams,
             max_length=max_length,
             min_length=min_length,
