@@ -147,6 +147,11 @@ class Container:
         """
         raise NotImplementedError(f"{type(self).__name__} must define read(member)")
 
+    def identity(self, member: str) -> str:
+        """A text that is another one when the member's bytes are: by the file's name, size and time."""
+        stamp = os.stat(self.file)
+        return f"{self.file} {stamp.st_size} {stamp.st_mtime_ns} {member}"
+
     def _missing(self, member: str, remark: str = "") -> DataError:
         names = self.names()
         tail = os.path.basename(member)
@@ -189,6 +194,14 @@ class ZipArchive(Container):
             return opened.read(name)
         except (*DAMAGED, OSError) as error:
             raise self._damaged(member, _said(error)) from error
+
+    def identity(self, member: str) -> str:
+        """By the directory's checksum: an archive that was copied, moved or packed again is the same."""
+        name = self._members.get(_plain(member))
+        if name is None:
+            return f"{member} missing"
+        info = self._zip.get().getinfo(name)
+        return f"{name} {info.file_size} {info.CRC:08x}"
 
 
 class TarArchive(Container):
@@ -259,6 +272,9 @@ class TableColumn(Container):
 
     def has(self, member: str) -> bool:
         return int(member.partition(".")[0]) in self.names()
+
+    def identity(self, member: str) -> str:
+        return f"{super().identity(member)} of {self.column}"
 
     def read(self, member: str) -> bytes:
         number, _, place = member.partition(".")

@@ -84,9 +84,10 @@ class Media:
             return self.root / name
         if (cell := split_cell(name)) and cell.digest:
             return f"bytes {cell.digest}"
-        stamp = os.stat(place.file)
-        inside = place.member if place.column is None else f"{place.column}:{place.member}"
-        return f"{place.file} {stamp.st_size} {stamp.st_mtime_ns} {inside}"
+        try:
+            return self._container(place).identity(place.member)
+        except DataError:  # said where it is read
+            return f"{place.file} {place.column} {place.member} cannot be read"
 
     def place(self, name: str) -> Place | None:
         """Where an image lies inside a larger file; None for one in a file of its own."""

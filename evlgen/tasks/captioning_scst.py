@@ -21,8 +21,8 @@ from evlgen.tasks.metrics.cider_reward import CiderReward
 if TYPE_CHECKING:
     from evlgen.runners.distribution import Distribution
 
-# What sampling takes to draw from the model itself: what is learned is the probability of what was drawn.
-FREELY = {"use_nucleus_sampling": True, "top_p": 1.0, "top_k": None, "temperature": 1.0, "min_length": 0}
+# Drawn from all tokens: what is learned is the probability of what was drawn.
+FREELY = {"use_nucleus_sampling": True, "top_p": 1.0, "top_k": None, "min_length": 0}
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +38,11 @@ class SelfCriticalCaptioningTask(CaptioningTask):
     samples: Luo, *A Better Variant of Self-Critical Sequence Training*, 2020. Document frequencies are those
     of the training captions, counted once. Evaluation is `CaptioningTask`'s.
 
-    The gradient is exact: captions are drawn from all tokens at temperature 1, up to ``run.max_len`` of them
-    (``min_len`` and the penalties are for evaluation), and what is learned is the probability of the very
-    tokens that were drawn, whatever their text would be cut into again. A caption that ``max_len`` cut is
-    rewarded as it stands and has no end to learn. Dropout is off in sampling and in learning, or the one
-    would draw from another model than the other learns.
+    The gradient is exact where ``run.scst_temperature`` is 1: captions are drawn from all tokens, up to
+    ``run.max_len`` of them (``min_len`` and the penalties are for evaluation), and what is learned is the
+    probability of the very tokens that were drawn, whatever their text would be cut into again. A caption
+    that ``max_len`` cut is rewarded as it stands and has no end to learn. Dropout is off in sampling and in
+    learning, or the one would draw from another model than the other learns.
 
     A sample is an image with an ``image_id``; its own caption is not looked at. A dataset that has one
     sample for each caption of an image shows the image as often.
@@ -79,7 +79,11 @@ class SelfCriticalCaptioningTask(CaptioningTask):
         with self._distribution.writing() as writer:
             read = writer.encoded(self._read(samples))
             tokens = offering(writer, WritesTokens).generate_tokens(
-                read, num_captions=self.run.scst_samples, max_length=self.max_len, **FREELY
+                read,
+                num_captions=self.run.scst_samples,
+                max_length=self.max_len,
+                temperature=self.run.scst_temperature,
+                **FREELY,
             )
             rewards, baselines = self._rewards(image_keys, writer.texts(tokens), self._greedy(writer, read))
         advantages = (rewards - baselines) / self.run.scst_samples

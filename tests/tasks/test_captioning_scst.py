@@ -114,6 +114,9 @@ def test_captions_are_drawn_from_the_model_itself_and_dropout_is_off_until_they_
     free = {"top_p": 1.0, "top_k": None, "temperature": 1.0, "min_length": 0, "use_nucleus_sampling": True}
     assert model.options == {**free, "num_captions": 2, "max_length": 7}
     assert model.modes == [False, False] and model.training
+    run = {"scst_samples": 2, "scst_temperature": 0.7}
+    task_for(model, {"one": FIRST}, **run).train_step(model, batch_of(FIRST, "one"))
+    assert model.options["temperature"] == 0.7
 
 
 def test_images_of_several_datasets_with_the_same_ids_have_their_own_captions():
