@@ -105,8 +105,8 @@ class RunConfig:
     scst_baseline: Literal["mean", "greedy"] = "mean"
     #: Captions sampled of each image in self-critical training.
     scst_samples: PositiveInt = 5
-    #: Temperature at which they are sampled. Below 1 they are more like what a search writes, and the gradient
-    #: is not exact any more: for a captioner whose samples are much worse than its searches.
+    #: Temperature at which they are sampled. Below 1 they are more like what a search writes, and their
+    #: gradient is not exact: for a captioner whose samples are much worse than its searches.
     scst_temperature: PositiveFloat = 1.0
 
     #: Seed of weights, data order and augmentation.
