@@ -17,7 +17,7 @@ from evlgen.files.io import write_atomically
 from evlgen.models.base_model import BaseModel
 from evlgen.tasks.base_task import BaseTask
 from evlgen.tasks.caption_sheet import caption_sheet
-from evlgen.tasks.metrics import ImageId, begin_metrics, score_captions
+from evlgen.tasks.metrics import BegunMetrics, ImageId, score_captions
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +34,13 @@ class CaptioningTask(BaseTask):
     servers are sent, and LAVIS writes for videos too. Ids are those of the ground truth, numbers or texts.
     """
 
-    _metrics: Mapping[str, Any] | None = None  # of the evaluation that is going on
+    _metrics: BegunMetrics | None = None  # of the evaluation that is going on
 
     def before_evaluation(self, dataset: BaseDataset, split: str) -> None:
-        """Starts what the scores need, which takes some seconds, beside the writing of captions."""
+        """Begins with the scores, which takes some seconds, beside the writing of captions."""
         is_main = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-        if is_main and self.run.report_metric and self.references_of(dataset):
-            self._metrics = begin_metrics(self.run.metrics)
+        self._wanted = self.references_of(dataset) if is_main and self.run.report_metric else {}
+        self._metrics = BegunMetrics(self.run.metrics) if self._wanted else None
 
     def valid_step(self, model: BaseModel, samples: Batch) -> list[dict[str, Any]]:
         """``{"image_id", "caption", "instance_id"}`` for each sample of a batch."""
@@ -50,6 +50,8 @@ class CaptioningTask(BaseTask):
         captions = model.generate(
             samples, max_length=self.max_len, **self.generation_options(min_length="min_len")
         )
+        if self._metrics is not None:
+            self._metrics.take(self._wanted, dict(zip(samples["image_id"], captions, strict=True)))
         keys = zip(samples["image_id"], samples["instance_id"], captions, strict=True)
         return [{"image_id": i, "caption": c, "instance_id": n} for i, n, c in keys]
 

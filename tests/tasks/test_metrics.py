@@ -11,7 +11,7 @@ import pytest
 
 from evlgen.common.errors import DataError, RegistryError
 from evlgen.common.registry import registry
-from evlgen.tasks.metrics import CaptionMetric, MetricResult, Scores, begin_metrics, score_captions
+from evlgen.tasks.metrics import BegunMetrics, CaptionMetric, MetricResult, Scores, meteor, score_captions
 from evlgen.tasks.metrics.java import Java, find_java
 from evlgen.tasks.metrics.spice import STANFORD_JARS
 
@@ -85,7 +85,7 @@ def started(monkeypatch):
 
 
 def test_values_are_those_of_pycocoevalcap_and_nothing_is_printed(five_images, capfd, started):
-    metrics = begin_metrics()  # while captions are being written
+    metrics = BegunMetrics()  # while captions are being written
     assert any(process.poll() is None for process in started)
     scores = score_captions(*five_images, metrics)
     assert scores.values == pytest.approx(PUBLISHED, abs=1e-9) and scores.tokenizer == "java"
@@ -95,7 +95,7 @@ def test_values_are_those_of_pycocoevalcap_and_nothing_is_printed(five_images, c
 
 
 def test_a_program_of_an_evaluation_that_was_stopped_ends(started):
-    metrics = begin_metrics(["meteor"])
+    metrics = BegunMetrics(["meteor"])
     process = started[-1]
     assert process.poll() is None
     del metrics
@@ -103,11 +103,44 @@ def test_a_program_of_an_evaluation_that_was_stopped_ends(started):
 
 
 def test_a_program_that_dies_while_captions_are_written_is_told(five_images, started):
-    metrics = begin_metrics(["meteor", "rouge_l"])
+    metrics = BegunMetrics(["meteor", "rouge_l"])
     started[-1].kill()
     scores = score_captions(*five_images, metrics)
     assert scores.values == pytest.approx({"ROUGE_L": PUBLISHED["ROUGE_L"]}, abs=1e-9)
     assert "ended without an answer" in scores.left_out["METEOR"]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What METEOR's program is asked, as it is asked."""
+    found = []
+    ask = meteor._Program.ask
+    monkeypatch.setattr(meteor._Program, "ask", lambda self, line: (found.append(line), ask(self, line))[1])
+    return found
+
+
+def test_what_is_written_already_is_scored_meanwhile_and_once(five_images, started, monkeypatch, asked):
+    references, candidates = five_images
+    first, second, third, *rest = candidates
+    monkeypatch.setattr("evlgen.tasks.metrics.captioning._TAKEN_AT_ONCE", 2)
+    metrics = BegunMetrics()
+    metrics.take(references, {first: candidates[first], "not to be scored": "a dog"})
+    metrics.take(references, {second: candidates[second], third: "what is written otherwise in the end"})
+    metrics.take(references, {rest[0]: candidates[rest[0]]})  # too few to be taken
+    metrics.wait()
+    assert len(asked) == 3 and all(line.startswith("SCORE") for line in asked)
+    scores = score_captions(references, candidates, metrics)
+    assert scores.values == pytest.approx(PUBLISHED, abs=1e-9)
+    assert len(asked) == 3 + 3 + 1 and asked[-1].startswith("EVAL")  # the last three, and all of them
+
+
+def test_a_program_that_dies_in_the_middle_is_started_again(five_images, started, monkeypatch, asked):
+    monkeypatch.setattr("evlgen.tasks.metrics.captioning._TAKEN_AT_ONCE", 2)
+    metrics = BegunMetrics(["meteor"])
+    started[-1].kill()
+    metrics.take(*five_images)
+    metrics.wait()
+    assert score_captions(*five_images, metrics).values == pytest.approx({"METEOR": PUBLISHED["METEOR"]})
 
 
 def test_without_java_the_rest_has_the_same_values_and_the_reason_is_told(five_images, no_java, capfd):

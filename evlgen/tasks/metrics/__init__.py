@@ -15,15 +15,15 @@ from __future__ import annotations
 
 from evlgen.tasks.metrics import meteor, ngram_metrics, spice  # noqa: F401  (they register themselves)
 from evlgen.tasks.metrics.base import CaptionMetric, ImageId, MetricResult, MetricUnavailable
-from evlgen.tasks.metrics.captioning import DEFAULT_METRICS, Scores, begin_metrics, score_captions
+from evlgen.tasks.metrics.captioning import DEFAULT_METRICS, BegunMetrics, Scores, score_captions
 
 __all__ = [
     "DEFAULT_METRICS",
+    "BegunMetrics",
     "CaptionMetric",
     "ImageId",
     "MetricResult",
     "MetricUnavailable",
     "Scores",
-    "begin_metrics",
     "score_captions",
 ]

@@ -54,6 +54,10 @@ class CaptionMetric(ABC):
         """Starts what takes long to start, before the captions are written that `compute` will be given. It
         may not be called, and `compute` may not follow."""
 
+    def take(self, references: Tokenised, candidates: Tokenised) -> None:  # noqa: B027  (as above)
+        """Takes captions that are written already, to score what takes long before `compute` asks for it.
+        What `compute` is given may be other captions, or cut into other tokens at their ends."""
+
     @abstractmethod
     def compute(self, references: Tokenised, candidates: Tokenised) -> MetricResult | dict[str, float]:
         """Scores candidates against references; both have the same ids in the same order.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,13 +12,14 @@ from typing import Any
 from evlgen.common.errors import DataError
 from evlgen.common.registry import registry
 from evlgen.tasks.metrics.base import ImageId, MetricResult, MetricUnavailable, Tokenised
-from evlgen.tasks.metrics.java import find_java
+from evlgen.tasks.metrics.java import Java, find_java
 from evlgen.tasks.metrics.tokenizer import TokenizerName, tokenize_captions
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_METRICS = ("bleu", "meteor", "rouge_l", "cider", "spice")
 _NAMED_IDS = 5
+_TAKEN_AT_ONCE = 256  # captions; a tokenizer's start takes half a second
 
 
 @dataclass(frozen=True)
@@ -47,27 +49,67 @@ class Scores:
         return self.values["CIDEr"] + self.values["Bleu_4"]
 
 
-def begin_metrics(names: Sequence[str] | None = None) -> dict[str, Any]:
-    """Metrics for `score_captions`, by name, whose programs start while captions are still being written.
+class BegunMetrics:
+    """Metrics that begin while captions are still being written: their programs start, and what is written
+    so far is given to them in a thread. The scores are those of `score_captions` without it.
 
     Args:
         names: registered names; None for BLEU, METEOR, ROUGE-L, CIDEr and SPICE.
 
+    Attributes:
+        metrics: name -> metric.
+
     Raises:
         RegistryError: a metric is not registered.
     """
-    names = DEFAULT_METRICS if names is None else names
-    metrics = {name: registry.get_metric_class(name)() for name in names}
-    for metric in metrics.values():
-        if hasattr(metric, "begin"):
-            metric.begin()
-    return metrics
+
+    def __init__(self, names: Sequence[str] | None = None) -> None:
+        names = DEFAULT_METRICS if names is None else names
+        self.metrics: dict[str, Any] = {name: registry.get_metric_class(name)() for name in names}
+        for metric in self.metrics.values():
+            if hasattr(metric, "begin"):
+                metric.begin()
+        # without Java tokens cost this process's own time, which it has later as well
+        is_worth_it = isinstance(find_java(), Java)
+        self._takers = [m for m in self.metrics.values() if hasattr(m, "take") and is_worth_it]
+        self._written: dict[ImageId, str] = {}
+        self._thread: threading.Thread | None = None
+
+    def take(self, references: Mapping[ImageId, Sequence[str]], captions: Mapping[ImageId, str]) -> None:
+        """Takes captions as they are written, and the references of their images at least. Returns at
+        once."""
+        if not self._takers:
+            return
+        self._written.update({image: text for image, text in captions.items() if image in references})
+        if len(self._written) >= _TAKEN_AT_ONCE:
+            written, self._written = self._written, {}
+            work = (self._thread, {image: references[image] for image in written}, written)
+            # a daemon, so that an evaluation that breaks off can end
+            self._thread = threading.Thread(target=self._pass_on, args=work, daemon=True)
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Until the metrics have what they were given."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _pass_on(
+        self,
+        before: threading.Thread | None,
+        references: Mapping[ImageId, Sequence[str]],
+        captions: Mapping[ImageId, str],
+    ) -> None:
+        if before is not None:
+            before.join()
+        reference_tokens, candidate_tokens, _ = tokenize_captions(references, captions)
+        for metric in self._takers:
+            metric.take(reference_tokens, candidate_tokens)
 
 
 def score_captions(
     references: Mapping[ImageId, Sequence[str]],
     candidates: Mapping[ImageId, str],
-    metrics: Sequence[str] | Mapping[str, Any] | None = None,
+    metrics: Sequence[str] | BegunMetrics | None = None,
 ) -> Scores:
     """Scores one caption per image against that image's references.
 
@@ -78,7 +120,7 @@ def score_captions(
     Args:
         references: id -> human captions, at least one.
         candidates: id -> generated caption, for the same ids. May be empty text, may hold any character.
-        metrics: registered names, or what `begin_metrics` gave; None for BLEU, METEOR, ROUGE-L, CIDEr and
+        metrics: registered names, or metrics that have begun; None for BLEU, METEOR, ROUGE-L, CIDEr and
             SPICE.
 
     Raises:
@@ -86,8 +128,10 @@ def score_captions(
             text.
         RegistryError: a metric is not registered.
     """
-    parts = metrics if isinstance(metrics, Mapping) else begin_metrics(metrics)
+    begun = metrics if isinstance(metrics, BegunMetrics) else BegunMetrics(metrics)
     _check(references, candidates)
+    begun.wait()
+    parts = begun.metrics
     ordered = {image: references[image] for image in candidates}
     reference_tokens, candidate_tokens, tokenizer = tokenize_captions(ordered, candidates)
     scores = Scores(values={}, tokenizer=tokenizer, num_images=len(candidates))

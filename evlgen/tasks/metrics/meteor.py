@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 import threading
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 from evlgen.common.registry import registry
@@ -27,6 +28,7 @@ class Meteor(CaptionMetric):
 
     def __init__(self) -> None:
         self._program: _Program | None = None
+        self._statistics: dict[str, str] = {}  # what was asked about a caption -> the program's answer
 
     def unavailable(self) -> str | None:
         missing = [str(path) for path in _files() if not path.is_file()]
@@ -40,6 +42,16 @@ class Meteor(CaptionMetric):
             with contextlib.suppress(OSError):  # `compute` tries again, and tells why
                 self._program = _Program(java)
 
+    def take(self, references: Tokenised, candidates: Tokenised) -> None:
+        if self._program is None:
+            return
+        try:
+            with self._program.ended_after(_seconds_for(candidates)):
+                self._look_at(self._program, references, candidates)
+        except (OSError, ValueError):  # `compute` tries again, and tells why
+            self._program.end()
+            self._program = None
+
     def compute(self, references: Tokenised, candidates: Tokenised) -> MetricResult:
         java = find_java()
         if isinstance(java, str):
@@ -47,7 +59,8 @@ class Meteor(CaptionMetric):
         program, self._program = self._program, None
         try:
             program = program or _Program(java)
-            scores = program.scores(references, candidates)
+            with program.ended_after(_seconds_for(candidates)):
+                scores = program.scores(self._look_at(program, references, candidates))
         except (OSError, ValueError) as error:
             words = str(error) if program is None else program.last_words()
             raise MetricUnavailable(
@@ -59,6 +72,24 @@ class Meteor(CaptionMetric):
         return MetricResult(
             {"METEOR": scores[-1]}, {"METEOR": dict(zip(candidates, scores[:-1], strict=True))}
         )
+
+    def _look_at(self, program: _Program, references: Tokenised, candidates: Tokenised) -> list[str]:
+        """The statistics of each image, of which those that are known are not asked for again."""
+        found = []
+        for image, (line,) in candidates.items():
+            question = _question("SCORE", *references[image], line)
+            if question not in self._statistics:
+                self._statistics[question] = program.ask(question)
+            found.append(self._statistics[question])
+        return found
+
+
+def _seconds_for(candidates: Tokenised) -> float:
+    return 300 + 0.5 * len(candidates)
+
+
+def _question(*parts: str) -> str:
+    return " ||| ".join(part.replace("|||", " ") for part in parts)
 
 
 def _files() -> tuple[Path, Path]:
@@ -94,29 +125,32 @@ class _Program:
         )
         self.end = weakref.finalize(self, _end, self._process)
 
-    def scores(self, references: Tokenised, candidates: Tokenised) -> list[float]:
-        """A score for each image, then that of all of them. Raises `OSError` or `ValueError` where the
-        program ends, or takes too long."""
-        watchdog = threading.Timer(300 + 0.5 * len(candidates), self._process.kill)
+    @contextlib.contextmanager
+    def ended_after(self, seconds: float) -> Iterator[None]:
+        """Ends the program where what is done inside takes longer."""
+        watchdog = threading.Timer(seconds, self._process.kill)
         watchdog.daemon = True
         watchdog.start()
         try:
-            statistics = [
-                self._ask("SCORE", *references[image], line) for image, (line,) in candidates.items()
-            ]
-            first = self._ask("EVAL", *statistics)
-            return [float(answer) for answer in (first, *(self._read() for _ in statistics))]
+            yield
         finally:
             watchdog.cancel()
+
+    def scores(self, statistics: list[str]) -> list[float]:
+        """A score for each image's statistics, then that of all of them. Raises `OSError` or `ValueError`
+        where the program has ended."""
+        first = self.ask(_question("EVAL", *statistics))
+        return [float(answer) for answer in (first, *(self._read() for _ in statistics))]
 
     def last_words(self) -> str:
         """Of what it wrote about errors."""
         self._errors.seek(0)
         return last_words(self._errors.read().decode(errors="replace"))
 
-    def _ask(self, *parts: str) -> str:
+    def ask(self, question: str) -> str:
+        """The line that answers a line. Raises as `scores`."""
         assert self._process.stdin is not None
-        self._process.stdin.write(" ||| ".join(part.replace("|||", " ") for part in parts) + "\n")
+        self._process.stdin.write(f"{question}\n")
         self._process.stdin.flush()
         return self._read()
 
