@@ -13,7 +13,6 @@ from evlgen.batch import Batch
 from evlgen.common.errors import ConfigError, DataError
 from evlgen.common.registry import registry
 from evlgen.datasets.base_dataset import BaseDataset
-from evlgen.models.base_model import BaseModel
 from evlgen.models.protocols import WritesTokens, offering
 from evlgen.tasks.captioning import CaptioningTask
 from evlgen.tasks.metrics.cider_reward import CiderReward
@@ -78,14 +77,15 @@ class SelfCriticalCaptioningTask(CaptioningTask):
         model.eval()
         with self._distribution.writing() as writer:
             read = writer.encoded(self._read(samples))
-            tokens = offering(writer, WritesTokens).generate_tokens(
+            writes = offering(writer, WritesTokens)
+            tokens = writes.generate_tokens(
                 read,
                 num_captions=self.run.scst_samples,
                 max_length=self.max_len,
                 temperature=self.run.scst_temperature,
                 **FREELY,
             )
-            rewards, baselines = self._rewards(image_keys, writer.texts(tokens), self._greedy(writer, read))
+            rewards, baselines = self._rewards(image_keys, writes.texts(tokens), self._greedy(writes, read))
         advantages = (rewards - baselines) / self.run.scst_samples
         losses = model(
             {
@@ -122,11 +122,11 @@ class SelfCriticalCaptioningTask(CaptioningTask):
                 )
         return image_keys
 
-    def _greedy(self, writer: BaseModel, read: Batch) -> list[str]:
+    def _greedy(self, writer: WritesTokens, read: Batch) -> list[str]:
         """The greedy caption of each image; empty where they are not compared with."""
         if self.run.scst_baseline == "mean":
             return []
-        return writer.generate(read, num_beams=1, max_length=self.max_len, min_length=0, consensus=0)
+        return writer.texts(writer.generate_tokens(read, num_beams=1, max_length=self.max_len, min_length=0))
 
     def _rewards(
         self, image_keys: list[Hashable], captions: list[str], greedy: list[str]

@@ -50,16 +50,15 @@ class Writer(torch.nn.Module):
 
     def generate_tokens(self, samples, **options):
         assert not torch.is_grad_enabled()
-        self.modes.append(self.training)
-        self.options = options
-        return [[i] for i in range(len(self.sampled))]
+        if options.get("use_nucleus_sampling"):
+            self.modes.append(self.training)
+            self.options = options
+            return [[i] for i in range(len(self.sampled))]
+        assert (options["num_beams"], options["min_length"]) == (1, 0)
+        return [[len(self.sampled) + i] for i in range(len(self.greedy))]
 
     def texts(self, tokens):
-        return [self.sampled[i] for (i,) in tokens]
-
-    def generate(self, samples, num_beams, max_length, min_length, consensus):
-        assert (num_beams, min_length, consensus) == (1, 0, 0)
-        return self.greedy
+        return [[*self.sampled, *(self.greedy or [])][i] for (i,) in tokens]
 
     def forward(self, samples):
         self.modes.append(self.training)
@@ -236,7 +235,12 @@ def test_the_gradient_is_that_of_reinforce_with_a_baseline_by_its_definition(
     words = language.tokenizer("a red circle two blue stars on hill", add_special_tokens=False).input_ids
     tokens = [[*words[:3], end], [end], words[1 : 1 + MAX_LEN]]  # the last was cut before its end
     tokens += [[words[5], end], words[3 : 3 + MAX_LEN], [*words[2:6], end]]
-    monkeypatch.setattr(model, "generate_tokens", lambda *_, **__: tokens)
+    search = model.generate_tokens
+    monkeypatch.setattr(
+        model,
+        "generate_tokens",
+        lambda read, **how: tokens if how.get("use_nucleus_sampling") else search(read, **how),
+    )
     task = task_for(
         model, {"one": data}, scst_samples=3, scst_baseline=baseline, max_len=MAX_LEN, prompt=prompt
     )
