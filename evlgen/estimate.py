@@ -100,7 +100,6 @@ def estimate(
     text_tokens: int = 16,
     num_texts: int = 1,
     num_frames: int = 1,
-    weighted: bool = False,
 ) -> Estimate:
     """The cost of a training step.
 
@@ -111,8 +110,6 @@ def estimate(
         text_tokens: about so many tokens in a text.
         num_texts: texts of a sample's image; more than one as with ``captions_together``.
         num_frames: of a video, for an architecture of videos.
-        weighted: whether texts weigh differently (``text_weights``): such a batch goes through the language
-            model as a whole.
 
     Raises:
         ConfigError: an architecture without the three parts; see `build_language_model` for the rest.
@@ -127,7 +124,7 @@ def estimate(
         )
     model = _without_weights(cfg, precision)
     language, texts = model.language, [" ".join(["a"] * text_tokens)] * num_texts
-    in_parts = language.goes_in_parts() and not weighted
+    in_parts = language.goes_in_parts()
     at_once = language.positions_at_once if in_parts else None
     language.positions_at_once = sys.maxsize  # below, what a sample keeps is told from two whole batches
     batch = {size: _step(model, cfg, size, texts, num_frames) for size in (8, 16)}

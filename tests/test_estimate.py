@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 
 import pytest
 import torch
@@ -74,18 +73,6 @@ def test_of_the_language_model_one_part_of_a_batch_is_counted(found):
     trained = estimate(model_config("model.language.freeze=false"), "fp32", 10)
     assert trained.positions_at_once is None
     assert trained.kept(400) == 400 * (trained.kept_bytes + trained.language_bytes)
-
-
-def test_of_weighted_texts_a_whole_batch_is_counted(capsys):
-    options = ["--options", "run.batch_size_train=512"]
-    kept = []
-    for task in ("captioning", "captioning_scst"):
-        main(["estimate", "--cfg-path", PROJECT, *options, f"run.task={task}", "--rate", "10"])
-        kept.append(float(re.search(r"keeps ([\d.]+) GB", capsys.readouterr().out)[1]))
-    found = estimate(model_config(), weighted=True)
-    assert found.positions_at_once is None
-    assert kept[1] > 1.5 * kept[0]
-    assert kept[1] == pytest.approx(found.kept(512) / 1e9, abs=0.01)
 
 
 def test_a_fetched_configuration_is_named_where_it_cannot_be_had(monkeypatch):

@@ -49,11 +49,8 @@ def _report(cfg: Config, args: argparse.Namespace) -> None:
 
     precision = args.precision or cfg.run.precision
     together = any(section.get("captions_together") for section in cfg.sections.values())
-    weighted = cfg.run.task == "captioning_scst" or any(
-        section.get("train_answers") == "all" for section in cfg.sections.values()
-    )
     num_texts = 5 if together else 1
-    found = estimate(cfg.model, precision, args.text_tokens, num_texts, args.frames, weighted)
+    found = estimate(cfg.model, precision, args.text_tokens, num_texts, args.frames)
     rate = args.rate * 1e12 if args.rate else measured_rate(precision)
     print("\n".join(lines(found, cfg, rate, measured=not args.rate)))
 

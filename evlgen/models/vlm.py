@@ -309,10 +309,8 @@ class VLM(Chatting):
         counts = _text_counts(samples, len(soft_prompts))
         with without_autocast(soft_prompts.device):
             if "text_tokens" in samples:
-                pairs = zip(self._prompts(samples, len(counts)), counts, strict=True)
-                starts = [prompt for prompt, count in pairs for _ in range(count)]
                 losses, num_tokens = self.language.token_losses(
-                    soft_prompts, starts, samples["text_tokens"], **_several(counts)
+                    soft_prompts, self._starts(samples, counts), samples["text_tokens"], **_several(counts)
                 )
             else:
                 losses, num_tokens = self.language.sample_losses(
@@ -322,12 +320,37 @@ class VLM(Chatting):
 
     def _weighted_loss(self, samples: Batch) -> dict[str, Any]:
         """What `forward` gives for texts that weigh differently, such as the answers of several people."""
-        losses = self.sample_losses(samples)["losses"]
-        _check_length("text_weights", samples["text_weights"], len(losses), "texts")
-        weights = torch.as_tensor(samples["text_weights"], dtype=losses.dtype)
-        weights = weights.to(losses.device, non_blocking=True)
+        weights = torch.as_tensor(samples["text_weights"], dtype=torch.float32)
+        weights = weights.to(self.device, non_blocking=True)
         num_images = count_images(samples)
-        return {"loss": (weights * losses).sum() / num_images, "num_tokens": num_images}
+        if self.language.goes_in_parts():
+            rows, soft_prompts, several = self._to_learn(samples)
+            _check_length("text_weights", weights, len(rows), "texts")
+            with without_autocast(self.device):
+                total = self.language.weighted_loss(soft_prompts, rows, weights, **several)
+        else:
+            losses = self.sample_losses(samples)["losses"]
+            _check_length("text_weights", weights, len(losses), "texts")
+            total = (weights * losses).sum()
+        return {"loss": total / num_images, "num_tokens": num_images}
+
+    def _to_learn(self, samples: Batch) -> tuple[Sequence[Row], SoftPrompts, dict[str, list[int]]]:
+        """The rows of a batch's texts, the soft prompts of its images, and ``num_texts`` where an image has
+        several."""
+        if sequences.is_sequence(samples):
+            return *self._rows(samples, self.sequence_prompts(samples)), {}
+        soft_prompts = self.soft_prompts(samples)
+        counts = _text_counts(samples, len(soft_prompts))
+        if "text_tokens" in samples:
+            rows = self.language.tokens_to_learn(self._starts(samples, counts), samples["text_tokens"])
+        else:
+            rows = self.language.to_learn(samples["text_input"], samples.get("text_output"))
+        return rows, soft_prompts, _several(counts)
+
+    def _starts(self, samples: Batch, counts: list[int]) -> list[str]:
+        """The prompt that each text of ``text_tokens`` was written after."""
+        pairs = zip(self._prompts(samples, len(counts)), counts, strict=True)
+        return [prompt for prompt, count in pairs for _ in range(count)]
 
     # ---- samples with none or several images
 

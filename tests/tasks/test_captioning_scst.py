@@ -230,6 +230,7 @@ def test_the_gradient_is_that_of_reinforce_with_a_baseline_by_its_definition(
     """-1/N sum over N samples of (r - b) * grad log p(sample | image), where b is the mean reward of the
     image's other samples (Luo 2020) or that of its greedy caption (Rennie et al. 2017)."""
     model = golden_model.train()
+    model.language.positions_at_once = 16  # an image at a time
     data = Captioned([["a red circle"], ["two blue stars"]])
     language, (end,) = model.language, model.language.end_token_ids
     words = language.tokenizer("a red circle two blue stars on hill", add_special_tokens=False).input_ids

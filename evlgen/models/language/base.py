@@ -53,7 +53,8 @@ class LanguageModel(nn.Module):
         return []
 
     def goes_in_parts(self) -> bool:
-        """Whether `loss` computes gradients with the losses, a part of the batch at a time."""
+        """Whether `loss` and `weighted_loss` compute gradients with the losses, a part of the batch at a
+        time."""
         return False
 
     def embedding_rms(self) -> float:
@@ -178,6 +179,29 @@ class LanguageModel(nn.Module):
 
     def rows_losses(self, soft_prompts: SoftPrompts, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """As `sample_losses`, of samples of any segments; see `rows_loss`."""
+        raise NotImplementedError
+
+    def to_learn(self, text_in: list[str], text_out: list[str] | None = None) -> Sequence[Row]:
+        """Texts as `loss` reads them, as rows. Asked for where `goes_in_parts`."""
+        raise NotImplementedError
+
+    def tokens_to_learn(self, prompts: list[str], texts: list[list[int]]) -> Sequence[Row]:
+        """Texts as `token_losses` reads them, as rows. Asked for where `goes_in_parts`."""
+        raise NotImplementedError
+
+    def weighted_loss(
+        self,
+        soft_prompts: SoftPrompts,
+        rows: Sequence[Row],
+        weights: Tensor,
+        num_texts: list[int] | None = None,
+    ) -> Tensor:
+        """The sum of the negated log-likelihoods of rows, each times its weight ([N]): a scalar. Asked for
+        where `goes_in_parts`.
+
+        Args:
+            soft_prompts, rows: as in `rows_loss`; with ``num_texts`` as in `loss`.
+        """
         raise NotImplementedError
 
     def continue_rows(self, soft_prompts: SoftPrompts, rows: Sequence[Row], **options) -> list[list[int]]:

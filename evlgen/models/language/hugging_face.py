@@ -15,7 +15,7 @@ from evlgen.config.model_config import LoraConfig, SoftPromptMergingConfig
 from evlgen.models.language.adapters import adapter_modules, add_adapters
 from evlgen.models.language.base import LanguageModel
 from evlgen.models.language.chat import read_template
-from evlgen.models.language.in_parts import BatchPart, mean_loss, parts_of
+from evlgen.models.language.in_parts import BatchPart, parts_of, total_loss
 from evlgen.models.language.loading import (
     find_model,
     model_without_weights,
@@ -186,6 +186,16 @@ class HuggingFaceLanguageModel(LanguageModel):
         """As `sample_losses`, of samples that are segments already."""
         return _by_sample(self._predictions_of(soft_prompts, rows), len(rows))
 
+    def weighted_loss(
+        self,
+        soft_prompts: SoftPrompts,
+        rows: Sequence[Row],
+        weights: Tensor,
+        num_texts: list[int] | None = None,
+    ) -> Tensor:
+        """See `LanguageModel.weighted_loss`."""
+        return self._total_loss(soft_prompts, rows, num_texts, weights)[0]
+
     def sample_losses(
         self,
         soft_prompts: Tensor,
@@ -231,6 +241,11 @@ class HuggingFaceLanguageModel(LanguageModel):
     def to_learn(self, text_in: list[str], text_out: list[str] | None = None) -> list[Tokens]:
         """The tokens of texts to learn from, within the limits; see `loss`."""
         raise NotImplementedError
+
+    def tokens_to_learn(self, prompts: list[str], texts: list[list[int]]) -> list[Tokens]:
+        """As `to_learn`, of texts that are tokens already; see `token_losses`."""
+        pairs = zip(self.to_read(prompts), texts, strict=True)
+        return [sample._replace(learned=ids) for sample, ids in pairs]
 
     def to_read(self, prompts: list[str]) -> list[Tokens]:
         """The tokens of prompts to continue, within the limits."""
@@ -331,24 +346,36 @@ class HuggingFaceLanguageModel(LanguageModel):
         return list(zip(text_in, text_out, strict=True))
 
     def _mean_loss(
-        self, soft_prompts: SoftPrompts, samples: Sequence[Row], num_texts: list[int] | None = None
+        self, soft_prompts: SoftPrompts, rows: Sequence[Row], num_texts: list[int] | None = None
     ) -> tuple[Tensor, int]:
         """The mean loss of the tokens, and how many those are."""
+        total, count = self._total_loss(soft_prompts, rows, num_texts)
+        return total / count, count
+
+    def _total_loss(
+        self,
+        soft_prompts: SoftPrompts,
+        rows: Sequence[Row],
+        num_texts: list[int] | None,
+        weights: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
+        """The sum of the losses of the tokens, each times its text's weight, and how many those are."""
         num_soft = num_soft_of(soft_prompts)
         whole = not (torch.is_grad_enabled() and self.goes_in_parts())
-        parts = [] if whole else parts_of(samples, num_soft, num_texts, self.positions_at_once)
+        parts = [] if whole else parts_of(rows, num_soft, num_texts, self.positions_at_once)
         if len(parts) < 2:
-            predictions = self._predictions_of(soft_prompts, samples, num_texts)
-            return predictions.losses().mean(), len(predictions.rows)
+            losses = _weighed(self._predictions_of(soft_prompts, rows, num_texts), weights)
+            return losses.sum(), len(losses)
 
         def losses_of(prompts: Tensor, part: BatchPart) -> Tensor:
             of_images = by_image(prompts, num_soft[part.images])
-            return self._predictions_of(of_images, samples[part.samples], part.num_texts).losses()
+            found = self._predictions_of(of_images, rows[part.samples], part.num_texts)
+            return _weighed(found, None if weights is None else weights[part.samples])
 
         is_one = isinstance(soft_prompts, Tensor)
         prompts = cast(Tensor, soft_prompts).flatten(0, 1) if is_one else torch.cat([*soft_prompts])  # [P, C]
         trained = [weight for weight in self.parameters() if weight.requires_grad]
-        return mean_loss(losses_of, prompts, parts, trained)
+        return total_loss(losses_of, prompts, parts, trained)
 
     def _predictions_of(
         self, soft_prompts: SoftPrompts, samples: Sequence[Row], num_texts: list[int] | None = None
@@ -364,9 +391,7 @@ class HuggingFaceLanguageModel(LanguageModel):
         num_texts: list[int] | None = None,
     ) -> Predictions:
         """As `_predictions_of`, of tokens after prompts."""
-        pairs = zip(self.to_read(prompts), texts, strict=True)
-        samples = [sample._replace(learned=ids) for sample, ids in pairs]
-        return self._predictions_of(soft_prompts, samples, num_texts)
+        return self._predictions_of(soft_prompts, self.tokens_to_learn(prompts, texts), num_texts)
 
     def _reader(self, soft_prompts: Tensor, prompts: list[str], width: int, length: int) -> Reader:
         """What reads texts after the prompts: ``width`` texts of a prompt side by side at most, and
@@ -482,6 +507,12 @@ def _by_sample(predictions: Predictions, count: int) -> tuple[Tensor, Tensor]:
     losses, rows = predictions.losses(), predictions.rows  # [n]
     num_tokens = rows.new_zeros(count).index_add(0, rows, torch.ones_like(rows))  # bincount waits for a GPU
     return losses.new_zeros(count).index_add(0, rows, losses), num_tokens
+
+
+def _weighed(predictions: Predictions, weights: Tensor | None) -> Tensor:
+    """The losses of all tokens, [n], each times its text's weight, [N]."""
+    losses = predictions.losses()
+    return losses if weights is None else losses * weights[predictions.rows]
 
 
 def _is_plain(head: nn.Module) -> bool:

@@ -76,13 +76,13 @@ def _starts(lengths: Iterable[int]) -> list[int]:
     return [0, *accumulate(lengths)]
 
 
-def mean_loss(
+def total_loss(
     losses_of: Callable[[Tensor, BatchPart], Tensor],
     prompts: Tensor,
     parts: Sequence[BatchPart],
     trained: Sequence[Tensor],
 ) -> tuple[Tensor, int]:
-    """The mean of the losses of all tokens of a batch.
+    """The sum of the losses of all tokens of a batch.
 
     Args:
         losses_of: the losses [n] of a part's tokens, from the soft prompts [p, C] of its images.
@@ -90,12 +90,12 @@ def mean_loss(
         trained: weights that the losses' gradient goes to besides.
 
     Returns:
-        a scalar, float32, and of how many tokens it is the mean.
+        a scalar, float32, and of how many tokens it is the sum.
     """
-    return _MeanLoss.apply(losses_of, parts, prompts, *trained)
+    return _TotalLoss.apply(losses_of, parts, prompts, *trained)
 
 
-class _MeanLoss(torch.autograd.Function):
+class _TotalLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -122,12 +122,12 @@ class _MeanLoss(torch.autograd.Function):
             count += len(losses)
             del losses, total  # with all that they keep
         ctx.save_for_backward(of_prompts, *of_trained)
-        ctx.count, ctx.dtype = count, prompts.dtype
-        return torch.stack(sums).sum() / count, count
+        ctx.dtype = prompts.dtype
+        return torch.stack(sums).sum(), count
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        factor = grads[0] / ctx.count
+        factor = grads[0]
         prompts, *trained = ctx.saved_tensors
         scaled = [None if gradient is None else gradient * factor.to(gradient.dtype) for gradient in trained]
         return None, None, (prompts * factor).to(ctx.dtype), *scaled

@@ -9,7 +9,7 @@ import torch
 
 from evlgen.config.model_config import LoraConfig
 from evlgen.models.language.causal import CausalLanguageModel
-from evlgen.models.language.in_parts import mean_loss, parts_of
+from evlgen.models.language.in_parts import parts_of, total_loss
 from evlgen.models.language.segments import VISUAL, Segment, Tokens
 from evlgen.models.language.seq2seq import Seq2SeqLanguageModel
 
@@ -70,6 +70,38 @@ def test_several_texts_of_an_image_packed_rows_and_adapters(model_folder, settin
     check(model_folder("llama"), torch.randn(6, 3, 32), TEXTS, settings=settings)
     for counts in ([3, 1, 2], [2, 0, 4]):
         check(model_folder("llama"), torch.randn(3, 3, 32), TEXTS, settings=settings, num_texts=counts)
+
+
+@pytest.mark.parametrize("num_texts", [None, [3, 1, 2], [2, 0, 4]])
+@pytest.mark.parametrize("kind", ["texts", "answers", "tokens"])
+def test_texts_that_weigh_differently(model_folder, kind, num_texts):
+    """The sum of the single texts' losses, each times its weight, and its gradients."""
+    torch.manual_seed(0)
+    prompts = torch.randn(len(num_texts or TEXTS), 3, 32)
+    weights, several = torch.randn(6), {} if num_texts is None else {"num_texts": num_texts}
+
+    def results(positions: int, weighs_itself: bool):
+        model = build(model_folder("llama"), positions, lora=LoraConfig(target_modules=["v_proj"]))
+        calls: list[int] = []
+        model.model.register_forward_hook(lambda *_: calls.append(1))
+        given = prompts.clone().requires_grad_()
+        tokens = [model.tokenizer(text).input_ids for text in ANSWERS]
+        texts = (TEXTS, tokens) if kind == "tokens" else (TEXTS, ANSWERS if kind == "answers" else None)
+        if weighs_itself:
+            rows = (model.tokens_to_learn if kind == "tokens" else model.to_learn)(*texts)
+            loss = model.weighted_loss(given, rows, weights, **several)
+        else:
+            losses_of = model.token_losses if kind == "tokens" else model.sample_losses
+            loss = (losses_of(given, *texts, **several)[0] * weights).sum()
+        (2 * loss).backward()
+        gradients = [weight.grad for weight in model.parameters() if weight.requires_grad]
+        return [loss.detach(), given.grad, *gradients], len(calls)
+
+    expected, _ = results(10**6, False)
+    for positions, is_cut in ((16, True), (10**6, False)):
+        found, asked = results(positions, True)
+        assert (asked > 1) is is_cut
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_samples_of_several_images_of_other_lengths_and_of_none(model_folder):
@@ -137,10 +169,10 @@ def test_no_more_than_one_part_is_kept(model_folder):
 def test_a_weight_that_no_loss_uses_has_no_gradient():
     prompts, used, unused = (torch.randn(n, requires_grad=True) for n in (4, 1, 1))
     parts = parts_of([Tokens([], [], [5])] * 4, [1] * 4, None, 4)
-    loss, count = mean_loss(lambda own, _: own[:, 0] * used, prompts[:, None], parts, [used, unused])
+    loss, count = total_loss(lambda own, _: own[:, 0] * used, prompts[:, None], parts, [used, unused])
     loss.backward()
     assert len(parts) == 2 and count == 4
-    torch.testing.assert_close(used.grad, prompts.detach().mean()[None])
+    torch.testing.assert_close(used.grad, prompts.detach().sum()[None])
     assert unused.grad is None
 
 
