@@ -199,7 +199,7 @@ class ZipArchive(Container):
         """By the directory's checksum: an archive that was copied, moved or packed again is the same."""
         name = self._members.get(_plain(member))
         if name is None:
-            return f"{member} missing"
+            return f"{self.file} {member} missing"
         info = self._zip.get().getinfo(name)
         return f"{name} {info.file_size} {info.CRC:08x}"
 
@@ -274,7 +274,7 @@ class TableColumn(Container):
         return int(member.partition(".")[0]) in self.names()
 
     def identity(self, member: str) -> str:
-        return f"{super().identity(member)} of {self.column}"
+        return super().identity(f"{self.column}:{member}")
 
     def read(self, member: str) -> bytes:
         number, _, place = member.partition(".")

@@ -51,7 +51,7 @@ def rows_to_learn(
     rows: list[Row] = []
     kept: list[int] = []
     first = 0
-    for number in range(_num_sequences(samples)):
+    for number in range(num_sequences(samples)):
         whole = _row(language, samples, number)
         end = first + num_visuals(whole)
         row = cut(whole, num_soft[first:end], limit)
@@ -70,7 +70,7 @@ def rows_to_continue(
     rows: list[Row] = []
     kept: list[int] = []
     first = 0
-    for number in range(_num_sequences(samples)):
+    for number in range(num_sequences(samples)):
         whole = _row(language, samples, number, answers_next=True)
         end = first + num_visuals(whole)
         row, own, start = _recent(language, samples, number, whole, num_soft[first:end], room)
@@ -91,7 +91,7 @@ def not_learnable(
         num_soft_prompts: of an image [3, H, W] or a video [3, T, H, W].
     """
     found = {}
-    for number in range(_num_sequences(samples)):
+    for number in range(num_sequences(samples)):
         try:
             row = _row(language, samples, number)
         except DataError as error:
@@ -108,7 +108,7 @@ def not_answerable(
     """See `BaseModel.not_answerable`; arguments as of `not_learnable` and `rows_to_continue`."""
     found = {}
     most = language.max_positions
-    for number in range(_num_sequences(samples)):
+    for number in range(num_sequences(samples)):
         num_soft = _num_soft(samples, number, num_soft_prompts)
         try:
             whole = _row(language, samples, number, answers_next=True)
@@ -127,7 +127,7 @@ def _num_soft(samples: Batch, number: int, num_soft_prompts: Callable[[Tensor], 
     return [num_soft_prompts(image) for image in images[number]] if images else []
 
 
-def _num_sequences(samples: Batch) -> int:
+def num_sequences(samples: Batch) -> int:
     return len(samples["segments"] if "segments" in samples else samples["messages"])
 
 

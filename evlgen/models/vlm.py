@@ -175,7 +175,7 @@ class VLM(Chatting):
 
         Returns:
             ``loss``: scalar, float32; ``num_tokens``: how many tokens it is the mean of, and with
-            ``text_weights`` how many images.
+            ``text_weights`` how many images, or sequences.
         """
         if "text_weights" in samples:
             return self._weighted_loss(samples)
@@ -322,8 +322,8 @@ class VLM(Chatting):
         """What `forward` gives for texts that weigh differently, such as the answers of several people."""
         weights = torch.as_tensor(samples["text_weights"], dtype=torch.float32)
         weights = weights.to(self.device, non_blocking=True)
-        num_images = count_images(samples)
-        if self.language.goes_in_parts():
+        is_own = type(self).sample_losses is VLM.sample_losses
+        if is_own and self.language.goes_in_parts():
             rows, soft_prompts, several = self._to_learn(samples)
             _check_length("text_weights", weights, len(rows), "texts")
             with without_autocast(self.device):
@@ -332,7 +332,9 @@ class VLM(Chatting):
             losses = self.sample_losses(samples)["losses"]
             _check_length("text_weights", weights, len(losses), "texts")
             total = (weights * losses).sum()
-        return {"loss": total / num_images, "num_tokens": num_images}
+        is_sequence = sequences.is_sequence(samples)
+        count = sequences.num_sequences(samples) if is_sequence else count_images(samples)
+        return {"loss": total / count, "num_tokens": count}
 
     def _to_learn(self, samples: Batch) -> tuple[Sequence[Row], SoftPrompts, dict[str, list[int]]]:
         """The rows of a batch's texts, the soft prompts of its images, and ``num_texts`` where an image has

@@ -127,7 +127,7 @@ def test_a_member_of_a_zip_is_known_again_elsewhere_and_packed_otherwise(folder)
             packed.writestr(name(index), png(index if index else 1))
     again = ImageFiles(folder / "b.zip").source
     assert [again(name(i)) == source(name(i)) for i in range(COUNT)] == [False, *[True] * (COUNT - 1)]
-    assert source("no.png") != source("other.png")
+    assert len({source("no.png"), source("other.png"), again("no.png")}) == 3
     (folder / "c.zip").write_bytes(b"no archive")
     assert "cannot be read" in ImageFiles(folder / "c.zip").source("1.png")
 

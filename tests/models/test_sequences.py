@@ -65,6 +65,15 @@ def test_a_batch_is_its_samples_whatever_number_of_images_each_has(model, images
     assert loss(model, [several], [[c, b, a]])[0] != pytest.approx(alone[2][0], rel=1e-6), "order matters"
 
 
+@torch.no_grad()
+def test_sequences_may_weigh_differently(model, images):
+    talks = {"messages": [[*TALK, ANSWER], TEXT_ONLY], "images": [[images[0]], []]}
+    alone = model.sample_losses(talks)["losses"]
+    found = model({**talks, "text_weights": [2.0, -0.5]})
+    assert found["num_tokens"] == 2
+    torch.testing.assert_close(found["loss"], (2 * alone[0] - 0.5 * alone[1]) / 2)
+
+
 def test_a_batch_without_an_image_trains_with_all_that_is_trained(model):
     places = model.connector.num_soft_prompts(model.vision.num_tokens)
     head = SoftPromptHead(places, model.language.embed_dim, model.language.embedding_rms(), 0.4)

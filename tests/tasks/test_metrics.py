@@ -11,7 +11,15 @@ import pytest
 
 from evlgen.common.errors import DataError, RegistryError
 from evlgen.common.registry import registry
-from evlgen.tasks.metrics import BegunMetrics, CaptionMetric, MetricResult, Scores, meteor, score_captions
+from evlgen.tasks.metrics import (
+    BegunMetrics,
+    CaptionMetric,
+    MetricResult,
+    Scores,
+    captioning,
+    meteor,
+    score_captions,
+)
 from evlgen.tasks.metrics.java import Java, find_java
 from evlgen.tasks.metrics.spice import STANFORD_JARS
 
@@ -126,6 +134,7 @@ def test_what_is_written_already_is_scored_meanwhile_and_once(five_images, start
     metrics = BegunMetrics()
     metrics.take(references, {first: candidates[first], "not to be scored": "a dog"})
     metrics.take(references, {second: candidates[second], third: "what is written otherwise in the end"})
+    metrics.wait()
     metrics.take(references, {rest[0]: candidates[rest[0]]})  # too few to be taken
     metrics.wait()
     assert len(asked) == 3 and all(line.startswith("SCORE") for line in asked)
@@ -141,6 +150,31 @@ def test_a_program_that_dies_in_the_middle_is_started_again(five_images, started
     metrics.take(*five_images)
     metrics.wait()
     assert score_captions(*five_images, metrics).values == pytest.approx({"METEOR": PUBLISHED["METEOR"]})
+
+
+def test_metrics_that_take_nothing_or_fail_to_cost_nothing(five_images, monkeypatch):
+    monkeypatch.setattr("evlgen.tasks.metrics.captioning._TAKEN_AT_ONCE", 2)
+    cut = []
+    tokenize = captioning.tokenize_captions
+    monkeypatch.setattr(captioning, "tokenize_captions", lambda *a: (cut.append(a), tokenize(*a))[1])
+    metrics = BegunMetrics(["cider"])
+    metrics.take(*five_images)
+    metrics.wait()
+    assert not cut
+
+    class Broken(type(metrics.metrics["cider"])):
+        def takes(self):
+            return True
+
+        def take(self, references, candidates):
+            raise KeyError("a mistake")
+
+    metrics = BegunMetrics({"cider": Broken()})
+    for _ in range(3):
+        metrics.take(*five_images)
+        metrics.wait()
+    assert len(cut) == 1, "not tried again"
+    assert score_captions(*five_images, metrics).values == pytest.approx({"CIDEr": PUBLISHED["CIDEr"]})
 
 
 def test_without_java_the_rest_has_the_same_values_and_the_reason_is_told(five_images, no_java, capfd):

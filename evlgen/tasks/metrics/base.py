@@ -54,9 +54,15 @@ class CaptionMetric(ABC):
         """Starts what takes long to start, before the captions are written that `compute` will be given. It
         may not be called, and `compute` may not follow."""
 
-    def take(self, references: Tokenised, candidates: Tokenised) -> None:  # noqa: B027  (as above)
-        """Takes captions that are written already, to score what takes long before `compute` asks for it.
-        What `compute` is given may be other captions, or cut into other tokens at their ends."""
+    def takes(self) -> bool:
+        """Whether `take` is of use."""
+        return False
+
+    def take(self, references: Tokenised, candidates: Tokenised) -> None:
+        """Takes captions that are written already, to score what takes long before `compute` asks for it;
+        from another thread, which `compute` waits for. `compute` may be given other captions, or the same in
+        other tokens."""
+        raise NotImplementedError(f"{type(self).__name__} must define take(references, candidates)")
 
     @abstractmethod
     def compute(self, references: Tokenised, candidates: Tokenised) -> MetricResult | dict[str, float]:

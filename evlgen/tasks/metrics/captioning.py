@@ -11,8 +11,8 @@ from typing import Any
 
 from evlgen.common.errors import DataError
 from evlgen.common.registry import registry
-from evlgen.tasks.metrics.base import ImageId, MetricResult, MetricUnavailable, Tokenised
-from evlgen.tasks.metrics.java import Java, find_java
+from evlgen.tasks.metrics.base import CaptionMetric, ImageId, MetricResult, MetricUnavailable, Tokenised
+from evlgen.tasks.metrics.java import find_java
 from evlgen.tasks.metrics.tokenizer import TokenizerName, tokenize_captions
 
 logger = logging.getLogger(__name__)
@@ -51,10 +51,10 @@ class Scores:
 
 class BegunMetrics:
     """Metrics that begin while captions are still being written: their programs start, and what is written
-    so far is given to them in a thread. The scores are those of `score_captions` without it.
+    so far is given, in a thread, to those that can take it. The scores are those of `score_captions` without.
 
     Args:
-        names: registered names; None for BLEU, METEOR, ROUGE-L, CIDEr and SPICE.
+        names: registered names, or metrics by name; None for BLEU, METEOR, ROUGE-L, CIDEr and SPICE.
 
     Attributes:
         metrics: name -> metric.
@@ -63,16 +63,16 @@ class BegunMetrics:
         RegistryError: a metric is not registered.
     """
 
-    def __init__(self, names: Sequence[str] | None = None) -> None:
+    def __init__(self, names: Sequence[str] | Mapping[str, Any] | None = None) -> None:
         names = DEFAULT_METRICS if names is None else names
-        self.metrics: dict[str, Any] = {name: registry.get_metric_class(name)() for name in names}
+        given = names if isinstance(names, Mapping) else {}
+        self.metrics = {n: given[n] if n in given else registry.get_metric_class(n)() for n in names}
         for metric in self.metrics.values():
             if hasattr(metric, "begin"):
                 metric.begin()
-        # without Java tokens cost this process's own time, which it has later as well
-        is_worth_it = isinstance(find_java(), Java)
-        self._takers = [m for m in self.metrics.values() if hasattr(m, "take") and is_worth_it]
-        self._written: dict[ImageId, str] = {}
+        self._takers = [m for m in self.metrics.values() if isinstance(m, CaptionMetric) and m.takes()]
+        self._written: dict[ImageId, tuple[Sequence[str], str]] = {}  # references and caption, not yet taken
+        self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def take(self, references: Mapping[ImageId, Sequence[str]], captions: Mapping[ImageId, str]) -> None:
@@ -80,36 +80,43 @@ class BegunMetrics:
         once."""
         if not self._takers:
             return
-        self._written.update({image: text for image, text in captions.items() if image in references})
-        if len(self._written) >= _TAKEN_AT_ONCE:
-            written, self._written = self._written, {}
-            work = (self._thread, {image: references[image] for image in written}, written)
-            # a daemon, so that an evaluation that breaks off can end
-            self._thread = threading.Thread(target=self._pass_on, args=work, daemon=True)
-            self._thread.start()
+        with self._lock:
+            known = {image: text for image, text in captions.items() if image in references}
+            self._written.update({image: (references[image], text) for image, text in known.items()})
+            if self._thread is None and len(self._written) >= _TAKEN_AT_ONCE:
+                # a daemon, so that an evaluation that breaks off can end
+                self._thread = threading.Thread(target=self._pass_on, daemon=True)
+                self._thread.start()
 
     def wait(self) -> None:
         """Until the metrics have what they were given."""
-        if self._thread is not None:
-            self._thread.join()
+        thread = self._thread
+        if thread is not None:
+            thread.join()
 
-    def _pass_on(
-        self,
-        before: threading.Thread | None,
-        references: Mapping[ImageId, Sequence[str]],
-        captions: Mapping[ImageId, str],
-    ) -> None:
-        if before is not None:
-            before.join()
-        reference_tokens, candidate_tokens, _ = tokenize_captions(references, captions)
-        for metric in self._takers:
-            metric.take(reference_tokens, candidate_tokens)
+    def _pass_on(self) -> None:
+        """Gives what is written to the metrics, until it is little."""
+        while True:
+            with self._lock:
+                if not self._takers or len(self._written) < _TAKEN_AT_ONCE:
+                    self._thread = None
+                    return
+                written, self._written = self._written, {}
+            try:
+                references = {image: own for image, (own, _) in written.items()}
+                captions = {image: text for image, (_, text) in written.items()}
+                *tokens, _ = tokenize_captions(references, captions)
+                for metric in self._takers:
+                    metric.take(*tokens)
+            except Exception:  # it comes again, and is told, where all of it is scored
+                logger.debug("captions are not scored while others are written", exc_info=True)
+                self._takers = []
 
 
 def score_captions(
     references: Mapping[ImageId, Sequence[str]],
     candidates: Mapping[ImageId, str],
-    metrics: Sequence[str] | BegunMetrics | None = None,
+    metrics: Sequence[str] | Mapping[str, Any] | BegunMetrics | None = None,
 ) -> Scores:
     """Scores one caption per image against that image's references.
 
@@ -120,8 +127,8 @@ def score_captions(
     Args:
         references: id -> human captions, at least one.
         candidates: id -> generated caption, for the same ids. May be empty text, may hold any character.
-        metrics: registered names, or metrics that have begun; None for BLEU, METEOR, ROUGE-L, CIDEr and
-            SPICE.
+        metrics: registered names, metrics by name, or metrics that have begun; None for BLEU, METEOR,
+            ROUGE-L, CIDEr and SPICE.
 
     Raises:
         DataError: ids of references and candidates differ, there is nothing to score, or something is not

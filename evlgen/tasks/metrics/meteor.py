@@ -42,6 +42,9 @@ class Meteor(CaptionMetric):
             with contextlib.suppress(OSError):  # `compute` tries again, and tells why
                 self._program = _Program(java)
 
+    def takes(self) -> bool:
+        return self._program is not None
+
     def take(self, references: Tokenised, candidates: Tokenised) -> None:
         if self._program is None:
             return
@@ -157,7 +160,7 @@ class _Program:
     def _read(self) -> str:
         assert self._process.stdout is not None
         answer = self._process.stdout.readline()
-        if not answer:
+        if not answer.endswith("\n"):
             raise ValueError("the program has ended")
         return answer.strip()
 
