@@ -257,7 +257,7 @@ def read_records(
         if not records:
             _log_guessed(table, found, visual)
             ids = _Ids(found.guessed)
-        rows = table.rows(found.names())
+        rows = table.rows(found.names(), [found.visual])
         if split is not None:
             rows = _of_split(rows, found.split, split, has_strays)
         records += _records(rows, found, media, needs_text, ids, numbers)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import json
 import os
 import random
 import zipfile
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -405,6 +407,37 @@ def test_the_same_bytes_in_two_tables_are_one_source(folder):
     train, val = built.get_split("train"), built.get_split("val")
     assert train.visual_source(0) == val.visual_source(1)
     assert len({train.visual_source(0), train.visual_source(1), val.visual_source(0)}) == 3
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.dictionary(pa.int32(), pa.binary())])
+def test_texts_that_are_stored_as_bytes_are_texts(folder, kind):
+    """As Spark and TensorFlow's datasets write them."""
+
+    def stored(values):
+        return pa.array([value.encode() for value in values], pa.binary()).cast(kind)
+
+    image = [Path(name).read_bytes() for name in CAPTIONS]
+    lists = pa.array([[text.encode() for text in texts] for texts in CAPTIONS.values()])
+    ids, splits = stored(["p", "q", "r"]), stored(["train", "train", "val"])
+    pq.write_table(pa.table({"image": image, "text": lists, "image_id": ids, "split": splits}), "a.parquet")
+    built = builder(annotations="a.parquet")
+    assert built.get_split("train").references() == {"p": ["a dog", "the dog"], "q": ["red, and green"]}
+    assert built.get_split("val").references() == {"r": ["x", "y", "z"]}
+    asked = {"question": stored(["what?", "why?"]), "answer": [b"caf\xc3\xa9", b"caf\xe9"]}
+    pq.write_table(pa.table({"image": image[:2], **asked}), "q.parquet")
+    questions = samples(builder(questions=True, annotations={"train": "q.parquet"}).get_split("train"))
+    assert (questions[0]["text_input"], questions[0]["text_output"]) == ("what?", "café")
+    assert (questions[1].id, questions[1].cause) == ("row 1 of q.parquet", "not UTF-8")
+
+
+@pytest.mark.parametrize("column", ["image", "caption", "image_id"])
+def test_a_cell_of_a_type_that_means_nothing_here_is_named(folder, column):
+    odd = [datetime.date(2026, 1, 2), Decimal("1.5"), {"when": datetime.date(2026, 1, 2)}, [datetime.time(1)]]
+    for number, value in enumerate(odd):
+        values = {"image": ["a.png"], "caption": ["x"], "image_id": [1], column: [value]}
+        pq.write_table(pa.table(values), f"{number}.parquet")
+        with pytest.raises(DataError, match=f"row 0 of {number}.parquet: '{column}' must be"):
+            builder(annotations={"train": f"{number}.parquet"}).get_split("train")
 
 
 def test_every_split_has_an_image_and_bad_records_stay_in_training():
