@@ -12,7 +12,7 @@ from typing import Any
 from evlgen.batch import Batch
 from evlgen.common.errors import ConfigError, DataError
 from evlgen.config.run_config import ANSWER_LEN, RunConfig
-from evlgen.datasets.base_dataset import BaseDataset
+from evlgen.datasets.base_dataset import BaseDataset, image_to_show
 from evlgen.files.io import write_atomically
 from evlgen.models.base_model import BaseModel
 from evlgen.models.prompts import ask, check_slots
@@ -188,7 +188,7 @@ class QuestionAnsweringTask(BaseTask):
             lines.append((f"{row['question']} {row['answer']}", commonest))
         for written, truth in lines[: SHOWN // 2]:
             logger.info("  %s   (people: %s)", written, truth)
-        images = [dataset.image(int(row["instance_id"])) for row in shown]
+        images = [image_to_show(dataset, int(row["instance_id"])) for row in shown]
         caption_sheet(images, lines, folder / "answers.png")
 
 
