@@ -662,6 +662,18 @@ def test_an_image_with_all_its_captions_is_one_sample(folder, rows):
     assert learned["num_texts"] == [2, 1, 1, 3]
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_all_images_of_one_id_are_learned(folder, together):
+    """Such as several images of a thing: only where they are scored must ids tell them apart."""
+    Path("own.json").write_text(json.dumps([{**row, "id": 7} for row in ROWS]))
+    section = {"columns": {"id": "id"}, "captions_together": together}
+    train = builder(annotations={"train": "own.json"}, **section).build_split("train")
+    texts = [s["text_input"] for s in samples(train)]
+    assert texts == (list(CAPTIONS.values()) if together else [row["caption"] for row in ROWS])
+    assert {s["image_id"] for s in samples(train)} == {7}
+    assert train.references() == {7: [row["caption"] for row in ROWS]}
+
+
 def test_captions_together_of_questions_are_named(folder):
     Path("own.json").write_text(json.dumps([{"image": "a.png", "question": "what", "answer": "a dog"}]))
     own = builder(questions=True, annotations={"train": "own.json"}, captions_together=True)
