@@ -7,6 +7,8 @@ import datetime
 import json
 import os
 import random
+import tarfile
+import unicodedata
 import zipfile
 from decimal import Decimal
 from pathlib import Path
@@ -23,6 +25,7 @@ from evlgen.config.run_config import RunConfig
 from evlgen.config.schema import check_section
 from evlgen.datasets import Skipped
 from evlgen.datasets.base_dataset import BadRecord
+from evlgen.datasets.media import ImageFiles
 from evlgen.datasets.shards import ShardDataset
 from evlgen.datasets.table_dataset import ImageTextBuilder, Shares, divide
 from evlgen.datasets.table_records import ImageColumns, read_records
@@ -180,6 +183,39 @@ def test_lists_in_cells_are_lists_and_their_empty_entries_are_counted(folder, ce
 
 def as_texts(record) -> list[str]:
     return record["caption"] if isinstance(record["caption"], list) else [record["caption"]]
+
+
+@pytest.mark.parametrize("root", [".", "all.zip", "all.tar"])
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_letters_in_parts_and_in_one_character_are_the_same_name(folder, root, form):
+    """Macs take names apart; a table that was written elsewhere has them in one."""
+    names = ["caf\u00e9.png", "\ud55c\uae00/\u00fc.png", "plain.png"]
+    os.mkdir(unicodedata.normalize(form, "\ud55c\uae00"))
+    with zipfile.ZipFile("all.zip", "w") as zipped, tarfile.open("all.tar", "w") as tarred:
+        for name in (unicodedata.normalize(form, name) for name in names):
+            Image.new("RGB", (8, 8)).save(name)
+            zipped.write(name)
+            tarred.add(name)
+    rows = [{"image": unicodedata.normalize(own, n), "caption": own} for n in names for own in ("NFC", "NFD")]
+    Path("a.json").write_text(json.dumps(rows))
+    dataset = builder(annotations={"val": "a.json"}, root=root).get_split("val")
+    assert [sample["image_id"] for sample in samples(dataset)] == [
+        unicodedata.normalize(form, name) for name in names
+    ]
+    assert all(len(set(texts)) == 2 for texts in dataset.references().values())
+    loaded = ImageFiles(root)
+    assert loaded.source(rows[0]["image"]) == loaded.source(rows[1]["image"])
+
+
+def test_a_zip_of_windows_with_backslashes_has_folders(folder):
+    with zipfile.ZipFile("all.zip", "w") as zipped:
+        zipped.writestr("in\\", b"")
+        for name in CAPTIONS:
+            zipped.writestr(f"in\\{name}", Path(name).read_bytes())
+    marks = zip("/\\/", CAPTIONS, strict=True)
+    write_csv("a.csv", [{"image": f"in{mark}{name}", "caption": "x"} for mark, name in marks])
+    dataset = builder(annotations={"train": "a.csv"}, root="all.zip").get_split("train")
+    assert [sample["image_id"] for sample in samples(dataset)] == [f"in/{name}" for name in CAPTIONS]
 
 
 def test_paths_with_backslashes_are_read_with_slashes_and_one_notice(folder, caplog):
