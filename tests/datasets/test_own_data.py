@@ -145,6 +145,19 @@ def test_ids_are_numbers_or_texts_and_those_of_captions_are_none(folder):
     ) == [3, "bad record"]
 
 
+def test_empty_rows_of_spreadsheets_are_none(folder, caplog):
+    caplog.set_level("INFO")
+    content = "image,caption,split\na.png,x,train\n,,\nb.png,y,val\n, ,\nc.png,,train\n" + ",,\n" * 5
+    Path("a.csv").write_text(content)
+    built = builder(annotations="a.csv")
+    assert [getattr(s, "id", "") or s["text_input"] for s in samples(built.get_split("train"))] == [
+        "x",
+        "line 6 of a.csv",
+    ]
+    assert built.get_split("val").references() == {"b.png": ["y"]}
+    assert "train 2, val 1" in caplog.text and "are in none" not in caplog.text
+
+
 def test_unusable_rows_are_named_in_their_place(folder):
     content = b'image,caption\na.png,x\nb.png,\n,y\nc.png,"[""p"", """"]"\nb.png,\x00\nc.png,caf\xc3\xa9\n'
     Path("a.csv").write_bytes(content)
