@@ -56,7 +56,7 @@ class Media:
 
     def spelled(self, name: str) -> str:
         """A name as the files have it, where only that is there: ``a/1.png`` for Windows' ``a\\1.png``, and a
-        letter with an accent (or a Korean one) in one character, or in parts as on Macs (Unicode's NFC, NFD)."""
+        letter with an accent (or a Korean one) in one character, or in parts as on Macs (Unicode's forms)."""
         if (name.isascii() and "\\" not in name) or is_address(name) or self._has(name):
             return name
         slashed = name.replace("\\", "/")

@@ -23,6 +23,8 @@ from evlgen.tasks.lemmatizer import load_lemmatizer
 
 logger = logging.getLogger(__name__)
 
+_NOT_IN_NAMES = re.compile(r"[\W_]+")  # of metrics; letters of any script are
+
 SHOWN = 12  # answers in the sheet of images, half of which are written to the log
 
 
@@ -208,7 +210,7 @@ def accuracies(
     by_answer = means_by_kind(values, dataset.answer_types())
     metrics = {
         "accuracy": mean,
-        **{f"accuracy_{re.sub(r'[^a-z0-9]+', '_', kind.lower())}": v for kind, v in by_answer.items()},
+        **{f"accuracy_{_NOT_IN_NAMES.sub('_', kind.lower())}": v for kind, v in by_answer.items()},
         "agg_metrics": mean,
     }
     by_question = means_by_kind(values, dataset.question_types())
