@@ -68,7 +68,7 @@ class Columns:
         text: the captions: one in each row, lists of them, or several columns.
         id: the image's (or video's) own id; without one its file name serves.
         question: with it the dataset is one of questions.
-        answer: their answers; as ``text``.
+        answer: their answers; as ``text``, or lists of ``{"answer": text}``, as VQA's are.
         question_id: without one the number of the row serves.
         split: what tells which split a row is in: train, val (validation, dev) or test. A blank name: no
             column does.
@@ -377,7 +377,8 @@ def _texts(value: Any, column: str) -> list[str]:
     values = _written_list(value) if isinstance(value, str) else value
     if not isinstance(values, list | tuple):
         values = [] if _is_nothing(value) else [value]
-    texts = ["" if _is_nothing(text) else as_text(text) for text in values]
+    plain = [value.get("answer", value) if isinstance(value, dict) else value for value in values]
+    texts = ["" if _is_nothing(text) else as_text(text) for text in plain]
     for text in texts:
         if not isinstance(text, str):
             why = f"'{column}' must be text or a list of texts, not {describe(value)}."

@@ -479,6 +479,16 @@ def test_texts_that_are_stored_as_bytes_are_texts(folder, kind):
     assert (questions[1].id, questions[1].cause) == ("row 1 of q.parquet", "not UTF-8")
 
 
+@pytest.mark.parametrize("suffix", ["json", "parquet"])
+def test_answers_are_read_as_vqa_publishes_them(folder, suffix):
+    answers = [{"answer": text, "answer_id": i} for i, text in enumerate(["yes", "yes", "no"])]
+    rows = [{"image": "a.png", "question": "why?", "answers": answers}]
+    Path("q.json").write_text(json.dumps(rows))
+    pq.write_table(pa.Table.from_pylist(rows), "q.parquet")
+    built = builder(questions=True, annotations={"val": f"q.{suffix}"}).get_split("val")
+    assert built.answers() == {0: ["yes", "yes", "no"]}
+
+
 @pytest.mark.parametrize("column", ["image", "caption", "image_id"])
 def test_a_cell_of_a_type_that_means_nothing_here_is_named(folder, column):
     odd = [datetime.date(2026, 1, 2), Decimal("1.5"), {"when": datetime.date(2026, 1, 2)}, [datetime.time(1)]]
