@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _CHARS_PER_TOKEN = 4  # about; an image counts as many tokens as a model commonly has soft prompts for it
 _TOKENS_PER_IMAGE = 64
+_LARGEST_SHOWN = 512  # pixels of a side
 _TEXTS = (
     "caption",
     "question",
@@ -289,13 +290,17 @@ class MediaDataset(BaseDataset):
 
 
 def image_to_show(dataset: BaseDataset, index: int) -> Image.Image | None:
-    """`BaseDataset.image`; None with a warning where it cannot be read any more: sheets of results do without
-    it."""
+    """`BaseDataset.image`, no side longer than 512 pixels: a sheet of large photographs would take gigabytes.
+    None with a warning where it cannot be read any more: sheets of results do without it."""
     try:
-        return dataset.image(index)
+        image = dataset.image(index)
     except (DataError, OSError) as error:
         logger.warning("an image is not shown: %s", error)
         return None
+    if image is not None and max(image.size) > _LARGEST_SHOWN:
+        image = image.copy()  # the dataset may keep its own
+        image.thumbnail((_LARGEST_SHOWN, _LARGEST_SHOWN))
+    return image
 
 
 def about_positions(*texts: str | Sequence[str], num_images: int = 1) -> int:

@@ -11,6 +11,7 @@ from PIL import Image
 from evlgen.common.errors import DataError
 from evlgen.common.registry import registry
 from evlgen.config.run_config import RunConfig
+from evlgen.datasets.base_dataset import BaseDataset, image_to_show
 from evlgen.datasets.caption_dataset import CaptionEvalDataset
 from evlgen.datasets.media import ImageFiles
 from evlgen.processors import build_processor
@@ -114,6 +115,20 @@ def test_samples_that_were_not_asked_for_are_not_said_to_lack(tmp_path, caplog, 
     task = registry.get_task_class("captioning")(RunConfig(task="captioning", max_epoch=1, **limits))
     task.warn_if_incomplete([{}, {}], CaptionEvalDataset(records, ImageFiles(tmp_path), IMAGE), tmp_path)
     assert lacking in caplog.text if lacking else not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"), [((512, 99), (512, 99)), ((3000, 1500), (512, 256)), ((1, 20_000), (1, 512))]
+)
+def test_large_images_are_shown_small(size, shown) -> None:
+    kept = Image.new("RGB", size, "red")
+
+    class Kept(BaseDataset):
+        def image(self, index):
+            return kept
+
+    image = image_to_show(Kept(range(1)), 0)
+    assert image.size == shown and image.getpixel((0, 0)) == (255, 0, 0) and kept.size == size
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")])
