@@ -15,7 +15,14 @@ from tqdm import tqdm
 
 from evlgen.common.errors import DataError
 from evlgen.common.safe_text import message, printable
-from evlgen.datasets.base_dataset import BadRecord, BaseDataset, CollatedDataset, SequenceDataset, Skipped
+from evlgen.datasets.base_dataset import (
+    BadRecord,
+    BaseDataset,
+    CollatedDataset,
+    SequenceDataset,
+    Skipped,
+    image_to_show,
+)
 from evlgen.files.io import atomic_file
 from evlgen.loaders.data import eval_loader, evenly_spread, seeded, workers_named
 from evlgen.models.text_lengths import TextLength
@@ -192,12 +199,12 @@ def write_sheet(report: SplitReport, dataset: BaseDataset, path: Path) -> bool:
     images, captions = [], []
     references, answers = dataset.references(), dataset.answers()
     for index in _spread(_distinct(report.readable, dataset), SHOWN):
+        image = image_to_show(dataset, index)
+        if image is None:
+            continue
         try:
-            image = dataset.image(index)
             sample = dataset.load_text(index)
         except (DataError, OSError, NotImplementedError):
-            continue
-        if image is None:
             continue
         texts = [sample[key] for key in TEXT_KEYS if isinstance(sample.get(key), str)]
         scored = (

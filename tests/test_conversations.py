@@ -12,7 +12,14 @@ from PIL import Image
 
 from evlgen import cli
 from evlgen.commands.chat import Chat
+from evlgen.common.registry import registry
+from evlgen.config.run_config import RunConfig
+from evlgen.datasets.conversation_dataset import ConversationDataset
+from evlgen.datasets.conversation_records import read_conversations
+from evlgen.datasets.media import ImageFiles
+from evlgen.datasets.tables import open_table
 from evlgen.models.zoo import load_model
+from evlgen.processors.base_processor import UnchangedProcessor
 
 ROUND = [
     ("human", "<image>\nWhat is it?"),
@@ -159,3 +166,17 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(tmp_path):
     assert [part["type"] for part in chat.messages[1]["content"]] == ["image", "text"]
     chat.hold(iter(["/clear", "/image nowhere.png"]), written.append)
     assert [m["role"] for m in chat.messages] == ["system"] and "nowhere.png" in written[-1]
+
+
+def test_the_letter_of_a_choice_is_met_by_itself_alone(tmp_path):
+    rows = [llava(i, [("human", "A or B?"), ("gpt", letter)]) for i, letter in enumerate("AAAAAB")]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    media = ImageFiles(tmp_path)
+    records = read_conversations([open_table(tmp_path / "a.jsonl")])
+    dataset = ConversationDataset(records, media, media, UnchangedProcessor(), learned=False)
+    task = registry.get_task_class("conversation")(RunConfig(task="conversation"))
+    written = ["A", "a.", "", "the", "?", "b"]
+    results = [
+        {"instance_id": str(i), "question": "A or B?", "answer": answer} for i, answer in enumerate(written)
+    ]
+    assert task.after_evaluation(results, dataset, "val", tmp_path)["accuracy"] == 50

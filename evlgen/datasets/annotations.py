@@ -112,7 +112,7 @@ def has_keys(record: Mapping[str, Any], keys: Iterable[str]) -> None:
 
 
 def describe(value: Any) -> str:
-    """A JSON value in a few words, for messages."""
+    """A value of JSON or of a typed table in a few words, for messages."""
     if isinstance(value, Mapping):
         return f"a mapping with {listed(value)}" if value else "an empty mapping"
     text = json.dumps(_pruned(value), ensure_ascii=True)
@@ -123,13 +123,13 @@ def _pruned(value: Any, depth: int = 3) -> Any:
     """The beginning of a value that may be of any size and depth."""
     if isinstance(value, str):
         return value[:50]
-    if isinstance(value, list | Mapping) and depth == 0:
+    if isinstance(value, list | tuple | Mapping) and depth == 0:
         return "..."
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_pruned(item, depth - 1) for item in value[:10]]
     if isinstance(value, Mapping):
-        return {key[:50]: _pruned(value[key], depth - 1) for key in list(value)[:10]}
-    return value
+        return {str(key)[:50]: _pruned(value[key], depth - 1) for key in list(value)[:10]}
+    return value if value is None or isinstance(value, int | float) else repr(value)[:50]
 
 
 def listed(names: Iterable[Any], most: int = 8) -> str:

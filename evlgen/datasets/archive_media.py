@@ -174,12 +174,14 @@ class Container:
 
 
 class ZipArchive(Container):
-    """A zip file, by its central directory."""
+    """A zip file, by its central directory. Backslashes in its names, which some programs of Windows write
+    against the standard, are slashes."""
 
     def __init__(self, file: Path) -> None:
         super().__init__(file)
         self._zip = PerProcess(functools.partial(_open_zip, file))
-        self._members = {_plain(i.filename): i.filename for i in self._zip.get().infolist() if not i.is_dir()}
+        slashed = {name.replace("\\", "/"): name for name in self._zip.get().namelist()}
+        self._members = {_plain(name): own for name, own in slashed.items() if not name.endswith("/")}
 
     def names(self) -> Collection[str]:
         return self._members.keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,8 +17,11 @@ from evlgen.common.errors import DataError
 from evlgen.datasets.media import Media
 from evlgen.processors.base_processor import BaseProcessor
 
+logger = logging.getLogger(__name__)
+
 _CHARS_PER_TOKEN = 4  # about; an image counts as many tokens as a model commonly has soft prompts for it
 _TOKENS_PER_IMAGE = 64
+_LARGEST_SHOWN = 512  # pixels of a side
 _TEXTS = (
     "caption",
     "question",
@@ -283,6 +287,20 @@ class MediaDataset(BaseDataset):
         if isinstance(record, BadRecord):
             raise DataError(record.reason, record.cause)
         return record["visual"]
+
+
+def image_to_show(dataset: BaseDataset, index: int) -> Image.Image | None:
+    """`BaseDataset.image`, no side longer than 512 pixels: a sheet of large photographs would take gigabytes.
+    None with a warning where it cannot be read any more: sheets of results do without it."""
+    try:
+        image = dataset.image(index)
+    except (DataError, OSError) as error:
+        logger.warning("an image is not shown: %s", error)
+        return None
+    if image is not None and max(image.size) > _LARGEST_SHOWN:
+        image = image.copy()  # the dataset may keep its own
+        image.thumbnail((_LARGEST_SHOWN, _LARGEST_SHOWN))
+    return image
 
 
 def about_positions(*texts: str | Sequence[str], num_images: int = 1) -> int:

@@ -68,7 +68,7 @@ class CaptionDataset(MediaDataset):
         text_processor: BaseProcessor,
         captions_together: bool = False,
     ) -> None:
-        ordered = one_per_image(records) if captions_together else one_per_caption(records)
+        ordered = one_per_image(records, scored=False) if captions_together else one_per_caption(records)
         super().__init__(PackedRecords(ordered), media, vis_processor, text_processor)
         refuse_bad(self.records)
 
@@ -263,11 +263,14 @@ def one_per_caption(records: Records) -> Iterator[dict[str, Any] | BadRecord]:
 
 
 def one_per_image(
-    records: Records, references: Mapping[int | str, Any] | None = None
+    records: Records, references: Mapping[int | str, Any] | None = None, scored: bool = True
 ) -> list[dict[str, Any] | BadRecord]:
-    """Records with ``visual``, ``caption`` (all texts to score against) and, where it is another than
-    ``visual``, ``image_id``, in the images' order; see `CaptionEvalDataset` for those that become
-    `BadRecord`s."""
+    """Records with ``visual``, ``caption`` (all texts) and, where it is another than ``visual``,
+    ``image_id``, in the images' order; see `CaptionEvalDataset` for those that become `BadRecord`s.
+
+    Args:
+        scored: whether results are known by the images' ids, which must then differ.
+    """
     name = id_rule(records)
     found: list[dict[str, Any] | BadRecord] = []
     places: dict[str, int] = {}
@@ -284,7 +287,7 @@ def one_per_image(
             continue
         places[visual] = len(found)
         image_id = known_as(name(record), references or {})
-        if (owner := owners.setdefault(image_id, visual)) != visual:
+        if (owner := owners.setdefault(image_id, visual)) != visual and scored:
             reason = f"its image_id {image_id!r} is that of {owner} too. Give every image its own, or none."
             found.append(BadRecord(visual, reason, "duplicate id"))
         else:

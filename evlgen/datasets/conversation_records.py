@@ -33,7 +33,8 @@ from evlgen.datasets.tables import Row, Table
 from evlgen.processors.turns import Turn, VisualPart, check_turns, read_turns, role_of_turn
 
 TURN_KEYS = ("conversations", "messages", "texts")
-KEYS = (*TURN_KEYS, "image", "images", "video", "videos", "system", "id", "source", "references")
+_VISUALS = ("image", "images", "video", "videos")
+KEYS = (*TURN_KEYS, *_VISUALS, "system", "id", "source", "references")
 _MARKER = re.compile("<(image|video)>")
 _OWN_LINE = re.compile(r"(?:^|(?<=\n))[ \t]*(?:<(?:image|video)>[ \t]*)+(?=\n|$)")
 _CAULDRON_PLACE = "\n"  # between the Cauldron's images and its first question
@@ -70,7 +71,7 @@ def _records(
                 f"{table.path} has none of the columns {', '.join(TURN_KEYS)} (it has "
                 f"{', '.join(table.columns) or 'none'}): it holds no conversations."
             )
-        for row in table.rows(wanted):
+        for row in table.rows(wanted, _VISUALS):
             if isinstance(row, BadRecord):
                 yield row
             elif split is None or split_named(row.values.get(split_column or "")) == split:

@@ -98,6 +98,8 @@ class ConversationShardDataset(ShardDataset):
         for (kind, name, _), content in zip(place.visuals, contents, strict=True):
             waiting[kind.removesuffix("s")].append((name, content))
         for kind in kinds:
+            if not waiting[kind]:
+                raise DataError("its places of images and of videos are not as many as these.", "bad record")
             name, content = waiting[kind].pop(0)
             check_reads(self.vis_processor, kind, name)
             with self._opened(content, f"{place.shard}/{name}", f"{kind}s") as visual:

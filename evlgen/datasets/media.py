@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
@@ -54,16 +55,17 @@ class Media:
         raise NotImplementedError(f"{type(self).__name__} must define image(name)")
 
     def spelled(self, name: str) -> str:
-        """A name as the files have it: ``a/1.png`` for Windows' ``a\\1.png``, where only that is there."""
-        if "\\" not in name or is_address(name) or self._has(name):
+        """A name as the files have it, where only that is there: ``a/1.png`` for Windows' ``a\\1.png``, and a
+        letter with an accent (or a Korean one) in one character, or in parts as on Macs (Unicode's forms)."""
+        if (name.isascii() and "\\" not in name) or is_address(name) or self._has(name):
             return name
         slashed = name.replace("\\", "/")
-        if not self._has(slashed):
-            return name
-        if not self._has_told_of_backslashes:
+        others = (slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD")))
+        found = next((other for other in others if other != name and self._has(other)), name)
+        if "\\" in name and "\\" not in found and not self._has_told_of_backslashes:
             self._has_told_of_backslashes = True
-            logger.warning("names with backslashes are read with slashes, such as %s for %r", slashed, name)
-        return slashed
+            logger.warning("names with backslashes are read with slashes, such as %s for %r", found, name)
+        return found
 
     def _has(self, name: str) -> bool:
         place = self.place(name)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from evlgen.datasets.archive_media import split_cell
 from evlgen.datasets.base_dataset import MediaDataset
 from evlgen.datasets.conversation_dataset import ConversationDataset
 from evlgen.datasets.records import good
@@ -19,7 +20,7 @@ def warn_of_overlap(
     name: str, splits: Mapping[str, Any], learned: Collection[str], scored: Collection[str]
 ) -> None:
     """Warns of each scored split that has images or videos which are learned from. They are compared by
-    their paths; what is streamed or drawn is not looked at.
+    their paths, those in tables by their bytes; what is streamed or drawn is not looked at.
 
     Args:
         name: of the dataset.
@@ -50,4 +51,6 @@ def _paths(dataset: MediaDataset | ConversationDataset) -> Iterator[str]:
         names = (name for record in good(dataset.records) for _, name in record["visuals"])
     else:
         names = (record["visual"] for record in good(dataset.records))
-    return (os.path.join(dataset.media.root, name) for name, _ in itertools.groupby(names))
+    for name, _ in itertools.groupby(names):
+        cell = split_cell(name)
+        yield cell.digest if cell and cell.digest else os.path.join(dataset.media.root, name)

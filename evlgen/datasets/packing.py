@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 MANIFEST = "pack.json"
 _OURS = re.compile(r"\.(pack\.json|[0-9]{5,}(\.tar|_stats\.json))\..+")  # what killed calls leave behind
 _SHOWN = 5  # rows without a sample that are named
-_SUFFIX_OF = {"JPEG": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}  # others are called as their format
+# others are called as their format; MPO is a JPEG with further ones behind it, as telephones write them
+_SUFFIX_OF = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}
 
 
 @dataclass(frozen=True)

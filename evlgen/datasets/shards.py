@@ -197,9 +197,10 @@ class ShardDataset(StreamDataset):
         texts = value if isinstance(value, list) else [value]
         if not texts or not all(isinstance(text, str) for text in texts):
             raise DataError(f"its caption must be text or a list of it, not {describe(value)}.", "bad record")
-        chosen = texts[int(torch.randint(len(texts), ()))] if len(texts) > 1 else texts[0]
-        if not chosen.strip():
+        texts = [text for text in texts if text.strip()]
+        if not texts:
             raise DataError("its caption is empty.", "empty caption")
+        chosen = texts[int(torch.randint(len(texts), ()))] if len(texts) > 1 else texts[0]
         if problem := text_problem(chosen):
             raise DataError(f"its caption holds {problem}: {describe(chosen)}.", "bad record")
         return chosen

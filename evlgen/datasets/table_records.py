@@ -68,7 +68,7 @@ class Columns:
         text: the captions: one in each row, lists of them, or several columns.
         id: the image's (or video's) own id; without one its file name serves.
         question: with it the dataset is one of questions.
-        answer: their answers; as ``text``.
+        answer: their answers; as ``text``, or lists of ``{"answer": text}``, as VQA's are.
         question_id: without one the number of the row serves.
         split: what tells which split a row is in: train, val (validation, dev) or test. A blank name: no
             column does.
@@ -199,7 +199,7 @@ def count_splits(tables: Sequence[Table], columns: Columns, key: str) -> dict[st
     column = None
     for table in tables:
         column = _split_column(table, columns, key)
-        for row in table.rows([column]) if column else ():
+        for row in _filled(table.rows([column])) if column else ():
             value = _cell(row, column) if isinstance(row, Row) else None
             split = split_named(value)
             found[split] += 1
@@ -257,7 +257,7 @@ def read_records(
         if not records:
             _log_guessed(table, found, visual)
             ids = _Ids(found.guessed)
-        rows = table.rows(found.names())
+        rows = _filled(table.rows(found.names(), [found.visual]))
         if split is not None:
             rows = _of_split(rows, found.split, split, has_strays)
         records += _records(rows, found, media, needs_text, ids, numbers)
@@ -308,6 +308,14 @@ def _records(
             continue
         yield record
         yield from [BadRecord(row.place, "one of its captions is empty.", "empty caption")] * empty
+
+
+def _filled(rows: Iterable[Row | BadRecord]) -> Iterator[Row | BadRecord]:
+    """Rows without those of blank cells alone, which spreadsheets write behind and between the others."""
+    for row in rows:
+        cells = row.values.values() if isinstance(row, Row) else ()
+        if not cells or not all(isinstance(cell, str) and not cell.strip() for cell in cells):
+            yield row
 
 
 def _of_split(
@@ -369,7 +377,8 @@ def _texts(value: Any, column: str) -> list[str]:
     values = _written_list(value) if isinstance(value, str) else value
     if not isinstance(values, list | tuple):
         values = [] if _is_nothing(value) else [value]
-    texts = ["" if _is_nothing(text) else as_text(text) for text in values]
+    plain = [value.get("answer", value) if isinstance(value, dict) else value for value in values]
+    texts = ["" if _is_nothing(text) else as_text(text) for text in plain]
     for text in texts:
         if not isinstance(text, str):
             why = f"'{column}' must be text or a list of texts, not {describe(value)}."

@@ -12,7 +12,7 @@ import csv
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -53,9 +53,15 @@ class Table:
         self.path = path
         self.columns = list(columns)
 
-    def rows(self, columns: Iterable[str]) -> Iterator[Row | BadRecord]:
-        """The rows in their order, with at least these of the `columns`."""
-        raise NotImplementedError(f"{type(self).__name__} must define rows(columns)")
+    def rows(self, columns: Iterable[str], visuals: Collection[str] = ()) -> Iterator[Row | BadRecord]:
+        """The rows in their order, with at least these of the `columns`.
+
+        Args:
+            visuals: the columns that hold images. Where these are bytes, or Hugging Face's ``{bytes, path}``,
+                their values are names by which `evlgen.datasets.media` reads them; bytes in other columns are
+                text, in which those that are not UTF-8 are lone surrogates.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define rows(columns, visuals)")
 
 
 def open_table(path: Path) -> Table:
@@ -107,7 +113,7 @@ class DelimitedTable(Table):
             raise DataError(f"{path} has two columns '{twice[0]}': give one of them another name.")
         super().__init__(path, columns)
 
-    def rows(self, columns: Iterable[str]) -> Iterator[Row | BadRecord]:
+    def rows(self, columns: Iterable[str], visuals: Collection[str] = ()) -> Iterator[Row | BadRecord]:
         with _reading(self.path), _text(self.path) as file:
             records = _records(file, self._delimiter)
             next(records)  # the header
@@ -149,7 +155,7 @@ class JsonTable(Table):
         self._records = records
         super().__init__(path, _keys(record for record in records if isinstance(record, dict)))
 
-    def rows(self, columns: Iterable[str]) -> Iterator[Row | BadRecord]:
+    def rows(self, columns: Iterable[str], visuals: Collection[str] = ()) -> Iterator[Row | BadRecord]:
         for index, record in enumerate(self._records):
             yield _record(f"record {index} of {self.path.name}", record)
 
@@ -161,26 +167,27 @@ class JsonLinesTable(Table):
         self._rows = list(_json_lines(path))
         super().__init__(path, _keys(row.values for row in self._rows if isinstance(row, Row)))
 
-    def rows(self, columns: Iterable[str]) -> Iterator[Row | BadRecord]:
+    def rows(self, columns: Iterable[str], visuals: Collection[str] = ()) -> Iterator[Row | BadRecord]:
         yield from self._rows
 
 
 class _ColumnarTable(Table):
-    """A table of typed columns.
-
-    A column of bytes, or of Hugging Face's ``{bytes, path}``, is one of images: its values are names by
-    which `evlgen.datasets.media` reads them.
-    """
+    """A table of typed columns."""
 
     def __init__(self, path: Path, schema: Any) -> None:
         super().__init__(path, schema.names)
         self._schema = schema
 
-    def rows(self, columns: Iterable[str]) -> Iterator[Row | BadRecord]:
+    def rows(self, columns: Iterable[str], visuals: Collection[str] = ()) -> Iterator[Row | BadRecord]:
         wanted = list(columns)
         number = 0
         for batch in self._batches(wanted):
-            values = [self._values(column, batch.column(column), number) for column in wanted]
+            values = [
+                self._visuals(column, batch.column(column), number)
+                if column in visuals
+                else _plain(batch.column(column))
+                for column in wanted
+            ]
             for row in zip(*values, strict=True):
                 yield Row(f"row {number} of {self.path.name}", dict(zip(wanted, row, strict=True)))
                 number += 1
@@ -188,7 +195,7 @@ class _ColumnarTable(Table):
     def _batches(self, columns: list[str]) -> Iterator[Any]:
         raise NotImplementedError(f"{type(self).__name__} must define _batches(columns)")
 
-    def _values(self, column: str, values: Any, first: int) -> list[Any]:
+    def _visuals(self, column: str, values: Any, first: int) -> list[Any]:
         import pyarrow as pa
 
         kind = self._schema.field(column).type
@@ -197,7 +204,7 @@ class _ColumnarTable(Table):
         if pa.types.is_list(kind) or pa.types.is_large_list(kind):
             return self._lists(column, values, first, kind.value_type)
         if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
-            return values.to_pylist()
+            return _plain(values)
         parts = dict(
             zip((field.name for field in kind), values.flatten(), strict=True)
         )  # null where a row is
@@ -206,7 +213,7 @@ class _ColumnarTable(Table):
         return [path if cell is None else cell for cell, path in zip(cells, paths, strict=True)]
 
     def _lists(self, column: str, values: Any, first: int, kind: Any) -> list[Any]:
-        """As `_values`, of lists; those of images, bytes or ``{bytes, path}``, become lists of names."""
+        """As `_visuals`, of lists; those of images, bytes or ``{bytes, path}``, become lists of names."""
         import pyarrow as pa
 
         is_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
@@ -260,6 +267,18 @@ class ArrowTable(_ColumnarTable):
 
     def _batches(self, columns: list[str]) -> Iterator[Any]:
         yield from self._table.select(columns).to_batches()
+
+
+def _plain(values: Any) -> list[Any]:
+    """The values of a column that holds no images: bytes, as Spark and TensorFlow write texts, as text."""
+    found = values.to_pylist()
+    return list(map(_as_text, found)) if "binary" in str(values.type) else found
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode(errors="surrogateescape")
+    return list(map(_as_text, value)) if isinstance(value, list) else value
 
 
 @contextlib.contextmanager

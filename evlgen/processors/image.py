@@ -41,6 +41,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 Resize = Literal["pillow", "torch"]
+_LONGEST = 8  # times the shorter side; longer images lose their ends where only their middle is looked at
 
 
 class Normalisation:
@@ -199,8 +200,7 @@ class ClipImageEvalProcessor(ImageProcessor):
         std: tuple[float, float, float] | None = None,
         resize: Resize = "pillow",
     ) -> None:
-        shorter_side = _RESIZES[resize][0](image_size, interpolation=v2.InterpolationMode.BICUBIC)
-        super().__init__(v2.Compose([shorter_side, v2.CenterCrop(image_size)]), mean, std)
+        super().__init__(_MiddleSquare(image_size, resize), mean, std)
 
 
 def check_scales(min_scale: float, max_scale: float) -> None:
@@ -226,6 +226,23 @@ class _TorchResizedCrop(v2.RandomResizedCrop):
         left, top = params["left"], params["top"]
         part = inpt.crop((left, top, left + params["width"], top + params["height"]))
         return _resized(part, self.size)
+
+
+class _MiddleSquare:
+    """The shorter side resized to ``size`` and the square in the middle cut out, as `v2.Resize` and
+    `v2.CenterCrop` do. Of a very long image only the middle is resized: the whole would not fit in memory."""
+
+    def __init__(self, size: int, resize: Resize) -> None:
+        self.size, self.resize = size, resize
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        short = min(image.size)
+        kept = [min(side, _LONGEST * short) for side in image.size]
+        if max(image.size) > max(kept):
+            image = v2.functional.center_crop(image, kept[::-1])
+        width, height = (self.size * side // short for side in image.size)
+        resized = _RESIZES[self.resize][0]((height, width), interpolation=v2.InterpolationMode.BICUBIC)
+        return v2.functional.center_crop(resized(image), [self.size, self.size])
 
 
 _RESIZES = {"pillow": (v2.Resize, v2.RandomResizedCrop), "torch": (_TorchResize, _TorchResizedCrop)}

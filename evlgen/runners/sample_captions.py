@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from evlgen.datasets.base_dataset import image_to_show
 from evlgen.files.io import atomic_file
 from evlgen.loaders.data import evenly_spread
 from evlgen.runners.listener import Evaluation, Listener, TrainingRun
-
-if TYPE_CHECKING:
-    from PIL import Image
-
 
 SAMPLES_FILE = "samples.jsonl"
 IMAGES = "samples"  # the folder of their images
@@ -108,7 +105,7 @@ def save_image(row: Mapping[str, Any], dataset: Any, path: Path) -> Path | None:
         return None
     if path.exists():
         return path
-    image: Image.Image | None = dataset.image(int(number))
+    image = image_to_show(dataset, int(number))
     if image is None:
         return None
     image = image.convert("RGB")

@@ -152,7 +152,9 @@ class BaseTask:
 
     def warn_if_incomplete(self, results: Sized, dataset: Sized, path: Path) -> None:
         """Warns where a file to upload lacks samples that were skipped."""
-        asked = min(len(dataset), self.run.max_eval_samples or len(dataset))
+        in_test = self.run.max_eval_samples or len(dataset)
+        limits = (min(len(dataset), n) for n in (in_test, self.run.max_valid_samples or in_test))
+        asked = min((n for n in limits if n >= len(results)), default=len(results))
         if missing := asked - len(results):
             logger.warning(
                 "%s lacks %d of %d samples, which were skipped: a leaderboard may refuse it",

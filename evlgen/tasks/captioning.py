@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from evlgen.batch import Batch
 from evlgen.common.registry import registry
-from evlgen.datasets.base_dataset import BaseDataset
+from evlgen.datasets.base_dataset import BaseDataset, image_to_show
 from evlgen.files.io import write_atomically
 from evlgen.models.base_model import BaseModel
 from evlgen.tasks.base_task import BaseTask
@@ -104,7 +104,7 @@ class CaptioningTask(BaseTask):
                 row["caption"],
                 references.get(row["image_id"], [""])[0],
             )
-        images = [dataset.image(int(row["instance_id"])) for row in shown]
+        images = [image_to_show(dataset, int(row["instance_id"])) for row in shown]
         lines = [(row["caption"], references.get(row["image_id"], [""])[0]) for row in shown]
         caption_sheet(images, lines, folder / "captions.png")
 

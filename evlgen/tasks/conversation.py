@@ -8,17 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from evlgen.batch import Batch
 from evlgen.common.errors import DataError
 from evlgen.common.registry import registry
-from evlgen.datasets.base_dataset import BaseDataset
+from evlgen.datasets.base_dataset import BaseDataset, image_to_show
 from evlgen.files.io import write_atomically
 from evlgen.models.base_model import BaseModel
 from evlgen.models.protocols import HoldsConversations, offering
 from evlgen.tasks.base_task import BaseTask, select
 from evlgen.tasks.caption_sheet import caption_sheet
 from evlgen.tasks.metrics import score_captions
-from evlgen.tasks.metrics.vqa_accuracy import normalized
+from evlgen.tasks.metrics.vqa_accuracy import likened
 from evlgen.tasks.question_answering import percent
 
 logger = logging.getLogger(__name__)
@@ -31,9 +33,10 @@ class ConversationTask(BaseTask):
     """Trains on conversations (`evlgen.datasets.conversation_dataset`): what the assistant says is learned.
 
     In an evaluation the model writes the last turn of each conversation. ``accuracy`` is the percentage that
-    equals one of its right answers after VQA's normalisation, ``CIDEr`` compares with all of them; where
-    records have a ``source``, both are reported of each source. ``agg_metrics`` is their sum, CIDEr times
-    100. Result files: ``answers.json``, ``metrics.json``, ``answers.png``.
+    equals one of its right answers after VQA's normalisation (by `likened`: the letter *A* stays a letter),
+    ``CIDEr`` compares with all of them; where records have a ``source``, both are reported of each source.
+    ``agg_metrics`` is their sum, CIDEr times 100. Result files: ``answers.json``, ``metrics.json``,
+    ``answers.png``.
     """
 
     ASKS = True
@@ -118,14 +121,14 @@ class ConversationTask(BaseTask):
         folder: Path,
     ) -> None:
         shown = results[:: max(1, len(results) // SHOWN)][:SHOWN]
-        images: list[Any] = []
+        images: list[Image.Image] = []
         lines: list[tuple[str, str]] = []
         for row in shown:
             index = int(row["instance_id"])
             right = references.get(index, [""])[0]
             if len(lines) < SHOWN // 2:
                 logger.info("  %s %s   (right: %s)", row["question"], row["answer"], right)
-            image = dataset.image(index)
+            image = image_to_show(dataset, index)
             if image is not None:
                 images.append(image)
                 lines.append((f"{row['question']} {row['answer']}", right))
@@ -134,7 +137,7 @@ class ConversationTask(BaseTask):
 
 
 def _scores(answers: Mapping[int | str, str], references: Mapping[Any, list[str]]) -> dict[str, float]:
-    met = [normalized(answer) in map(normalized, references[index]) for index, answer in answers.items()]
+    met = [likened(answer) in map(likened, references[index]) for index, answer in answers.items()]
     own = {index: references[index] for index in answers}
     return {"accuracy": percent(met), "CIDEr": score_captions(own, answers, ["cider"]).values["CIDEr"]}
 

@@ -12,7 +12,7 @@ from typing import Any
 from evlgen.batch import Batch
 from evlgen.common.errors import ConfigError, DataError
 from evlgen.config.run_config import ANSWER_LEN, RunConfig
-from evlgen.datasets.base_dataset import BaseDataset
+from evlgen.datasets.base_dataset import BaseDataset, image_to_show
 from evlgen.files.io import write_atomically
 from evlgen.models.base_model import BaseModel
 from evlgen.models.prompts import ask, check_slots
@@ -22,6 +22,8 @@ from evlgen.tasks.caption_sheet import caption_sheet
 from evlgen.tasks.lemmatizer import load_lemmatizer
 
 logger = logging.getLogger(__name__)
+
+_NOT_IN_NAMES = re.compile(r"[\W_]+")  # of metrics; letters of any script are
 
 SHOWN = 12  # answers in the sheet of images, half of which are written to the log
 
@@ -188,7 +190,7 @@ class QuestionAnsweringTask(BaseTask):
             lines.append((f"{row['question']} {row['answer']}", commonest))
         for written, truth in lines[: SHOWN // 2]:
             logger.info("  %s   (people: %s)", written, truth)
-        images = [dataset.image(int(row["instance_id"])) for row in shown]
+        images = [image_to_show(dataset, int(row["instance_id"])) for row in shown]
         caption_sheet(images, lines, folder / "answers.png")
 
 
@@ -208,7 +210,7 @@ def accuracies(
     by_answer = means_by_kind(values, dataset.answer_types())
     metrics = {
         "accuracy": mean,
-        **{f"accuracy_{re.sub(r'[^a-z0-9]+', '_', kind.lower())}": v for kind, v in by_answer.items()},
+        **{f"accuracy_{_NOT_IN_NAMES.sub('_', kind.lower())}": v for kind, v in by_answer.items()},
         "agg_metrics": mean,
     }
     by_question = means_by_kind(values, dataset.question_types())

@@ -89,6 +89,14 @@ def test_what_makes_no_sample_says_why(tmp_path):
     assert isinstance(read_conversation_shard(path).damage, DataError)
 
 
+def test_a_place_of_a_video_that_lies_there_as_an_image_is_said(tmp_path):
+    asked = {"role": "user", "content": [{"type": "video", "video": "x.gif"}, {"type": "text", "text": "?"}]}
+    record = json.dumps({"messages": [asked, {"role": "assistant", "content": "x"}]}).encode()
+    dataset = build(tmp_path, [("a.json", record), ("a.gif", png())])
+    (found,) = map(dataset.read_place, dataset.places(None))
+    assert (found.id, found.cause) == ("0.tar/a", "bad record") and "places of images and of" in found.reason
+
+
 def test_a_run_trains_on_them_and_data_check_counts_them(tiny_project, tmp_path, capsys):
     write_shard(tmp_path / "0.tar", MEMBERS[:8])
     path = tiny_project(

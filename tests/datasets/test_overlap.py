@@ -6,6 +6,7 @@ import pytest
 
 from evlgen.assemble import build_datasets, make_builders
 from evlgen.config.config import Config
+from evlgen.datasets.archive_media import cell_name
 from evlgen.datasets.base_dataset import BadRecord, BaseDataset, MediaDataset
 from evlgen.datasets.media import ImageFiles
 from evlgen.datasets.overlap import warn_of_overlap
@@ -28,6 +29,15 @@ def test_files_of_a_scored_split_that_are_learned_from_are_told(caplog) -> None:
         "mine: 2 of the 3 files of split 'val'",
         "mine: 1 of the 1 files of split 'test'",
     ]
+
+
+def test_images_in_tables_are_compared_by_their_bytes(caplog) -> None:
+    train, val = (
+        images(*(cell_name(f"{split}.parquet", "image", row, bytes_of) for row, bytes_of in enumerate(cells)))
+        for split, cells in {"train": [b"a", b"b"], "val": [b"b", b"c"]}.items()
+    )
+    warn_of_overlap("mine", {"train": train, "val": val}, ["train"], ["val"])
+    assert "mine: 1 of the 2 files of split 'val' are trained on too" in caplog.text
 
 
 @pytest.mark.parametrize(

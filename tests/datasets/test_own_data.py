@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import json
 import os
 import random
+import tarfile
+import unicodedata
 import zipfile
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +25,7 @@ from evlgen.config.run_config import RunConfig
 from evlgen.config.schema import check_section
 from evlgen.datasets import Skipped
 from evlgen.datasets.base_dataset import BadRecord
+from evlgen.datasets.media import ImageFiles
 from evlgen.datasets.shards import ShardDataset
 from evlgen.datasets.table_dataset import ImageTextBuilder, Shares, divide
 from evlgen.datasets.table_records import ImageColumns, read_records
@@ -140,6 +145,19 @@ def test_ids_are_numbers_or_texts_and_those_of_captions_are_none(folder):
     ) == [3, "bad record"]
 
 
+def test_empty_rows_of_spreadsheets_are_none(folder, caplog):
+    caplog.set_level("INFO")
+    content = "image,caption,split\na.png,x,train\n,,\nb.png,y,val\n, ,\nc.png,,train\n" + ",,\n" * 5
+    Path("a.csv").write_text(content)
+    built = builder(annotations="a.csv")
+    assert [getattr(s, "id", "") or s["text_input"] for s in samples(built.get_split("train"))] == [
+        "x",
+        "line 6 of a.csv",
+    ]
+    assert built.get_split("val").references() == {"b.png": ["y"]}
+    assert "train 2, val 1" in caplog.text and "are in none" not in caplog.text
+
+
 def test_unusable_rows_are_named_in_their_place(folder):
     content = b'image,caption\na.png,x\nb.png,\n,y\nc.png,"[""p"", """"]"\nb.png,\x00\nc.png,caf\xc3\xa9\n'
     Path("a.csv").write_bytes(content)
@@ -178,6 +196,39 @@ def test_lists_in_cells_are_lists_and_their_empty_entries_are_counted(folder, ce
 
 def as_texts(record) -> list[str]:
     return record["caption"] if isinstance(record["caption"], list) else [record["caption"]]
+
+
+@pytest.mark.parametrize("root", [".", "all.zip", "all.tar"])
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_letters_in_parts_and_in_one_character_are_the_same_name(folder, root, form):
+    """Macs take names apart; a table that was written elsewhere has them in one."""
+    names = ["caf\u00e9.png", "\ud55c\uae00/\u00fc.png", "plain.png"]
+    os.mkdir(unicodedata.normalize(form, "\ud55c\uae00"))
+    with zipfile.ZipFile("all.zip", "w") as zipped, tarfile.open("all.tar", "w") as tarred:
+        for name in (unicodedata.normalize(form, name) for name in names):
+            Image.new("RGB", (8, 8)).save(name)
+            zipped.write(name)
+            tarred.add(name)
+    rows = [{"image": unicodedata.normalize(own, n), "caption": own} for n in names for own in ("NFC", "NFD")]
+    Path("a.json").write_text(json.dumps(rows))
+    dataset = builder(annotations={"val": "a.json"}, root=root).get_split("val")
+    assert [sample["image_id"] for sample in samples(dataset)] == [
+        unicodedata.normalize(form, name) for name in names
+    ]
+    assert all(len(set(texts)) == 2 for texts in dataset.references().values())
+    loaded = ImageFiles(root)
+    assert loaded.source(rows[0]["image"]) == loaded.source(rows[1]["image"])
+
+
+def test_a_zip_of_windows_with_backslashes_has_folders(folder):
+    with zipfile.ZipFile("all.zip", "w") as zipped:
+        zipped.writestr("in\\", b"")
+        for name in CAPTIONS:
+            zipped.writestr(f"in\\{name}", Path(name).read_bytes())
+    marks = zip("/\\/", CAPTIONS, strict=True)
+    write_csv("a.csv", [{"image": f"in{mark}{name}", "caption": "x"} for mark, name in marks])
+    dataset = builder(annotations={"train": "a.csv"}, root="all.zip").get_split("train")
+    assert [sample["image_id"] for sample in samples(dataset)] == [f"in/{name}" for name in CAPTIONS]
 
 
 def test_paths_with_backslashes_are_read_with_slashes_and_one_notice(folder, caplog):
@@ -407,6 +458,47 @@ def test_the_same_bytes_in_two_tables_are_one_source(folder):
     assert len({train.visual_source(0), train.visual_source(1), val.visual_source(0)}) == 3
 
 
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.dictionary(pa.int32(), pa.binary())])
+def test_texts_that_are_stored_as_bytes_are_texts(folder, kind):
+    """As Spark and TensorFlow's datasets write them."""
+
+    def stored(values):
+        return pa.array([value.encode() for value in values], pa.binary()).cast(kind)
+
+    image = [Path(name).read_bytes() for name in CAPTIONS]
+    lists = pa.array([[text.encode() for text in texts] for texts in CAPTIONS.values()])
+    ids, splits = stored(["p", "q", "r"]), stored(["train", "train", "val"])
+    pq.write_table(pa.table({"image": image, "text": lists, "image_id": ids, "split": splits}), "a.parquet")
+    built = builder(annotations="a.parquet")
+    assert built.get_split("train").references() == {"p": ["a dog", "the dog"], "q": ["red, and green"]}
+    assert built.get_split("val").references() == {"r": ["x", "y", "z"]}
+    asked = {"question": stored(["what?", "why?"]), "answer": [b"caf\xc3\xa9", b"caf\xe9"]}
+    pq.write_table(pa.table({"image": image[:2], **asked}), "q.parquet")
+    questions = samples(builder(questions=True, annotations={"train": "q.parquet"}).get_split("train"))
+    assert (questions[0]["text_input"], questions[0]["text_output"]) == ("what?", "café")
+    assert (questions[1].id, questions[1].cause) == ("row 1 of q.parquet", "not UTF-8")
+
+
+@pytest.mark.parametrize("suffix", ["json", "parquet"])
+def test_answers_are_read_as_vqa_publishes_them(folder, suffix):
+    answers = [{"answer": text, "answer_id": i} for i, text in enumerate(["yes", "yes", "no"])]
+    rows = [{"image": "a.png", "question": "why?", "answers": answers}]
+    Path("q.json").write_text(json.dumps(rows))
+    pq.write_table(pa.Table.from_pylist(rows), "q.parquet")
+    built = builder(questions=True, annotations={"val": f"q.{suffix}"}).get_split("val")
+    assert built.answers() == {0: ["yes", "yes", "no"]}
+
+
+@pytest.mark.parametrize("column", ["image", "caption", "image_id"])
+def test_a_cell_of_a_type_that_means_nothing_here_is_named(folder, column):
+    odd = [datetime.date(2026, 1, 2), Decimal("1.5"), {"when": datetime.date(2026, 1, 2)}, [datetime.time(1)]]
+    for number, value in enumerate(odd):
+        values = {"image": ["a.png"], "caption": ["x"], "image_id": [1], column: [value]}
+        pq.write_table(pa.table(values), f"{number}.parquet")
+        with pytest.raises(DataError, match=f"row 0 of {number}.parquet: '{column}' must be"):
+            builder(annotations={"train": f"{number}.parquet"}).get_split("train")
+
+
 def test_every_split_has_an_image_and_bad_records_stay_in_training():
     bad = BadRecord("line 2", "why")
     parts = divide([bad, *many(3)], Shares(val=0.01, test=0.01))
@@ -627,6 +719,18 @@ def test_an_image_with_all_its_captions_is_one_sample(folder, rows):
     learned = registry.get_task_class("captioning")(run).to_learn(mixed)
     assert learned["text_input"] == [*CAPTIONS["a.png"], "red, and green", "y", *CAPTIONS["c.png"]]
     assert learned["num_texts"] == [2, 1, 1, 3]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_all_images_of_one_id_are_learned(folder, together):
+    """Such as several images of a thing: only where they are scored must ids tell them apart."""
+    Path("own.json").write_text(json.dumps([{**row, "id": 7} for row in ROWS]))
+    section = {"columns": {"id": "id"}, "captions_together": together}
+    train = builder(annotations={"train": "own.json"}, **section).build_split("train")
+    texts = [s["text_input"] for s in samples(train)]
+    assert texts == (list(CAPTIONS.values()) if together else [row["caption"] for row in ROWS])
+    assert {s["image_id"] for s in samples(train)} == {7}
+    assert train.references() == {7: [row["caption"] for row in ROWS]}
 
 
 def test_captions_together_of_questions_are_named(folder):

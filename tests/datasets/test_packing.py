@@ -8,6 +8,8 @@ import signal
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -21,6 +23,8 @@ from evlgen.datasets.media import ImageFiles, VideoFiles
 from evlgen.datasets.packing import pack
 from evlgen.datasets.shapes_dataset import ShapesCaptionDataset
 from evlgen.datasets.shards import ShardDataset
+from evlgen.datasets.table_records import ImageColumns, read_records
+from evlgen.datasets.tables import open_table
 from evlgen.processors import build_processor
 
 IMAGE = build_processor({"name": "blip_image_eval", "image_size": 16})
@@ -256,3 +260,19 @@ def test_the_command_ends_with_the_lines_that_read_the_shards_back(tmp_path, cap
     assert storage == f"{hostile}/00000.tar"
     assert main([*command, "--dataset", "coco"]) == 1
     assert "no dataset 'coco'. Did you mean 'coco_caption'? It has: coco_caption." in capsys.readouterr().err
+
+
+def test_images_of_telephones_in_tables_come_back(tmp_path):
+    """In a cell there is no suffix: what it is called in the shard follows from its bytes."""
+    files = []
+    for name, options in (("a.jpg", {"format": "MPO", "save_all": True}), ("b.jpg", {"format": "JPEG"})):
+        more = [Image.new("RGB", (20, 12), "red")] * 2
+        Image.new("RGB", (20, 12), "green").save(tmp_path / name, append_images=more, **options)
+        files.append((tmp_path / name).read_bytes())
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": files, "caption": ["a", "b"]}), path)
+    records = read_records([open_table(path)], ImageColumns(), "image", tmp_path, "columns", needs_text=True)
+    packed = pack(CaptionDataset(records, ImageFiles(tmp_path), IMAGE, TEXT), tmp_path / "out")
+    samples = unpacked(tmp_path / "out")
+    assert [s["text_input"] for s in samples] == ["a", "b"] and packed.samples == len(samples)
+    assert torch.equal(samples[0]["image"], IMAGE(Image.open(tmp_path / "a.jpg")))

@@ -139,7 +139,10 @@ def test_evaluation_has_no_answers_in_its_samples_and_scores_against_the_officia
     assert dataset.answer_list() == ["yes", "no", "2"]
 
 
-def test_a_split_without_answers_is_asked_and_not_scored(vqa) -> None:
+@pytest.mark.parametrize("hidden", [{}, {"answer": ""}, {"answer": ["", " "]}, {"answer": None}])
+def test_a_split_without_answers_is_asked_and_not_scored(vqa, hidden) -> None:
+    path = vqa / "coco/annotations/vqa_test.json"
+    write(path, [{**row, **hidden} for row in json.loads(path.read_text())])
     dataset = builder("coco_vqa", vqa).get_split("test")
     assert len(dataset) == 2 and dataset.answers() == {}
 

@@ -112,6 +112,11 @@ def test_one_of_several_captions_is_drawn_at_each_reading(tmp_path):
     assert set(counts) == {"one", "two", "three"} and min(counts.values()) > 8
 
 
+def test_empty_captions_among_several_are_not_drawn(tmp_path):
+    shard = write_shard(tmp_path / "0.tar", sample("a", ["", "one", " "]))
+    assert captions(found for _ in range(8) for found in read_all([shard])) == ["one"] * 8
+
+
 def test_videos_are_read_from_shards(shared, tmp_path):
     real = next((shared / "data/lavis_cache/msrvtt").rglob("*.mp4"))
     members = {"a.mp4": real.read_bytes(), "a.txt": b"a video", "b.mp4": b"no video", "b.txt": b"none"}

@@ -170,7 +170,7 @@ def test_json_lines_break_one_by_one(tmp_path, name):
     ]
 
 
-def test_columns_of_bytes_become_names_and_others_values(tmp_path):
+def test_images_in_bytes_become_names_and_others_values(tmp_path):
     image = pa.array([{"bytes": b"png", "path": "x.png"}, {"bytes": None, "path": "y.png"}, None])
     table = pa.table({"image": image, "raw": pa.array([b"1", None, b""]), "n": [1, 2, 3]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
@@ -180,7 +180,7 @@ def test_columns_of_bytes_become_names_and_others_values(tmp_path):
         writer.write_table(table, max_chunksize=1)
     for name in ("a.parquet", "b.arrow", "c.arrow"):
         path = tmp_path / name
-        found = [row.values for row in open_table(path).rows(["image", "raw", "n"])]
+        found = [row.values for row in open_table(path).rows(["image", "raw", "n"], ["image", "raw"])]
         assert [v["image"] for v in found] == [cell_name(path, "image", 0, b"png"), "y.png", None]
         assert [v["raw"] for v in found] == [cell_name(path, "raw", 0, b"1"), None, f"{path}#raw:2"]
         assert [v["n"] for v in found] == [1, 2, 3]

@@ -53,6 +53,19 @@ def test_clip_eval_is_the_square_in_the_middle() -> None:
         torch.testing.assert_close(pixels, expected, atol=2e-6, rtol=0)
 
 
+def test_clip_eval_of_a_very_long_image_is_its_middle() -> None:
+    for resize in ("pillow", "torch"):
+        section = {"name": "clip_image_eval", "image_size": 40, "resize": resize}
+        processor = build_processor(section)
+        torch.testing.assert_close(
+            processor(PHOTO), build_processor({**section, "resize": "pillow"})(PHOTO), atol=0.05, rtol=0
+        )
+        line = Image.new("RGB", (1, 1_000_000), "red")
+        line.paste("blue", (0, 499_990, 1, 500_010))
+        for long in (line, line.transpose(Image.Transpose.ROTATE_90)):
+            torch.testing.assert_close(processor(long), processor(Image.new("RGB", (9, 9), "blue")))
+
+
 def test_clip_training_equals_the_published_transforms_under_one_seed() -> None:
     expected = published(transforms.RandomResizedCrop(40, scale=(0.9, 1.0), interpolation=BICUBIC))
     ours = build_processor({"name": "clip_image_train", "image_size": 40})

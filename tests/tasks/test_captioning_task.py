@@ -11,9 +11,11 @@ from PIL import Image
 from evlgen.common.errors import DataError
 from evlgen.common.registry import registry
 from evlgen.config.run_config import RunConfig
+from evlgen.datasets.base_dataset import BaseDataset, image_to_show
 from evlgen.datasets.caption_dataset import CaptionEvalDataset
 from evlgen.datasets.media import ImageFiles
 from evlgen.processors import build_processor
+from evlgen.runners.sample_captions import save_image
 from evlgen.tasks.captioning import domain_scores
 from evlgen.tasks.metrics import score_captions
 
@@ -96,6 +98,52 @@ def test_captions_without_references_are_written_and_not_scored(tmp_path, caplog
     assert json.loads((tmp_path / "captions.json").read_text()) == [{"image_id": 0, "caption": "x"}]
     assert "test has no references" in caplog.text
     assert "captions.json lacks 1 of 2 samples" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("limits", "lacking"),
+    [
+        ({"max_valid_samples": 2}, ""),
+        ({"max_eval_samples": 2}, ""),
+        ({"max_valid_samples": 3}, "lacks 1 of 3"),
+        ({"max_valid_samples": 9, "max_eval_samples": 3}, "lacks 1 of 3"),
+        ({"max_valid_samples": 1}, "lacks 2 of 4"),  # so many are of a test
+    ],
+)
+def test_samples_that_were_not_asked_for_are_not_said_to_lack(tmp_path, caplog, limits, lacking) -> None:
+    records = [{"visual": f"{i}.png", "image_id": i} for i in range(4)]
+    task = registry.get_task_class("captioning")(RunConfig(task="captioning", max_epoch=1, **limits))
+    task.warn_if_incomplete([{}, {}], CaptionEvalDataset(records, ImageFiles(tmp_path), IMAGE), tmp_path)
+    assert lacking in caplog.text if lacking else not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"), [((512, 99), (512, 99)), ((3000, 1500), (512, 256)), ((1, 20_000), (1, 512))]
+)
+def test_large_images_are_shown_small(size, shown) -> None:
+    kept = Image.new("RGB", size, "red")
+
+    class Kept(BaseDataset):
+        def image(self, index):
+            return kept
+
+    image = image_to_show(Kept(range(1)), 0)
+    assert image.size == shown and image.getpixel((0, 0)) == (255, 0, 0) and kept.size == size
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")])
+def test_scores_do_not_depend_on_images_that_cannot_be_shown_any_more(tmp_path, caplog, damage) -> None:
+    for i in range(2):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / f"{i}.png")
+    records = [{"visual": f"{i}.png", "caption": texts} for i, texts in enumerate(TEXTS.values()) if i < 2]
+    dataset = CaptionEvalDataset(records, ImageFiles(tmp_path), IMAGE)
+    results = [{"image_id": i, "caption": "a red bus", "instance_id": str(i)} for i in range(2)]
+    task = registry.get_task_class("captioning")(RunConfig(task="captioning", metrics=["bleu"]))
+    damage(tmp_path / "0.png")
+    assert task.after_evaluation(results, dataset, "val", tmp_path / "result")["Bleu_1"] > 0
+    assert (tmp_path / "result" / "captions.png").stat().st_size > 0
+    assert "an image is not shown: cannot read image" in caplog.text
+    assert save_image(results[0], dataset, tmp_path / "small.png") is None
 
 
 @pytest.mark.parametrize(("name", "key"), [("captioning", "image_id"), ("vqa", "question_id")])

@@ -148,6 +148,13 @@ def test_vqa_is_scored_as_the_challenge_does_by_kind_of_answer_and_of_question(t
     ] + [("question 10? yes", "no")]
 
 
+def test_kinds_of_answers_in_any_script_have_their_own_scores(tmp_path):
+    kinds = {1: "颜色", 2: "数量", 3: "où/là"}
+    dataset = Questions({i: ["yes"] for i in kinds}, kinds)
+    metrics = evaluate(task_of("vqa"), Model("yes", "no", "yes"), dataset, tmp_path)
+    assert (metrics["accuracy_颜色"], metrics["accuracy_数量"], metrics["accuracy_où_là"]) == (100, 0, 100)
+
+
 def test_questions_without_peoples_answers_are_written_and_not_scored(tmp_path, caplog):
     dataset = Questions({1: [], 2: ["no"] * 10})
     assert evaluate(task_of("vqa"), Model("yes", "no"), dataset, tmp_path)["accuracy"] == 100

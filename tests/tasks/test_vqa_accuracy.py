@@ -130,6 +130,7 @@ def test_an_answer_of_ones_own_dataset_is_right_as_it_is_written(text):
 
 def test_an_answer_of_nothing_but_an_article_is_not_every_such_answer():
     assert vqa_accuracy("the", ["A"]) == vqa_accuracy("", ["A"]) == vqa_accuracy(".", ["A"]) == 0
+    assert vqa_accuracy("A.", ["A"]) == vqa_accuracy("(a)", ["A"]) == vqa_accuracy("A", ["A)"]) == 1
 
 
 def test_nobody_to_compare_with_is_an_error():

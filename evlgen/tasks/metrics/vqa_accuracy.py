@@ -91,8 +91,10 @@ def normalized(answer: str) -> str:
 
 
 def likened(answer: str) -> str:
-    """As `normalized`; but an answer of which that leaves nothing (*A*, *?*) is itself, in lower case."""
-    return normalized(answer) or answer.strip().lower()
+    """As `normalized`; but an answer of nothing but articles keeps them (*A.* is *a*), and one of nothing but
+    punctuation is itself."""
+    plain = answer.strip().lower()
+    return normalized(answer) or without_punctuation(plain).strip() or plain
 
 
 def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
