@@ -25,6 +25,7 @@ from evlgen.models.connectors.base import Connector
 from evlgen.models.ops import FP8, Fp8Linear, is_rounded
 from evlgen.models.protocols import HasConnector, ReadsVideo, offers
 from evlgen.models.published.checkpoints import is_published, to_own_names
+from evlgen.models.soft_prompts import nearest_places
 from evlgen.weights.checkpoints import CONFIG_FILE, WEIGHTS_FILE, write_folder
 from evlgen.weights.hub import looks_like_path
 from evlgen.weights.hub_checkpoints import HUB_PREFIX, fetch_checkpoint, is_hub_id
@@ -76,6 +77,7 @@ def load_checkpoint(model: nn.Module, wanted: Collection[str], path: str | Path)
     _check_temporal_form(model, path, file, state)
     state = to_own_names(state)
     own = model.state_dict()
+    _stretch_places(path, state, own)
     _check_shapes(path, state, own)
     loaded = sorted(set(state) & set(own))
     missing = sorted(set(wanted) - set(state))
@@ -214,6 +216,17 @@ def _temporal_form_beside(weights: Path) -> str | None:
         return None
     form = OmegaConf.select(section, "vision.temporal.form")
     return form or architecture.TEMPORAL
+
+
+def _stretch_places(path: str | Path, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Fits the places of `SoftPromptHead` to a model with another number of soft prompts: of larger images,
+    or another ``r``."""
+    key = f"{_HEAD}places"
+    given, place = state.get(key), own.get(key)
+    if given is None or place is None or given.shape[1:] != place.shape[1:] or len(given) == len(place):
+        return
+    state[key] = given[nearest_places(len(given), len(place))]
+    logger.info("%s: its %d places are stretched over %d soft prompts", path, len(given), len(place))
 
 
 def _check_shapes(path: str | Path, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:

@@ -70,9 +70,7 @@ class SoftPromptHead(nn.Module):
         if count == known:
             return self.places
         # a product, whose gradient is the same every time, which that of indexing is not on a GPU
-        order = torch.arange(count, device=self.places.device)
-        # frames stand one after the other, each with all of its places
-        nearest = order % known if count % known == 0 else order * known // count
+        nearest = nearest_places(known, count, self.places.device)
         return F.one_hot(nearest, known).to(self.places.dtype) @ self.places
 
     @torch.no_grad()
@@ -86,6 +84,13 @@ class SoftPromptHead(nn.Module):
             variance = variance + (1 - weight) * (mean - self.mean).square()
         self.mean.copy_(torch.where(finite, torch.lerp(self.mean, mean, weight), self.mean))
         self.variance.copy_(torch.where(finite, torch.lerp(self.variance, variance, weight), self.variance))
+
+
+def nearest_places(known: int, count: int, device: torch.device | None = None) -> Tensor:
+    """Which of the ``known`` places each of ``count`` soft prompts takes, [count]. A multiple of them are
+    frames that stand one after the other, each with all of its places."""
+    order = torch.arange(count, device=device)
+    return order % known if count % known == 0 else order * known // count
 
 
 def batch_statistics(rows: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 from evlgen.common.errors import CheckpointError, ConfigError
@@ -220,6 +221,16 @@ def test_a_checkpoint_keeps_it_and_says_when_the_config_does_not_fit(shapes, tmp
     plain = build({**sizes, "residual": False}).save_pretrained(tmp_path / "plain")
     with pytest.raises(CheckpointError, match="trained without connector.proj_residual"):
         build(sizes, {"scale": 0.4}).load_checkpoint(plain)
+
+
+def test_a_checkpoint_of_another_number_of_soft_prompts_gives_its_places(shapes, tmp_path):
+    saved = build({"name": "pool", "grid": 2}, {"scale": 0.4}).save_pretrained(tmp_path / "saved")
+    known = load_file(saved / "model.safetensors")["prompt_head.places"]
+    model = build({"name": "pool", "grid": 3}, {"scale": 0.4})
+    model.load_checkpoint(saved)
+    assert len(known) == 4 and len(model.prompt_head.places) == 9
+    assert torch.equal(model.prompt_head.places, known[[0, 0, 0, 1, 1, 2, 2, 3, 3]])
+    model(shapes[1])
 
 
 def test_places_learn_faster_and_what_starts_from_a_bert_slower():
