@@ -107,3 +107,26 @@ def test_two_checkpoints_have_a_mean(forks, tmp_path):
     save_file({"w": torch.ones(3, 2)}, tmp_path / "b" / "model.safetensors")
     refused = subprocess.run([*command[:-1], tmp_path / "other"], capture_output=True, text=True)
     assert refused.returncode == 1 and "different models" in refused.stderr
+
+
+def test_a_checkpoint_for_larger_images(forks, tmp_path):
+    rows = torch.arange(12.0)[:, None] % 9  # of which the first four are a grid of 2 x 2
+    states = {
+        "own": {"connector.positions.weight": rows, "w": torch.full((2,), 1.0)},
+        "later": {"connector.positions.weight": rows + 1, "w": torch.full((2,), 5.0)},
+        "earlier": {"connector.positions.weight": rows, "w": torch.full((2,), 3.0)},
+    }
+    folders = {}
+    for name, state in states.items():
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        (folders[name] / "config.yaml").write_text(f"name: {name}\n")
+        save_file({**state, "prompt_head.num_batches": torch.tensor(7)}, folders[name] / "model.safetensors")
+    out = tmp_path / "out"
+    command = [forks.python, SCRIPTS / "larger_images.py", folders["own"], "2", "3", out]
+    assert subprocess.run([*command, folders["later"], folders["earlier"]]).returncode == 0
+    found = load_file(out / "model.safetensors")
+    grid = [0, 0.5, 1, 1, 1.5, 2, 2, 2.5, 3]  # between the four corners 0, 1, 2, 3
+    assert found["connector.positions.weight"][:, 0].tolist() == [*(x + 1 for x in grid), 1, 2, 3]
+    assert found["w"].tolist() == [3.0, 3.0] and found["prompt_head.num_batches"] == 7
+    assert (out / "config.yaml").read_text() == "name: own\n"
