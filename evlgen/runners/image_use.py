@@ -42,7 +42,7 @@ class ImageUse:
         worth_error: standard error of `worth`.
         common_fraction: how much of the soft prompts' mean square is the mean over images at each place,
             learned places (`model.soft_prompts`) apart; None where the model has no soft prompts, or not the
-            same number for all images.
+            same number for all images, or there is one image only.
         num_samples: samples whose losses were measured.
         num_left_out: samples with a loss that is not finite.
     """
@@ -140,6 +140,7 @@ class ImageUseMeter:
         self._mean: Tensor | None = None  # sum of soft prompts over samples, [M, C], float64
         self._square = 0.0
         self._prompts = 0
+        self._images: set[Hashable] = set()  # those whose soft prompts were looked at
         self._seen: dict[Hashable, Tensor] = {}  # soft prompts [1, M, C] of the last two images
         self._waiting: list[tuple[list[Hashable], Batch, Tensor]] = []  # batches for which no other was seen
 
@@ -169,7 +170,7 @@ class ImageUseMeter:
                 if learned is not None:
                     self.add(model, learned)
                 elif offers(model, HasSoftPrompts) and "images" not in samples:
-                    self.count += batch_size(samples)
+                    self._images.update(self._count(samples))
                     self._remember(model, model.soft_prompts(samples))
         except EVLGenError as error:  # texts that cannot be learned, such as a question beyond all limits
             logger.warning("a batch is left out of the measure of how much images are used: %s", error)
@@ -187,12 +188,11 @@ class ImageUseMeter:
     def add(self, model: BaseModel, samples: Batch) -> None:
         """Measures samples as the model's `forward` reads them, one text for each image. The model is in eval
         mode."""
-        batch = batch_size(samples)
-        keys = list(samples.get("image_id", range(self.count, self.count + batch)))
-        self.count += batch
+        keys = self._count(samples)
         if not offers(model, HasSoftPrompts):
             self._add_whole(model, samples, keys)
             return
+        self._images.update(keys)
         prompts = model.soft_prompts(samples)
         self._remember(model, prompts)
         if isinstance(prompts, Tensor):  # images of different numbers of tiles are exchanged in a batch only
@@ -209,6 +209,12 @@ class ImageUseMeter:
                 self._rows += zip(*(column.tolist() for column in columns), strict=True)
             elif isinstance(prompts, Tensor):
                 self._waiting.append((keys, samples, prompts))
+
+    def _count(self, samples: Batch) -> list[Hashable]:
+        """Counts a batch's samples; what the image of each is known by."""
+        first = self.count
+        self.count += batch_size(samples)
+        return list(samples.get("image_id", range(first, self.count)))
 
     def _add_whole(self, model: BaseModel, samples: Batch, keys: Sequence[Hashable]) -> None:
         """Of a model that gives the loss of a batch only, such as BLIP-2's first stage, whose loss of writing
@@ -255,7 +261,9 @@ class ImageUseMeter:
         """What all processes found together; None where nothing could be measured."""
         parts = gather_records([[list(row) for row in self._rows]])
         measured = torch.tensor([row for part in parts for row in part], dtype=torch.float64).reshape(-1, 3)
-        common = common_fraction(gather_object([(self._mean, self._square, self._prompts)]))
+        images = set().union(*gather_object([self._images]))
+        found = gather_object([(self._mean, self._square, self._prompts)])
+        common = common_fraction(found) if len(images) > 1 else None  # all of one image is common to it
         rows = measured[measured.isfinite().all(1)]
         left_out = len(measured) - len(rows)
         if not len(rows):

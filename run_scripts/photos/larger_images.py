@@ -41,7 +41,7 @@ def main(checkpoint: str, grid: str, larger: str, output: str, later: str = "", 
     if later:
         new, old = weights_of(later), weights_of(earlier)
         for name, value in weights.items():
-            # the running statistics of model.soft_prompts are no weights
+            # a variance of model.soft_prompts must stay positive
             if value.is_floating_point() and not name.endswith("variance"):
                 weights[name] = (value.float() + new[name].float() - old[name].float()).to(value.dtype)
     weights[POSITIONS] = stretched(weights[POSITIONS], int(grid), int(larger))
