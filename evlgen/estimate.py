@@ -49,7 +49,7 @@ class PartCost(NamedTuple):
 
     Attributes:
         frozen, trained: weights.
-        bytes: of its weights, their gradients and the optimizer's moments.
+        bytes: of its weights, their gradients, the optimizer's moments and their average.
         forward: multiply-accumulate operations of one sample's forward pass.
     """
 
@@ -100,6 +100,7 @@ def estimate(
     text_tokens: int = 16,
     num_texts: int = 1,
     num_frames: int = 1,
+    has_average: bool = False,
 ) -> Estimate:
     """The cost of a training step.
 
@@ -110,6 +111,7 @@ def estimate(
         text_tokens: about so many tokens in a text.
         num_texts: texts of a sample's image; more than one as with ``captions_together``.
         num_frames: of a video, for an architecture of videos.
+        has_average: of the trained weights (``run.ema_decay``).
 
     Raises:
         ConfigError: an architecture without the three parts; see `build_language_model` for the rest.
@@ -135,7 +137,7 @@ def estimate(
         for part in (*PARTS, "logits")
     }
     parts = {
-        name: _cost(module, cfg, name, step.forward[name] // 32)
+        name: _cost(module, cfg, name, step.forward[name] // 32, has_average)
         for name, module in (("vision", model.vision), ("connector", model), ("language", model.language))
     }
     rows = language.to_learn(texts) if in_parts else []
@@ -218,7 +220,7 @@ def _counted(counts: dict[str, int], part: str) -> int:
     return next((count for name, count in counts.items() if name.split(".")[1:] == [part]), 0)
 
 
-def _cost(module: nn.Module, cfg: ModelConfig, name: str, forward: int) -> PartCost:
+def _cost(module: nn.Module, cfg: ModelConfig, name: str, forward: int, has_average: bool) -> PartCost:
     own = {
         "connector": lambda key: not key.startswith(("vision.", "language.")),
     }.get(name, lambda key: True)
@@ -232,9 +234,8 @@ def _cost(module: nn.Module, cfg: ModelConfig, name: str, forward: int) -> PartC
         embedding = module.model.get_output_embeddings()
         linear -= embedding.weight.numel() if embedding is not None else 0  # is left as it is
         held -= int(linear * (size - _QUANTIZED_BYTES[cfg.language.quantization]))
-    return PartCost(
-        sum(weight.numel() for weight in frozen), trained, held + trained * _TRAINED_BYTES, forward
-    )
+    trained_bytes = trained * (_TRAINED_BYTES + 4 * has_average)
+    return PartCost(sum(weight.numel() for weight in frozen), trained, held + trained_bytes, forward)
 
 
 def _without_weights(cfg: ModelConfig, precision: str) -> VLM:

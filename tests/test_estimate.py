@@ -75,6 +75,12 @@ def test_of_the_language_model_one_part_of_a_batch_is_counted(found):
     assert trained.kept(400) == 400 * (trained.kept_bytes + trained.language_bytes)
 
 
+def test_an_average_of_the_weights_takes_four_bytes_of_each_trained_one(found):
+    averaged = estimate(model_config(), "fp32", 10, has_average=True)
+    trained = sum(part.trained for part in found.parts.values())
+    assert averaged.memory(8) - found.memory(8) == 4 * trained > 0
+
+
 def test_a_fetched_configuration_is_named_where_it_cannot_be_had(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError, match="model.language.name 'nobody/no-model' is not on this machine"):

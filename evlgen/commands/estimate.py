@@ -52,7 +52,8 @@ def _report(cfg: Config, args: argparse.Namespace) -> None:
     num_texts = 5 if together else 1
     if cfg.run.task == "captioning_scst":
         num_texts = cfg.run.scst_samples
-    found = estimate(cfg.model, precision, args.text_tokens, num_texts, args.frames)
+    has_average = cfg.run.ema_decay is not None
+    found = estimate(cfg.model, precision, args.text_tokens, num_texts, args.frames, has_average)
     rate = args.rate * 1e12 if args.rate else measured_rate(precision)
     print("\n".join(lines(found, cfg, rate, measured=not args.rate)))
 

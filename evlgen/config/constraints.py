@@ -51,6 +51,12 @@ class AtMost(_Bound):
     words, holds = "at most", operator.le
 
 
+class LessThan(_Bound):
+    """The number is below ``bound``."""
+
+    words, holds = "less than", operator.lt
+
+
 @dataclass(frozen=True)
 class Registered:
     """The text names something registered of this kind."""

@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 
 from evlgen.common.errors import did_you_mean
 from evlgen.config.schema import (
+    AtLeast,
     Fraction,
+    LessThan,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -61,6 +63,9 @@ class RunConfig:
     beta2: Fraction = 0.999
     #: Norm that gradients are clipped to; None: no clipping.
     max_grad_norm: PositiveFloat | None = None
+    #: Validate and save an exponential moving average of the weights with this decay after each step, such as
+    #: 0.99 or 0.999; training goes on with the weights themselves. None: no average.
+    ema_decay: Annotated[float, AtLeast(0), LessThan(1)] | None = None
 
     #: Samples per batch and process in training.
     batch_size_train: PositiveInt = 32

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from evlgen.runners.training_state import (
     OPTIMIZER_FILE,
     PROGRESS_FILE,
     RANDOM_FILE,
+    TRAINED_FILE,
     TrainingCost,
     TrainingState,
     data_changes,
@@ -48,9 +49,11 @@ from evlgen.runners.training_state import (
     read_progress,
     set_random_state,
 )
+from evlgen.runners.weight_average import WeightAverage, load_trained
 from evlgen.weights.checkpoints import (
     CONFIG_FILE,
     STATE_FOLDER,
+    WEIGHTS_FILE,
     clear_unfinished,
     found_checkpoints,
     is_checkpoint,
@@ -74,7 +77,12 @@ class Checkpointer:
         keep_last: how many are kept besides those ``latest`` and ``best`` point at.
         config: the whole configuration, saved with each.
         accelerator: says which process writes; all of them call `save`.
+
+    Attributes:
+        average: of the weights, saved in their place; None: they are saved themselves.
     """
+
+    average: WeightAverage | None = None
 
     def __init__(
         self, folder: Path, keep_last: int, config: dict[str, Any], accelerator: Accelerator
@@ -114,8 +122,15 @@ class Checkpointer:
         tensors, plain = random_state()
         processes = gather_object([(tensors, {"random": plain, "own": process_state})])
         is_main = self.accelerator.is_main_process
-        weights = gathered(model.saved_state_dict(), keep=is_main)
-        moments = gathered(optimizer_tensors(model, optimizer), keep=is_main)
+        weights, moments = model.saved_state_dict(), optimizer_tensors(model, optimizer)
+        files = {WEIGHTS_FILE: weights, OPTIMIZER_FILE: moments}
+        if self.average is not None:
+            files = {
+                **files,
+                WEIGHTS_FILE: weights | self.average.means,
+                TRAINED_FILE: self.average.trained(),
+            }
+        files = {name: gathered(tensors, keep=is_main) for name, tensors in files.items()}
         if not is_main:
             return
         scaler = self.accelerator.scaler
@@ -127,23 +142,24 @@ class Checkpointer:
         effort = json.dumps(dataclasses.asdict(state.effort))
         buffers = dict(model.named_buffers())
         # buffers may change before the next step: they are copied here
-        weights = {k: v.clone() if k in buffers else v for k, v in weights.items()}
+        for name, of_file in files.items():
+            files[name] = {k: v.clone() if k in buffers else v for k, v in of_file.items()}
         drawn = {f"{rank}.{k}": v for rank, (own, _) in enumerate(processes) for k, v in own.items()}
         config = OmegaConf.to_yaml(OmegaConf.create(self._config_for(model)))
 
-        def write(folder: Path, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-            model.save_weights(folder, weights)
+        def write(folder: Path, copies: dict[str, dict[str, Tensor]]) -> None:
+            model.save_weights(folder, copies.pop(WEIGHTS_FILE))
             write_atomically(folder / CONFIG_FILE, config)
             (folder / STATE_FOLDER).mkdir()
             write_atomically(folder / STATE_FOLDER / PROGRESS_FILE, json.dumps(progress, indent=1))
             write_atomically(folder / STATE_FOLDER / EFFORT_FILE, effort)
-            save_file(moments, folder / STATE_FOLDER / OPTIMIZER_FILE)
-            save_file(drawn, folder / STATE_FOLDER / RANDOM_FILE)
+            for name, of_file in {**copies, RANDOM_FILE: drawn}.items():
+                save_file(of_file, folder / STATE_FOLDER / name)
             write_digests(folder)
 
         target = self.folder / f"step_{state.iteration:08d}"
         self._unreadable.discard(target)
-        self._job = _SaveJob(target, weights, moments, write, self.keep_last)
+        self._job = _SaveJob(target, files, write, self.keep_last)
         self._job.start()
 
     def wait_for_copy(self) -> None:
@@ -279,6 +295,9 @@ class Checkpointer:
             )
         state.data, state.records = now.data, now.records
         model.load_checkpoint(folder)
+        if self.average is not None:
+            self.average.begin()
+        load_trained(model, saved.trained)
         load_optimizer(model, optimizer, saved.moments)
         scaler = self.accelerator.scaler
         if scaler is not None and saved.progress.get("scaler"):
@@ -316,6 +335,7 @@ class _Saved:
     progress: dict[str, Any]
     moments: dict[str, Tensor]
     drawn: dict[str, Tensor]
+    trained: dict[str, Tensor]
     effort: TrainingCost
 
     @classmethod
@@ -342,7 +362,8 @@ class _Saved:
         with kept_random_state():  # whether they can be set, before anything else of it is used
             for rank in range(len(processes)):
                 _set_random_state_of(generators, processes, rank)
-        return cls(config, progress, moments, generators, TrainingCost.read(state / EFFORT_FILE))
+        trained = read_weights(state / TRAINED_FILE) if (state / TRAINED_FILE).exists() else {}
+        return cls(config, progress, moments, generators, trained, TrainingCost.read(state / EFFORT_FILE))
 
 
 def _set_random_state_of(drawn: dict[str, Tensor], processes: list[dict[str, Any]], rank: int) -> None:
@@ -372,9 +393,8 @@ class _SaveJob(threading.Thread):
     def __init__(
         self,
         target: Path,
-        weights: dict[str, Tensor],
-        moments: dict[str, Tensor],
-        write: Callable[[Path, dict[str, Tensor], dict[str, Tensor]], None],
+        files: dict[str, dict[str, Tensor]],
+        write: Callable[[Path, dict[str, dict[str, Tensor]]], None],
         keep_last: int,
     ) -> None:
         super().__init__(name=f"save {target.name}")
@@ -382,23 +402,23 @@ class _SaveJob(threading.Thread):
         self.copied = threading.Event()
         self.error: str | None = None
         self.remedy = "Free space or rights there; the next save tries again."
-        self._tensors: Sequence[dict[str, Tensor]] = (weights, moments)
+        self._files = files
         self._write = write
-        self._copying = _copying_stream(weights)
+        self._copying = _copying_stream(files[WEIGHTS_FILE])
 
     def run(self) -> None:
         try:
             try:
                 with self._copying:
-                    weights, moments = (_copy(tensors) for tensors in self._tensors)
+                    copies = {name: _copy(tensors) for name, tensors in self._files.items()}
             finally:
-                self._tensors = ()
+                self._files = {}
                 self.copied.set()
-            bad = first_not_finite({**weights, **moments})
-            if bad is not None:
-                self.remedy = "Lower run.init_lr, or set run.max_grad_norm."
-                raise TrainingError(f"{bad} holds numbers that are not finite")
-            write_folder(self.target, lambda folder: self._write(folder, weights, moments))
+            for copied in copies.values():
+                if (bad := first_not_finite(copied)) is not None:
+                    self.remedy = "Lower run.init_lr, or set run.max_grad_norm."
+                    raise TrainingError(f"{bad} holds numbers that are not finite")
+            write_folder(self.target, lambda folder: self._write(folder, copies))
             update_symlink(self.target.parent / "latest", self.target)
             remove_old(self.target.parent, self.keep_last)
         except (OSError, SafetensorError, TrainingError) as error:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from evlgen.runners.lengths import Epochs
     from evlgen.runners.skipped import SkippedSamples
     from evlgen.runners.task import Task
+    from evlgen.runners.weight_average import WeightAverage
 
 
 @dataclass
@@ -113,6 +114,7 @@ class TrainingRun(Protocol):
         config: the whole configuration as plain values.
         datasets: dataset name -> split name -> dataset.
         trained: the weights with gradients, in the model's order, as the epoch began.
+        average: of the weights, where there is one.
         clock: when the time of training was last counted, in seconds.
         kept_tokens: evaluated datasets that show visual tokens, by the evaluation's key.
     """
@@ -131,6 +133,7 @@ class TrainingRun(Protocol):
     schedule: Schedule
     optimizer: Optimizer
     trained: list[Parameter]
+    average: WeightAverage | None
     state: TrainingState
     skipped: SkippedSamples
     checkpointer: Checkpointer

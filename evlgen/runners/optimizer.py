@@ -89,6 +89,8 @@ def update_weights(runner: TrainingRun, scale: float, loss: float) -> float:
     # fp16's scaler leaves such a step out itself, and learns from it
     if (math.isfinite(norm) and math.isfinite(loss)) or accelerator.scaler is not None:
         runner.optimizer.step()
+        if runner.average is not None:
+            runner.average.update(runner.state.iteration // runner.run.accum_grad_iters)
     return norm
 
 

@@ -40,6 +40,7 @@ from evlgen.runners.skipped import SkippedSamples
 from evlgen.runners.task import Task
 from evlgen.runners.trackers import Trackers
 from evlgen.runners.training_state import TrainingState, kept_random_state
+from evlgen.runners.weight_average import WeightAverage, averaged
 from evlgen.runners.within_a_step import training_buffers, way_back
 
 
@@ -70,6 +71,7 @@ class Runner:
     schedule: Schedule
     optimizer: torch.optim.Optimizer
     state: TrainingState
+    average: WeightAverage | None = None  # see `RunConfig.ema_decay`
     # what each (inner) epoch finds
     trained: list[nn.Parameter]
 
@@ -129,6 +131,8 @@ class Runner:
                 self.notify("after_validation", is_best)
             self.notify("after_training")
             self.skipped.report(self.accelerator.is_main_process)
+            if self.average is not None:
+                self.average.exchange()  # the model that is left is the one that was saved
             if not self.run.test_splits:
                 return {}
             self.model.load_checkpoint(self.checkpointer.best_or_latest())
@@ -213,7 +217,7 @@ class Runner:
             return True  # the newest is the best known
         if (state.epoch + 1) % run.valid_freq and not self.length.is_trained(state):
             return False
-        with kept_random_state():
+        with kept_random_state(), averaged(self):
             scores = self.evaluate(run.valid_splits, state)
         metric = deciding_metric(scores, run.valid_splits[0])  # the first split decides
         is_best = metric is not None and (state.best_metric is None or metric > state.best_metric)

@@ -15,6 +15,7 @@ from evlgen.runners.encoding_ahead import EncodedAhead
 from evlgen.runners.lengths import length_of
 from evlgen.runners.optimizer import build_optimizer
 from evlgen.runners.training_state import TrainingState
+from evlgen.runners.weight_average import WeightAverage
 from evlgen.vision_cache.cache import cached
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ def set_up_training(runner: TrainingRun) -> None:
         data={**sizes, **recorded(datasets.values()), **({"grouped": True} if run.group_by_length else {})},
         records={name: digest(getattr(d, "records", ())) for name, d in datasets.items()},
     )
+    if run.ema_decay is not None:
+        runner.average = runner.checkpointer.average = WeightAverage(runner.model, run.ema_decay)
     if run.resume:
         own = runner.checkpointer.resume(run.resume, runner.model, runner.optimizer, runner.state)
         runner.skipped.restore((own or {}).get("skipped", {}))

@@ -1,7 +1,8 @@
 """Where a run stands: what a checkpoint's ``training_state/`` folder holds, as plain values and tensors.
 
 ``progress.json`` has the counters, ``optimizer.safetensors`` the optimizer's tensors by weight,
-``random.safetensors`` every process's random states, and ``effort.json`` what all that took, which differs
+``random.safetensors`` every process's random states, ``trained.safetensors`` the weights as they are trained
+where ``model.safetensors`` is their average, and ``effort.json`` what all that took, which differs
 between runs that are equal to the bit. Nothing in it is a pickle.
 """
 
@@ -25,6 +26,7 @@ from evlgen.runners.dtensor import part_of
 from evlgen.weights.checkpoints import PROGRESS_FILE
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+TRAINED_FILE = "trained.safetensors"
 RANDOM_FILE = "random.safetensors"
 EFFORT_FILE = "effort.json"
 # what checkpoints have that were saved before these were kept

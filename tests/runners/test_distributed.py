@@ -127,7 +127,8 @@ def test_a_spread_language_model_trains_like_a_whole_one_from_and_to_its_checkpo
         content.model.language = {"name": str(t5), "precision": "fp32", "lora": {"r": 2}}
         OmegaConf.save(content, project)
     whole, spread, back = (tmp_path / name for name in ("whole", "spread", "back"))
-    one_process = (f"model.language.freeze={freeze}", "run.batch_size_train=4", "run.valid_splits=[]")
+    both = (f"model.language.freeze={freeze}", "run.ema_decay=0.5")
+    one_process = (*both, "run.batch_size_train=4", "run.valid_splits=[]")
     alone(project, f"run.output_dir={whole}", *one_process)
     expected = train_lines(whole / "latest")
 
@@ -135,7 +136,7 @@ def test_a_spread_language_model_trains_like_a_whole_one_from_and_to_its_checkpo
     ended = torchrun(
         forks,
         project,
-        f"model.language.freeze={freeze}",
+        *both,
         "run.shard_language=true",
         f"run.resume={spread}/run/checkpoints/step_000000{10 if case.startswith('t5') else '05'}",
     )
@@ -152,6 +153,12 @@ def test_a_spread_language_model_trains_like_a_whole_one_from_and_to_its_checkpo
         gradients(f / "checkpoints" / FINAL) for f in (spread / "run", whole / "latest")
     )
     assert_same_tensors(moments, expected_moments)
+    before = load_file(spread / "run" / "checkpoints" / "step_00000014" / "model.safetensors")
+    decay = 8 / 17  # of the average, after 7 pairs of batches
+    trained = load_file(spread / "run" / "checkpoints" / FINAL / "training_state" / "trained.safetensors")
+    for name, weight in trained.items():
+        mean = decay * before[name] + (1 - decay) * weight
+        torch.testing.assert_close(weights[name], mean, rtol=1e-5, atol=1e-7, msg=name)
     parts = {part for part in ("encoder", "decoder") for name in weights if f".{part}." in name}
     assert parts == {"frozen": set(), "trained": {"decoder"}}.get(case, {"encoder", "decoder"})
 

@@ -39,7 +39,8 @@ _CITATION = """```bibtex
 ```"""  # noqa: E501  one line of BibTeX each
 _SCHEDULE = (
     *("max_epoch", "max_iters", "max_seconds", "batch_size_train", "accum_grad_iters", "lr_sched", "init_lr"),
-    *("min_lr", "warmup_steps", "lr_scale", "weight_decay", "beta2", "max_grad_norm", "precision", "seed"),
+    *("min_lr", "warmup_steps", "lr_scale", "weight_decay", "beta2", "max_grad_norm", "ema_decay"),
+    *("precision", "seed"),
 )
 _NOT_SCORES = ("train_loss", "agg_metrics")
 
