@@ -18,6 +18,7 @@ class Limits:
         texts: texts of a request (``n``), and beams.
         images: of a conversation.
         text_chars: characters of a question or a conversation.
+        values: of a request: commas and opening brackets, in its texts too.
         body_bytes: of one request.
         body_seconds: in which a request has to arrive.
         bodies_bytes: of all requests that are arriving or being decoded.
@@ -36,6 +37,7 @@ class Limits:
     texts: int = 8
     images: int = 8
     text_chars: int = 32_000
+    values: int = 50_000
     body_bytes: int = 20 << 20
     body_seconds: float = 30.0
     bodies_bytes: int = 256 << 20

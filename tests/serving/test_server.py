@@ -169,6 +169,22 @@ def test_half_a_character_and_an_earlier_stop_wait():
         assert chunks.continue_to([Text(written[-1], 9, False)])
 
 
+class _Counted(str):
+    """Counts how often a part of it is taken."""
+
+    parts = 0
+
+    def __getitem__(self, key):
+        type(self).parts += 1
+        return super().__getitem__(key)
+
+
+def test_a_long_stop_is_compared_with_the_end_of_the_text_alone():
+    chunks = Chunks("name", "model", 1, [_Counted("b" * 10_000)], with_usage=False)
+    assert [piece["choices"][0]["delta"]["content"] for piece in chunks.more(["a bb"])] == ["a "]
+    assert _Counted.parts <= len("a bb")
+
+
 class FailingAnswerer(Answerer):
     """Writes two words, and then fails or, where ``says`` is a text, answers anew with that."""
 
@@ -244,7 +260,9 @@ def test_many_clients_at_once_each_get_their_own_answer_in_batches(start, model)
         ({"stop": ["a"] * 5}, 400, "invalid_request"),
         ({"frequency_penalty": 0.5}, 400, "invalid_request"),
         ({"response_format": {"type": "json_object"}}, 400, "invalid_request"),
+        ({"repetition_penalty": 1e-9}, 400, "invalid_request"),
         ({"max_tokens": None, "stop": None, "user": "me", "frequency_penalty": 0}, 200, None),
+        ({"tools": None, "logit_bias": None, "top_logprobs": None, "verbosity": None}, 200, None),
     ],
 )
 def test_what_is_wrong_with_a_request_is_said(running, change, status, code):

@@ -166,6 +166,20 @@ def test_a_hundred_megabytes_are_refused_in_bounded_memory(running):
         assert answer_of(connection)[0] == 413
 
 
+def test_requests_of_many_small_values_are_refused_before_they_are_parsed(running):
+    texts = b'{"type":"text","text":""},' * 60_000
+    for content in (b"1," * 500_000, texts, b"[]," * 300_000):
+        body = b'{"model":"shapes","messages":[{"role":"user","content":[' + content + b"1]}]}"
+        status, answer = running.post(body)
+        assert (status, answer["error"]["code"]) == (400, "too_large")
+    status, answer = running.post(b'{"model":"shapes","' + b"x" * 500_000 + b'":1}')
+    assert status == 400 and len(json.dumps(answer)) < 1000
+    many = [{"type": "text", "text": ""}] * 1025
+    status, answer = running.post({"model": "shapes", "messages": [{"role": "user", "content": many}]})
+    assert (status, answer["error"]["param"]) == (400, "messages.0.content")
+    assert running.post(question(data_url(PNG), "why, " * 5))[0] == 200
+
+
 def test_slow_requests_end_and_do_not_hinder_others(start):
     limits = Limits(body_seconds=0.5, header_seconds=0.8, seconds=20)
     head = "POST /v1/chat/completions HTTP/1.1\nHost: localhost\nContent-Type: application/json\n"
