@@ -26,6 +26,7 @@ class Limits:
         decoders: images decoded at once.
         connections: open at once; more are answered with 503.
         header_seconds: in which a connection has to send the head of a request.
+        send_seconds: for which a client may leave its answer where it is, before it is cut off.
         drain_seconds: after a signal to stop, for requests that are being answered.
     """
 
@@ -45,4 +46,5 @@ class Limits:
     decoders: int = 2
     connections: int = 512
     header_seconds: float = 20.0
+    send_seconds: float = 30.0
     drain_seconds: float = 30.0

@@ -228,6 +228,31 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_its_text(running, m
     assert "never retrieved" not in caplog.text
 
 
+class LongAnswerer(Answerer):
+    """Writes more than waits anywhere for a client that does not read."""
+
+    def answer(self, requests: list[Ask], is_wanted=lambda: True) -> list[Answer]:
+        texts = ["word " * (1 << 20) * count for count in range(1, 5)]
+        for text in texts:
+            requests[0].on_texts([text])
+        return [Answer([Text(texts[-1], 9, False)], 1)]
+
+
+def test_a_client_that_does_not_read_its_answer_is_cut_off(start, model):
+    body = json.dumps(question(data_url(encoded(image())), stream=True)).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\nHost: localhost\nContent-Type: application/json\n"
+    head += f"Content-Length: {len(body)}\nConnection: close\n"
+    with start(Limits(send_seconds=1), LongAnswerer(model)) as running:
+        with running.send(head, body):
+            _until(lambda: running.server.server_state.connections)
+            _until(lambda: not running.server.server_state.connections)
+        with running.send(head, body) as reading:
+            received = bytearray()
+            while part := reading.recv(1 << 20):
+                received += part
+        assert received.count(b"word ") == 4 << 20 and b"[DONE]" in received
+
+
 def test_many_clients_at_once_each_get_their_own_answer_in_batches(start, model):
     captions = model.generate([image(number) for number in range(24)], num_beams=1)
     assert len(set(captions)) > 15
