@@ -22,6 +22,8 @@ from tokenizers import AddedToken
 from transformers import PreTrainedModel
 
 from evlgen.common.errors import ConfigError
+from evlgen.config.model_config import GenerationConfig
+from evlgen.demo.exhibit import Exhibit
 from evlgen.models.language.chat import read_template
 from evlgen.models.zoo import load_model
 from evlgen.processors.turns import read_turns
@@ -401,6 +403,25 @@ def test_a_turn_is_cut_where_its_templates_end_is_missing(talkative):
     assert "".join(talkative.chat([asked], stream=True)) == whole.text
     assert answer(whole.num_tokens) == whole and not whole.is_cut
     assert answer(whole.num_tokens - 1).is_cut
+
+
+def test_captions_are_written_by_consensus_where_the_model_is_set_so(start):
+    model = load_model("evlgen_opt")
+    plain = model.generate([image(number) for number in range(6)], num_beams=1)
+    model.generation = GenerationConfig(consensus=6)
+    agreed = model.generate([image(number) for number in range(6)], num_beams=1)
+    assert agreed != plain
+    exhibit = Exhibit("shapes", model)
+    assert [exhibit.captions([image(n)], 1, 30)[0].text for n in range(6)] == agreed
+    number = plain.index(next(text for text, other in zip(plain, agreed, strict=True) if text != other))
+    limits = Limits(max_batch=4, max_wait=0.3)
+    with start(limits, Answerer(model)) as running, ThreadPoolExecutor(3) as pool:
+        client = _client(running)
+        pieces = pool.submit(lambda: list(_ask(client, number, stream=True)))
+        answers = pool.map(lambda text: _ask(client, number, text), [None, "how many shapes are there?"])
+        caption, answer = (found.choices[0].message.content for found in answers)
+    assert caption == agreed[number] == "".join(map(_content, pieces.result()))
+    assert answer in ("one", "two", "three", "four")
 
 
 class SlowAnswerer(Answerer):
