@@ -3,7 +3,8 @@
 While the work is going on, ``<output>.partial/`` holds what is done: ``settings.json``, and for each process
 ``rank-<r>.jsonl``, to which it appends its captions and failures batch by batch. An image belongs to the
 process that its path says, so that processes need not speak with each other. Whichever of them finds that all
-is done joins the parts, in the order of the listing, into the output, and removes the folder.
+is done joins the parts, in the order of the listing, into the output, and removes the folder. The settings
+stay, in ``.<output>.settings.json``.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def caption_to_file(
     read to ``<output>.failed``.
 
     A call after a killed one goes on from its last batch. One after a finished one captions the images that
-    are new since; delete ``<output>.failed`` to have the failed ones tried again.
+    are new since, with the same settings; delete ``<output>.failed`` to have the failed ones tried again.
 
     Args:
         images, cfg_path, checkpoint, options, batch_size, allow_downloads: as in `captioning.caption_files`.
@@ -60,14 +61,18 @@ def caption_to_file(
         will finish the file.
 
     Raises:
-        ConfigError: the work was begun with other settings.
+        ConfigError: the work was begun, or finished, with other settings; ``output`` is another kind of file.
         TrainingError: another process is this rank of the same work.
         DataError: not one image could be read.
     """
     output = Path(output)
     folder = output.with_name(f"{output.name}.partial")
+    settings = {"cfg_path": cfg_path, "checkpoint": checkpoint, "options": list(options), **how}
+    if _finished(output) and output.exists():
+        _check_settings(_settings_of(output), settings, output)
     folder.mkdir(parents=True, exist_ok=True)
-    _check_settings(folder, {"cfg_path": cfg_path, "checkpoint": checkpoint, "options": list(options), **how})
+    if not _check_settings(folder / _SETTINGS, settings, folder):
+        write_atomically(folder / _SETTINGS, json.dumps(settings))
     with _own_part(folder / f"rank-{rank:05d}.jsonl") as part:
         model = load_model_of(cfg_path, checkpoint, options, default_device(), allow_downloads)
         paths = list(dict.fromkeys(find_files(images, videos=reads_videos(model))))
@@ -95,19 +100,20 @@ def _owner(path: str, world_size: int) -> int:
     return zlib.crc32(os.fsencode(path)) % world_size
 
 
-def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    file = folder / _SETTINGS
-    with contextlib.suppress(FileNotFoundError):
+def _check_settings(file: Path, settings: Mapping[str, Any], of: Path) -> bool:
+    """Whether there is a file of settings. Raises `ConfigError` where they are others than these."""
+    try:
         before = json.loads(file.read_text("utf-8"))
-        changed = [key for key, value in settings.items() if before.get(key) != value]
-        if changed:
-            was = ", ".join(f"{key}={before.get(key)!r}" for key in changed)
-            raise ConfigError(
-                f"{folder} was begun with other settings ({was}): go on with those, or delete the folder to "
-                "begin again."
-            )
-        return
-    write_atomically(file, json.dumps(settings))
+    except FileNotFoundError:
+        return False
+    changed = [key for key, value in settings.items() if before.get(key) != value]
+    if changed:
+        was = ", ".join(f"{key}={before.get(key)!r}" for key in changed)
+        raise ConfigError(
+            f"{of} was begun with other settings ({was}): go on with those, delete it to begin again, or "
+            "name another --output."
+        )
+    return True
 
 
 @contextlib.contextmanager
@@ -131,11 +137,27 @@ def _append(file: BinaryIO, lines: Sequence[Mapping[str, str]]) -> None:
 
 
 def _lines(path: Path) -> Iterator[dict[str, str]]:
-    """The whole lines of a JSONL file."""
+    """The whole lines of a JSONL file. Raises `ConfigError` for one that this module did not write."""
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                continue
+            try:
+                found = json.loads(line)
+                is_ours = isinstance(found["image"], str) and ("caption" in found or "error" in found)
+            except (ValueError, KeyError, TypeError):
+                is_ours = False
+            if not is_ours:
+                raise ConfigError(
+                    f"{path} is there, and its line {number} is not one of this command's: name another "
+                    "--output, or move it away."
+                )
+            yield found
+
+
+def _settings_of(output: Path) -> Path:
+    """With which settings it was written."""
+    return output.with_name(f".{output.name}.{_SETTINGS}")
 
 
 def _failed(output: Path) -> Path:
@@ -166,6 +188,7 @@ def _join(output: Path, folder: Path, paths: Sequence[str]) -> tuple[int, int] |
         _write(_failed(output), failures)
     else:
         _failed(output).unlink(missing_ok=True)
+    os.replace(folder / _SETTINGS, _settings_of(output))
     _write(output, captions)
     shutil.rmtree(folder)
     if not captions:

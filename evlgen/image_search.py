@@ -242,7 +242,8 @@ def index_images(
     kept = [place for name, place in places.items() if stamps.get(name) == tuple(old[place])]
     paths = [known.paths[place] for place in kept] if known else []
     parts = [known.features[kept]] if known else []
-    new = [name for name in stamps if name not in set(paths)]
+    there = set(paths)
+    new = [name for name in stamps if name not in there]
     logger.info("%d images, of which %d are in the index already", len(stamps), len(kept))
     saved = time.monotonic()
     batch: list[tuple[str, Image.Image]] = []

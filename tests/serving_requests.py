@@ -8,6 +8,7 @@ import io
 import json
 import socket
 
+import uvicorn
 from PIL import Image
 
 from evlgen.datasets.shapes.world import draw, scene
@@ -44,6 +45,7 @@ class Running:
 
     service: Service
     port: int
+    server: uvicorn.Server
 
     @property
     def address(self) -> str:

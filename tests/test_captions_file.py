@@ -84,6 +84,22 @@ def test_a_finished_file_takes_in_what_is_new(photos, tmp_path):
     assert [Path(line["image"]).name for line in _read(output)] == ["1.png", "2.png", "3.png"]
     assert [_read(output)[0], _read(output)[2]] == first
     assert caption_to_file([str(folder)], output, **HOW) == (3, 1)  # nothing is left to do
+    with pytest.raises(ConfigError, match=r"captions\.jsonl was begun with other settings \(num_beams=1\)"):
+        caption_to_file([str(folder)], output, **{**HOW, "num_beams": 2})
+    output.unlink()
+    (tmp_path / "out" / "captions.jsonl.failed").unlink()
+    assert caption_to_file([str(folder)], output, **{**HOW, "num_beams": 2}) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"caption": "a dog"}\n', "name,caption\n", "[1]\n", "{}\n", '{"image": "a"}\n']
+)
+def test_another_kind_of_file_is_named_and_left_as_it_is(photos, tmp_path, content):
+    output = tmp_path / "captions.jsonl"
+    output.write_text(content)
+    with pytest.raises(ConfigError, match="its line 1 is not one of this command's"):
+        caption_to_file([str(photos)], output, **HOW)
+    assert output.read_text() == content and os.listdir(tmp_path) == ["captions.jsonl"]
 
 
 def test_nothing_readable_is_an_error_and_a_second_process_of_a_rank_is_refused(tmp_path):

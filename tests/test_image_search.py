@@ -109,6 +109,15 @@ def test_only_what_is_new_or_changed_is_read_again(index, model, photos, monkeyp
     assert not torch.equal(opened.features[0], whole["features"][0])
 
 
+def test_the_time_to_find_what_is_new_grows_with_the_number_of_images_alone(
+    index, model, photos, monkeypatch
+):
+    made = []
+    monkeypatch.setattr(image_search, "set", lambda names: made.append(names) or set(names), raising=False)
+    assert index_images([str(photos)], index, model) == 7
+    assert len(made) < 5, "one for each image takes hours at a million"
+
+
 def test_a_killed_call_goes_on_from_what_it_had_written(photos, model, tmp_path, monkeypatch):
     path = tmp_path / "half.index"
     monkeypatch.setattr(image_search, "SAVE_EVERY", 0)

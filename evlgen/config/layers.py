@@ -32,6 +32,7 @@ PATH_KEYS = (
     ("model", "text", "tokenizer"),
     ("model", "connector", "init"),
     ("model", "language", "name"),
+    ("model", "language", "chat_template"),
     *(("model", key) for key in ("finetuned", "pretrained", "opt_model", "llm_model", "t5_model")),  # LAVIS's
 )
 # When a layer names another part, these keys of the layers below belong to the old one; None is all of them.

@@ -65,7 +65,10 @@ class Exhibit:
         """
         decoding = self.answerer.decoding(False, num_beams=num_beams, max_length=max_length)
         samples = self.model.encoded({"image": self.pixels(frames)})
-        texts = self.model.generate_tokens(samples, **dataclasses.asdict(decoding))
+        options = dataclasses.asdict(decoding)
+        if consensus := self.answerer.consensus(decoding):
+            options["consensus"] = consensus
+        texts = self.model.generate_tokens(samples, **options)
         soft_prompts = self.model.soft_prompts(samples)
         return [
             Caption(self.model.texts([tokens])[0], self._words(soft_prompts[i : i + 1], tokens))

@@ -27,6 +27,7 @@ CSS = """
 .answers > .wrapper {box-sizing: border-box; padding-top: 2rem}  /* messages begin below the label */
 """
 _SEEN = 256  # pixels of an image's height on the page at least
+_WIDEST = 2048  # of its width at most
 
 
 def build_page(
@@ -263,8 +264,12 @@ def _words(caption: Caption) -> str:
 def _beside(frames: Sequence[Image.Image]) -> Image.Image:
     """Frames side by side, small ones enlarged."""
     height = min(max(frames[0].height, _SEEN), 512)
-    sizes = [(max(1, round(frame.width * height / frame.height)), height) for frame in frames]
-    strip = Image.new("RGB", (sum(width for width, _ in sizes), height))
+    scales = [min(height / frame.height, _WIDEST / frame.width) for frame in frames]
+    sizes = [
+        (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
+        for frame, scale in zip(frames, scales, strict=True)
+    ]
+    strip = Image.new("RGB", (sum(width for width, _ in sizes), max(height for _, height in sizes)))
     left = 0
     for frame, size in zip(frames, sizes, strict=True):
         strip.paste(frame.resize(size, Image.Resampling.NEAREST if frame.height < _SEEN else None), (left, 0))

@@ -24,6 +24,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -38,6 +39,8 @@ Reader = Literal["auto", "decord", "pyav"]
 _MODULES: dict[Reader, str] = {"pyav": "av", "decord": "decord"}
 Box = tuple[float, float, float, float]  # left, top, right, bottom, as shares of a frame's width and height
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+# How lists of other files begin (HLS, ffmpeg's concat, DASH and other XML): ffmpeg would read those files.
+_LIST = re.compile(rb"#EXTM3U|ffconcat|(\xef\xbb\xbf)?\s*<[?!\w][^\0]{16}")
 #: How video files are called; where a sample has several, the first is taken. A GIF is an image, too.
 VIDEO_SUFFIXES = (
     *(".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp"),
@@ -185,6 +188,8 @@ def _open(path: str | os.PathLike, reader: Reader) -> Any:
     problem = _problem(file)
     if problem is not None:
         raise DataError(f"cannot read video {shown_name(path)}: {problem[0]}", problem[1])
+    if _LIST.match(_start_of(file)):
+        raise DataError(f"cannot read video {shown_name(path)}: it is a list of other files.", "not a video")
     name = "gif" if _is_gif(file) else installed_reader(reader)
     opener = importlib.import_module(f"evlgen.media.video_{name}").File
     try:
@@ -205,8 +210,12 @@ def _open(path: str | os.PathLike, reader: Reader) -> Any:
 
 def _is_gif(file: str) -> bool:
     """Whether a file that is there holds a GIF, whatever it is called: sites serve MP4 under .gif names."""
+    return _start_of(file).startswith((b"GIF87a", b"GIF89a"))
+
+
+def _start_of(file: str) -> bytes:
     with open(file, "rb") as opened:
-        return opened.read(6) in (b"GIF87a", b"GIF89a")
+        return opened.read(64)
 
 
 def installed_reader(reader: Reader) -> Reader:

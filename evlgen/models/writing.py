@@ -95,12 +95,13 @@ class Writing(VisionModel):
         )
 
     @torch.no_grad()
-    def generate_tokens(self, samples: Batch, **options: Any) -> list[list[int]]:
+    def generate_tokens(self, samples: Batch, consensus: int = 0, **options: Any) -> list[list[int]]:
         """As `generate`, the tokens of the texts, whose log-likelihoods `sample_losses` gives as
         ``text_tokens``; the last one of a text is an end token unless ``max_length`` cut it.
 
         Args:
             samples: as in `generate`.
+            consensus: as in `generate`; 0: none, whatever ``model.generation`` says.
             options: fields of `generation.Decoding`. ``use_nucleus_sampling=True, top_p=1.0, top_k=None,
                 min_length=0`` draws from the model's own distribution.
         """
@@ -108,7 +109,9 @@ class Writing(VisionModel):
         soft_prompts = self._prompts_to_continue(samples)
         with without_autocast(soft_prompts.device):
             prompts = self._prompts(samples, len(soft_prompts))
-            return self.language.generate_tokens(soft_prompts, prompts, **options)
+            if not consensus:
+                return self.language.generate_tokens(soft_prompts, prompts, **options)
+            return self.language.agreed_tokens(soft_prompts, prompts, consensus, **options)
 
     @torch.no_grad()
     def predict_answers(

@@ -39,7 +39,9 @@ class Ask:
         decoding: how its texts are chosen.
         seed: of sampling; None: as it comes.
         turns: of a conversation, which is answered in place of a text.
-        on_texts: called with its texts so far after each token, from the thread that generates them.
+        on_texts: called with its texts so far after each token, from the thread that generates them; not
+            where ``consensus`` chooses among whole ones.
+        consensus: texts sampled besides; see `Writing.generate`.
     """
 
     images: Sequence[Tensor]
@@ -48,13 +50,14 @@ class Ask:
     seed: int | None = None
     turns: Sequence[Turn] | None = None
     on_texts: Callable[[list[str]], None] | None = None
+    consensus: int = 0
 
     @property
     def kind(self) -> tuple:
         """Requests of one kind may be answered in one batch; one with a seed is answered alone, as its
         texts must not depend on others."""
         what = tuple(self.images[0].shape) if self.turns is None else "turns"
-        return (what, self.decoding, None if self.seed is None else id(self))
+        return (what, self.decoding, self.consensus, None if self.seed is None else id(self))
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,10 @@ class Answerer:
         own = {"length_penalty": default(length), "repetition_penalty": default("repetition_penalty")}
         return Decoding(**{**own, **given})
 
+    def consensus(self, decoding: Decoding) -> int:
+        """`Ask.consensus` of a caption."""
+        return 0 if decoding.use_nucleus_sampling else (self.model.generation.consensus or 0)
+
     def answer(self, requests: Sequence[Ask], is_wanted: Callable[[], bool] = lambda: True) -> list[Answer]:
         """The answers to requests of one `Ask.kind`.
 
@@ -148,10 +155,12 @@ class Answerer:
             if first.turns is None:
                 prompts = [self._prompt(request.text) for request in requests]
                 images = torch.stack([request.images[0] for request in requests]).to(model.device)
-                tokens = model.generate_tokens({"image": images, "prompt": prompts}, **options)
+                samples: Batch = {"image": images, "prompt": prompts}
+                agreed = {"consensus": first.consensus} if first.consensus else {}
+                tokens = model.generate_tokens(samples, **agreed, **options)
             else:
                 prompts = ["".join(turn.text for turn in request.turns or ()) for request in requests]
-                samples: Batch = {
+                samples = {
                     "messages": [request.turns or () for request in requests],
                     "images": [list(request.images) for request in requests],
                 }
@@ -205,7 +214,7 @@ class Answerer:
 
     def _reporting(self, requests: Sequence[Ask]) -> contextlib.AbstractContextManager[None]:
         """Within it, `Ask.on_texts` of the requests is called after each token."""
-        if all(request.on_texts is None for request in requests):
+        if requests[0].consensus or all(request.on_texts is None for request in requests):
             return contextlib.nullcontext()
         first = requests[0]
         each, ends = first.decoding.num_captions, list(self._ends(first))

@@ -245,7 +245,9 @@ class Service:
                 data, media_type = await self._bytes_of(request, url)
                 decoding_it = loop.run_in_executor(self._decoders, self._pixels, data, media_type)
                 images.append(await self._while_there(request, decoding_it, self.limits.seconds))
-        return asked, Ask(images, what.text, decoding, seed, what.turns)
+        is_caption = what.text is None and what.turns is None
+        consensus = self.answerer.consensus(decoding) if is_caption else 0
+        return asked, Ask(images, what.text, decoding, seed, what.turns, consensus=consensus)
 
     def _pixels(self, data: bytes, media_type: str):
         return self.answerer.pixels(decode(data, media_type, self.limits.image_pixels))

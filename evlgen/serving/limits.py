@@ -18,6 +18,7 @@ class Limits:
         texts: texts of a request (``n``), and beams.
         images: of a conversation.
         text_chars: characters of a question or a conversation.
+        values: of a request: commas and opening brackets, in its texts too.
         body_bytes: of one request.
         body_seconds: in which a request has to arrive.
         bodies_bytes: of all requests that are arriving or being decoded.
@@ -25,6 +26,7 @@ class Limits:
         decoders: images decoded at once.
         connections: open at once; more are answered with 503.
         header_seconds: in which a connection has to send the head of a request.
+        send_seconds: for which a client may leave its answer where it is, before it is cut off.
         drain_seconds: after a signal to stop, for requests that are being answered.
     """
 
@@ -36,6 +38,7 @@ class Limits:
     texts: int = 8
     images: int = 8
     text_chars: int = 32_000
+    values: int = 50_000
     body_bytes: int = 20 << 20
     body_seconds: float = 30.0
     bodies_bytes: int = 256 << 20
@@ -43,4 +46,5 @@ class Limits:
     decoders: int = 2
     connections: int = 512
     header_seconds: float = 20.0
+    send_seconds: float = 30.0
     drain_seconds: float = 30.0

@@ -10,12 +10,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from evlgen.common.errors import DataError, did_you_mean
+from evlgen.models.language.generation import LEAST
 from evlgen.processors.turns import Turn, VisualPart, check_turns, role_of_turn
 from evlgen.serving.answering import Text
 from evlgen.serving.errors import Refusal
 from evlgen.serving.limits import Limits
 
 _MOST_ERRORS = 3  # of a request that are named
+_MOST_PARTS = 1024  # of a message
 _INT64 = 2**63
 
 Zero = Annotated[float, Field(ge=0, le=0)]  # a setting of OpenAI's of which only the default is understood
@@ -50,7 +52,9 @@ class Message(_Model):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: list[Annotated[ImagePart | TextPart, Field(discriminator="type")]]
+    content: Annotated[
+        list[Annotated[ImagePart | TextPart, Field(discriminator="type")]], Field(max_length=_MOST_PARTS)
+    ]
     name: str | None = None
 
     @field_validator("content", mode="before")
@@ -73,9 +77,11 @@ class TextFormat(_Model):
 
 class ChatRequest(_Model):
     """The body of a request to ``/v1/chat/completions``. Beside OpenAI's settings: ``num_beams``,
-    ``repetition_penalty`` and ``length_penalty``."""
+    ``repetition_penalty`` and ``length_penalty``. Other settings are refused, but where they are null, as
+    clients write what is not set."""
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+    __pydantic_extra__: dict[str, None]
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
@@ -89,7 +95,7 @@ class ChatRequest(_Model):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     num_beams: Annotated[int, Field(ge=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=LEAST, le=10)] | None = None
     length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
     # understood where they change nothing
     frequency_penalty: Zero | None = None
@@ -121,6 +127,9 @@ def read_request(body: bytes, limits: Limits) -> ChatRequest:
     Raises:
         Refusal: it is not JSON, or not such a request; names the field.
     """
+    # parsed, a value of two bytes takes hundreds: images are long, and few
+    if sum(map(body.count, (b",", b"[", b"{"))) > limits.values:
+        raise Refusal(400, f"the request has more than {limits.values:,} values.", "too_large")
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
@@ -139,7 +148,7 @@ def _refusal_of(error: ValidationError) -> Refusal:
     found = error.errors(include_url=False, include_input=False, include_context=False)
     lines, fields = [], [".".join(map(str, item["loc"])) for item in found]
     for item, field in list(zip(found, fields, strict=True))[:_MOST_ERRORS]:
-        if item["type"] == "extra_forbidden":
+        if item["type"] == "none_required":
             near = did_you_mean(field, ChatRequest.model_fields)
             lines.append(f"'{field[:80]}' is not supported here: leave it out.{near}")
         elif item["type"] == "json_invalid":
@@ -147,7 +156,7 @@ def _refusal_of(error: ValidationError) -> Refusal:
         else:
             lines.append(f"{field[:120] or 'the body'}: {item['msg']}.")
     more = f" And {len(found) - _MOST_ERRORS} more." if len(found) > _MOST_ERRORS else ""
-    return Refusal(400, " ".join(lines) + more, "invalid_request", fields[0] or None)
+    return Refusal(400, " ".join(lines) + more, "invalid_request", fields[0][:120] or None)
 
 
 @dataclass(frozen=True)
@@ -315,7 +324,8 @@ class Chunks:
 
 def _undecided(text: str, stops: Sequence[str]) -> int:
     """How many of the last characters may be the beginning of a stop."""
-    lengths = (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
+    most = len(text) + 1
+    lengths = (s for stop in stops for s in range(1, min(len(stop), most)) if text.endswith(stop[:s]))
     return max(lengths, default=0)
 
 

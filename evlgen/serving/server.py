@@ -31,7 +31,8 @@ def make_server(service: Service, ready: Callable[[], None] = lambda: None) -> u
     """As `serve`, before it runs: a thread runs it by its ``run(sockets=[..])`` and ends it by its
     ``should_exit``."""
     limits = service.limits
-    protocol = type("Protocol", (_Protocol,), {"header_seconds": limits.header_seconds})
+    seconds = {"header_seconds": limits.header_seconds, "send_seconds": limits.send_seconds}
+    protocol = type("Protocol", (_Protocol,), seconds)
     config = uvicorn.Config(
         create_app(service),
         http=protocol,
@@ -74,10 +75,13 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Protocol(H11Protocol):
-    """Closes connections on which no whole head of a request comes in time."""
+    """Closes connections on which no whole head of a request comes in time, and those that do not take in
+    time what is sent."""
 
     header_seconds = 20.0
+    send_seconds = 30.0
     _waiting: asyncio.TimerHandle | None = None
+    _sending: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -90,6 +94,20 @@ class _Protocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._stop_waiting()
+        self._stop_sending()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stop_sending()
+        self._sending = self.loop.call_later(self.send_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_sending()
+
+    def _stop_sending(self) -> None:
+        if self._sending is not None:
+            self._sending.cancel()
 
     def _wait_for_request(self) -> None:
         self._stop_waiting()

@@ -25,7 +25,11 @@ MEDIA_TYPES = {
 }
 _PARAM = "messages"
 _MOST_SCANS = 100  # of a progressive JPEG: usual are ten, and each costs a pass over the whole image
-_DOCUMENT = re.compile(rb"<script|<\?php|<html|<!doctype html|<svg[\s>]", re.IGNORECASE)
+# Long enough that the bytes of compressed pixels are not taken for one: of four letters, one photograph in
+# thousands has them.
+_DOCUMENT = re.compile(
+    rb"<script|<\?php\s|<!doctype html|<(html|svg)(\s*>\s*[<\w]|\s+[\w:]+\s*=)", re.IGNORECASE
+)
 
 
 def from_data_url(url: str) -> tuple[bytes, str]:

@@ -215,6 +215,20 @@ def test_what_is_no_video_is_named_with_its_cause(shared, tmp_path, sound_only, 
 
 
 @pytest.mark.parametrize("reader", READERS)
+def test_a_list_of_other_files_is_not_followed(tmp_path, reader):
+    encode(tmp_path / "secret.ts", "mpeg4", [numbered(i) for i in range(12)])
+    period = '<Period><AdaptationSet><Representation id="1"><BaseURL>secret.ts</BaseURL></Representation>'
+    for text in (
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{tmp_path}/secret.ts\n#EXT-X-ENDLIST\n",
+        "ffconcat version 1.0\nfile secret.ts\n",
+        f'<?xml version="1.0"?>\n<MPD profiles="urn:mpeg:dash:profile:full:2011">{period}</MPD>',
+    ):
+        (tmp_path / "video.mp4").write_text(text)
+        with pytest.raises(DataError, match="a list of other files"):
+            len(Video(tmp_path / "video.mp4", reader))
+
+
+@pytest.mark.parametrize("reader", READERS)
 def test_a_download_that_broke_off_has_fewer_frames(shared, tmp_path, reader):
     whole = (shared / "data/lavis_cache/msrvtt/videos/video3.avi").read_bytes()
     (tmp_path / "part.avi").write_bytes(whole[: len(whole) // 2])

@@ -12,6 +12,7 @@ from evlgen.captioning import caption_files
 from evlgen.commands import demo
 from evlgen.common.errors import DataError
 from evlgen.demo.exhibit import END, Exhibit
+from evlgen.demo.page import _beside
 from evlgen.demo.serve import example_files
 from evlgen.demo.uploads import read_upload
 from evlgen.models.zoo import load_model
@@ -101,3 +102,14 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
 def test_photographs_are_shown_where_their_parts_are(monkeypatch, tmp_path):
     monkeypatch.setenv("EVLGEN_CACHE", str(tmp_path))
     assert demo._default_checkpoints() == [None]
+
+
+def test_of_a_very_long_or_tall_image_a_small_one_is_shown():
+    for size, shown in (
+        ((64, 64), (256, 256)),
+        ((6000, 4000), (768, 512)),
+        ((20_000, 1), (2048, 1)),
+        ((1, 20_000), (1, 512)),
+    ):
+        assert _beside([Image.new("RGB", size)]).size == shown
+        assert _beside([Image.new("RGB", size)] * 3).size == (3 * shown[0], shown[1])

@@ -211,6 +211,18 @@ def test_sampling_draws_from_the_nucleus_only_and_repeats_with_a_seed():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["opt", "bloom"])  # bloom is left to transformers
+def test_no_temperature_is_so_low_that_scores_overflow(kind):
+    model = model_of(kind)
+    prompt = torch.randn(2, 4, 32)
+    mask = torch.ones(2, 4, dtype=torch.long)
+    cold = Decoding(1, 12, use_nucleus_sampling=True, temperature=1e-40, repetition_penalty=2)
+    assert cold.temperature == 0.01
+    model.get_output_embeddings().weight *= 1e3  # the likeliest token is the only one
+    greedy = decode(model, prompt, mask, Decoding(1, 12, repetition_penalty=2), [END], PAD)
+    assert torch.equal(decode(model, prompt, mask, cold, [END], PAD), greedy)
+
+
 def test_sampling_from_a_nucleus_of_one_token_is_greedy_in_every_branch():
     model = model_of("opt")
     embeds, mask = inputs(model, padded=True)

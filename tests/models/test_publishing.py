@@ -16,8 +16,9 @@ from evlgen import registry
 from evlgen.assemble import run
 from evlgen.cli import main
 from evlgen.common.errors import CheckpointError, ConfigError, EVLGenError
-from evlgen.config.config import Config
+from evlgen.config.config import Config, load_model_file
 from evlgen.config.machine import MACHINE_FILE
+from evlgen.models.language.chat import read_template
 from evlgen.models.publishing.card import Sample, write_card
 from evlgen.models.publishing.folder import copy_for_others
 from evlgen.models.publishing.run_facts import RunFacts
@@ -279,6 +280,24 @@ def test_parts_that_only_this_machine_has_are_named(trained, tmp_path, capsys):
     assert (
         "assets/shapes/language" in (folder / "config.yaml").read_text() and not (folder / "parts").exists()
     )
+
+
+def test_a_chat_template_of_ones_own_goes_along(trained, tmp_path):
+    text = "Q: {{ messages[0].content }} A:"
+    (tmp_path / "mine.jinja").write_text(text)
+    (tmp_path / "model.yaml").write_text("model: {arch: evlgen_opt, language: {chat_template: mine.jinja}}")
+    found = load_model_file(tmp_path / "model.yaml").language.chat_template
+    assert found == str(tmp_path / "mine.jinja")
+    options = [
+        "model.vision.pretrained=evlgen://assets/shapes/vision.safetensors",
+        "model.language.name=evlgen://assets/shapes/language",
+        f"model.language.chat_template={found}",
+    ]
+    folder = tmp_path / "published"
+    folder.mkdir()
+    copy_for_others(trained / "checkpoints" / "best", folder, options)
+    assert str(tmp_path) not in (folder / "config.yaml").read_text()
+    assert read_template(load_model_file(folder / "config.yaml").language.chat_template) == text
 
 
 def test_images_are_shown_only_with_their_licence(tmp_path, capsys):

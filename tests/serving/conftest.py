@@ -40,7 +40,7 @@ def start(model):
         thread.start()
         assert is_ready.wait(30)
         try:
-            yield Running(service, listening.getsockname()[1])
+            yield Running(service, listening.getsockname()[1], running)
         finally:
             running.should_exit = True
             thread.join(60)

@@ -22,6 +22,8 @@ from tokenizers import AddedToken
 from transformers import PreTrainedModel
 
 from evlgen.common.errors import ConfigError
+from evlgen.config.model_config import GenerationConfig
+from evlgen.demo.exhibit import Exhibit
 from evlgen.models.language.chat import read_template
 from evlgen.models.zoo import load_model
 from evlgen.processors.turns import read_turns
@@ -169,6 +171,22 @@ def test_half_a_character_and_an_earlier_stop_wait():
         assert chunks.continue_to([Text(written[-1], 9, False)])
 
 
+class _Counted(str):
+    """Counts how often a part of it is taken."""
+
+    parts = 0
+
+    def __getitem__(self, key):
+        type(self).parts += 1
+        return super().__getitem__(key)
+
+
+def test_a_long_stop_is_compared_with_the_end_of_the_text_alone():
+    chunks = Chunks("name", "model", 1, [_Counted("b" * 10_000)], with_usage=False)
+    assert [piece["choices"][0]["delta"]["content"] for piece in chunks.more(["a bb"])] == ["a "]
+    assert _Counted.parts <= len("a bb")
+
+
 class FailingAnswerer(Answerer):
     """Writes two words, and then fails or, where ``says`` is a text, answers anew with that."""
 
@@ -212,6 +230,31 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_its_text(running, m
     assert "never retrieved" not in caplog.text
 
 
+class LongAnswerer(Answerer):
+    """Writes more than waits anywhere for a client that does not read."""
+
+    def answer(self, requests: list[Ask], is_wanted=lambda: True) -> list[Answer]:
+        texts = ["word " * (1 << 20) * count for count in range(1, 5)]
+        for text in texts:
+            requests[0].on_texts([text])
+        return [Answer([Text(texts[-1], 9, False)], 1)]
+
+
+def test_a_client_that_does_not_read_its_answer_is_cut_off(start, model):
+    body = json.dumps(question(data_url(encoded(image())), stream=True)).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\nHost: localhost\nContent-Type: application/json\n"
+    head += f"Content-Length: {len(body)}\nConnection: close\n"
+    with start(Limits(send_seconds=1), LongAnswerer(model)) as running:
+        with running.send(head, body):
+            _until(lambda: running.server.server_state.connections)
+            _until(lambda: not running.server.server_state.connections)
+        with running.send(head, body) as reading:
+            received = bytearray()
+            while part := reading.recv(1 << 20):
+                received += part
+        assert received.count(b"word ") == 4 << 20 and b"[DONE]" in received
+
+
 def test_many_clients_at_once_each_get_their_own_answer_in_batches(start, model):
     captions = model.generate([image(number) for number in range(24)], num_beams=1)
     assert len(set(captions)) > 15
@@ -244,7 +287,9 @@ def test_many_clients_at_once_each_get_their_own_answer_in_batches(start, model)
         ({"stop": ["a"] * 5}, 400, "invalid_request"),
         ({"frequency_penalty": 0.5}, 400, "invalid_request"),
         ({"response_format": {"type": "json_object"}}, 400, "invalid_request"),
+        ({"repetition_penalty": 1e-9}, 400, "invalid_request"),
         ({"max_tokens": None, "stop": None, "user": "me", "frequency_penalty": 0}, 200, None),
+        ({"tools": None, "logit_bias": None, "top_logprobs": None, "verbosity": None}, 200, None),
     ],
 )
 def test_what_is_wrong_with_a_request_is_said(running, change, status, code):
@@ -358,6 +403,25 @@ def test_a_turn_is_cut_where_its_templates_end_is_missing(talkative):
     assert "".join(talkative.chat([asked], stream=True)) == whole.text
     assert answer(whole.num_tokens) == whole and not whole.is_cut
     assert answer(whole.num_tokens - 1).is_cut
+
+
+def test_captions_are_written_by_consensus_where_the_model_is_set_so(start):
+    model = load_model("evlgen_opt")
+    plain = model.generate([image(number) for number in range(6)], num_beams=1)
+    model.generation = GenerationConfig(consensus=6)
+    agreed = model.generate([image(number) for number in range(6)], num_beams=1)
+    assert agreed != plain
+    exhibit = Exhibit("shapes", model)
+    assert [exhibit.captions([image(n)], 1, 30)[0].text for n in range(6)] == agreed
+    number = plain.index(next(text for text, other in zip(plain, agreed, strict=True) if text != other))
+    limits = Limits(max_batch=4, max_wait=0.3)
+    with start(limits, Answerer(model)) as running, ThreadPoolExecutor(3) as pool:
+        client = _client(running)
+        pieces = pool.submit(lambda: list(_ask(client, number, stream=True)))
+        answers = pool.map(lambda text: _ask(client, number, text), [None, "how many shapes are there?"])
+        caption, answer = (found.choices[0].message.content for found in answers)
+    assert caption == agreed[number] == "".join(map(_content, pieces.result()))
+    assert answer in ("one", "two", "three", "four")
 
 
 class SlowAnswerer(Answerer):

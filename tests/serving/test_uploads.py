@@ -24,19 +24,24 @@ PNG = encoded(image())
 JPEG = encoded(image(), "JPEG")
 
 
-def _png_of_size(width: int, height: int) -> bytes:
-    """A PNG of a few kilobytes that says it is so large, all of it black."""
+def _png(width: int, height: int, depth: int, packed: bytes) -> bytes:
+    """A grey PNG of packed rows."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return (
             struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
         )
 
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+
+
+def _png_of_size(width: int, height: int) -> bytes:
+    """A PNG of a few kilobytes that says it is so large, all of it black."""
     row = bytes(1 + (width + 7) // 8)
     packer = zlib.compressobj(9)
     rows = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return _png(width, height, 1, rows)
 
 
 def _zip() -> bytes:
@@ -66,6 +71,8 @@ HOSTILE = {
     "zip behind gif": ("image/gif", encoded(image(), "GIF") + _zip()),
     "pdf in jpeg": ("image/jpeg", encoded(image(), "JPEG", comment=b"%PDF-1.7 obj")),
     "script in jpeg": ("image/jpeg", encoded(image(), "JPEG", comment=b"<script>alert(1)</script>")),
+    "page in jpeg": ("image/jpeg", encoded(image(), "JPEG", comment=b"<HTML><body onload=alert(1)>")),
+    "svg in jpeg": ("image/jpeg", encoded(image(), "JPEG", comment=b"<svg\nonload = alert(1)>")),
     "php behind png": ("image/png", PNG + b"<?php system('id'); ?>"),
     "tail behind png": ("image/png", PNG + b"MZ\x90"),
     "tail behind gif": ("image/gif", encoded(image(), "GIF") + b"=1;alert(1)"),
@@ -95,6 +102,17 @@ def test_sound_images_of_all_types_are_read(kind):
     large = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8))
     options = {"progressive": True} if kind == "JPEG" else {}
     assert decode(encoded(large, kind, **options), media_type, 10**6).size == (400, 300)
+
+
+def test_pixels_that_look_like_the_beginning_of_markup_are_pixels():
+    noise = np.random.default_rng(0).integers(128, 255, (40, 40), dtype=np.uint8)
+    for row, text in enumerate((b"<svg ", b"<SVG>", b"<html", b"<?php", b"<Html\n")):
+        noise[row, : len(text)] = list(text)
+    rows = b"".join(b"\0" + row.tobytes() for row in noise)
+    content = _png(40, 40, 8, zlib.compress(rows, 0))
+    assert b"<svg " in content
+    found = decode(content, "image/png", 10**6)
+    assert np.array_equal(np.asarray(found)[..., 0], noise)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +182,20 @@ def test_a_hundred_megabytes_are_refused_in_bounded_memory(running):
     head += f"Content-Length: {size}\nExpect: 100-continue\nConnection: close\n"
     with running.send(head) as connection:  # nothing of it is sent
         assert answer_of(connection)[0] == 413
+
+
+def test_requests_of_many_small_values_are_refused_before_they_are_parsed(running):
+    texts = b'{"type":"text","text":""},' * 60_000
+    for content in (b"1," * 500_000, texts, b"[]," * 300_000):
+        body = b'{"model":"shapes","messages":[{"role":"user","content":[' + content + b"1]}]}"
+        status, answer = running.post(body)
+        assert (status, answer["error"]["code"]) == (400, "too_large")
+    status, answer = running.post(b'{"model":"shapes","' + b"x" * 500_000 + b'":1}')
+    assert status == 400 and len(json.dumps(answer)) < 1000
+    many = [{"type": "text", "text": ""}] * 1025
+    status, answer = running.post({"model": "shapes", "messages": [{"role": "user", "content": many}]})
+    assert (status, answer["error"]["param"]) == (400, "messages.0.content")
+    assert running.post(question(data_url(PNG), "why, " * 5))[0] == 200
 
 
 def test_slow_requests_end_and_do_not_hinder_others(start):

@@ -223,9 +223,15 @@ class LanguageModel(nn.Module):
                 those that are most like the others are given (`consensus`).
             options: as of `generate_tokens`.
         """
+        return self.texts(self.agreed_tokens(soft_prompts, prompts, consensus, **options))
+
+    def agreed_tokens(
+        self, soft_prompts: Tensor, prompts: list[str], consensus: int = 0, **options: Any
+    ) -> list[list[int]]:
+        """As `generate`, the tokens."""
         found = self.generate_tokens(soft_prompts, prompts, **options)
         if not consensus:
-            return self.texts(found)
+            return found
         sampling = {**options, **SAMPLING, "num_captions": consensus}
         sampled = self.generate_tokens(soft_prompts, prompts, **sampling)
         wanted = len(found) // len(prompts)
@@ -234,7 +240,7 @@ class LanguageModel(nn.Module):
             own = found[number * wanted : (number + 1) * wanted]
             own = own + sampled[number * consensus : (number + 1) * consensus]
             chosen += [own[place] for place in most_alike(own)[:wanted]]
-        return self.texts(chosen)
+        return chosen
 
     def generate_tokens(self, soft_prompts: Tensor, prompts: list[str], **options) -> list[list[int]]:
         """As `generate`, the tokens: the last one is an end token unless ``max_length`` cut the text."""

@@ -24,6 +24,9 @@ from evlgen.models.language.prefixes import Prefix, SharedPrefix, branch_rows, c
 #: Tokens that sampling chooses from at most: transformers' default, in force for every published result.
 TOP_K = 50
 
+#: Below this temperature, and this penalty of repetitions, scores divided by it may overflow to infinity.
+LEAST = 0.01
+
 #: A GPU is asked after so many tokens whether all texts have ended: until it answers it has nothing to do.
 _TOKENS_PER_QUESTION = 8
 
@@ -50,7 +53,7 @@ def watched(by: Callable[[list[list[int]]], None]) -> Iterator[None]:
 class Decoding:
     """How text is chosen. ``max_length`` and ``min_length`` count new tokens; ``top_k`` is how many tokens
     sampling chooses from at most, None for all; ``evenly`` samples without chance, texts that are spread over
-    the distribution; the rest is as in `VLM.generate`.
+    the distribution; a ``temperature`` below `LEAST` becomes that; the rest is as in `VLM.generate`.
 
     Raises:
         ConfigError: options that exclude each other or are out of range.
@@ -80,11 +83,14 @@ class Decoding:
             ("num_captions", self.num_captions >= 1, "at least 1"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("temperature", self.temperature > 0, "above 0"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("repetition_penalty", self.repetition_penalty >= LEAST, f"at least {LEAST}"),
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None"),
         ):
             if not good:
                 raise ConfigError(f"{name}={getattr(self, name)} for generation must be {wanted}.")
+        # transformers takes no whole numbers for these
+        object.__setattr__(self, "temperature", max(float(self.temperature), LEAST))
+        object.__setattr__(self, "repetition_penalty", float(self.repetition_penalty))
 
 
 def decode(

@@ -26,11 +26,13 @@ from evlgen.weights.hub import looks_like_path
 from evlgen.weights.hub_checkpoints import PARTS_FOLDER
 from evlgen.weights.weights import read_weights
 
+_TEMPLATE = ("language", "chat_template")  # the author's own text, which always goes along
 # The keys of the model section that may name a file or folder here, and what that is called among the parts.
 _PARTS = {
     ("vision", "pretrained"): "vision",
     ("language", "name"): "language",
     ("text", "tokenizer"): "tokenizer",
+    _TEMPLATE: "chat_template",
 }
 _TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
@@ -78,8 +80,9 @@ def copy_for_others(
     section["checkpoint"] = None
     _without_local_start(section)
     local = dict(_local_parts(section, with_parts))
-    if local and not with_parts:
-        named = "; ".join(f"model.{'.'.join(key)}: {shown_name(value)}" for key, value in local.items())
+    parts = {key: value for key, value in local.items() if key != _TEMPLATE}
+    if parts and not with_parts:
+        named = "; ".join(f"model.{'.'.join(key)}: {shown_name(value)}" for key, value in parts.items())
         raise CheckpointError(
             f"{source} needs parts that only this machine has: {named}. Name what others can get, such as "
             "--options model.language.name=facebook/opt-2.7b, or copy them along with --with-parts, where "
