@@ -210,6 +210,7 @@ class Runner:
         """Scores the validation splits where it is their turn; true for the best checkpoint so far."""
         state, run = self.state, self.run
         if not run.valid_splits:
+            state.best_iteration = state.iteration
             return True  # the newest is the best known
         if (state.epoch + 1) % run.valid_freq and not self.length.is_trained(state):
             return False
@@ -219,6 +220,7 @@ class Runner:
         is_best = metric is not None and (state.best_metric is None or metric > state.best_metric)
         if is_best:
             state.best_metric, state.best_epoch = metric, state.epoch + 1
+            state.best_iteration = state.iteration
         return is_best
 
     # ---- evaluation ----

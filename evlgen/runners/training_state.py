@@ -75,6 +75,8 @@ class TrainingState:
     unit: str = ""
     best_metric: float | None = None
     best_epoch: int | None = None
+    #: That of the checkpoint that is best; None in older checkpoints.
+    best_iteration: int | None = None
     #: Optimizer steps left out because a number was not finite: in all, and just before now.
     nonfinite_steps: int = 0
     nonfinite_in_row: int = 0
