@@ -30,7 +30,7 @@ class _Bound:
         return None if type(self).holds(value, self.bound) else f"must be {self}, not {show(value)}"
 
     def __str__(self) -> str:
-        return f"{self.words} {self.bound:g}"
+        return f"{self.words} {self.bound:.12g}"
 
 
 class AtLeast(_Bound):
@@ -49,6 +49,12 @@ class AtMost(_Bound):
     """The number is ``bound`` or less."""
 
     words, holds = "at most", operator.le
+
+
+class LessThan(_Bound):
+    """The number is below ``bound``."""
+
+    words, holds = "less than", operator.lt
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,10 @@ from typing import Annotated, Any, Literal
 
 from evlgen.common.errors import did_you_mean
 from evlgen.config.schema import (
+    AtLeast,
+    AtMost,
     Fraction,
+    LessThan,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -16,6 +19,7 @@ from evlgen.config.schema import (
     Registered,
 )
 
+MAX_SEED = 2**32 - 1  # of NumPy's generator
 CAPTION_LEN, ANSWER_LEN = 30, 10  # what `RunConfig.max_len` is where it is not set, as in LAVIS
 
 
@@ -58,7 +62,7 @@ class RunConfig:
     #: AdamW's decay of weights; biases and norms have none.
     weight_decay: NonNegativeFloat = 0.05
     #: AdamW's second moment decay.
-    beta2: Fraction = 0.999
+    beta2: Annotated[float, AtLeast(0), LessThan(1)] = 0.999
     #: Norm that gradients are clipped to; None: no clipping.
     max_grad_norm: PositiveFloat | None = None
 
@@ -110,7 +114,7 @@ class RunConfig:
     scst_temperature: PositiveFloat = 1.0
 
     #: Seed of weights, data order and augmentation.
-    seed: int = 42
+    seed: Annotated[int, AtLeast(0), AtMost(MAX_SEED)] = 42
     #: Folder of checkpoints, results and logs.
     output_dir: str = "output"
     #: Only evaluate, on ``test_splits``.

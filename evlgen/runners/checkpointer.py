@@ -307,8 +307,8 @@ class Checkpointer:
         )
 
     def _restore_best(self, state: TrainingState) -> None:
-        """Points ``best`` at the checkpoint that was best where the run goes on from. What was validated later
-        is saved over; where the best one is not in this run's folder, the next validation finds another."""
+        """Points ``best`` at the checkpoint that was best where the run goes on from: what was validated
+        later may be written over. Where this run's folder lacks it, the next validation finds another."""
 
         def is_best(folder: Path) -> bool:
             if state.best_iteration is None:  # not known of older checkpoints

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -97,4 +98,8 @@ def deciding_metric(scores: Mapping[str, Mapping[str, float]], split: str) -> fl
     if not all("agg_metrics" in metrics for metrics in deciding):
         logger.warning("no best checkpoint is chosen: that takes `agg_metrics` (of captions: cider and bleu)")
         return None
-    return sum(metrics["agg_metrics"] for metrics in deciding) / len(deciding)
+    mean = sum(metrics["agg_metrics"] for metrics in deciding) / len(deciding)
+    if not math.isfinite(mean):  # no later one would be above it
+        logger.warning("no best checkpoint is chosen: `agg_metrics` of '%s' is %s", split, mean)
+        return None
+    return mean

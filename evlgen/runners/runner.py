@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from evlgen.common.lr_schedules import Schedule
 from evlgen.common.registry import registry
-from evlgen.config.run_config import RunConfig
+from evlgen.config.run_config import MAX_SEED, RunConfig
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.loaders.data import BatchPlan, to_device, workers_named
 from evlgen.loaders.interruption import StopNow, StopRequest
@@ -88,7 +88,7 @@ class Runner:
         self.accelerator = accelerator or make_accelerator(run)
         self.datasets = datasets
         self.kept_tokens: dict[str, BaseDataset] = {}  # see `evaluate_split`
-        set_seed(run.seed + self.accelerator.process_index)
+        set_seed((run.seed + self.accelerator.process_index) % (MAX_SEED + 1))
         self.model = model
         self.distribution = Distribution(self.accelerator, model, run)
         self.skipped = SkippedSamples(folder, run.max_skipped_share, self.accelerator.num_processes)

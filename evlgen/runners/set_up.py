@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import TYPE_CHECKING
 
 from evlgen.common.registry import registry
@@ -71,10 +70,8 @@ def set_up_training(runner: TrainingRun) -> None:
         if runner.state.iteration:
             logger.info("resuming after %s", runner.where())
     runner.plan.start = runner.state.iteration
-    runner.clock = time.perf_counter()
     if run.cache_vision:
         datasets = cached(datasets, runner.model, run, accelerator, runner.stop)
-        runner.count_time()  # encoding is a part of training that is done beforehand
     loader = train_loader(datasets, runner.plan, run.num_workers, accelerator.device.type == "cuda")
     batches = runner.stop.heeding(loader, loader.num_workers > 0)
     if run.encode_ahead:

@@ -36,8 +36,8 @@ class TrainingCost:
     """What training has taken so far.
 
     Attributes:
-        seconds: of training, with the saving and (``cache_vision``) the encoding of images that it waits
-            for; without validation and start-up.
+        seconds: of training, with the saving that it waits for; without validation and start-up, which the
+            encoding of images beforehand (``cache_vision``) is a part of.
         samples: trained on, on all processes; one that is seen again counts again.
     """
 

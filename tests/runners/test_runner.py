@@ -13,6 +13,7 @@ from evlgen.assemble import run
 from evlgen.common.errors import ConfigError, TrainingError
 from evlgen.common.registry import registry
 from evlgen.config.config import Config
+from evlgen.runners.evaluation import deciding_metric
 
 
 def train(path, *options):
@@ -157,3 +158,9 @@ def test_an_output_folder_that_takes_no_files_is_named(tiny_project, tmp_path):
     path = tiny_project(run={"output_dir": str(tmp_path / "file" / "output")})
     with pytest.raises(TrainingError, match="run.output_dir .* takes no files"):
         run(Config.load(path))
+
+
+def test_a_metric_that_is_no_number_does_not_make_the_best_checkpoint(caplog):
+    assert deciding_metric({"val": {"agg_metrics": float("nan")}}, "val") is None
+    assert "`agg_metrics` of 'val' is nan" in caplog.text
+    assert deciding_metric({"a/val": {"agg_metrics": 1.0}, "b/val": {"agg_metrics": 2.0}}, "val") == 1.5
