@@ -161,8 +161,8 @@ class RunConfig:
     #: Keep what the frozen vision encoder makes of the training images in a file, and train from that: the
     #: encoder runs once per image. Takes images x views x tokens x channels x 2 bytes of disk.
     cache_vision: bool = False
-    #: The same of the splits that are evaluated, each as a whole: validations and tests after the first one
-    #: encode nothing.
+    #: The same of the splits that are evaluated, of the samples that are: validations and tests after the
+    #: first one encode nothing.
     cache_vision_eval: bool = False
     #: How many random views of an image are kept where the training transform augments.
     cache_vision_views: PositiveInt = 1

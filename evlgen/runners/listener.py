@@ -114,7 +114,8 @@ class TrainingRun(Protocol):
         datasets: dataset name -> split name -> dataset.
         trained: the weights with gradients, in the model's order, as the epoch began.
         clock: when the time of training was last counted, in seconds.
-        kept_tokens: evaluated datasets that show visual tokens, by the evaluation's key.
+        kept_tokens: evaluated datasets that show visual tokens, by the evaluation's key and number of
+            samples.
     """
 
     run: RunConfig
@@ -137,7 +138,7 @@ class TrainingRun(Protocol):
     stop: StopRequest
     listeners: list[Listener]
     clock: float
-    kept_tokens: dict[str, BaseDataset]
+    kept_tokens: dict[tuple[str, int], BaseDataset]
 
     @property
     def log(self) -> ShowsProgress: ...

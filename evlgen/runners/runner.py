@@ -87,7 +87,7 @@ class Runner:
         self.run, self.task, self.folder, self.config = run, task, folder, config or {}
         self.accelerator = accelerator or make_accelerator(run)
         self.datasets = datasets
-        self.kept_tokens: dict[str, BaseDataset] = {}  # see `evaluate_split`
+        self.kept_tokens: dict[tuple[str, int], BaseDataset] = {}  # see `evaluate_split`
         set_seed((run.seed + self.accelerator.process_index) % (MAX_SEED + 1))
         self.model = model
         self.distribution = Distribution(self.accelerator, model, run)
