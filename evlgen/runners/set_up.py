@@ -33,6 +33,10 @@ def set_up_training(runner: TrainingRun) -> None:
         if split in run.train_splits
     }
     datasets = {key: dataset for key, (_, dataset) in trained.items()}
+    for splits in runner.datasets.values():
+        for split in dict.fromkeys([*run.valid_splits, *run.test_splits]):
+            if split in splits:
+                runner.task.check_split(runner.model, splits[split], split)
     runner.task.before_training(datasets, runner.distribution)
     ratios = split_ratios(run.train_dataset_ratios, list(trained.values()))
     rank, processes = accelerator.process_index, accelerator.num_processes
