@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_ENDS = ("max_epoch", "max_iters", "max_seconds", "test_splits")  # what a run ends with
 _FEW_SAMPLES = 30  # whose score changes by chance as much as by training
 
 
@@ -144,10 +145,17 @@ def _finished_stage(cfg: Config, accelerator: Any, restarted: bool) -> str | Non
     found: list[str | None] = [None]
     if accelerator.is_main_process and not cfg.run.evaluate:
         folder = _begun_run(cfg, restarted)
-        if folder is not None and read_facts(folder / FACTS_FILE).get("state") == "finished":
+        is_finished = folder is not None and read_facts(folder / FACTS_FILE).get("state") == "finished"
+        if folder is not None and is_finished and not _asks_more(cfg, folder):
             found = [next(map(str, found_checkpoints(folder / "checkpoints")), None)]
     broadcast_object_list(found)
     return found[0]
+
+
+def _asks_more(cfg: Config, folder: Path) -> bool:
+    """Whether a stage is to be trained for another length, or tested on other splits, than a run of it."""
+    before = read_yaml(folder / "config.yaml").get("run") or {}
+    return any(getattr(cfg.run, key) != before.get(key) for key in _ENDS)
 
 
 def _trained_checkpoint(folder: Path, accelerator: Any) -> str | None:

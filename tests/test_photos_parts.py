@@ -130,3 +130,32 @@ def test_a_checkpoint_for_larger_images(forks, tmp_path):
     assert found["connector.positions.weight"][:, 0].tolist() == [*(x + 1 for x in grid), 1, 2, 3]
     assert found["w"].tolist() == [3.0, 3.0] and found["prompt_head.num_batches"] == 7
     assert (out / "config.yaml").read_text() == "name: own\n"
+
+
+def test_what_the_scripts_for_checkpoints_cannot_use_is_named(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    average, larger = (importlib.import_module(name) for name in ("average", "larger_images"))
+
+    def checkpoint(name, **weights) -> str:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("")
+        save_file(weights, tmp_path / name / "model.safetensors")
+        return str(tmp_path / name)
+
+    own = checkpoint("own", **{larger.POSITIONS: torch.zeros(12, 1)})
+    other, damaged = checkpoint("other", w=torch.ones(2)), checkpoint("damaged", w=torch.ones(2))
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"damaged")
+    none, new = str(tmp_path / "none"), str(tmp_path / "new")
+    for arguments, message in [
+        ((none, "2", "3", new), "none is not a checkpoint"),
+        ((damaged, "2", "3", new), "model.safetensors cannot be read"),
+        ((own, "2", "3", new, own, other), "own and .*other hold weights of different models"),
+        ((other, "2", "3", new), "other has no connector.positions.weight"),
+        ((own, "2", "4", new), "at most 12, not 2 and 4"),
+        ((own, "2", "3", other), "other cannot be made .File exists."),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            larger.main(*arguments)
+    with pytest.raises(SystemExit, match="none is not a checkpoint"):
+        average.average(Path(own), Path(none), Path(new))
+    assert not Path(new).exists()

@@ -197,8 +197,8 @@ def notes(runs: Sequence[Run]) -> list[str]:
     stages = [stage for run in runs for stage in run.stages]
     if any(stage.stage.config["run"]["cache_vision"] for stage in stages):
         found.append(
-            "run.cache_vision: the first run that needs an encoder's tokens encodes the images, and its "
-            "time holds that; the others read them."
+            "run.cache_vision: the first run that needs an encoder's tokens encodes the images, as part of "
+            "its wall-clock time, not of its training time; the others read them."
         )
     short = {
         run.configuration.label: (warm_up, iterations)

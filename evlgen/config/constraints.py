@@ -30,7 +30,7 @@ class _Bound:
         return None if type(self).holds(value, self.bound) else f"must be {self}, not {show(value)}"
 
     def __str__(self) -> str:
-        return f"{self.words} {self.bound:g}"
+        return f"{self.words} {self.bound:.12g}"
 
 
 class AtLeast(_Bound):

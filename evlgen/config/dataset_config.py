@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from evlgen.common.errors import ConfigError
@@ -38,9 +38,26 @@ class FrozenDict(dict[str, Any]):
     pop = popitem = clear = update = setdefault = _refuse
 
 
+class FrozenList(list[Any]):
+    """A list that does not change, nor does what is in it. `dataclasses.asdict` makes a plain list of it."""
+
+    def __new__(cls, content: Iterable[Any]) -> Any:
+        return super().__new__(cls) if isinstance(content, list) else list(content)  # items, from asdict
+
+    def __init__(self, content: Iterable[Any]) -> None:
+        super().__init__(map(frozen, content))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (list(self),)
+
+    _refuse = FrozenDict._refuse
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse  # type: ignore[assignment]
+    append = extend = insert = pop = remove = clear = sort = reverse = _refuse  # type: ignore[assignment]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
-    """What the section of every dataset says. Mappings in it are frozen too.
+    """What the section of every dataset says. Mappings and lists in it are frozen too.
 
     Args:
         vis_processor: ``{train: {name: .., ..}, eval: {name: .., ..}}``: what images or videos go through.
@@ -111,10 +128,11 @@ def _default(value: Any) -> Any:
 
 
 def frozen(value: Any) -> Any:
-    """The same with a `FrozenDict` for every mapping; the values of a dataclass are replaced in place."""
+    """The same with a `FrozenDict` for every mapping and a `FrozenList` for every list; the values of a
+    dataclass are replaced in place."""
     if isinstance(value, Mapping):
         return FrozenDict(value)
     if dataclasses.is_dataclass(value):
         for key, inner in vars(value).items():
             object.__setattr__(value, key, frozen(inner))
-    return [frozen(item) for item in value] if isinstance(value, list) else value
+    return FrozenList(value) if isinstance(value, list) else value

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from evlgen.common.errors import did_you_mean
 from evlgen.config.schema import (
     AtLeast,
+    AtMost,
     Fraction,
     LessThan,
     NonNegativeFloat,
@@ -18,6 +19,7 @@ from evlgen.config.schema import (
     Registered,
 )
 
+MAX_SEED = 2**32 - 1  # of NumPy's generator
 CAPTION_LEN, ANSWER_LEN = 30, 10  # what `RunConfig.max_len` is where it is not set, as in LAVIS
 
 
@@ -60,7 +62,7 @@ class RunConfig:
     #: AdamW's decay of weights; biases and norms have none.
     weight_decay: NonNegativeFloat = 0.05
     #: AdamW's second moment decay.
-    beta2: Fraction = 0.999
+    beta2: Annotated[float, AtLeast(0), LessThan(1)] = 0.999
     #: Norm that gradients are clipped to; None: no clipping.
     max_grad_norm: PositiveFloat | None = None
     #: Validate and save an exponential moving average of the weights with this decay after each step, such as
@@ -115,7 +117,7 @@ class RunConfig:
     scst_temperature: PositiveFloat = 1.0
 
     #: Seed of weights, data order and augmentation.
-    seed: int = 42
+    seed: Annotated[int, AtLeast(0), AtMost(MAX_SEED)] = 42
     #: Folder of checkpoints, results and logs.
     output_dir: str = "output"
     #: Only evaluate, on ``test_splits``.
@@ -162,8 +164,8 @@ class RunConfig:
     #: Keep what the frozen vision encoder makes of the training images in a file, and train from that: the
     #: encoder runs once per image. Takes images x views x tokens x channels x 2 bytes of disk.
     cache_vision: bool = False
-    #: The same of the splits that are evaluated, each as a whole: validations and tests after the first one
-    #: encode nothing.
+    #: The same of the splits that are evaluated, of the samples that are: validations and tests after the
+    #: first one encode nothing.
     cache_vision_eval: bool = False
     #: How many random views of an image are kept where the training transform augments.
     cache_vision_views: PositiveInt = 1

@@ -108,14 +108,17 @@ def _packed(folder: Path, samples: Sequence[_Sample], media: Media, samples_per_
 def _samples(
     dataset: MediaDataset, captions: Mapping[int | str, list[str]]
 ) -> tuple[list[_Sample], list[BadRecord]]:
-    """Each image or video with its captions, in the order of the records, and what makes none. One that has
-    several ids has the first, and the captions of all."""
+    """Each image or video with its captions, in the order of the records, and what makes none: those of its
+    own records, or, where these have none, those of its ids. One that has several ids has the first."""
     ids: dict[str, dict[int | str, None]] = {}  # in their order, each once
+    own: dict[str, list[str]] = {}
     for record in good(dataset.records):
-        ids.setdefault(record["visual"], {})[record.get("image_id", record["visual"])] = None
+        visual, caption = record["visual"], record.get("caption") or []
+        ids.setdefault(visual, {})[record.get("image_id", visual)] = None
+        own.setdefault(visual, []).extend([caption] if isinstance(caption, str) else caption)
     found = [
-        _Sample(visual, next(iter(own)), [text for image_id in own for text in captions.get(image_id, ())])
-        for visual, own in ids.items()
+        _Sample(v, next(iter(of_it)), own[v] or [text for i in of_it for text in captions.get(i, ())])
+        for v, of_it in ids.items()
     ]
     bad = [record for record in dataset.records if isinstance(record, BadRecord)]
     bad += [BadRecord(s.visual, "it has no caption.", "empty caption") for s in found if not s.captions]

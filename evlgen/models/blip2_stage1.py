@@ -47,6 +47,7 @@ from evlgen.models.image_text_losses import (
 )
 from evlgen.models.language.generation import Decoding
 from evlgen.models.pixels import with_pixels
+from evlgen.models.prompts import texts_to_learn
 from evlgen.models.text_lengths import TextLengths
 from evlgen.models.vision import build_vision_encoder
 from evlgen.models.vision.base import VisionEncoder
@@ -237,7 +238,7 @@ class Blip2Stage1(VisionModel):
             processes, weighed by samples, are the losses of all samples in one batch.
 
         Raises:
-            DataError: an image has several texts.
+            DataError: an image has several texts, or none.
         """
         if any(count != 1 for count in samples.get("num_texts", ())):
             raise DataError(
@@ -245,7 +246,7 @@ class Blip2Stage1(VisionModel):
                 "one caption at a time (captions_together: false)."
             )
         tokens = self.image_tokens(samples)
-        ids = self.tokenizer(samples["text_input"])  # [B, L], on the CPU
+        ids = self.tokenizer(texts_to_learn(samples))  # [B, L], on the CPU
         visual = self.connector.keys_values(self._normed(tokens))
         queries, past = self.connector.read(visual, len(tokens))
         everyone = GlobalBatch(len(tokens), tokens.device, alone=not self.training)

@@ -12,10 +12,21 @@ import string
 from collections.abc import Iterator, Sequence, Sized
 
 from evlgen.batch import Batch
-from evlgen.common.errors import ConfigError
+from evlgen.common.errors import ConfigError, DataError
 
 SLOT = "{}"
 MOST_OCR_TOKENS = 30  # as published
+
+
+def texts_to_learn(samples: Batch) -> list[str]:
+    """The texts of a batch. Raises `DataError` where it has none."""
+    if "text_input" not in samples:
+        raise DataError(
+            "these samples have no text to learn (text_input). Splits other than train are mostly read for "
+            "scoring, without texts: see run.train_splits. To learn a file of theirs, name it as the "
+            "annotations of train (datasets.NAME.build_info.annotations.train.storage)."
+        )
+    return samples["text_input"]
 
 
 def ask(prompt: str, samples: Batch, count: int) -> list[str]:

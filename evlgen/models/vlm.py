@@ -26,6 +26,7 @@ from evlgen.models.connectors.base import Connector, ConnectorInputs
 from evlgen.models.language import CausalLanguageModel, LanguageModel, build_language_model
 from evlgen.models.language.segments import Row, SoftPrompts
 from evlgen.models.ops import FP8, cuda_graphs, plain_dtype
+from evlgen.models.prompts import texts_to_learn
 from evlgen.models.soft_prompts import SoftPromptHead
 from evlgen.models.text_lengths import TextLengths
 from evlgen.models.tiles import Tiling, as_prompts
@@ -494,7 +495,9 @@ def _check_length(key: str, values: Sized, count: int, what: str) -> None:
 
 
 def _text_counts(samples: Batch, num_images: int) -> list[int]:
-    """How many texts each image has. Raises `DataError` where the texts are not as many."""
+    """How many texts each image has. Raises `DataError` where there are no texts, or not as many."""
+    if "text_tokens" not in samples:
+        texts_to_learn(samples)
     counts = samples.get("num_texts", [1] * num_images)
     _check_length("num_texts", counts, num_images, "images")
     texts: dict[str, Any] = {**samples}

@@ -59,6 +59,7 @@ from evlgen.weights.checkpoints import (
     is_checkpoint,
     place_of,
     remove_old,
+    remove_symlink,
     update_symlink,
     write_folder,
 )
@@ -253,6 +254,7 @@ class Checkpointer:
         if found:
             logger.warning("no checkpoint in %s can be read: starting from the beginning", self.folder)
             self._count_rewind(state)
+            self._restore_best(state)
         else:
             logger.info("nothing to resume in %s: starting from the beginning", self.folder)
         return None
@@ -286,6 +288,7 @@ class Checkpointer:
         state.restore(saved.progress)
         state.effort = saved.effort
         self._count_rewind(state)
+        self._restore_best(state)
         if changes := data_changes(state, now):
             logger.warning(
                 "the data is not that of %s (%s): its order differs from here on%s",
@@ -321,6 +324,35 @@ class Checkpointer:
             newest.name,
             state.iteration,
         )
+
+    def _restore_best(self, state: TrainingState) -> None:
+        """Points ``best`` at the checkpoint that was best where the run goes on from: what was validated
+        later may be written over. Where this run's folder lacks it, the next validation finds another."""
+
+        def is_best(folder: Path) -> bool:
+            if state.best_iteration is None:  # not known of older checkpoints
+                return place_of(folder)[1] <= state.iteration
+            try:
+                values = read_progress(folder / STATE_FOLDER / PROGRESS_FILE)
+            except CheckpointError:
+                return False
+            names = ("iteration", "best_iteration", "best_metric")
+            known = (state.best_iteration, state.best_iteration, state.best_metric)
+            return tuple(map(values.get, names)) == known
+
+        link, best = self.folder / "best", None
+        if is_checkpoint(link) and is_best(link):
+            return
+        if state.best_iteration is not None:
+            best = next(filter(is_best, found_checkpoints(self.folder)), None)
+        if best is None:
+            state.best_metric = state.best_epoch = state.best_iteration = None
+        if not self.accelerator.is_main_process:
+            return
+        if best is not None:
+            update_symlink(link, best)
+        elif os.path.lexists(link):
+            remove_symlink(link)
 
     def _config_for(self, model: BaseModel) -> dict[str, Any]:
         section = {**dataclasses.asdict(model.cfg), "checkpoint": None}

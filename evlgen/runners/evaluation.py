@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Mapping
 from functools import partial
 
 from evlgen.datasets.base_dataset import BaseDataset
-from evlgen.loaders.data import eval_loader, to_device
+from evlgen.loaders.data import eval_loader, evenly_spread, to_device
 from evlgen.loaders.interruption import StopNow
 from evlgen.runners.batches import set_aside
 from evlgen.runners.gathering import gather_records
@@ -34,7 +35,7 @@ def evaluate_split(runner: TrainingRun, evaluation: Evaluation) -> None:
     limit = run.max_eval_samples
     if evaluation.state is not None:  # a validation
         limit = run.max_valid_samples or limit
-    shown = _with_kept_tokens(runner, evaluation) if run.cache_vision_eval else dataset
+    shown = _with_kept_tokens(runner, evaluation, limit) if run.cache_vision_eval else dataset
     loader = eval_loader(shown, run.batch_size_eval, run.num_workers, on_gpu, rank, processes, limit)
     task.before_evaluation(dataset, evaluation.split)
     runner.model.eval()
@@ -72,10 +73,13 @@ def evaluate_split(runner: TrainingRun, evaluation: Evaluation) -> None:
     runner.notify("after_evaluation", evaluation)
 
 
-def _with_kept_tokens(runner: TrainingRun, evaluation: Evaluation) -> BaseDataset:
-    """The dataset of an evaluation with visual tokens in place of images, computed the first time."""
+def _with_kept_tokens(runner: TrainingRun, evaluation: Evaluation, limit: int | None) -> BaseDataset:
+    """The dataset of an evaluation with visual tokens in place of images, computed the first time: those of
+    the samples that are evaluated."""
     kept, key = runner.kept_tokens, evaluation.key
-    if key not in kept:
+    samples = evenly_spread(len(evaluation.dataset), limit)
+    place = (key, len(samples))
+    if place not in kept:
         runner.model.eval()
         with runner.distribution.generating():
             found = cached(
@@ -85,9 +89,10 @@ def _with_kept_tokens(runner: TrainingRun, evaluation: Evaluation) -> BaseDatase
                 runner.accelerator,
                 runner.stop,
                 "run.cache_vision_eval",
+                samples,
             )
-        kept.update(found)
-    return kept[key]
+        kept[place] = found[key]
+    return kept[place]
 
 
 def deciding_metric(scores: Mapping[str, Mapping[str, float]], split: str) -> float | None:
@@ -97,4 +102,8 @@ def deciding_metric(scores: Mapping[str, Mapping[str, float]], split: str) -> fl
     if not all("agg_metrics" in metrics for metrics in deciding):
         logger.warning("no best checkpoint is chosen: that takes `agg_metrics` (of captions: cider and bleu)")
         return None
-    return sum(metrics["agg_metrics"] for metrics in deciding) / len(deciding)
+    mean = sum(metrics["agg_metrics"] for metrics in deciding) / len(deciding)
+    if not math.isfinite(mean):  # no later one would be above it
+        logger.warning("no best checkpoint is chosen: `agg_metrics` of '%s' is %s", split, mean)
+        return None
+    return mean

@@ -116,7 +116,8 @@ class TrainingRun(Protocol):
         trained: the weights with gradients, in the model's order, as the epoch began.
         average: of the weights, where there is one.
         clock: when the time of training was last counted, in seconds.
-        kept_tokens: evaluated datasets that show visual tokens, by the evaluation's key.
+        kept_tokens: evaluated datasets that show visual tokens, by the evaluation's key and number of
+            samples.
     """
 
     run: RunConfig
@@ -140,7 +141,7 @@ class TrainingRun(Protocol):
     stop: StopRequest
     listeners: list[Listener]
     clock: float
-    kept_tokens: dict[str, BaseDataset]
+    kept_tokens: dict[tuple[str, int], BaseDataset]
 
     @property
     def log(self) -> ShowsProgress: ...

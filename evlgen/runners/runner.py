@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from evlgen.common.lr_schedules import Schedule
 from evlgen.common.registry import registry
-from evlgen.config.run_config import RunConfig
+from evlgen.config.run_config import MAX_SEED, RunConfig
 from evlgen.datasets.base_dataset import BaseDataset
 from evlgen.loaders.data import BatchPlan, to_device, workers_named
 from evlgen.loaders.interruption import StopNow, StopRequest
@@ -89,8 +89,8 @@ class Runner:
         self.run, self.task, self.folder, self.config = run, task, folder, config or {}
         self.accelerator = accelerator or make_accelerator(run)
         self.datasets = datasets
-        self.kept_tokens: dict[str, BaseDataset] = {}  # see `evaluate_split`
-        set_seed(run.seed + self.accelerator.process_index)
+        self.kept_tokens: dict[tuple[str, int], BaseDataset] = {}  # see `evaluate_split`
+        set_seed((run.seed + self.accelerator.process_index) % (MAX_SEED + 1))
         self.model = model
         self.distribution = Distribution(self.accelerator, model, run)
         self.skipped = SkippedSamples(folder, run.max_skipped_share, self.accelerator.num_processes)
@@ -214,6 +214,7 @@ class Runner:
         """Scores the validation splits where it is their turn; true for the best checkpoint so far."""
         state, run = self.state, self.run
         if not run.valid_splits:
+            state.best_iteration = state.iteration
             return True  # the newest is the best known
         if (state.epoch + 1) % run.valid_freq and not self.length.is_trained(state):
             return False
@@ -223,6 +224,7 @@ class Runner:
         is_best = metric is not None and (state.best_metric is None or metric > state.best_metric)
         if is_best:
             state.best_metric, state.best_epoch = metric, state.epoch + 1
+            state.best_iteration = state.iteration
         return is_best
 
     # ---- evaluation ----

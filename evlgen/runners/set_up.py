@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import TYPE_CHECKING
 
 from evlgen.common.registry import registry
@@ -35,6 +34,10 @@ def set_up_training(runner: TrainingRun) -> None:
         if split in run.train_splits
     }
     datasets = {key: dataset for key, (_, dataset) in trained.items()}
+    for splits in runner.datasets.values():
+        for split in dict.fromkeys([*run.valid_splits, *run.test_splits]):
+            if split in splits:
+                runner.task.check_split(runner.model, splits[split], split)
     runner.task.before_training(datasets, runner.distribution)
     ratios = split_ratios(run.train_dataset_ratios, list(trained.values()))
     rank, processes = accelerator.process_index, accelerator.num_processes
@@ -74,10 +77,8 @@ def set_up_training(runner: TrainingRun) -> None:
         if runner.state.iteration:
             logger.info("resuming after %s", runner.where())
     runner.plan.start = runner.state.iteration
-    runner.clock = time.perf_counter()
     if run.cache_vision:
         datasets = cached(datasets, runner.model, run, accelerator, runner.stop)
-        runner.count_time()  # encoding is a part of training that is done beforehand
     loader = train_loader(datasets, runner.plan, run.num_workers, accelerator.device.type == "cuda")
     batches = runner.stop.heeding(loader, loader.num_workers > 0)
     if run.encode_ahead:

@@ -38,8 +38,8 @@ class TrainingCost:
     """What training has taken so far.
 
     Attributes:
-        seconds: of training, with the saving and (``cache_vision``) the encoding of images that it waits
-            for; without validation and start-up.
+        seconds: of training, with the saving that it waits for; without validation and start-up, which the
+            encoding of images beforehand (``cache_vision``) is a part of.
         samples: trained on, on all processes; one that is seen again counts again.
     """
 
@@ -77,6 +77,8 @@ class TrainingState:
     unit: str = ""
     best_metric: float | None = None
     best_epoch: int | None = None
+    #: That of the checkpoint that is best; None in older checkpoints.
+    best_iteration: int | None = None
     #: Optimizer steps left out because a number was not finite: in all, and just before now.
     nonfinite_steps: int = 0
     nonfinite_in_row: int = 0

@@ -70,6 +70,10 @@ class BaseTask:
             distribution: how the model is spread; `Distribution.writing` is where a step may generate.
         """
 
+    def check_split(self, model: BaseModel, dataset: BaseDataset, split: str) -> None:
+        """Called before training with each split that is to be evaluated. Raises `ConfigError` where that
+        cannot be: an evaluation would find out after an epoch."""
+
     def train_step(self, model: nn.Module, samples: Batch) -> dict[str, Any]:
         """The losses of a batch; ``loss`` is what is minimised, the others are logged."""
         return model(self.to_learn(samples))

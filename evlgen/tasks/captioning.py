@@ -15,6 +15,7 @@ from evlgen.common.registry import registry
 from evlgen.datasets.base_dataset import BaseDataset, image_to_show
 from evlgen.files.io import write_atomically
 from evlgen.models.base_model import BaseModel
+from evlgen.runners.sample_captions import reference_of
 from evlgen.tasks.base_task import BaseTask
 from evlgen.tasks.caption_sheet import caption_sheet
 from evlgen.tasks.metrics import BegunMetrics, ImageId, score_captions
@@ -75,12 +76,17 @@ class CaptioningTask(BaseTask):
             logger.warning("%s has no references: its captions are written, not scored", split)
             return {}
         captions = {r["image_id"]: r["caption"] for r in rows}
-        scores = score_captions({i: references[i] for i in captions}, captions, metrics or self.run.metrics)
+        scored = {i: caption for i, caption in captions.items() if references.get(i)}
+        if len(scored) < len(captions):
+            logger.warning("%s: only %d of %d images have references", split, len(scored), len(captions))
+        if not scored:
+            return {}
+        scores = score_captions({i: references[i] for i in scored}, scored, metrics or self.run.metrics)
         metric = next((name for name in ("CIDEr", "ROUGE_L") if name in scores.per_image), "")
         self.sample_scores = (metric, scores.per_image.get(metric, {}))
         values = {**scores.values, **dataset.extra_metrics(captions)}
         if "CIDEr" in values:
-            values.update(domain_scores(references, captions, dataset.domains()))
+            values.update(domain_scores(references, scored, dataset.domains()))
         if scores.agg_metrics is not None:
             values["agg_metrics"] = scores.agg_metrics
         write_atomically(
@@ -102,10 +108,10 @@ class CaptioningTask(BaseTask):
                 "  %s: %s   (a reference: %s)",
                 row["image_id"],
                 row["caption"],
-                references.get(row["image_id"], [""])[0],
+                reference_of(row, references),
             )
         images = [image_to_show(dataset, int(row["instance_id"])) for row in shown]
-        lines = [(row["caption"], references.get(row["image_id"], [""])[0]) for row in shown]
+        lines = [(row["caption"], reference_of(row, references)) for row in shown]
         caption_sheet(images, lines, folder / "captions.png")
 
 

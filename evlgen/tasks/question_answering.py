@@ -97,6 +97,9 @@ class QuestionAnsweringTask(BaseTask):
 
     # ---- evaluation
 
+    def check_split(self, model: BaseModel, dataset: BaseDataset, split: str) -> None:
+        self.before_evaluation(dataset, split)
+
     def before_evaluation(self, dataset: BaseDataset, split: str) -> None:
         """Reads the list of answers that are ranked. Raises `ConfigError` where there is none."""
         if self.run.inference_method != "rank":

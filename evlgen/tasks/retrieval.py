@@ -58,6 +58,9 @@ class RetrievalTask(BaseTask):
         super().__init__(run)
         self._images: list[_Image] = []
 
+    def check_split(self, model: BaseModel, dataset: BaseDataset, split: str) -> None:
+        self._first_stage(model)
+
     def before_evaluation(self, dataset: BaseDataset, split: str) -> None:
         self._images = []
 
@@ -68,11 +71,7 @@ class RetrievalTask(BaseTask):
         Raises:
             ConfigError: the model is another than BLIP-2's first stage.
         """
-        if not isinstance(model, Blip2Stage1):
-            raise ConfigError(
-                f"task '{self.run.task}' compares features of images and texts, which {type(model).__name__} "
-                "does not have. Take model.arch: blip2."
-            )
+        model = self._first_stage(model)
         self.check_keys(samples, ("image_id", "instance_id"))
         samples = model.encoded(samples)
         tokens = model.image_tokens(samples)
@@ -142,6 +141,14 @@ class RetrievalTask(BaseTask):
         content = {"images": images, "texts": rows}
         write_atomically(folder / "retrieval.json", json.dumps(content, ensure_ascii=False, indent=0))
         return metrics
+
+    def _first_stage(self, model: BaseModel) -> Blip2Stage1:
+        if not isinstance(model, Blip2Stage1):
+            raise ConfigError(
+                f"task '{self.run.task}' compares features of images and texts, which {type(model).__name__} "
+                "does not have. Take model.arch: blip2."
+            )
+        return model
 
     def _texts(
         self, image_ids: Sequence[int | str], dataset: BaseDataset

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import shutil
 import sys
@@ -34,7 +35,7 @@ from evlgen.loaders.data import eval_loader
 from evlgen.loaders.interruption import StopNow, StopRequest
 from evlgen.models.base_model import BaseModel
 from evlgen.models.protocols import EncodesImages, offers
-from evlgen.vision_cache.key import CacheKey, DistinctImages
+from evlgen.vision_cache.key import CacheKey, DistinctImages, weights_digest
 from evlgen.vision_cache.store import (
     CARD_FILE,
     DONE,
@@ -101,6 +102,7 @@ def cached(
     accelerator: Accelerator,
     stop: StopRequest | None = None,
     setting: str = "run.cache_vision",
+    samples: Sequence[int] | None = None,
 ) -> dict[str, BaseDataset]:
     """Datasets that read visual tokens, after computing those that are not kept yet.
 
@@ -113,6 +115,8 @@ def cached(
         run: ``seed``, ``cache_vision_views``, ``batch_size_eval``, ``num_workers``.
         stop: asked between batches whether to stop; what is computed by then is kept.
         setting: what asked for it, which messages name.
+        samples: the indices that will be read of each dataset; the images of others are not computed. None:
+            all.
 
     Raises:
         ConfigError: the encoder is trained, or a dataset cannot be read without its pixels.
@@ -123,8 +127,9 @@ def cached(
     check_encoder(model, setting)
     for name, dataset in datasets.items():
         check_dataset(name, dataset, setting)
+    weights = functools.cache(lambda: weights_digest(model.vision))  # the same for all of them
     return {
-        name: _Cache(name, dataset, model, run, accelerator, stop, setting).filled()
+        name: _Cache(name, dataset, model, run, accelerator, stop, setting, weights, samples).filled()
         for name, dataset in datasets.items()
     }
 
@@ -172,24 +177,27 @@ class _Cache:
         accelerator: Accelerator,
         stop: StopRequest | None,
         setting: str,
+        weights: Callable[[], str],
+        samples: Sequence[int] | None,
     ) -> None:
-        self.setting = setting
+        self.setting, self.weights = setting, weights
         self.name, self.model, self.run, self.accelerator, self.stop = name, model, run, accelerator, stop
         self.images = DistinctImages.of(dataset)
+        self.wanted = self.images.numbers_of(samples)
         self.root = cache_root() / FOLDER
 
     def filled(self) -> BaseDataset:
-        """The dataset over its store, whose every entry is done or broken."""
+        """The dataset over its store, whose every wanted entry is done or broken."""
         if not len(self.images):
             logger.info("%s: '%s' shows no images", self.setting, self.name)
             return self.images.dataset
-        key = self._from_main(lambda: CacheKey.of(self.images, self.model, self.run))
+        key = self._from_main(lambda: CacheKey.of(self.images, self.model, self.run, self.weights()))
         folder = self.root / key.digest
         self._say_views(key)
         self._agreed(lambda: self._make(folder, key), self.accelerator.is_local_main_process)
         store = self._agreed(lambda: TokenStore(folder, len(self.images), key.views, key.shape))
         self._agreed(lambda: self._compare(store), self.accelerator.is_local_main_process)
-        if any(gather_object([bool((store.status != DONE).any())])):
+        if any(gather_object([bool((store.status[self.wanted] != DONE).any())])):
             with self._alone(folder):
                 self._fill(store)
             self._agreed(lambda: self._check_filled(store))
@@ -204,13 +212,13 @@ class _Cache:
         if not folder.is_dir():
             self.root.mkdir(parents=True, exist_ok=True)
             self._say_others()
-            self._check_room(size, size, key.views)
+            self._check_room(len(self.wanted) * size // len(self.images), size, key.views)
             made = time.strftime("%Y-%m-%d %H:%M:%S")
             card = {"dataset": self.name, "made": made, **key.parts, "shape": key.shape, "bytes": size}
             create_store(folder, card, len(self.images), key.views, key.shape)
         else:
             store = TokenStore(folder, len(self.images), key.views, key.shape)
-            left = int((store.status == TO_DO).sum())
+            left = int((store.status[self.wanted] == TO_DO).sum())
             if left:
                 self._check_room(left * size // len(self.images), size, key.views)
 
@@ -262,7 +270,8 @@ class _Cache:
         share, processes, left = self._share(store)
         self.accelerator.wait_for_everyone()  # nobody writes before all have read
         logger.info(
-            "run.cache_vision: computing the tokens of %d images of '%s' into %s",
+            "%s: computing the tokens of %d images of '%s' into %s",
+            self.setting,
             left,
             self.name,
             store.folder,
@@ -297,7 +306,7 @@ class _Cache:
         place = mine.index(self.accelerator.process_index)
         store.refresh()
         size = max(1, self.run.batch_size_eval // store.views)
-        lacking = np.flatnonzero(store.status != DONE)
+        lacking = self.wanted[store.status[self.wanted] != DONE]
         groups = np.split(lacking, np.flatnonzero(np.diff(lacking // size)) + 1) if len(lacking) else []
         # consecutive groups: written in a row, and two machines share no block of the file but at the seams
         share = groups[len(groups) * place // len(mine) : len(groups) * (place + 1) // len(mine)]
@@ -336,7 +345,7 @@ class _Cache:
 
     def _check_filled(self, store: TokenStore) -> None:
         store.refresh()
-        left = int((store.status == TO_DO).sum())
+        left = int((store.status[self.wanted] == TO_DO).sum())
         if left:
             raise TrainingError(
                 f"{self.setting}: {store.folder} still lacks {left} of {store.entries} images after all "
@@ -366,11 +375,12 @@ class _Cache:
 
     def _say_filled(self, store: TokenStore) -> None:
         size = shown_bytes(store_bytes(store.entries, store.views, store.shape))
-        broken = int((store.status != DONE).sum())
+        broken = int((store.status[self.wanted] != DONE).sum())
         logger.info(
-            "run.cache_vision: '%s' reads %d images%s%s from %s (%s)",
+            "%s: '%s' reads %d images%s%s from %s (%s)",
+            self.setting,
             self.name,
-            store.entries,
+            len(self.wanted),
             f" in {store.views} views each" if store.views > 1 else "",
             f", {broken} of them broken," if broken else "",
             store.folder,

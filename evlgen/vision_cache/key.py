@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -34,9 +33,6 @@ PROBES = 8  # images looked at
 
 # What the encoder's configuration says of where its weights come from, and of training it.
 _LEFT_OUT = ("pretrained", "freeze", "grad_checkpoint", "drop_path_rate")
-
-# Of each module its tensors' places and versions when its digest was computed, and that digest.
-_DIGESTS: WeakKeyDictionary[nn.Module, tuple[list[tuple[str, int, int]], str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -74,6 +70,14 @@ class DistinctImages:
 
     def __len__(self) -> int:
         return len(self.sources)
+
+    def numbers_of(self, samples: Sequence[int] | None) -> np.ndarray:
+        """The images of some samples, each once and in their order; of None: of all."""
+        if samples is None or len(samples) == len(self.ends):
+            return np.arange(len(self))
+        starts = np.concatenate([[0], self.ends[:-1]])
+        parts = [self.of_samples[starts[sample] : self.ends[sample]] for sample in samples]
+        return np.unique(np.concatenate(parts)) if parts else np.arange(0)
 
     def load(self, number: int, seed: int) -> Tensor:
         """An image's pixels, its random choices decided by the seed. Raises as `load_visual`."""
@@ -121,8 +125,11 @@ class CacheKey:
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, images: DistinctImages, model: BaseModel, run: RunConfig) -> CacheKey:
-        """Looks at a few images, and once at every weight and file.
+    def of(cls, images: DistinctImages, model: BaseModel, run: RunConfig, weights: str) -> CacheKey:
+        """Looks at a few images, and once at every file.
+
+        Args:
+            weights: `weights_digest` of the model's vision encoder.
 
         Raises:
             DataError: none of the images looked at can be read.
@@ -131,7 +138,7 @@ class CacheKey:
         views = run.cache_vision_views if is_random else 1
         parts = {
             "layout": LAYOUT,
-            "encoder": {**_encoder_settings(model), "weights": weights_digest(model.vision)},
+            "encoder": {**_encoder_settings(model), "weights": weights},
             "transform": {**_processor_settings(images.dataset.vis_processor), "pixels": probe},
             "pictures": {"count": len(images), "digest": sources_digest(images.sources)},
             "views": views,
@@ -172,18 +179,11 @@ def look_at(images: DistinctImages) -> tuple[Tensor, str, bool]:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """A digest of a module's weights and buffers: their names, types, shapes and bytes. They are read again
-    only where something has been written to them since: all datasets of a run share one encoder."""
-    state = sorted(module.state_dict().items())
-    versions = [(name, value.data_ptr(), value._version) for name, value in state]
-    known = _DIGESTS.get(module)
-    if known is not None and known[0] == versions:
-        return known[1]
+    """A digest of a module's weights and buffers: their names, types, shapes and bytes."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, value in state:
+    for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(_bytes(value))
-    _DIGESTS[module] = versions, digest.hexdigest()
     return digest.hexdigest()
 
 

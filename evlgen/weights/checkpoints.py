@@ -89,14 +89,26 @@ def update_symlink(link: Path, target: Path) -> None:
     if link.is_dir() and not link.is_symlink():
         if link.name == target.name:
             return  # such a copy is what goes on
-        names = (f"{link.name}.copied{number or ''}" for number in itertools.count())
-        os.rename(link, next(p for p in map(link.with_name, names) if not os.path.lexists(p)))
+        _put_aside(link)
     temporary = link.with_name(f".{link.name}.{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
     os.symlink(target.name, temporary, target_is_directory=True)
     os.replace(temporary, link)
     _flush_entry(link.parent)
+
+
+def remove_symlink(link: Path) -> None:
+    """Removes a link that `update_symlink` made; a folder of that name is renamed as there."""
+    if link.is_symlink():
+        os.unlink(link)
+    else:
+        _put_aside(link)
+
+
+def _put_aside(copy: Path) -> None:
+    names = (f"{copy.name}.copied{number or ''}" for number in itertools.count())
+    os.rename(copy, next(p for p in map(copy.with_name, names) if not os.path.lexists(p)))
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -11,18 +11,45 @@ import shutil
 import sys
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
+
+from evlgen.common.errors import EVLGenError
+from evlgen.weights.checkpoints import is_checkpoint
+from evlgen.weights.weights import read_weights
+
+
+def weights_of(*folders: Path) -> list[dict[str, Tensor]]:
+    """The weights of checkpoints of one model. Raises `SystemExit` where a folder is no checkpoint, or one of
+    another model."""
+    for folder in folders:
+        if not is_checkpoint(folder):
+            sys.exit(f"{folder} is not a checkpoint: it has no model.safetensors and config.yaml")
+    try:
+        found = [read_weights(folder / "model.safetensors") for folder in folders]
+    except EVLGenError as error:
+        sys.exit(str(error))
+    for folder, weights in zip(folders, found, strict=True):
+        if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in found[0].items()}:
+            sys.exit(f"{folders[0]} and {folder} hold weights of different models")
+    return found
+
+
+def write(weights: dict[str, Tensor], like: Path, output: Path) -> None:
+    """Writes a checkpoint with the config.yaml of another. Raises `SystemExit` where it cannot."""
+    try:
+        output.mkdir(parents=True)
+        save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
+        shutil.copyfile(like / "config.yaml", output / "config.yaml")
+    except OSError as error:
+        sys.exit(f"{output} cannot be made ({error.strerror}). Name another folder.")
 
 
 def average(first: Path, second: Path, output: Path) -> None:
-    """Writes the folder ``output``. Raises `SystemExit` where the two hold different weights."""
-    one, other = (load_file(folder / "model.safetensors") for folder in (first, second))
-    if {name: w.shape for name, w in one.items()} != {name: w.shape for name, w in other.items()}:
-        sys.exit(f"{first} and {second} hold weights of different models")
+    """Writes the folder ``output``. Raises `SystemExit` as `weights_of` and `write`."""
+    one, other = weights_of(first, second)
     mean = {name: ((w.float() + other[name].float()) / 2).to(w.dtype) for name, w in one.items()}
-    output.mkdir(parents=True)
-    save_file(mean, output / "model.safetensors", metadata={"format": "pt"})
-    shutil.copyfile(first / "config.yaml", output / "config.yaml")
+    write(mean, first, output)
 
 
 if __name__ == "__main__":

@@ -12,19 +12,14 @@ OUTPUT has CHECKPOINT's config.yaml; model.vision.image_size and model.connector
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from average import weights_of, write
 from torch import Tensor
 
 POSITIONS = "connector.positions.weight"
-
-
-def weights_of(folder: str) -> dict[str, Tensor]:
-    return load_file(Path(folder) / "model.safetensors")
 
 
 def stretched(table: Tensor, grid: int, larger: int) -> Tensor:
@@ -36,18 +31,22 @@ def stretched(table: Tensor, grid: int, larger: int) -> Tensor:
     return found
 
 
-def main(checkpoint: str, grid: str, larger: str, output: str, later: str = "", earlier: str = "") -> None:
-    weights = weights_of(checkpoint)
-    if later:
-        new, old = weights_of(later), weights_of(earlier)
-        for name, value in weights.items():
-            # a variance of model.soft_prompts must stay positive
-            if value.is_floating_point() and not name.endswith("variance"):
-                weights[name] = (value.float() + new[name].float() - old[name].float()).to(value.dtype)
+def main(checkpoint: str, grid: str, larger: str, output: str, *later_and_earlier: str) -> None:
+    weights, *others = weights_of(*map(Path, (checkpoint, *later_and_earlier)))
+    rows = len(weights.get(POSITIONS, ()))
+    if not rows:
+        sys.exit(f"{checkpoint} has no {POSITIONS}: its connector is not a TomeFormer")
+    if not all(side.isdecimal() and 0 < int(side) ** 2 <= rows for side in (grid, larger)):
+        sys.exit(
+            f"GRID and LARGER are whole numbers whose squares are at most {rows}, not {grid} and {larger}"
+        )
+    for name, value in weights.items() if others else ():
+        # a variance of model.soft_prompts must stay positive
+        if value.is_floating_point() and not name.endswith("variance"):
+            new, old = (other[name].float() for other in others)
+            weights[name] = (value.float() + new - old).to(value.dtype)
     weights[POSITIONS] = stretched(weights[POSITIONS], int(grid), int(larger))
-    Path(output).mkdir(parents=True)
-    save_file(weights, Path(output) / "model.safetensors", metadata={"format": "pt"})
-    shutil.copyfile(Path(checkpoint) / "config.yaml", Path(output) / "config.yaml")
+    write(weights, Path(checkpoint), Path(output))
 
 
 if __name__ == "__main__":

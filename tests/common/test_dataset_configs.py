@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 
 import pytest
 
@@ -11,7 +12,7 @@ from evlgen.assemble import make_builders
 from evlgen.common.errors import ConfigError
 from evlgen.common.registry import registry
 from evlgen.config.config import Config
-from evlgen.config.dataset_config import DatasetConfig, FrozenDict
+from evlgen.config.dataset_config import DatasetConfig, FrozenDict, FrozenList
 from evlgen.config.schema import config_of
 from evlgen.config.yaml_io import read_yaml
 from evlgen.datasets.shapes_dataset import ShapesCaptionBuilder, ShapesConfig
@@ -117,11 +118,26 @@ def test_builders_of_the_users_own_have_sections_too():
         Config.load(None, [*SHAPES, f"datasets.coloured={{{PROCESSORS}}}"])
 
 
+def test_lists_of_a_configuration_do_not_change_and_are_plain_in_its_text():
+    config = Config.load(None, [*SHAPES, "run.train_splits=[train]", "model.connector.r=[4, 2]"])
+    for change in (config.run.train_splits.append, config.model.connector["r"].append):
+        with pytest.raises(TypeError, match="does not change"):
+            change("val")
+    plain = config.to_dict()
+    assert type(plain["run"]["train_splits"]) is type(plain["model"]["connector"]["r"]) is list
+    assert "train_splits:\n  - train\n" in config.to_yaml()
+
+
 def test_a_frozen_mapping_is_copied_as_one_and_does_not_change():
     frozen = FrozenDict({"a": {"b": [{"c": 1}]}})
     again = copy.deepcopy(frozen)
     assert again == frozen and again.a.b[0].c == 1 and type(again["a"]) is FrozenDict
-    for change in (lambda: frozen.a.update(b=2), lambda: frozen.a.pop("b"), lambda: setattr(frozen, "a", 1)):
+    assert type(again.a.b) is FrozenList and isinstance(again.a.b, list)
+    for change in (
+        *(lambda: frozen.a.update(b=2), lambda: frozen.a.pop("b"), lambda: setattr(frozen, "a", 1)),
+        *(lambda: frozen.a.b.append(2), lambda: frozen.a.b.sort(), lambda: operator.iadd(frozen.a.b, [1])),
+        *(lambda: operator.setitem(frozen.a.b, 0, 1), lambda: frozen.a.b[0].update(c=2)),
+    ):
         with pytest.raises(TypeError, match="does not change"):
             change()
     with pytest.raises(AttributeError):

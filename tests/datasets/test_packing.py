@@ -201,6 +201,20 @@ def test_an_image_with_several_ids_is_packed_once_with_the_captions_of_all(tmp_p
     assert [sample["image_id"] for sample in unpacked(tmp_path / "out")] == ["b", "x"]
 
 
+def test_images_that_share_an_id_are_packed_with_their_own_captions(tmp_path):
+    captioned(tmp_path / "in", count=2)
+    rows = [("0.jpg", "one"), ("1.PNG", "other"), ("0.jpg", "two")]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"image": v, "image_id": "same", "caption": c} for v, c in rows]))
+    for together in (False, True):
+        records, out = read_caption_records(path), tmp_path / f"out{together}"
+        packed = pack(CaptionDataset(records, ImageFiles(tmp_path / "in"), IMAGE, TEXT, together), out)
+        assert (packed.samples, packed.captions) == (2, 3)
+        content = members(out / "00000.tar")
+        assert json.loads(content["000000000.json"])["caption"] == ["one", "two"]
+        assert json.loads(content["000000001.json"])["caption"] == "other"
+
+
 def test_a_shard_that_is_gone_is_written_again(tmp_path):
     dataset = captioned(tmp_path / "in")
     pack(dataset, tmp_path / "out", samples_per_shard=3)

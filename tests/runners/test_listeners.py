@@ -76,6 +76,13 @@ def test_a_listener_of_a_plugin_file_is_called_as_the_run_goes_on(tiny_project, 
     assert line["best"][0]["score"] >= line["worst"][0]["score"]
 
 
+def test_a_heart_beats_in_evaluations_too(tiny_project):
+    path = tiny_project(run={"max_epoch": 1, "test_splits": ["test"]})
+    folder, _ = train(path, "run.listeners=[{name: heartbeat, seconds: 1e-9}]")
+    beat = json.loads((folder / "heartbeat.json").read_text())
+    assert (beat["where"], beat["iteration"], beat["loss"]) == ("evaluating test", None, None)
+
+
 def test_settings_of_listeners_are_checked_before_anything_is_loaded(tiny_project, plugin):
     from evlgen.assemble import run
 

@@ -10,9 +10,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from evlgen.assemble import run
-from evlgen.common.errors import ConfigError, TrainingError
+from evlgen.common.errors import ConfigError, DataError, TrainingError
 from evlgen.common.registry import registry
 from evlgen.config.config import Config
+from evlgen.runners.evaluation import deciding_metric
 
 
 def train(path, *options):
@@ -157,3 +158,20 @@ def test_an_output_folder_that_takes_no_files_is_named(tiny_project, tmp_path):
     path = tiny_project(run={"output_dir": str(tmp_path / "file" / "output")})
     with pytest.raises(TrainingError, match="run.output_dir .* takes no files"):
         run(Config.load(path))
+
+
+def test_a_metric_that_is_no_number_does_not_make_the_best_checkpoint(caplog):
+    assert deciding_metric({"val": {"agg_metrics": float("nan")}}, "val") is None
+    assert "`agg_metrics` of 'val' is nan" in caplog.text
+    assert deciding_metric({"a/val": {"agg_metrics": 1.0}, "b/val": {"agg_metrics": 2.0}}, "val") == 1.5
+
+
+def test_what_cannot_be_trained_or_evaluated_is_named_before_a_step_is_made(tiny_project, tmp_path):
+    path = tiny_project()
+    for option, kind, message in [
+        ("run.train_splits=[val]", DataError, r"no text to learn \(text_input\).*see run\.train_splits"),
+        ("run.task=retrieval", ConfigError, "which EvlgenOPT does not have. Take model.arch: blip2"),
+    ]:
+        with pytest.raises(kind, match=message):
+            train(path, option)
+    assert not list((tmp_path / "output").rglob("step_*"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from evlgen.files.digests import DIGESTS_FILE, check_digests
 from evlgen.runners.checkpointer import Checkpointer
 from evlgen.runners.optimizer import build_optimizer
 from evlgen.runners.training_state import TrainingState
+from evlgen.tasks.captioning import CaptioningTask
 from evlgen.weights import checkpoints
 
 RECORDING = ROOT / "tests" / "comparison" / "recording.py"
@@ -199,6 +201,29 @@ def test_a_run_that_went_back_goes_on_from_what_it_saved_then(training, caplog):
     again = resumed(training)
     assert (again.iteration, again.rewinds) == (2, 1)
     assert sorted(p.name for p in checkpointer.folder.glob("step_*")) == ["step_00000002", "step_00000003"]
+
+
+def test_of_a_run_that_went_back_the_best_checkpoint_is_of_its_new_course(
+    tiny_project, tmp_path, monkeypatch
+):
+    def scored(path, metrics, *options) -> tuple[str, dict]:
+        values = iter(metrics)
+        monkeypatch.setattr(CaptioningTask, "after_evaluation", lambda *_: {"agg_metrics": next(values)})
+        checkpoints = train(path, *options) / "checkpoints"
+        progress = json.loads((checkpoints / "latest/training_state/progress.json").read_text())
+        return (checkpoints / "best").resolve().name, progress
+
+    path = tiny_project(run={"max_epoch": 3, "keep_last": 9, "image_use_samples": 0})
+    assert scored(path, [0.3, 0.2, 0.9])[0] == "step_00000018"
+    first = (tmp_path / "output/latest/checkpoints/step_00000006").resolve()
+    name, progress = scored(path, [0.2, 0.1], f"run.resume={first}", "run.init_lr=5e-4")
+    assert name == "step_00000006", "step_00000018 is written over, and worse"
+    assert (progress["best_metric"], progress["best_epoch"], progress["best_iteration"]) == (0.3, 1, 6)
+
+    # elsewhere, the best one is another run's
+    shutil.copytree(first.with_name("step_00000012"), tmp_path / "copy")
+    name, progress = scored(path, [0.1], f"run.resume={tmp_path / 'copy'}")
+    assert (name, progress["best_metric"]) == ("step_00000018", 0.1)
 
 
 def test_saving_a_step_again_may_be_killed_at_any_system_call(training, monkeypatch):

@@ -78,6 +78,18 @@ def test_stages_follow_each_other_and_finished_ones_are_left_out(project, tmp_pa
     assert equal(weights(output / "second"), second)
 
 
+def test_a_finished_stage_is_trained_longer_and_tested_where_that_is_asked_for(project, tmp_path):
+    output = tmp_path / "output"
+    run_stages(load_stages(project))
+    again = ["run.resume=auto", "stages.second.run.max_epoch=2", "stages.second.run.test_splits=[val]"]
+    assert set(run_stages(load_stages(project, again))) == {"val"}
+    assert steps(output / "second") == [1, 2, 3, 4, 5, 6] and starts(output / "first") == 1
+
+    # the first one: the second begins anew, from its new weights
+    run_stages(load_stages(project, [*again, "stages.first.run.max_epoch=2"]))
+    assert steps(output / "first") == [1, 2, 3, 4] and starts(output / "second") == 1
+
+
 def test_a_killed_stage_goes_on_to_the_same_weights(forks, project, tmp_path):
     def launch(output: str, kill_at: str = "nowhere:0") -> int:
         options = [f"run.output_dir={tmp_path / output}", "run.resume=auto", "run.task=killable"]

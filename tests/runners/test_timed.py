@@ -12,6 +12,7 @@ from evlgen.assemble import run
 from evlgen.common.errors import CheckpointError, ConfigError
 from evlgen.config.config import Config
 from evlgen.loaders.data import evenly_spread
+from evlgen.models.vlm import VLM
 from evlgen.runners.training_state import TrainingCost
 from evlgen.tasks.captioning import CaptioningTask
 
@@ -89,6 +90,19 @@ def test_a_resumed_run_goes_on_counting_seconds_and_samples(tiny_project, clock)
     assert resumed[0] == scores[0]  # that was not done again
     assert resumed[-1]["trained_samples"] == 4 * resumed[-1]["iteration"] == 28
     assert [r["label"] for r in resumed] == ["epoch1", "epoch2", "epoch3"]
+    assert [r["trained_seconds"] for r in steps] == pytest.approx([0.15 * n for n in range(1, 8)], abs=1e-3)
+
+
+def test_encoding_images_beforehand_takes_nothing_of_the_seconds(tiny_project, clock, monkeypatch):
+    encode = VLM.encode
+
+    def lasting(self, image):
+        clock.now += 9.0
+        return encode(self, image)
+
+    monkeypatch.setattr(VLM, "encode", lasting)
+    _, steps, _ = train(tiny_project(run={**TIMED, "cache_vision": True, "valid_splits": []}))
+    assert clock.now > 100 + 9.0
     assert [r["trained_seconds"] for r in steps] == pytest.approx([0.15 * n for n in range(1, 8)], abs=1e-3)
 
 

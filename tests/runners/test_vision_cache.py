@@ -35,7 +35,7 @@ from evlgen.vision_cache import cache as vision_cache
 from evlgen.vision_cache import key as vision_key
 from evlgen.vision_cache import store as token_store
 from evlgen.vision_cache.cache import cached
-from evlgen.vision_cache.key import CacheKey, DistinctImages
+from evlgen.vision_cache.key import CacheKey, DistinctImages, weights_digest
 from evlgen.vision_cache.store import BROKEN, DONE, TO_DO
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,7 +94,8 @@ def fill(dataset, model, stop=None, **changes):
 
 
 def key(dataset, model, **changes) -> str:
-    return CacheKey.of(DistinctImages.of(dataset), model, settings(**changes)).digest
+    weights = weights_digest(model.vision)
+    return CacheKey.of(DistinctImages.of(dataset), model, settings(**changes), weights).digest
 
 
 def train(path, *options):
@@ -158,6 +159,18 @@ def test_each_image_of_an_evaluated_split_is_encoded_once(tiny_project, encoded,
     kept = run_project(Config.load(path, [*options, "run.cache_vision_eval=true"]))
     assert sum(encoded) == 1 + 4, "its shape, and four that are compared with what is kept"
     assert kept["val"].keys() == run_project(Config.load(path, options))["val"].keys()
+
+
+def test_of_a_split_that_is_evaluated_in_part_no_other_images_are_encoded(tiny_project, encoded, data_root):
+    limits = {"max_valid_samples": 2, "max_eval_samples": 4}
+    path = tiny_project(run={"test_splits": ["val"], "image_use_samples": 0, "num_workers": 0, **limits})
+    run_project(Config.load(path, ["run.cache_vision=true", "run.cache_vision_eval=true"]))
+    # two validations of samples 0 and 3, a test of 0, 1, 3 and 4: two more, and the two that are compared
+    assert sum(encoded) == (IMAGES + 1) + (2 + 1) + (2 + 1 + 2)
+    assert len(stores(data_root)) == 2
+    results = path.parent / "output" / "latest" / "result"
+    counts = [len(json.loads(file.read_text())) for file in sorted(results.glob("*/captions.json"))]
+    assert counts == [4, 2, 2]
 
 
 def test_a_resumed_run_gives_the_losses_of_one_never_interrupted(tiny_project, tmp_path):
@@ -378,7 +391,7 @@ def test_the_key_follows_weights_size_transform_world_and_views(golden, model):
     assert len(set(others)) == len(others)
 
 
-def test_the_weights_are_read_once_for_all_datasets_and_again_where_they_changed(model, monkeypatch):
+def test_the_weights_are_read_once_for_all_datasets_and_again_the_next_time(model, monkeypatch, data_root):
     weights = model.vision.state_dict().values()
     places, read, bytes_of = {value.data_ptr() for value in weights}, [], vision_key._bytes
 
@@ -387,15 +400,20 @@ def test_the_weights_are_read_once_for_all_datasets_and_again_where_they_changed
         return bytes_of(tensor)
 
     monkeypatch.setattr(vision_key, "_bytes", counted)
-    first = key(shapes(), model)
-    assert key(shapes(seed=1), model) != first
+    datasets = {"one": shapes(), "other": shapes(seed=1)}
+
+    def fill_all() -> int:
+        cached(datasets, model, settings(cache_vision=True), Accelerator(cpu=True))
+        return len(stores(data_root))
+
+    assert fill_all() == 2
     assert sum(read) == len(weights)
-    state = {name: value.clone() for name, value in model.vision.state_dict().items()}
-    with torch.no_grad():
-        next(model.vision.parameters()).add_(1)
-    assert key(shapes(), model) != first
-    model.vision.load_state_dict(state)
-    assert key(shapes(), model) == first
+    weight = next(model.vision.parameters())
+    before = weight.detach().clone()
+    weight.data.add_(1)  # which no counter of torch's notices
+    assert fill_all() == 4
+    weight.data.copy_(before)
+    assert fill_all() == 4
     assert sum(read) == 3 * len(weights)
 
 

@@ -153,3 +153,19 @@ def test_a_dataset_that_gives_no_id_is_told_which(name, key) -> None:
         DataError, match=rf"'{name}' scores by '{key}'.*they have image, text_input.*load_sample"
     ):
         task.valid_step(None, {"image": None, "text_input": ["a"]})
+
+
+def test_images_without_references_are_written_and_not_scored(tmp_path, caplog) -> None:
+    class Partly(BaseDataset):
+        def references(self):
+            return {1: TEXTS[7], 2: TEXTS["7"], 3: []}
+
+    task = registry.get_task_class("captioning")(RunConfig(metrics=["cider"]))
+    results = [{"image_id": i, "caption": TEXTS[7][i % 2], "instance_id": str(i - 1)} for i in (1, 2, 3, 4)]
+    scores = task.after_evaluation(results, Partly(results), "val", tmp_path)
+    own = {1: TEXTS[7][1], 2: TEXTS[7][0]}
+    wanted = score_captions({1: TEXTS[7], 2: TEXTS["7"]}, own, ["cider"])
+    assert scores["CIDEr"] == wanted.values["CIDEr"]
+    assert "val: only 2 of 4 images have references" in caplog.text
+    assert len(json.loads((tmp_path / "captions.json").read_text())) == 4
+    assert task.after_evaluation(results[2:], Partly(results), "val", tmp_path) == {}

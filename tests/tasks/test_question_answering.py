@@ -204,6 +204,8 @@ def test_ranking_chooses_from_the_datasets_list(tmp_path):
 def test_ranking_without_a_list_says_what_to_do(tmp_path):
     with pytest.raises(ConfigError, match="split 'val' has none. Give the dataset an answer_list, or set"):
         evaluate(task_of("vqa", inference_method="rank"), Model(), Questions({1: ["no"]}), tmp_path)
+    with pytest.raises(ConfigError, match="split 'val' has none"):  # before training
+        task_of("vqa", inference_method="rank").check_split(Model(), Questions({1: ["no"]}), "val")
 
 
 # ---- exact match
