@@ -123,8 +123,8 @@ def not_answerable(
 
 def _num_soft(samples: Batch, number: int, num_soft_prompts: Callable[[Tensor], int]) -> list[int]:
     """The soft prompts of each image of a sample."""
-    single = samples.get("image", samples.get("visual_tokens", []))
-    images = samples.get("images") or [[image] for image in single]
+    key = "image" if "image" in samples else "visual_tokens"
+    images = samples.get("images") or [[image] for image in samples.get(key, [])]
     return [num_soft_prompts(image) for image in images[number]] if images else []
 
 
