@@ -462,7 +462,8 @@ class Blip2Stage1(VisionModel):
     # ---- parts ----
 
     def _check_image(self, image: Tensor) -> None:
-        if image.ndim != 4:
+        super()._check_image(image)
+        if image.ndim == 5:
             raise ConfigError("BLIP-2's first stage is a model of images, and a video was given to it.")
 
     def _prompt(self, samples: Batch) -> str:

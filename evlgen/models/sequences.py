@@ -123,8 +123,11 @@ def not_answerable(
 
 def _num_soft(samples: Batch, number: int, num_soft_prompts: Callable[[Tensor], int]) -> list[int]:
     """The soft prompts of each image of a sample."""
-    images = samples.get("images") or [[image] for image in samples.get("image", [])]
-    return [num_soft_prompts(image) for image in images[number]] if images else []
+    if images := samples.get("images"):
+        return [num_soft_prompts(image) for image in images[number]]
+    if not has_image(samples):
+        return []
+    return [num_soft_prompts(samples["image" if "image" in samples else "visual_tokens"][number])]
 
 
 def num_sequences(samples: Batch) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from evlgen.batch import Batch
+from evlgen.common.errors import DataError
 from evlgen.common.precision import without_autocast
 from evlgen.models.base_model import BaseModel
 from evlgen.models.ops import plain_dtype, use_fast_linear
@@ -106,7 +107,19 @@ class VisionModel(BaseModel):
         return image.to(self.device, plain_dtype(self.vision))
 
     def _check_image(self, image: Tensor) -> None:
-        """Raises `ConfigError` or `DataError` for a batch of another shape than the model reads."""
+        """Raises `DataError` for another shape than [B, 3, H, W] or, of videos, [B, 3, T, H, W] of the
+        encoder's size."""
+        size, shape = self.vision.image_size, list(image.shape)
+        if image.ndim not in (4, 5) or shape[1] != 3:
+            raise DataError(
+                f"image has shape {shape}: it must be [B, 3, H, W], or [B, 3, T, H, W] for videos. One "
+                "image is a batch of one: image.unsqueeze(0)."
+            )
+        if shape[-2:] != [size, size]:
+            raise DataError(
+                f"image has shape {shape}, and the vision encoder reads {size} x {size} pixels "
+                "(model.vision.image_size). Give the processors the same image_size."
+            )
 
     def image_tokens(self, samples: Batch) -> Tensor:
         """The encoder's own tokens of a batch, [B, N, C_vision]: its ``visual_tokens``, or `encode`

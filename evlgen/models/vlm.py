@@ -261,26 +261,15 @@ class VLM(Chatting):
         return tokens if num_frames == 1 else pool_frames(tokens, num_frames, str(self.temporal))
 
     def _check_image(self, image: Tensor) -> None:
-        """Raises `DataError` for another shape than [B, 3, H, W] or [B, 3, T, H, W] of the encoder's size,
-        `ConfigError` for videos where the model is one of images."""
-        size, shape = self.vision.image_size, list(image.shape)
-        if image.ndim not in (4, 5) or shape[1] != 3:
-            raise DataError(
-                f"image has shape {shape}: it must be [B, 3, H, W], or [B, 3, T, H, W] for videos. One "
-                "image is a batch of one: image.unsqueeze(0)."
-            )
-        if shape[-2:] != [size, size]:
-            raise DataError(
-                f"image has shape {shape}, and the vision encoder reads {size} x {size} pixels "
-                "(model.vision.image_size). Give the processors the same image_size."
-            )
+        """As of `VisionModel`; and raises `ConfigError` for videos where the model is one of images."""
+        super()._check_image(image)
         if image.ndim == 5 and self.temporal is None:
             raise ConfigError(
                 "this is a model of images, and a video was given to it. Set model.vision.temporal: "
                 "{form: average}, or take an architecture of videos, such as evlgen_video_opt."
             )
-        if image.ndim == 5 and shape[2] == 0:
-            raise DataError(f"image has shape {shape}: a video needs at least one frame.")
+        if image.ndim == 5 and image.shape[2] == 0:
+            raise DataError(f"image has shape {list(image.shape)}: a video needs at least one frame.")
 
     # ---- the losses of single texts
 

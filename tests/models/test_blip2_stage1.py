@@ -503,6 +503,20 @@ def test_what_it_cannot_do_is_named(model, samples, call, message):
         call(model, samples)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda image: image[0], "One image is a batch of one"),
+        (lambda image: image[:, :1], r"it must be \[B, 3, H, W\]"),
+        (lambda image: image[..., :16, :16], "the vision encoder reads"),
+    ],
+)
+def test_images_of_other_shapes_are_named(model, samples, change, message):
+    for call in (model.forward, model.generate, model.match, model.extract_features):
+        with pytest.raises(DataError, match=message):
+            call({**samples, "image": change(samples["image"])})
+
+
 # ---- tokenizers and starts ----
 
 

@@ -173,6 +173,34 @@ def test_a_model_whose_positions_are_distances_is_left_to_transformers():
     assert not can_read_trees(model_of("gemma3"), 40), "longer than the window it sees"
 
 
+@pytest.mark.parametrize("num_beams", [33, 60, 97])
+@pytest.mark.parametrize("ends", [[END], [END, 7, 9]])
+@torch.no_grad()
+def test_as_many_beams_as_the_vocabulary_has_tokens(num_beams, ends):
+    model = model_of("llama")
+    options = Decoding(num_beams=num_beams, max_length=3, num_captions=5)
+    embeds, mask = inputs(model, padded=True)
+    ours = decode(model, embeds, mask, options, ends, PAD)
+    theirs = decode_by_transformers(model, embeds, mask, options, ends, PAD)
+    assert texts(ours, ends) == texts(theirs, ends)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@torch.no_grad()
+def test_padding_exempts_no_token_from_the_repetition_penalty(num_beams):
+    model = model_of("bloom")  # by transformers
+    options = Decoding(num_beams=num_beams, max_length=6, repetition_penalty=1.7)
+    embeds, mask = inputs(model, padded=False)
+    mask[0, :4], mask[2, :2] = 0, 0  # shorter prompts than the second's
+    together = decode(model, embeds, mask, options, [END], PAD)
+    starts = [4, 0, 2]
+    alone = [
+        decode(model, embeds[i : i + 1, start:], mask[i : i + 1, start:], options, [END], PAD)
+        for i, start in enumerate(starts)
+    ]
+    assert texts(together) == [text for ids in alone for text in texts(ids)]
+
+
 @torch.no_grad()
 def test_what_a_beam_sees_is_its_own_text_alone():
     """Scores of the texts found, computed again from the whole text, are those the search went by."""

@@ -169,6 +169,22 @@ def test_conversations_that_cannot_be_learned_are_left_out_with_the_reason(
     assert list(found) == [0] and reason in found[0]
 
 
+def test_kept_tokens_of_an_image_take_the_room_that_the_image_takes(model, images, monkeypatch):
+    talks = [[*TALK, ANSWER], [*TALK, ANSWER]]
+    pixels = {"messages": talks, "image": images[:2]}
+    kept = model.encoded(pixels)
+    assert "image" not in kept and model.not_learnable(kept) == model.not_learnable(pixels) == {}
+    asked = {"messages": [TALK, TALK]}
+    for limit in (12, 40):
+        monkeypatch.setattr(model, "max_sequence_len", limit)
+        assert model.not_learnable(kept) == model.not_learnable(pixels)
+        room = model.language.max_positions - limit
+        assert model.not_answerable({**kept, **asked}, room) == model.not_answerable(
+            {**pixels, **asked}, room
+        )
+    assert model.not_answerable({**kept, **asked}, model.language.max_positions - 12)
+
+
 def test_chat_answers_in_one_piece_or_in_several(model, images):
     photo = Image.new("RGB", (30, 20), "red")
     asked = [

@@ -15,7 +15,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from evlgen.common.errors import ConfigError
 from evlgen.models.language.fixed_prefix import prefix_behind
@@ -302,7 +307,10 @@ def _beam_search(prefix: Prefix, options: Decoding, ends: Tensor, pad_token: int
         # with one end token at most half of twice as many as beams end here, so enough go on
         wide = (1 + len(ends)) * beams
         best, tokens = top_k(log_probs, min(wide, log_probs.shape[-1]))
-        best, index = (best + running[:, :, None]).flatten(1).topk(wide)  # [B, wide]
+        total = (best + running[:, :, None]).flatten(1)
+        best, index = total.topk(min(wide, total.shape[1]))
+        missing = (0, wide - best.shape[1])  # where the vocabulary has fewer tokens than that
+        best, index = F.pad(best, missing, value=-torch.inf), F.pad(index, missing)  # [B, wide]
         parents, tokens = index // tokens.shape[2], tokens.flatten(1).gather(1, index)
         candidates = torch.cat([branch_rows(texts, parents), tokens[:, :, None]], dim=2)
         ended = (
@@ -398,15 +406,25 @@ def decode_by_transformers(
     config = GenerationConfig(
         max_new_tokens=options.max_length,
         min_new_tokens=options.min_length,
-        repetition_penalty=options.repetition_penalty,
+        repetition_penalty=1.0,
         num_return_sequences=options.num_captions,
         eos_token_id=list(end_tokens),
         pad_token_id=pad_token,
         early_stopping=False,
         **how,
     )
+    processors = LogitsProcessorList()
+    if options.repetition_penalty != 1.0:
+        # the one that `repetition_penalty` of the configuration makes takes a row's padding for tokens of its
+        # text where embeddings are given, and exempts as many of the first new ones
+        processors.append(RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty)))
     with contextlib.ExitStack() as stack:
         if options.evenly:  # it cannot, but the same ones each time
             stack.enter_context(torch.random.fork_rng())
             torch.manual_seed(0)
-        return model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config)
+        return model.generate(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=processors,
+        )

@@ -8,11 +8,13 @@ The simpler ways it is compared with, the mean and the concatenation of the fram
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from evlgen.common.errors import ConfigError
 
@@ -40,20 +42,25 @@ class TemporalAttention(nn.Module):
         self.form = form
         self.num_frames = 1
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B * T, N, C], the frames of a video in a row -> the same shape. Computed in the type of ``x``."""
-        if self.num_frames == 1 and self.form == "average" and not self.training:
+    def forward(self, x: Tensor, num_frames: int | None = None) -> Tensor:
+        """[B * T, N, C], the frames of a video in a row -> the same shape. Computed in the type of ``x``.
+
+        Args:
+            num_frames: T; None: as the attribute says.
+        """
+        num_frames = num_frames or self.num_frames
+        if num_frames == 1 and self.form == "average" and not self.training:
             return x  # one frame is its own average; in training, processes wait for every weight's gradient
         alpha = self.alpha.to(x.dtype)
         if self.form == "average":
-            return torch.lerp(x, self._attended(x), alpha)
-        return x + alpha * self._attended(x)
+            return torch.lerp(x, self._attended(x, num_frames), alpha)
+        return x + alpha * self._attended(x, num_frames)
 
-    def _attended(self, x: Tensor) -> Tensor:
-        values = x.unflatten(0, (-1, self.num_frames)).unflatten(-1, (HEADS, -1))  # [B, T, N, 8, C / 8]
+    def _attended(self, x: Tensor, num_frames: int) -> Tensor:
+        values = x.unflatten(0, (-1, num_frames)).unflatten(-1, (HEADS, -1))  # [B, T, N, 8, C / 8]
         query, key = (
             nn.functional.linear(x, part.weight.to(x.dtype), part.bias.to(x.dtype))
-            .unflatten(0, (-1, self.num_frames))
+            .unflatten(0, (-1, num_frames))
             .unflatten(-1, (HEADS, -1))  # [B, T, N, 8, 32]
             for part in (self.query, self.key)
         )
@@ -86,11 +93,22 @@ def add_temporal_attention(encoder: nn.Module, form: str) -> None:
     for block in blocks:
         block.temporal_merge = TemporalAttention(dim, form)
         block.__class__ = _contextual(type(block))
+        block.register_forward_pre_hook(_with_num_frames, with_kwargs=True)
 
 
 def temporal_modules(encoder: nn.Module) -> list[TemporalAttention]:
     """The temporal attention of an encoder, block by block."""
     return [block.temporal_merge for block in _blocks(encoder) if hasattr(block, "temporal_merge")]
+
+
+def recompute_contextual_blocks(encoder: nn.Module) -> bool:
+    """Has blocks with temporal attention computed again in the backward pass, each with the number of frames
+    that its forward pass had: a batch may have videos of several lengths, one after the other. Whether there
+    are such blocks."""
+    blocks = [block for block in _blocks(encoder) if isinstance(block, _ContextualBlock)]
+    for block in blocks:
+        block.recomputes = True
+    return bool(blocks)
 
 
 def pool_frames(tokens: Tensor, num_frames: int, form: str) -> Tensor:
@@ -107,10 +125,17 @@ def _blocks(encoder: nn.Module) -> Sequence[nn.Module]:
 class _ContextualBlock(nn.Module):
     """A block of a vision transformer with attention over the frames between its two sub-layers."""
 
+    recomputes = False  # see `recompute_contextual_blocks`
+
     def forward(self, x: Tensor, **kwargs) -> Tensor:
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, use_reentrant=False, **kwargs)
+        return self._forward(x, **kwargs)
+
+    def _forward(self, x: Tensor, num_frames: int, **kwargs) -> Tensor:
         attended = self.attn(self.norm1(x), **kwargs)
         x = x + self.drop_path1(_scaled(self, attended, "ls1", "gamma_1"))
-        x = self.temporal_merge(x)
+        x = self.temporal_merge(x, num_frames)
         return x + self.drop_path2(_scaled(self, self.mlp(self.norm2(x)), "ls2", "gamma_2"))
 
 
@@ -120,6 +145,11 @@ class _ContextualViTBlock(_ContextualBlock, Block):
 
 class _ContextualEvaBlock(_ContextualBlock, EvaBlock):
     pass
+
+
+def _with_num_frames(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Before a contextual block: the number of frames as an argument, which a repeated pass has too."""
+    return args, {"num_frames": block.temporal_merge.num_frames, **kwargs}
 
 
 def _contextual(block_class: type) -> type:

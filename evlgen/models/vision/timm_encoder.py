@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import sys
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from evlgen.models.vision.base import VisionEncoder
 from evlgen.models.vision.checkpointing import FairscaleCheckpoints, checkpoint_blocks, offloaded
 from evlgen.models.vision.efficientnet import efficientnet_to_timm, is_efficientnet_pytorch
 from evlgen.models.vision.merging import Merging, merge_in_blocks, num_merged_tokens
+from evlgen.models.vision.temporal import recompute_contextual_blocks
 from evlgen.weights.hub import files_on_hub
 from evlgen.weights.needed import ENCODER_WEIGHTS, missing_encoder
 from evlgen.weights.weights import check_finite, read_weights, weights_only
@@ -100,11 +102,12 @@ class TimmEncoder(VisionEncoder):
         self.fairscale: FairscaleCheckpoints | None = None
         self.merging: Merging | None = None
         self.channels_last = False
-        self._measure_tokens()
+        self._measure_tokens(name)
 
     def checkpoint(self, offload: bool) -> None:
         """See `VisionEncoder.checkpoint`. Raises `ConfigError` where timm's model does not offer it."""
-        checkpoint_blocks(self.trunk)
+        if not recompute_contextual_blocks(self):
+            checkpoint_blocks(self.trunk)
         self.offloads = offload
 
     def checkpoint_with_fairscale(self, offload: bool) -> None:
@@ -158,7 +161,8 @@ class TimmEncoder(VisionEncoder):
 
     def _check_image_size(self, name: str, image_size: int) -> None:
         patch_embed = getattr(self.trunk, "patch_embed", None)
-        patch = getattr(patch_embed, "patch_size", (1, 1))[0]
+        patch = getattr(patch_embed, "patch_size", 1)
+        patch = patch if isinstance(patch, int) else patch[0]
         if image_size % patch:
             near = max(patch, round(image_size / patch) * patch)
             raise ConfigError(
@@ -167,12 +171,15 @@ class TimmEncoder(VisionEncoder):
             )
 
     @torch.no_grad()
-    def _measure_tokens(self) -> None:
-        """Notes the number, the grid and the channels of the tokens."""
-        if hasattr(self.trunk, "num_prefix_tokens"):  # a plain transformer keeps all its tokens
+    def _measure_tokens(self, name: str) -> None:
+        """Notes the number, the grid and the channels of the tokens. Raises `ConfigError` for a model that
+        gives none."""
+        patch_embed = getattr(self.trunk, "patch_embed", None)
+        grid = getattr(patch_embed, "grid_size", None)
+        if hasattr(self.trunk, "num_prefix_tokens") and grid:  # a plain transformer keeps all its tokens
             self.embed_dim = self.trunk.num_features
-            self.grid_size = tuple(self.trunk.patch_embed.grid_size)
-            self.num_tokens = self.trunk.patch_embed.num_patches + self.num_prefix_tokens
+            self.grid_size = tuple(grid)
+            self.num_tokens = math.prod(grid) + self.num_prefix_tokens
             return
         if any(isinstance(module, nn.BatchNorm2d) for module in self.trunk.modules()):
             # convolutions on a CPU take 0.6 of the time with the channels last
@@ -181,7 +188,17 @@ class TimmEncoder(VisionEncoder):
         was_training, weight = self.trunk.training, next(self.trunk.parameters())
         self.trunk.eval()
         side = self.image_size
-        features = self._feature_map(torch.zeros(1, 3, side, side, dtype=weight.dtype))
+        try:
+            features = self._feature_map(torch.zeros(1, 3, side, side, dtype=weight.dtype))
+            if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+                raise TypeError("it gives neither a feature map nor one row of tokens")
+        except Exception as error:  # timm's models check little of what they read
+            cause = (str(error).splitlines() or [""])[0] or type(error).__name__
+            raise ConfigError(
+                f"model.vision.name '{name}' cannot be read as visual tokens of images of {side} x {side} "
+                f"pixels: {cause}. Set another model.vision.image_size, or take another model, such as "
+                "vit_base_patch16_224."
+            ) from error
         self.trunk.train(was_training)
         if features.ndim == 4:
             rows, columns = features.shape[2:]
@@ -196,7 +213,8 @@ class TimmEncoder(VisionEncoder):
             )
             return features
         features = self.trunk.forward_features(pixels)
-        if features.ndim == 4 and features.shape[-1] == self.trunk.num_features != features.shape[1]:
+        is_map = isinstance(features, Tensor) and features.ndim == 4
+        if is_map and features.shape[-1] == self.trunk.num_features != features.shape[1]:
             return features.permute(0, 3, 1, 2)  # a Swin's [B, h, w, C]
         return features
 

@@ -85,6 +85,29 @@ def test_temporal_attention_in_a_frozen_encoder_gets_the_same_gradients(name, pr
     assert_same(gradients(build(name, grad_checkpoint, **section)), expected)
 
 
+def gradients_of_lengths(encoder: VisionEncoder) -> tuple[dict[str, Tensor], Tensor]:
+    """As `gradients`, of videos of several lengths: they are encoded one length after the other."""
+    encoder.zero_grad()
+    torch.manual_seed(3)
+    frames, total = videos(), torch.zeros(())
+    for num_frames in (4, 1, 2):
+        for module in temporal_modules(encoder):
+            module.train().num_frames = num_frames
+        total = total + encoder(frames).float().square().sum()
+    total.backward()
+    found = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
+    return found, torch.rand(1)
+
+
+@pytest.mark.parametrize("grad_checkpoint", [True, "offload"])
+@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_videos_of_several_lengths_in_one_batch(name, freeze, grad_checkpoint):
+    section = {"temporal": "average", "freeze": freeze}
+    expected = gradients_of_lengths(build(name, **section))
+    assert_same(gradients_of_lengths(build(name, grad_checkpoint, **section)), expected)
+
+
 @pytest.mark.parametrize("temporal_first", [True, False])
 def test_a_blocks_class_may_change_before_or_after(temporal_first):
     encoder = build()
@@ -255,6 +278,7 @@ def test_fairscale_gives_the_same_gradients_in_float32(fairscale, name, grad_che
 def test_fairscale_gives_temporal_attention_the_same_gradients_and_keeps_less(fairscale, grad_checkpoint):
     plain = build(temporal="average")
     wrapped = build(grad_checkpoint=grad_checkpoint, temporal="average")
+    assert_same(gradients_of_lengths(wrapped), gradients_of_lengths(plain))
     assert_same(gradients(wrapped), gradients(plain))
     assert kept_bytes(wrapped) < kept_bytes(plain) / 2
 

@@ -191,3 +191,31 @@ def test_weights_in_their_authors_layout_are_converted(tmp_path):
         "vit_small_patch14_reg4_dinov2", 56, str(tmp_path / "meta.pth"), kwargs=SMALL
     ).eval()
     torch.testing.assert_close(encoder(images(56)), whole.forward_features(images(56)))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "size", "tokens", "prefix"),
+    [
+        ("efficientvit_m0", {}, 224, 16, 0),  # its patch size is one number
+        ("mvitv2_tiny", {}, 64, 4, 0),  # prefix tokens by name, and patches that become fewer
+        ("naflexvit_base_patch16_siglip", {"depth": 1}, 64, 16, 0),  # no layer of patches of its own
+    ],
+)
+@torch.no_grad()
+def test_transformers_of_other_kinds_are_measured(name, kwargs, size, tokens, prefix):
+    encoder = TimmEncoder(name, image_size=size, pretrained=False, kwargs=kwargs).eval()
+    found = encoder(images(size))
+    assert found.shape == (2, encoder.num_tokens, encoder.embed_dim) == (2, tokens, found.shape[2])
+    assert encoder.num_prefix_tokens == prefix
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "cause"),
+    [
+        ("crossvit_tiny_240", 240, "neither a feature map nor one row of tokens"),
+        ("halonet26t", 224, "AssertionError"),  # of windows that do not divide 7 x 7 places
+    ],
+)
+def test_a_model_without_visual_tokens_is_named(name, size, cause):
+    with torch.device("meta"), pytest.raises(ConfigError, match=f"'{name}' cannot be read .*{cause}"):
+        TimmEncoder(name, image_size=size, pretrained=False)
