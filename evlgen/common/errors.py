@@ -8,8 +8,6 @@ from collections.abc import Iterable
 
 from evlgen.common.safe_text import message as safe_message
 
-_LONGEST_NAME = 200  # characters of a name that are compared
-
 
 class EVLGenError(Exception):
     """Base class of every error this package raises on purpose.
@@ -76,6 +74,6 @@ class Interrupted(EVLGenError):
 def did_you_mean(name: str, candidates: Iterable[str], at_least: float = 0.5) -> str:
     """`` Did you mean 'a' or 'b'?`` with a leading blank, the nearest first; empty when nothing is near."""
     folded = {c.lower().replace("-", "_"): c for c in candidates}
-    name = name[:_LONGEST_NAME].lower().replace("-", "_")
+    name = name[:200].lower().replace("-", "_")
     hits = difflib.get_close_matches(name, folded, n=3, cutoff=at_least)
     return f" Did you mean {' or '.join(repr(folded[hit]) for hit in hits)}?" if hits else ""
