@@ -50,7 +50,7 @@ class FrozenList(list[Any]):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (list(self),)
 
-    _refuse = FrozenDict._refuse
+    _refuse = FrozenDict._refuse  # whatever it is called with, where list's own methods say what they take
     __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse  # type: ignore[assignment]
     append = extend = insert = pop = remove = clear = sort = reverse = _refuse  # type: ignore[assignment]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evlgen.common.errors import CheckpointError
 from evlgen.models.base_model import BaseModel
-from evlgen.runners.dtensor import is_spread, part_of
+from evlgen.runners.dtensor import by_kind, part_of
 
 if TYPE_CHECKING:
     from evlgen.runners.listener import TrainingRun
@@ -44,11 +44,9 @@ class WeightAverage:
     def update(self, step: int) -> None:
         """To be called after optimizer step ``step``, counted from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for spread in (False, True):  # no operation takes both kinds together
-            names = [name for name, mean in self.means.items() if is_spread(mean) == spread]
-            if names:
-                means, weights = ([of[name] for name in names] for of in (self.means, self._weights))
-                torch._foreach_lerp_(means, weights, 1 - decay)
+        kinds = (by_kind([*tensors.values()]) for tensors in (self.means, self._weights))
+        for means, weights in zip(*kinds, strict=True):
+            torch._foreach_lerp_(means, weights, 1 - decay)
 
     @torch.no_grad()
     def exchange(self) -> None:
